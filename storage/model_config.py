@@ -1,0 +1,264 @@
+"""The geometry of a Llama-like decoder, read from a Hugging Face config.json without importing torch.
+
+Supported parents: Llama (SmolLM2 included), Mistral, Qwen2: RMSNorm before each subblock, rotary positions,
+grouped-query or multi-head attention with optional biases, a gated FFN. Everything else is refused by name.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from storage.files import InputError
+from storage.records import Attention, Ffn
+
+SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_REFUSED = {
+    "Qwen3ForCausalLM": "it normalises queries and keys (qk-norm), which no heterogeneous format expresses",
+    "Phi3ForCausalLM": "its q/k/v and gate/up projections are fused; convert it to the Llama form first",
+    "MixtralForCausalLM": "its FFN is a mixture of experts",
+    "Qwen2MoeForCausalLM": "its FFN is a mixture of experts",
+    "Gemma2ForCausalLM": "it normalises after each subblock as well and caps its logits",
+    "Gemma3ForCausalLM": "it normalises after each subblock as well and mixes local with global attention",
+    "Olmo2ForCausalLM": "it normalises after each subblock instead of before",
+    "SmolLM3ForCausalLM": "some of its blocks have no rotary positions",
+    "GPT2LMHeadModel": "its FFN is not gated and its positions are learned",
+    "OPTForCausalLM": "its FFN is not gated and its positions are learned",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the method needs to know of a parent; sizes in elements, `context` in tokens.
+
+    `rope` is in the form of transformers 5: {"rope_type", "rope_theta", and the type's own fields}. `context` is
+    the longest sequence on which full attention is what the parent computes (its sliding window, if it has one).
+    """
+
+    architecture: str
+    hidden_size: int
+    num_blocks: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope: dict[str, Any]
+    context: int
+    tie_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    activation: str
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], where: str) -> Self:
+        """Read config.json of a supported parent; `where` is named in errors.
+
+        Raises:
+            InputError: another architecture (with the reason), a missing field, sizes that do not fit together.
+        """
+        architecture = (config.get("architectures") or ["(none named)"])[0]
+        if architecture not in SUPPORTED:
+            reason = _REFUSED.get(architecture, "its blocks are not known to be Llama-like")
+            raise InputError(
+                f"{where}: architecture {architecture} is not supported: {reason}. Supported: {', '.join(SUPPORTED)}"
+            )
+        missing = [key for key in _REQUIRED if not isinstance(config.get(key), int | float)]
+        if missing:
+            raise InputError(f"{where}: config.json of a {architecture} must have numbers for {', '.join(missing)}")
+        heads = int(config["num_attention_heads"])
+        bias = bool(config.get("attention_bias", False))
+        window = config.get("sliding_window")
+        if architecture == "Qwen2ForCausalLM" and not config.get("use_sliding_window", False):
+            window = None
+        context = int(config["max_position_embeddings"])
+        result = cls(
+            architecture=architecture,
+            hidden_size=int(config["hidden_size"]),
+            num_blocks=int(config["num_hidden_layers"]),
+            num_heads=heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            intermediate_size=int(config["intermediate_size"]),
+            vocab_size=int(config["vocab_size"]),
+            rms_norm_eps=float(config["rms_norm_eps"]),
+            rope=_rope(config, where),
+            context=min(context, int(window)) if window else context,
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=architecture == "Qwen2ForCausalLM" or (architecture == "LlamaForCausalLM" and bias),
+            output_bias=architecture == "LlamaForCausalLM" and bias,
+            mlp_bias=architecture == "LlamaForCausalLM" and bool(config.get("mlp_bias", False)),
+            activation=str(config.get("hidden_act", "silu")),
+        )
+        if result.num_heads % result.num_kv_heads:
+            raise InputError(
+                f"{where}: {result.num_heads} attention heads cannot share {result.num_kv_heads} kv heads evenly"
+            )
+        return result
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`to_json`."""
+        return cls(**value)
+
+
+_REQUIRED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+
+
+def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Rotary parameters in the form of transformers 5, from that form or from rope_theta + rope_scaling (4.x)."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope.pop("type", None)
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise InputError(
+            f"{where}: rope type {rope['rope_type']!r} is not supported: it is not one of {', '.join(ROPE_TYPES)}"
+        )
+    return rope
+
+
+NEMOTRON_NAS = "nemotron-nas"
+CHILD_ARCHITECTURE = "DeciLMForCausalLM"
+_FFN_MULTIPLE = 256  # engines that read ffn_mult round the width to it (RUNTIMES.md)
+
+
+def ffn_mult(intermediate_size: int, hidden_size: int) -> float | None:
+    """The multiplier from which engines compute this FFN width, None where their formula cannot give it.
+
+    Engines compute round_up_256(int(2 * ffn_mult * hidden / 3)), the Llama rule of DeciLM's configs.
+    """
+    multiplier = 3 * intermediate_size / (2 * hidden_size)
+    for candidate in (multiplier, multiplier * (1 + 1e-9)):
+        base = int(2 * candidate * hidden_size / 3)
+        if -(-base // _FFN_MULTIPLE) * _FFN_MULTIPLE == intermediate_size:
+            return candidate
+    return None
+
+
+def _block_config(config: ModelConfig, attention: Attention, ffn: Ffn) -> dict[str, Any]:
+    heads = config.num_heads // attention.num_kv_heads if attention.kind == "gqa" else None
+    width = ffn.intermediate_size or None
+    return {
+        "attention": {
+            "n_heads_in_group": heads,
+            "no_op": attention.kind == "no_op",
+            "replace_with_linear": attention.kind == "linear",
+        },
+        "ffn": {
+            "ffn_mult": ffn_mult(width, config.hidden_size) if width else None,
+            "intermediate_size": width,
+            "no_op": ffn.kind == "no_op",
+            "replace_with_linear": ffn.kind == "linear",
+        },
+    }
+
+
+def to_nemotron_nas(
+    config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], special_tokens: Mapping[str, Any], dtype: str
+) -> dict[str, Any]:
+    """config.json of a child in the nemotron-nas form (RUNTIMES.md).
+
+    Each FFN carries its exact `intermediate_size`, which our class reads; `ffn_mult` only where the engines' formula
+    gives that width.
+    `rope_theta` and `rope_scaling` repeat `rope_parameters` for engines that read the older form.
+    """
+    scaling = {key: value for key, value in config.rope.items() if key != "rope_theta"}
+    return {
+        "architectures": [CHILD_ARCHITECTURE],
+        "model_type": NEMOTRON_NAS,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": len(blocks),
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": None,
+        "head_dim": config.head_dim,
+        "intermediate_size": None,
+        "vocab_size": config.vocab_size,
+        "hidden_act": config.activation,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.context,
+        "rope_parameters": config.rope,
+        "rope_theta": config.rope["rope_theta"],
+        "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
+        "attention_bias": config.output_bias,
+        "qkv_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        "tie_word_embeddings": config.tie_embeddings,
+        **special_tokens,
+        "dtype": dtype,
+        "block_configs": [_block_config(config, attention, ffn) for attention, ffn in blocks],
+    }
+
+
+def from_nemotron_nas(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, list[tuple[Attention, Ffn]]]:
+    """Geometry and blocks of a nemotron-nas config.json, ours or another's.
+
+    Raises:
+        InputError: it is not in that form, with the field that is wrong.
+    """
+    try:
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        blocks = [
+            (_attention_from(block["attention"], heads), _ffn_from(block["ffn"], hidden))
+            for block in config["block_configs"]
+        ]
+        geometry = ModelConfig(
+            architecture=CHILD_ARCHITECTURE,
+            hidden_size=hidden,
+            num_blocks=len(blocks),
+            num_heads=heads,
+            num_kv_heads=max((attention.num_kv_heads for attention, _ in blocks), default=0),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            intermediate_size=max((ffn.intermediate_size for _, ffn in blocks), default=0),
+            vocab_size=int(config["vocab_size"]),
+            rms_norm_eps=float(config["rms_norm_eps"]),
+            rope=_rope(config, where),
+            context=int(config["max_position_embeddings"]),
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=bool(config.get("qkv_bias", config.get("attention_bias", False))),
+            output_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            activation=str(config.get("hidden_act", "silu")),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, AssertionError) as error:
+        raise InputError(f"{where}: not a nemotron-nas config.json ({type(error).__name__}: {error})") from error
+    if int(config.get("num_hidden_layers", len(blocks))) != len(blocks):
+        raise InputError(
+            f"{where}: num_hidden_layers is {config['num_hidden_layers']} but block_configs has {len(blocks)}"
+        )
+    return geometry, blocks
+
+
+def _attention_from(attention: Mapping[str, Any], num_heads: int) -> Attention:
+    if attention.get("no_op"):
+        return Attention("no_op")
+    if attention.get("replace_with_linear"):
+        return Attention("linear")
+    group = int(attention["n_heads_in_group"])
+    if num_heads % group:
+        raise ValueError(f"n_heads_in_group {group} does not divide {num_heads} heads")
+    return Attention("gqa", num_heads // group)
+
+
+def _ffn_from(ffn: Mapping[str, Any], hidden_size: int) -> Ffn:
+    if ffn.get("no_op"):
+        return Ffn("no_op")
+    if ffn.get("replace_with_linear"):
+        return Ffn("linear")
+    exact = ffn.get("intermediate_size")
+    base = int(exact) if exact else int(2 * float(ffn["ffn_mult"]) * hidden_size / 3)
+    return Ffn("gated", base if exact else -(-base // _FFN_MULTIPLE) * _FFN_MULTIPLE)

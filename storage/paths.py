@@ -1,0 +1,68 @@
+"""Where every artifact lies, relative to the root that DVC runs in."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+TIMINGS = Path("storage/timings")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Paths of the artifacts under `root` (`artifacts/` of the working directory unless a test says otherwise)."""
+
+    root: Path = Path("artifacts")
+
+    @property
+    def parent(self) -> Path:
+        """Hugging Face checkpoint of the parent."""
+        return self.root / "parent"
+
+    @property
+    def corpus(self) -> Path:
+        """Packed token sequences."""
+        return self.root / "corpus"
+
+    @property
+    def activations(self) -> Path:
+        """Hidden states at block boundaries."""
+        return self.root / "activations"
+
+    @property
+    def library(self) -> Path:
+        """Replacement library."""
+        return self.root / "library"
+
+    @property
+    def scores(self) -> Path:
+        """Replace-1-block scores, a row per (replacement, sequence shard)."""
+        return self.root / "scores.parquet"
+
+    @property
+    def score_pieces(self) -> Path:
+        """Finished pieces of score_blocks."""
+        return self.root / "score_pieces"
+
+    @property
+    def costs(self) -> Path:
+        """Costs, a row per (component, variant, hardware, engine, precision, scenario, batch)."""
+        return self.root / "costs.parquet"
+
+    def child(self, target: str) -> Path:
+        """Everything of one target."""
+        return self.root / "children" / target
+
+    def architecture(self, target: str) -> Path:
+        """What the search chose."""
+        return self.child(target) / "architecture.json"
+
+    def search(self, target: str) -> Path:
+        """How the search went: solver, bound, gap, times, what binds."""
+        return self.child(target) / "search.json"
+
+    def assembled(self, target: str) -> Path:
+        """The child's checkpoint before global distillation."""
+        return self.child(target) / "assembled"
+
+    def evaluation(self, target: str) -> Path:
+        """Quality and speed of parent and child, measured and predicted."""
+        return self.child(target) / "evaluation.json"

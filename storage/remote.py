@@ -1,0 +1,139 @@
+"""Local and s3:// addresses: an address or a pattern goes in, local files come out.
+
+S3 is reached through s3fs. Endpoint, region and keys come only from the environment that every S3 tool reads
+(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, ...); no message repeats a value of them.
+"""
+
+import contextlib
+import errno
+import glob
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import s3fs
+from aiohttp import ClientError
+from botocore.exceptions import BotoCoreError, NoCredentialsError
+from fsspec.callbacks import TqdmCallback
+
+from storage.files import InputError, digest_of, sha256, write_whole
+
+_S3 = "s3://"
+_SETTINGS = "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
+_OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def fetch(url: str, into: Path) -> Path:
+    """Make a file or folder local.
+
+    Args:
+        url: a local path, s3://bucket/file or s3://bucket/folder.
+        into: folder that receives what comes from S3, under the address's last name.
+
+    Returns:
+        A local path as it is; else the path of the copy. Each file of it is whole (written by rename).
+
+    Raises:
+        InputError: nothing is there, access is denied, the store cannot be reached, or the download ended early.
+    """
+    if not _is_s3(url):
+        path = Path(url).expanduser()
+        if not path.exists():
+            raise InputError(f"{url} does not exist (looked from {Path.cwd()}); check the path")
+        return path
+    store = _store()
+    key = url.removeprefix(_S3).rstrip("/")
+    with _explained(url):
+        sizes = {info["name"]: int(info["size"]) for info in store.find(key, detail=True).values()}
+    sizes = {name: size for name, size in sizes.items() if not name.endswith("/")}
+    if not sizes:
+        raise InputError(f"{url} does not exist: no such bucket, file or folder; check the address and {_SETTINGS}")
+    target = into / PurePosixPath(key).name
+    for name, size in sorted(sizes.items()):
+        relative = PurePosixPath(name).relative_to(key)
+        if ".." in relative.parts:
+            raise InputError(f"{_S3}{name} would be written outside {target}; rename it in the store")
+        _download(store, name, size, target / relative)
+    return target
+
+
+def expand(pattern: str) -> list[str]:
+    """Files that a local or s3:// pattern names, sorted.
+
+    Args:
+        pattern: the address of one file, or a glob (`*`, `?`, `[...]`, `**`).
+
+    Raises:
+        InputError: nothing matches, it is a folder, or the store refuses or cannot be reached.
+    """
+    if _is_s3(pattern):
+        with _explained(pattern):
+            infos = _store().glob(pattern, detail=True).values()
+        found = [_S3 + info["name"] for info in infos if info["type"] == "file"]
+    else:
+        local = Path(pattern).expanduser()
+        candidates = [str(local)] if local.exists() else glob.glob(str(local), recursive=True)
+        found = [name for name in candidates if Path(name).is_file()]
+    if not found:
+        where = f"check the address and {_SETTINGS}" if _is_s3(pattern) else f"looked from {Path.cwd()}"
+        raise InputError(f"no file matches {pattern} ({where}); for all files of a folder write folder/*.parquet")
+    return sorted(found)
+
+
+def fingerprint(url: str) -> str:
+    """A digest that changes with the file's content: sha256 of a local file, the store's ETag and size on S3.
+
+    Raises:
+        InputError: as for :func:`fetch`.
+    """
+    if not _is_s3(url):
+        return sha256(fetch(url, Path()))
+    with _explained(url):
+        info = _store().info(url)
+    return digest_of({"etag": info.get("ETag"), "size": info["size"]})
+
+
+def _is_s3(url: str) -> bool:
+    if url.startswith(_S3):
+        return True
+    if match := re.match(r"[a-z][a-z0-9+.-]+://", url):
+        raise InputError(f"{url}: {match[0]} addresses cannot be read; give a local path or {_S3}bucket/...")
+    return False
+
+
+def _store() -> Any:
+    """A file system of its own for every call: s3fs otherwise keeps listings and settings of earlier ones."""
+    retries = {"connect_timeout": 10, "retries": {"max_attempts": 3}}
+    return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=retries)
+
+
+def _download(store: Any, name: str, size: int, target: Path) -> None:
+    """Copy one file of the store, with progress."""
+    progress = TqdmCallback(
+        tqdm_kwargs={"desc": f"download {target.name}", "unit": "B", "unit_scale": True, "disable": None}
+    )
+    with write_whole(target) as temporary:
+        with _explained(_S3 + name):
+            store.get_file(name, str(temporary), callback=progress)
+        if temporary.stat().st_size != size:
+            raise InputError(
+                f"{_S3}{name}: the download ended after {temporary.stat().st_size} of {size} bytes; run it again"
+            )
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Turn what the store answers into one message for people; a full local disk stays what it is."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{url} does not exist: no such bucket, file or folder; check the address") from None
+    except PermissionError:
+        raise InputError(f"{url}: access is denied; check {_SETTINGS}") from None
+    except NoCredentialsError:
+        raise InputError(f"{url}: there are no S3 credentials; set {_SETTINGS}") from None
+    except (BotoCoreError, ClientError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in _OUR_DISK:
+            raise
+        raise InputError(f"{url} cannot be reached ({type(error).__name__}); check {_SETTINGS}") from None

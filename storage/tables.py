@@ -1,0 +1,318 @@
+"""scores.parquet, costs.parquet and storage/timings/<hardware>.parquet: schemas, validation on reading, writing.
+
+In and out: the records ScoreRow, CostRow and TimingRow. A table may come from a user (their own TensorRT-LLM timings,
+say), so everything is checked on reading, and an error names the file, row, column, what was found and what was
+expected. Rows are numbered from 0. Columns that we do not know are ignored, and the log says which.
+"""
+
+import difflib
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.files import DamagedFileError, InputError, write_whole
+from storage.records import (
+    ANY_VARIANT,
+    Attention,
+    Component,
+    CostRow,
+    Ffn,
+    Origin,
+    Precision,
+    ScoreRow,
+    TimingRow,
+    Weights,
+)
+
+_log = logging.getLogger(__name__)
+_SMALLEST_KL = -1e-3
+"""KL is never negative in exact arithmetic; rounding of a replacement that changes nothing stays far above this."""
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column: Arrow type, unit (kept in the file, compared on reading), and which values are accepted."""
+
+    name: str
+    type: pa.DataType
+    unit: str
+    minimum: float | None = None
+    maximum: float | None = None
+    allowed: tuple[str, ...] = ()
+    pattern: str = ""
+    nullable: bool = False
+
+    @property
+    def field(self) -> pa.Field:
+        return pa.field(self.name, self.type, nullable=self.nullable, metadata={"unit": self.unit})
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words."""
+        if self.allowed:
+            return f"one of {', '.join(self.allowed)}"
+        if self.pattern:
+            return f"text like {self.unit}"
+        bounds = [f"at least {self.minimum:g}" if self.minimum is not None else ""]
+        bounds += [f"at most {self.maximum:g}" if self.maximum is not None else ""]
+        what = {"int64": "a whole number", "double": "a finite number"}.get(str(self.type), "a text")
+        return " ".join([what, " and ".join(filter(None, bounds))]).strip()
+
+    def accepts(self, value: Any) -> bool:
+        """Whether `value` (of the column's type) is allowed."""
+        if value is None:
+            return self.nullable
+        if isinstance(value, str):
+            return (not self.allowed or value in self.allowed) and (not self.pattern or bool(self._matches(value)))
+        low = -math.inf if self.minimum is None else self.minimum
+        high = math.inf if self.maximum is None else self.maximum
+        return math.isfinite(value) and low <= value <= high
+
+    def _matches(self, value: str) -> re.Match[str] | None:
+        return re.fullmatch(self.pattern, value)
+
+
+_Row = TypeVar("_Row", ScoreRow, CostRow, TimingRow)
+
+
+@dataclass(frozen=True)
+class _Table(Generic[_Row]):
+    """A table: its record, columns, the columns that name a row, checks across columns, and how to make it anew."""
+
+    record: type[_Row]
+    columns: tuple[_Column, ...]
+    key: tuple[str, ...]
+    check_row: Callable[[_Row], None]
+    rebuild: str
+    check_all: Callable[[Sequence[_Row], Path], None] | None = None
+
+    @property
+    def schema(self) -> pa.Schema:
+        return pa.schema([column.field for column in self.columns])
+
+
+def _count(name: str, unit: str, minimum: int, nullable: bool = False) -> _Column:
+    return _Column(name, pa.int64(), unit, minimum=minimum, nullable=nullable)
+
+
+def _number(name: str, unit: str, minimum: float, maximum: float | None = None) -> _Column:
+    return _Column(name, pa.float64(), unit, minimum=minimum, maximum=maximum)
+
+
+def _text(name: str, unit: str, allowed: tuple[str, ...] = (), pattern: str = "") -> _Column:
+    return _Column(name, pa.string(), unit, allowed=allowed, pattern=pattern)
+
+
+def _check_score(row: ScoreRow) -> None:
+    Attention.parse(row.attention)
+    Ffn.parse(row.ffn)
+
+
+def _check_cost(row: CostRow) -> None:
+    if row.component == "attention":
+        Attention.parse(row.variant)
+    elif row.component == "ffn":
+        Ffn.parse(row.variant)
+    elif row.variant != ANY_VARIANT:
+        raise InputError(f"variant {row.variant!r} of component {row.component}: expected {ANY_VARIANT!r}")
+
+
+def _check_hashes(rows: Sequence[ScoreRow], path: Path) -> None:
+    """All shards of a replacement must come from the same tensors, or their mean is of nothing."""
+    first: dict[tuple[Any, ...], tuple[int, str]] = {}
+    for index, row in enumerate(rows):
+        key = (row.replacement, row.weights, row.around)
+        earlier, weights_hash = first.setdefault(key, (index, row.weights_hash))
+        if weights_hash != row.weights_hash:
+            raise InputError(
+                f"{path}: rows {earlier} and {index} score {row.replacement.name} ({row.weights}) with different "
+                f"weights_hash ({weights_hash[:12]}, {row.weights_hash[:12]}); remove the stale rows"
+            )
+
+
+_SCORE_COLUMNS = (
+    _count("first_block", "block index", 0),
+    _count("span", "blocks", 1),
+    _text("attention", "variant name"),
+    _text("ffn", "variant name"),
+    _text("weights", "name", get_args(Weights)),
+    _text("weights_hash", "hash"),
+    _text("around", "'parent' or hash"),
+    _count("sequence_shard", "shard index", 0),
+    _count("tokens", "tokens", 1),
+    _number("kl", "nats/token", _SMALLEST_KL),
+    _number("lm_loss", "nats/token", 0),
+    _number("top1_agreement", "share of tokens", 0, 1),
+)
+_COST_COLUMNS = (
+    _text("component", "name", get_args(Component)),
+    _text("variant", "variant name"),
+    _count("first_block", "block index", 0, nullable=True),
+    _count("span", "blocks", 1),
+    _text("hardware", "name"),
+    _text("engine", "name"),
+    _text("precision", "name", get_args(Precision)),
+    _count("tensor_parallel", "devices", 1),
+    _text("scenario", "'128/128' (tokens in/tokens out)", pattern=r"[1-9]\d*/[1-9]\d*"),
+    _count("batch", "sequences", 1),
+    _number("prefill_ms", "ms/batch", 0),
+    _number("decode_ms", "ms/step", 0),
+    _count("weight_bytes", "bytes", 0),
+    _count("kv_bytes_per_token", "bytes/token", 0),
+    _count("params", "parameters", 0),
+    _text("origin", "name", get_args(Origin)),
+    _text("how", "text"),
+)
+_TIMING_COLUMNS = (
+    *_COST_COLUMNS,
+    _text("machine", "text"),
+    _text("versions", "text"),
+    _text("dtype", "name"),
+    _count("threads", "threads", 1),
+    _count("repeats", "timings", 1),
+    _number("spread", "share of median", 0),
+)
+_SCORES = _Table(
+    ScoreRow,
+    _SCORE_COLUMNS,
+    ("first_block", "span", "attention", "ffn", "weights", "around", "sequence_shard"),
+    _check_score,
+    "dvc repro score_blocks",
+    _check_hashes,
+)
+_COST_KEY = (
+    "hardware",
+    "engine",
+    "precision",
+    "tensor_parallel",
+    "scenario",
+    "batch",
+    "component",
+    "variant",
+    "first_block",
+    "span",
+)
+_COSTS = _Table(CostRow, _COST_COLUMNS, _COST_KEY, _check_cost, "dvc repro measure_costs")
+_TIMINGS = _Table(TimingRow, _TIMING_COLUMNS, _COST_KEY, _check_cost, "python -m flows.measure_costs --time NAME")
+
+
+def read_scores(path: Path) -> tuple[ScoreRow, ...]:
+    """Read and check a table of scores.
+
+    Raises:
+        InputError: the file is missing or empty, a column is missing or has another type or unit, a value is null,
+            NaN, out of range or no known name, two rows describe the same measurement, or the shards of one
+            replacement were measured with different weights.
+        DamagedFileError: the file is not Parquet.
+    """
+    return _read(path, _SCORES)
+
+
+def write_scores(path: Path, rows: Iterable[ScoreRow]) -> None:
+    """Write scores, sorted; the same rows in any order give the same bytes. Raises InputError as on reading."""
+    _write(path, tuple(rows), _SCORES)
+
+
+def read_costs(path: Path) -> tuple[CostRow, ...]:
+    """Read and check a table of costs; errors as in :func:`read_scores`."""
+    return _read(path, _COSTS)
+
+
+def write_costs(path: Path, rows: Iterable[CostRow]) -> None:
+    """Write costs, sorted; the same rows in any order give the same bytes. Raises InputError as on reading."""
+    _write(path, tuple(rows), _COSTS)
+
+
+def read_timings(path: Path) -> tuple[TimingRow, ...]:
+    """Read and check a table of timings; errors as in :func:`read_scores`."""
+    return _read(path, _TIMINGS)
+
+
+def write_timings(path: Path, rows: Iterable[TimingRow]) -> None:
+    """Write timings, sorted; the same rows in any order give the same bytes. Raises InputError as on reading."""
+    _write(path, tuple(rows), _TIMINGS)
+
+
+def _read(path: Path, table: _Table[_Row]) -> tuple[_Row, ...]:
+    if not path.is_file():
+        raise InputError(f"{path} is missing; run `{table.rebuild}`")
+    try:
+        found = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedFileError(f"{path} is not a Parquet file ({error}); run `{table.rebuild}`") from error
+    values = {column.name: _values(found, column, path) for column in table.columns}
+    if unknown := [name for name in found.column_names if name not in values]:
+        _log.info("%s: ignoring the columns %s", path, ", ".join(unknown))
+    if not found.num_rows:
+        raise InputError(f"{path} has no rows; run `{table.rebuild}`")
+    rows = tuple(table.record(**dict(zip(values, row, strict=True))) for row in zip(*values.values(), strict=True))
+    _check_rows(rows, table, path)
+    return rows
+
+
+def _write(path: Path, rows: tuple[_Row, ...], table: _Table[_Row]) -> None:
+    for column in table.columns:
+        _check_values([getattr(row, column.name) for row in rows], column, path)
+    _check_rows(rows, table, path)
+    rows = tuple(sorted(rows, key=lambda row: [(-1 if v is None else v) for v in _key(row, table)]))
+    arrays = [pa.array([getattr(row, column.name) for row in rows], column.type) for column in table.columns]
+    with write_whole(path) as temporary:
+        pq.write_table(pa.Table.from_arrays(arrays, schema=table.schema), temporary, compression="zstd")
+
+
+def _values(found: pa.Table, column: _Column, path: Path) -> list[Any]:
+    """The checked values of one column of a file."""
+    if column.name not in found.column_names:
+        close = difflib.get_close_matches(column.name, found.column_names, n=1)
+        hint = f" (is it {close[0]}?)" if close else ""
+        raise InputError(f"{path} has no column {column.name!r} [{column.unit}]{hint}; has: {_names(found)}")
+    unit = (found.schema.field(column.name).metadata or {}).get(b"unit", column.unit.encode()).decode()
+    if unit != column.unit:
+        raise InputError(f"{path}: column {column.name} is in {unit!r}, expected {column.unit!r}; convert it")
+    try:
+        values: list[Any] = found.column(column.name).cast(column.type).to_pylist()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"{path}: column {column.name}: expected {column.expected}, found {error}") from error
+    _check_values(values, column, path)
+    return values
+
+
+def _names(found: pa.Table) -> str:
+    return ", ".join(found.column_names) or "none"
+
+
+def _check_values(values: Sequence[Any], column: _Column, path: Path) -> None:
+    for index, value in enumerate(values):
+        if not column.accepts(value):
+            raise InputError(
+                f"{path}, row {index}, column {column.name} [{column.unit}]: expected {column.expected}, "
+                f"found {'nothing' if value is None else repr(value)}"
+            )
+
+
+def _check_rows(rows: Sequence[_Row], table: _Table[_Row], path: Path) -> None:
+    """Names that depend on other columns, and rows that describe the same thing twice."""
+    seen: dict[tuple[Any, ...], int] = {}
+    for index, row in enumerate(rows):
+        try:
+            table.check_row(row)
+        except InputError as error:
+            raise InputError(f"{path}, row {index}: {error}") from None
+        key = _key(row, table)
+        if key in seen:
+            what = ", ".join(f"{name}={value}" for name, value in zip(table.key, key, strict=True))
+            raise InputError(f"{path}: rows {seen[key]} and {index} are both for {what}; keep one")
+        seen[key] = index
+    if table.check_all:
+        table.check_all(rows, path)
+
+
+def _key(row: _Row, table: _Table[_Row]) -> tuple[Any, ...]:
+    return tuple(getattr(row, name) for name in table.key)

@@ -1,0 +1,189 @@
+"""Blockwise local distillation (BLD), decoupled: all variants of one block from one pass over its activations.
+
+In: a parent block's tensors, hidden states at its two boundaries. Out: trained tensors of every variant with the
+losses before and after. Loss (METHOD.md, BLD; arXiv 2411.19146, 3.2): MSE(child_out, parent_out) / mean(parent_out^2),
+the child fed with the parent's activations. The attention variant trains with the parent's FFN frozen, the FFN variant
+with the parent's attention frozen, so the parent's attention output is computed once for all FFN variants. Norms stay
+the parent's: their weight is a diagonal factor of the matrices that follow, which train.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from storage.model_config import ModelConfig
+from storage.records import Attention, Ffn
+from tasks.puzzle.blocks import Block, GatedFfn, Rotary, rotary_for
+from tasks.puzzle.initialise import Tensors, attention_part, channel_contribution, channel_order, ffn_part
+from tasks.puzzle.variants import parent_attention, parent_ffn
+
+Batch = tuple[Tensor, Tensor]  # input and target, each [sequences, tokens, hidden]
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW with linear warm-up and cosine to 0; `warmup` is a share of the steps."""
+
+    num_steps: int
+    learning_rate: float
+    warmup: float
+    weight_decay: float
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 0 .. num_steps - 1."""
+        warm = max(1, round(self.warmup * self.num_steps))
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        progress = (step - warm) / max(1, self.num_steps - warm)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A variant after BLD; `improved` is False where it keeps its initial weights, since training did not help."""
+
+    tensors: Tensors
+    loss_before: float
+    loss_after: float
+    improved: bool
+
+
+class MasterWeights:
+    """float32 masters of a module's trainable weights, which compute in a narrower dtype."""
+
+    def __init__(self, module: torch.nn.Module, schedule: Schedule) -> None:
+        self._narrow = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._masters = [parameter.detach().float().clone().requires_grad_() for parameter in self._narrow]
+        self._schedule = schedule
+        self._optimizer = torch.optim.AdamW(
+            self._masters, lr=schedule.learning_rate, betas=BETAS, weight_decay=schedule.weight_decay, fused=True
+        )
+        self._step = 0
+
+    def step(self) -> None:
+        """Apply the gradients of the narrow weights to the masters, and round the masters back."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._schedule.rate(self._step)
+        for master, narrow in zip(self._masters, self._narrow, strict=True):
+            assert narrow.grad is not None
+            master.grad = narrow.grad.float()
+            narrow.grad = None
+        self._optimizer.step()
+        with torch.no_grad():
+            for master, narrow in zip(self._masters, self._narrow, strict=True):
+                narrow.copy_(master)
+        self._step += 1
+
+
+def normalised_mse(output: Tensor, target: Tensor) -> Tensor:
+    """mean((output - target)^2) / mean(target^2) in float32 (METHOD.md, BLD), a scalar."""
+    wide = target.float()
+    return (output.float() - wide).square().mean() / wide.square().mean()
+
+
+def rank_channels(config: ModelConfig, parent: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> Tensor:
+    """FFN channels of a parent block from the most to the least important, over `inputs` at its input boundary."""
+    block = Block.load(config, parent_attention(config), parent_ffn(config), parent)
+    total = torch.zeros(config.intermediate_size, dtype=torch.float64)
+    num_tokens = 0
+    assert isinstance(block.mlp, GatedFfn)
+    with torch.inference_mode():
+        for hidden in inputs:
+            normed = block.post_attention_layernorm(block.attend(hidden, rotary_for(config, hidden.shape[1], hidden)))
+            total += block.mlp.channels(normed).abs().sum((0, 1), dtype=torch.float64).cpu()
+            num_tokens += hidden.shape[0] * hidden.shape[1]
+    return channel_order(channel_contribution(total, num_tokens, parent["mlp.down_proj.weight"].cpu()))
+
+
+@dataclass(frozen=True)
+class _Student:
+    """One variant in training: `run` maps (block input, parent's attention output) to the block's output."""
+
+    block: Block
+    masters: MasterWeights
+    initial: Tensors
+    run: Callable[[Tensor, Tensor, Rotary], Tensor]
+
+    def tensors(self) -> Tensors:
+        return {name: self.block.state_dict()[name].clone() for name in self.initial}
+
+
+def distill_block(
+    config: ModelConfig,
+    parent: Mapping[str, Tensor],
+    starts: Mapping[Attention | Ffn, Tensors],
+    batches: Iterable[Batch],
+    held_out: Iterable[Batch],
+    schedule: Schedule,
+) -> dict[Attention | Ffn, Trained]:
+    """Train every variant of one block.
+
+    Args:
+        config: geometry of the parent.
+        parent: tensors of the parent's block, in the dtype of compute.
+        starts: initial tensors of each variant to train (its own subblock only).
+        batches: training batches in order, one per step.
+        held_out: batches for the losses before and after; read twice.
+        schedule: steps and learning rate.
+
+    Returns:
+        For each variant the weights to keep. Each variant's bytes are independent of which others train beside it.
+    """
+    teacher = Block.load(config, parent_attention(config), parent_ffn(config), parent)
+    students = {variant: _student(config, parent, variant, tensors, schedule) for variant, tensors in starts.items()}
+    held = list(held_out)
+    before = _losses(config, teacher, students, held)
+    for hidden, target in batches:
+        rotary = rotary_for(config, hidden.shape[1], hidden)
+        with torch.no_grad():
+            attended = teacher.attend(hidden, rotary)
+        for student in students.values():
+            loss = normalised_mse(student.run(hidden, attended, rotary), target)
+            torch.autograd.backward(loss)
+            student.masters.step()
+    after = _losses(config, teacher, students, held)
+    return {variant: _keep_better(student, before[variant], after[variant]) for variant, student in students.items()}
+
+
+def _student(
+    config: ModelConfig, parent: Mapping[str, Tensor], variant: Attention | Ffn, start: Tensors, schedule: Schedule
+) -> _Student:
+    own = {name: tensor.clone() for name, tensor in start.items()}
+    if isinstance(variant, Attention):
+        block = Block.load(config, variant, parent_ffn(config), {**own, **ffn_part(parent)})
+        block.self_attn.requires_grad_(True)
+
+        def run(hidden: Tensor, attended: Tensor, rotary: Rotary) -> Tensor:
+            output: Tensor = block(hidden, rotary)
+            return output
+    else:
+        block = Block.load(config, parent_attention(config), variant, {**attention_part(parent), **own})
+        block.mlp.requires_grad_(True)
+
+        def run(hidden: Tensor, attended: Tensor, rotary: Rotary) -> Tensor:
+            return block.feed_forward(attended)
+
+    return _Student(block, MasterWeights(block, schedule), start, run)
+
+
+def _losses(
+    config: ModelConfig, teacher: Block, students: Mapping[Attention | Ffn, _Student], held_out: list[Batch]
+) -> dict[Attention | Ffn, float]:
+    """Mean held-out loss of each student."""
+    totals = dict.fromkeys(students, 0.0)
+    with torch.inference_mode():
+        for hidden, target in held_out:
+            rotary = rotary_for(config, hidden.shape[1], hidden)
+            attended = teacher.attend(hidden, rotary)
+            for variant, student in students.items():
+                totals[variant] += float(normalised_mse(student.run(hidden, attended, rotary), target))
+    return {variant: total / len(held_out) for variant, total in totals.items()}
+
+
+def _keep_better(student: _Student, before: float, after: float) -> Trained:
+    improved = after < before  # False for nan as well: a diverged variant keeps its start
+    return Trained(student.tensors() if improved else dict(student.initial), before, after, improved)

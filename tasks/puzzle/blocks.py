@@ -1,0 +1,190 @@
+"""One decoder block of any variant, with the tensor names of a Llama checkpoint.
+
+Shapes: hidden [batch, tokens, hidden]; query [batch, heads, tokens, head_dim]; rotary (cos, sin), each
+[batch or 1, tokens, head_dim]. A removed subblock (no-op) has no tensors, its norm included.
+"""
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from storage.model_config import ModelConfig
+from storage.records import Attention, Ffn
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, statistics in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise the last dimension of `hidden`."""
+        wide = hidden.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide * scale).to(hidden.dtype)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Causal attention of `num_heads` query heads that share `num_kv_heads` key and value heads.
+
+    `cache_index` is the layer number in the KV cache: the position among the blocks that have attention, so that a
+    block without one leaves no hole.
+    """
+
+    def __init__(self, config: ModelConfig, num_kv_heads: int, cache_index: int = 0) -> None:
+        super().__init__()
+        hidden, head_dim = config.hidden_size, config.head_dim
+        self.head_dim = head_dim
+        self.cache_index = cache_index
+        self.q_proj = nn.Linear(hidden, config.num_heads * head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, num_kv_heads * head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, num_kv_heads * head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_heads * head_dim, hidden, bias=config.output_bias)
+
+    def forward(self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Attend within each sequence; `mask` is additive or boolean [batch, 1, tokens, keys], None means causal."""
+        split = (*hidden.shape[:2], -1, self.head_dim)
+        query = self.q_proj(hidden).view(split).transpose(1, 2)
+        key = self.k_proj(hidden).view(split).transpose(1, 2)
+        value = self.v_proj(hidden).view(split).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *rotary)
+        if cache is not None:
+            key, value = cache.update(key, value, self.cache_index)
+        causal = mask is None and query.shape[2] > 1
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=key.shape[1] != query.shape[1]
+        )
+        joined: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
+        return joined
+
+
+class LinearAttention(nn.Module):
+    """One linear layer in place of attention: each token sees itself only."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.linear_attn = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Map each token; positions, mask and cache play no part."""
+        mapped: Tensor = self.linear_attn(hidden)
+        return mapped
+
+
+class GatedFfn(nn.Module):
+    """down(activation(gate(x)) * up(x)) with `intermediate_size` channels."""
+
+    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.activation = ACT2FN[config.activation]
+
+    def channels(self, hidden: Tensor) -> Tensor:
+        """The input of down_proj, [batch, tokens, intermediate]: what importance looks at."""
+        gated: Tensor = self.activation(self.gate_proj(hidden)) * self.up_proj(hidden)
+        return gated
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map each token."""
+        mapped: Tensor = self.down_proj(self.channels(hidden))
+        return mapped
+
+
+class LinearFfn(nn.Module):
+    """One linear layer in place of the FFN."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.linear_mlp = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map each token."""
+        mapped: Tensor = self.linear_mlp(hidden)
+        return mapped
+
+
+class Block(nn.Module):
+    """A decoder block: hidden + attention(norm(hidden)), then + ffn(norm(.)); either half may be absent (no-op)."""
+
+    self_attn: GroupedQueryAttention | LinearAttention
+    mlp: GatedFfn | LinearFfn
+
+    def __init__(self, config: ModelConfig, attention: Attention, ffn: Ffn, cache_index: int = 0) -> None:
+        super().__init__()
+        norm = (config.hidden_size, config.rms_norm_eps)
+        if attention.kind != "no_op":
+            self.input_layernorm = RMSNorm(*norm)
+            self.self_attn = (
+                GroupedQueryAttention(config, attention.num_kv_heads, cache_index)
+                if attention.kind == "gqa"
+                else LinearAttention(config)
+            )
+        if ffn.kind != "no_op":
+            self.post_attention_layernorm = RMSNorm(*norm)
+            self.mlp = GatedFfn(config, ffn.intermediate_size) if ffn.kind == "gated" else LinearFfn(config)
+        self.attention = attention
+        self.ffn = ffn
+
+    @classmethod
+    def load(cls, config: ModelConfig, attention: Attention, ffn: Ffn, tensors: Mapping[str, Tensor]) -> Self:
+        """A frozen block over `tensors` (names as in a Llama layer), sharing their memory.
+
+        Raises:
+            RuntimeError: a tensor is missing, left over, or has another shape than the variant.
+        """
+        with torch.device("meta"):
+            block = cls(config, attention, ffn)
+        block.load_state_dict(dict(tensors), strict=True, assign=True)
+        return block.requires_grad_(False)
+
+    def attend(self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """hidden after the attention subblock."""
+        if self.attention.kind == "no_op":
+            return hidden
+        attended: Tensor = self.self_attn(self.input_layernorm(hidden), rotary, mask, cache)
+        return hidden + attended
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """hidden after the FFN subblock."""
+        if self.ffn.kind == "no_op":
+            return hidden
+        fed: Tensor = self.mlp(self.post_attention_layernorm(hidden))
+        return hidden + fed
+
+    def forward(self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Both subblocks, [batch, tokens, hidden] -> the same shape."""
+        return self.feed_forward(self.attend(hidden, rotary, mask, cache))
+
+
+def rotary_embedding(config: ModelConfig) -> LlamaRotaryEmbedding:
+    """transformers' rotary embedding (all rope scalings) for this geometry."""
+    return LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.context,
+            rope_parameters=dict(config.rope),
+        )
+    )
+
+
+def rotary_for(config: ModelConfig, tokens: int, like: Tensor) -> Rotary:
+    """(cos, sin), each [1, tokens, head_dim], for positions 0 .. tokens-1 in the dtype and device of `like`."""
+    positions = torch.arange(tokens, device=like.device)[None]
+    cos, sin = rotary_embedding(config).to(like.device)(like, positions)
+    return cos, sin

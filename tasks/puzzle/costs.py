@@ -1,0 +1,369 @@
+"""What a child takes: parameters, bytes, milliseconds and tokens per second, summed over cost rows. No torch.
+
+In: cost rows (modelled: cost_model.py; timed; or a table that the user brings) and the blocks of an architecture.
+Out: every metric that a constraint can limit, and how much each replacement adds to it. Costs are additive: a child's
+cost is the sum over its rows exactly, which makes the search a linear program (arXiv 2411.19146, section 3.3).
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from storage.files import InputError
+from storage.model_config import ModelConfig
+from storage.records import (
+    ANY_VARIANT,
+    Component,
+    CostRow,
+    Metric,
+    Origin,
+    Precision,
+    Replacement,
+    TimingRow,
+)
+from tasks.puzzle.variants import Sizes, component_sizes
+
+GIB = 2**30
+FIXED_COMPONENTS: tuple[Component, ...] = ("embedding", "head", "step")
+"""What every child has as the parent has it."""
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """Where milliseconds hold: a column set of the cost table. `scenario` is input/output length in tokens."""
+
+    hardware: str
+    engine: str
+    precision: Precision
+    tensor_parallel: int
+    scenario: str
+    batch: int
+
+    @classmethod
+    def of(cls, row: CostRow) -> "Setting":
+        """The setting of a row."""
+        return cls(row.hardware, row.engine, row.precision, row.tensor_parallel, row.scenario, row.batch)
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens that a request reads."""
+        return int(self.scenario.split("/")[0])
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens that a request generates."""
+        return int(self.scenario.split("/")[1])
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens in the KV cache at a decode step, averaged over a request."""
+        return self.input_tokens + self.output_tokens / 2
+
+    @property
+    def text(self) -> str:
+        """For messages."""
+        parallel = f", {self.tensor_parallel} devices" if self.tensor_parallel > 1 else ""
+        return f"{self.hardware}, {self.engine}, {self.precision}, {self.scenario}, batch {self.batch}{parallel}"
+
+
+def from_timings(rows: Iterable[TimingRow], config: ModelConfig) -> tuple[CostRow, ...]:
+    """Cost rows of a table of timings, with the sizes of `config`'s components.
+
+    Raises:
+        InputError: the timed components have other sizes, so the timings are another parent's.
+    """
+    costs = []
+    for row in rows:
+        sizes = component_sizes(config, row.component, row.variant, row.precision)
+        timed = Sizes(row.params, row.weight_bytes, row.kv_bytes_per_token)
+        if timed != sizes:
+            raise InputError(
+                f"the timings of {row.hardware} are another parent's: {row.component} {row.variant} has {timed} "
+                f"there and {sizes} in this parent; run `python -m flows.measure_costs --time {row.hardware}`"
+            )
+        fields = {name: getattr(row, name) for name in CostRow.__dataclass_fields__ if name != "how"}
+        how = (
+            f"{row.how}; {row.machine}; {row.versions}; {row.dtype}, {row.threads} threads, "
+            f"{row.repeats} repeats, spread {row.spread:.1%}"
+        )
+        costs.append(CostRow(**fields, how=how))
+    return tuple(costs)
+
+
+class CostTable:
+    """Cost rows, looked up by component and setting."""
+
+    def __init__(self, rows: Iterable[CostRow]) -> None:
+        """Index `rows` (validated: storage.tables)."""
+        self._rows: dict[tuple[Setting, Component, str, int | None, int], CostRow] = {}
+        self._sized: defaultdict[tuple[Component, str], list[CostRow]] = defaultdict(list)
+        self._sizes: dict[tuple[str | None, ...], Sizes] = {}
+        for row in rows:
+            self._rows[Setting.of(row), row.component, row.variant, row.first_block, row.span] = row
+            self._sized[row.component, row.variant].append(row)
+
+    def row(
+        self, setting: Setting, component: Component, variant: str, first_block: int | None = None, span: int = 1
+    ) -> CostRow:
+        """The row of a component: the block's own where there is one, else the one for every block, else span 1's.
+
+        Raises:
+            InputError: there is none; the message says what the table has instead.
+        """
+        for place in ((first_block, span), (None, span), (None, 1)):
+            if found := self._rows.get((setting, component, variant, *place)):
+                return found
+        raise self._missing(setting, component, variant)
+
+    def sizes(
+        self,
+        component: Component,
+        variant: str,
+        precision: Precision | None = None,
+        hardware: str | None = None,
+        engine: str | None = None,
+    ) -> Sizes:
+        """Parameters and bytes of a component; None leaves a column open.
+
+        Raises:
+            InputError: no such row, or rows that disagree on the size.
+        """
+        key = (component, variant, precision, hardware, engine)
+        if key not in self._sizes:
+            self._sizes[key] = self._find_sizes(component, variant, precision, hardware, engine)
+        return self._sizes[key]
+
+    def _find_sizes(
+        self, component: Component, variant: str, precision: Precision | None, hardware: str | None, engine: str | None
+    ) -> Sizes:
+        wanted = {"precision": precision, "hardware": hardware, "engine": engine}
+        rows = [
+            row
+            for row in self._sized[component, variant]
+            if all(value in (None, getattr(row, name)) for name, value in wanted.items())
+        ]
+        asked = ", ".join(f"{name} {value}" for name, value in wanted.items() if value is not None) or "any setting"
+        if not rows:
+            raise InputError(
+                f"the cost table has no {component} {variant!r} for {asked} (has: {self._known(component)}); "
+                "run `dvc repro measure_costs`"
+            )
+        sizes = {Sizes(row.params, row.weight_bytes, row.kv_bytes_per_token) for row in rows}
+        if precision is None:  # bytes mean nothing without a precision; parameters must agree all the same
+            sizes = {Sizes(size.params, 0, 0) for size in sizes}
+        if len(sizes) > 1:
+            raise InputError(
+                f"the cost table has {len(sizes)} different sizes of {component} {variant!r} for {asked}: {sizes}; "
+                "correct it, or name hardware and engine in the constraint"
+            )
+        return sizes.pop()
+
+    def origin(self, setting: Setting) -> Origin:
+        """Whether the milliseconds of a setting are measured; a mixture counts as modelled."""
+        origins = {row.origin for key, row in self._rows.items() if key[0] == setting}
+        return "measured" if origins == {"measured"} else "modelled"
+
+    def _known(self, component: Component) -> str:
+        names = sorted(
+            {
+                f"{row.variant} in {row.precision}"
+                for rows in self._sized.values()
+                for row in rows
+                if row.component == component
+            }
+        )
+        return ", ".join(names) or f"no {component} at all"
+
+    def _missing(self, setting: Setting, component: Component, variant: str) -> InputError:
+        here = sorted({key[2] for key in self._rows if key[0] == setting and key[1] == component})
+        if here:
+            has = f"for these the table has {component}: {', '.join(here)}"
+        else:
+            settings = sorted({key[0] for key in self._rows})
+            has = "the table has " + ("; ".join(known.text for known in settings) or "no rows")
+        return InputError(
+            f"no cost of {component} {variant!r} on {setting.text}; {has}. Run `dvc repro measure_costs`, or time it "
+            f"with `python -m flows.measure_costs --time {setting.hardware}`"
+        )
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Size of a whole model: parameters (all, and those of blocks), bytes of weights, KV bytes per token of context."""
+
+    params: int
+    block_params: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+    def memory_gib(self, batch: int, context: int, tensor_parallel: int = 1) -> float:
+        """GiB per device of weights and KV cache for `batch` sequences of `context` tokens."""
+        return (self.weight_bytes + batch * context * self.kv_bytes_per_token) / tensor_parallel / GIB
+
+
+@dataclass(frozen=True)
+class ModelSpeed:
+    """Speed of a whole model in a setting; milliseconds are of the whole batch, decode's of one step."""
+
+    setting: Setting
+    prefill_ms: float
+    decode_ms: float
+
+    @property
+    def latency_ms(self) -> float:
+        """Milliseconds of a batch of requests: the input is read, then each output token takes a step."""
+        return self.prefill_ms + self.setting.output_tokens * self.decode_ms
+
+    @property
+    def throughput(self) -> float:
+        """Generated tokens/s of whole requests."""
+        return _per_second(self.setting.batch * self.setting.output_tokens, self.latency_ms)
+
+    @property
+    def decode_throughput(self) -> float:
+        """Generated tokens/s while decoding."""
+        return _per_second(self.setting.batch, self.decode_ms)
+
+
+def _per_second(tokens: int, milliseconds: float) -> float:
+    return 1e3 * tokens / milliseconds if milliseconds else math.inf
+
+
+def model_sizes(
+    table: CostTable,
+    blocks: Sequence[Replacement],
+    precision: Precision | None = None,
+    hardware: str | None = None,
+    engine: str | None = None,
+) -> ModelSizes:
+    """Sizes of the model with these blocks: the sum over its rows; without `precision` only parameters count."""
+    of_blocks = [
+        table.sizes(component, variant, precision, hardware, engine)
+        for block in blocks
+        for component, variant in _subblocks(block)
+    ]
+    fixed = [table.sizes(component, ANY_VARIANT, precision, hardware, engine) for component in FIXED_COMPONENTS]
+    everything = of_blocks + fixed
+    return ModelSizes(
+        params=sum(size.params for size in everything),
+        block_params=sum(size.params for size in of_blocks),
+        weight_bytes=sum(size.weight_bytes for size in everything),
+        kv_bytes_per_token=sum(size.kv_bytes_per_token for size in everything),
+    )
+
+
+def model_speed(table: CostTable, blocks: Sequence[Replacement], setting: Setting) -> ModelSpeed:
+    """Speed of the model with these blocks: the sum over its rows."""
+    rows = [
+        table.row(setting, component, variant, block.first_block, block.span)
+        for block in blocks
+        for component, variant in _subblocks(block)
+    ]
+    rows += [table.row(setting, component, ANY_VARIANT) for component in FIXED_COMPONENTS]
+    return ModelSpeed(setting, math.fsum(row.prefill_ms for row in rows), math.fsum(row.decode_ms for row in rows))
+
+
+def _subblocks(block: Replacement) -> tuple[tuple[Component, str], tuple[Component, str]]:
+    return ("attention", block.attention.name), ("ffn", block.ffn.name)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A metric at its operating point: what a constraint limits.
+
+    Units: params and block_params count; weight_bytes bytes; kv_bytes bytes per token; memory_gib GiB per device at
+    (batch, context); throughput and decode_throughput tokens/s; latency_ms of a batch of whole requests. Sizes may
+    leave hardware and engine open (None). Every metric is a linear function of a sum over components, or (the
+    throughputs) a constant divided by one: `total` is that sum, `value` the metric.
+    """
+
+    metric: Metric
+    precision: Precision = "bfloat16"
+    hardware: str | None = None
+    engine: str | None = None
+    scenario: str | None = None
+    batch: int = 1
+    context: int | None = None
+    tensor_parallel: int = 1
+
+    @property
+    def setting(self) -> Setting | None:
+        """Where milliseconds are looked up; None for sizes."""
+        if self.metric not in ("throughput", "decode_throughput", "latency_ms"):
+            return None
+        assert self.hardware is not None and self.engine is not None and self.scenario is not None, self
+        return Setting(self.hardware, self.engine, self.precision, self.tensor_parallel, self.scenario, self.batch)
+
+    @property
+    def scale(self) -> float:
+        """`value(total)` is total * scale, or scale / total for the throughputs."""
+        setting = self.setting
+        if setting is None:
+            return 1 / GIB / self.tensor_parallel if self.metric == "memory_gib" else 1.0
+        tokens = {"throughput": setting.output_tokens, "decode_throughput": 1}
+        return 1e3 * setting.batch * tokens[self.metric] if self.inverse else 1.0
+
+    @property
+    def inverse(self) -> bool:
+        """Whether more is better, so that the sum over components (milliseconds) divides."""
+        return self.metric in ("throughput", "decode_throughput")
+
+    def value(self, total: float) -> float:
+        """The metric, in its unit, of a sum over components."""
+        if self.inverse:
+            return self.scale / total if total else math.inf
+        return total * self.scale
+
+    def total_at(self, value: float) -> float:
+        """Inverse of :meth:`value`: the sum over components at which the metric has this value."""
+        return self.scale / value if self.inverse else value / self.scale
+
+    def of_block(self, table: CostTable, block: Replacement) -> float:
+        """What one replacement adds to the sum."""
+        return math.fsum(
+            self._part(table, component, variant, block.first_block, block.span)
+            for component, variant in _subblocks(block)
+        )
+
+    def fixed(self, table: CostTable) -> float:
+        """What embedding, head and step add to the sum."""
+        if self.metric == "block_params":
+            return 0.0
+        return math.fsum(self._part(table, component, ANY_VARIANT, None, 1) for component in FIXED_COMPONENTS)
+
+    def _part(self, table: CostTable, component: Component, variant: str, first_block: int | None, span: int) -> float:
+        if setting := self.setting:
+            row = table.row(setting, component, variant, first_block, span)
+            steps = {"throughput": setting.output_tokens, "latency_ms": setting.output_tokens, "decode_throughput": 1}
+            read = 0.0 if self.metric == "decode_throughput" else row.prefill_ms
+            return read + steps[self.metric] * row.decode_ms
+        counts_params = self.metric in ("params", "block_params")
+        sizes = table.sizes(component, variant, None if counts_params else self.precision, self.hardware, self.engine)
+        if counts_params:
+            return sizes.params
+        cached_tokens = {"weight_bytes": 0, "kv_bytes": 1}.get(self.metric, self.batch * (self.context or 0))
+        held = 0 if self.metric == "kv_bytes" else sizes.weight_bytes
+        return held + cached_tokens * sizes.kv_bytes_per_token
+
+
+def measure(table: CostTable, blocks: Sequence[Replacement], quantity: Quantity) -> float:
+    """The metric of an architecture in its unit, from the table's rows and not from the search's coefficients."""
+    if setting := quantity.setting:
+        speed = model_speed(table, blocks, setting)
+        return {
+            "throughput": speed.throughput,
+            "decode_throughput": speed.decode_throughput,
+            "latency_ms": speed.latency_ms,
+        }[quantity.metric]
+    precision = None if quantity.metric in ("params", "block_params") else quantity.precision
+    sizes = model_sizes(table, blocks, precision, quantity.hardware, quantity.engine)
+    if quantity.metric == "memory_gib":
+        assert quantity.context is not None, quantity
+        return sizes.memory_gib(quantity.batch, quantity.context, quantity.tensor_parallel)
+    return {
+        "params": sizes.params,
+        "block_params": sizes.block_params,
+        "weight_bytes": sizes.weight_bytes,
+        "kv_bytes": sizes.kv_bytes_per_token,
+    }[quantity.metric]

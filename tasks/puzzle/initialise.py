@@ -1,0 +1,89 @@
+"""Initial weights of every variant, from the parent's weights (METHOD.md, Initialisation; arXiv 2411.19146, 3.2).
+
+A subblock's tensors carry the names of a Llama layer: attention `input_layernorm.weight`, `self_attn.*`;
+FFN `post_attention_layernorm.weight`, `mlp.*`.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from storage.model_config import ModelConfig
+from storage.records import Attention, Ffn
+
+Tensors = dict[str, Tensor]
+ATTENTION_PREFIXES = ("input_layernorm.", "self_attn.")
+FFN_PREFIXES = ("post_attention_layernorm.", "mlp.")
+
+
+def attention_part(block: Mapping[str, Tensor]) -> Tensors:
+    """The tensors of a block's attention subblock, its norm included."""
+    return {name: tensor for name, tensor in block.items() if name.startswith(ATTENTION_PREFIXES)}
+
+
+def ffn_part(block: Mapping[str, Tensor]) -> Tensors:
+    """The tensors of a block's FFN subblock, its norm included."""
+    return {name: tensor for name, tensor in block.items() if name.startswith(FFN_PREFIXES)}
+
+
+def channel_contribution(absolute_sum: Tensor, num_tokens: int, down: Tensor) -> Tensor:
+    """Importance of FFN channels: C_i = mean over tokens |x_i| * ||W_down[:, i]||_2, [intermediate] float64.
+
+    Args:
+        absolute_sum: sum over tokens of |input of down_proj|, [intermediate].
+        num_tokens: tokens in that sum.
+        down: weight of down_proj, [hidden, intermediate].
+    """
+    contribution: Tensor = absolute_sum.double() / num_tokens * torch.linalg.vector_norm(down.double(), dim=0)
+    return contribution
+
+
+def channel_order(contribution: Tensor) -> Tensor:
+    """Channels from the most to the least important, ties by index, [intermediate] int64."""
+    return torch.argsort(contribution, descending=True, stable=True)
+
+
+def initial_attention(config: ModelConfig, parent: Mapping[str, Tensor], variant: Attention) -> Tensors:
+    """Start of an attention variant: k_proj and v_proj mean-pooled inside each group of kv heads.
+
+    Args:
+        config: geometry of the parent.
+        parent: tensors of the parent's block.
+        variant: gqa with a divisor of the parent's kv heads, or no_op.
+    """
+    if variant.kind == "no_op":
+        return {}
+    assert variant.kind == "gqa" and config.num_kv_heads % variant.num_kv_heads == 0, variant
+    start = attention_part(parent)
+    for name in (
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+        "self_attn.k_proj.bias",
+        "self_attn.v_proj.bias",
+    ):
+        if name in start:
+            tensor = start[name]
+            groups = tensor.float().reshape(variant.num_kv_heads, -1, config.head_dim, *tensor.shape[1:])
+            start[name] = groups.mean(1).reshape(-1, *tensor.shape[1:]).to(tensor.dtype)
+    return start
+
+
+def initial_ffn(parent: Mapping[str, Tensor], variant: Ffn, order: Tensor) -> Tensors:
+    """Start of a narrower FFN: the most important channels, kept in the parent's order of channels.
+
+    Args:
+        parent: tensors of the parent's block.
+        variant: gated with at most the parent's width, or no_op.
+        order: channels from the most to the least important, from :func:`channel_order`.
+    """
+    if variant.kind == "no_op":
+        return {}
+    assert variant.kind == "gated" and variant.intermediate_size <= len(order), variant
+    kept = order[: variant.intermediate_size].sort().values
+    start = ffn_part(parent)
+    for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.gate_proj.bias", "mlp.up_proj.bias"):
+        if name in start:
+            start[name] = start[name][kept]
+    start["mlp.down_proj.weight"] = start["mlp.down_proj.weight"][:, kept].contiguous()
+    return start

@@ -1,0 +1,183 @@
+"""Measured milliseconds of a model's components with torch on the device at hand.
+
+A component's cost is the difference between stacks with N and 2N copies of it, everything else alike: in both
+stacks the other subblock of every block is the parent's, so weights stream from memory as they do in a real model
+instead of resting in a cache. Stacks are timed in turn (A B A B ...) and the median of the paired differences counts.
+Decoding is timed at the scenario's mean context (input + output / 2), as one step of the whole batch.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.cache_utils import DynamicCache
+
+from storage.model_config import ModelConfig
+from storage.records import Attention, Ffn
+from tasks.puzzle.blocks import Block, RMSNorm, rotary_embedding
+from tasks.puzzle.device import Compute
+from tasks.puzzle.variants import parent_attention, parent_ffn
+
+Progress = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Lengths in tokens and sequences at once."""
+
+    input_tokens: int
+    output_tokens: int
+    batch: int
+
+    @property
+    def mean_context(self) -> int:
+        """Tokens in the KV cache halfway through decoding."""
+        return self.input_tokens + self.output_tokens // 2
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median milliseconds of prefill and of one decode step, and their spread (interquartile range / median)."""
+
+    prefill_ms: float
+    decode_ms: float
+    spread: float
+
+
+class Stack(nn.Module):
+    """Blocks with random weights, and the two phases to time."""
+
+    def __init__(self, config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], compute: Compute) -> None:
+        super().__init__()
+        with_attention = [attention.kind == "gqa" for attention, _ in blocks]
+        self.layers = nn.ModuleList(
+            Block(config, attention, ffn, cache_index=sum(with_attention[:index]))
+            for index, (attention, ffn) in enumerate(blocks)
+        ).to(compute.device, compute.dtype)
+        self.rotary = rotary_embedding(config).to(compute.device)
+        self._hidden_size = config.hidden_size
+        self._compute = compute
+
+    def _run(self, tokens: int, batch: int, cache: DynamicCache, position: int) -> None:
+        hidden = torch.full(
+            (batch, tokens, self._hidden_size), 0.5, dtype=self._compute.dtype, device=self._compute.device
+        )
+        rotary = self.rotary(hidden, torch.arange(position, position + tokens, device=hidden.device)[None])
+        for block in self.layers:
+            hidden = block(hidden, rotary, None, cache)
+
+    def prefill(self, work: Workload) -> DynamicCache:
+        """Fill a cache with the input."""
+        cache = DynamicCache()
+        self._run(work.input_tokens, work.batch, cache, 0)
+        return cache
+
+    def at_context(self, work: Workload) -> DynamicCache:
+        """A cache at the mean context."""
+        cache = DynamicCache()
+        self._run(work.mean_context, work.batch, cache, 0)
+        return cache
+
+    def decode(self, work: Workload, cache: DynamicCache) -> None:
+        """One step; the cache goes back to its length after it."""
+        self._run(1, work.batch, cache, work.mean_context)
+        cache.crop(work.mean_context)
+
+
+def milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, the device's queue included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Time the calls in turn, `repeats` rounds after one that does not count; name -> milliseconds of each round."""
+    for call in calls.values():
+        call()
+    rounds = [{name: milliseconds(call, device) for name, call in calls.items()} for _ in range(repeats)]
+    return {name: [one[name] for one in rounds] for name in calls}
+
+
+def time_subblock(
+    config: ModelConfig, variant: Attention | Ffn, work: Workload, compute: Compute, copies: int, repeats: int
+) -> Timing:
+    """Milliseconds of one copy of a subblock variant in a stack of parent blocks.
+
+    Args:
+        config: geometry of the parent.
+        variant: attention or FFN variant to time; a no-op costs 0 by definition and is not timed.
+        work: lengths and batch.
+        compute: device and dtype.
+        copies: N; the stacks hold 2N blocks.
+        repeats: rounds.
+    """
+    if isinstance(variant, Attention):
+        with_it, without = (variant, parent_ffn(config)), (Attention("no_op"), parent_ffn(config))
+    else:
+        with_it, without = (parent_attention(config), variant), (parent_attention(config), Ffn("no_op"))
+    with torch.inference_mode():
+        full = Stack(config, [with_it] * (2 * copies), compute)
+        half = Stack(config, [with_it, without] * copies, compute)
+        caches = {stack: stack.at_context(work) for stack in (full, half)}
+        rounds = interleaved(
+            {
+                "prefill 2N": lambda: full.prefill(work),
+                "prefill N": lambda: half.prefill(work),
+                "decode 2N": lambda: full.decode(work, caches[full]),
+                "decode N": lambda: half.decode(work, caches[half]),
+            },
+            repeats,
+            compute.device,
+        )
+    prefill = [(two - one) / copies for two, one in zip(rounds["prefill 2N"], rounds["prefill N"], strict=True)]
+    decode = [(two - one) / copies for two, one in zip(rounds["decode 2N"], rounds["decode N"], strict=True)]
+    return Timing(max(0.0, statistics.median(prefill)), max(0.0, statistics.median(decode)), _spread(decode))
+
+
+def time_outside(config: ModelConfig, work: Workload, compute: Compute, repeats: int) -> dict[str, Timing]:
+    """Milliseconds of what every model has besides its blocks: `embedding` and `head` (norm, last logits)."""
+    table = torch.randn(config.vocab_size, config.hidden_size).to(compute.device, compute.dtype)
+    norm = RMSNorm(config.hidden_size, config.rms_norm_eps).to(compute.device, compute.dtype)
+    last = torch.randn(work.batch, 1, config.hidden_size).to(compute.device, compute.dtype)
+    prompt = torch.zeros(work.batch, work.input_tokens, dtype=torch.long, device=compute.device)
+    # a buffer larger than any cache, read between two heads: in a model, blocks evict the head's weights
+    evict = torch.ones(1 << 25, device=compute.device)
+
+    def head() -> Tensor:
+        return functional.linear(norm(last), table).argmax(-1)
+
+    with torch.inference_mode():
+        rounds = interleaved(
+            {
+                "embedding prefill": lambda: functional.embedding(prompt, table),
+                "embedding decode": lambda: functional.embedding(prompt[:, :1], table),
+                "evict": lambda: evict.sum(),
+                "head": head,
+            },
+            repeats,
+            compute.device,
+        )
+    median = {name: statistics.median(values) for name, values in rounds.items()}
+    return {
+        "embedding": Timing(
+            median["embedding prefill"], median["embedding decode"], _spread(rounds["embedding decode"])
+        ),
+        "head": Timing(median["head"], median["head"], _spread(rounds["head"])),
+    }
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Interquartile range relative to the median."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / middle if middle > 0 else 0.0

@@ -1,0 +1,199 @@
+"""Tables: what is written is read back, bytes do not depend on row order, every fault gives one clear error."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from storage.files import DamagedFileError, InputError, sha256
+from storage.records import CostRow, ScoreRow, TimingRow
+from storage.tables import (
+    read_costs,
+    read_scores,
+    read_timings,
+    write_costs,
+    write_scores,
+    write_timings,
+)
+
+SCORE = ScoreRow(
+    first_block=0,
+    span=1,
+    attention="kv_1",
+    ffn="ffn_1536",
+    weights="decoupled",
+    weights_hash="ab12",
+    around="parent",
+    sequence_shard=0,
+    tokens=512,
+    kl=0.02,
+    lm_loss=2.9,
+    top1_agreement=0.93,
+)
+COST = CostRow(
+    component="ffn",
+    variant="ffn_768",
+    first_block=None,
+    span=1,
+    hardware="cpu",
+    engine="torch",
+    precision="bfloat16",
+    tensor_parallel=1,
+    scenario="128/128",
+    batch=8,
+    prefill_ms=3.5,
+    decode_ms=0.25,
+    weight_bytes=2_655_360,
+    kv_bytes_per_token=0,
+    params=1_327_680,
+    origin="measured",
+    how="torch, N against 2N copies",
+)
+TIMING = TimingRow(
+    **{name: getattr(COST, name) for name in CostRow.__dataclass_fields__},
+    machine="2 cores",
+    versions="torch 2.13",
+    dtype="bfloat16",
+    threads=2,
+    repeats=9,
+    spread=0.03,
+)
+
+
+def _scores() -> list[ScoreRow]:
+    return [
+        SCORE,
+        replace(SCORE, sequence_shard=1, kl=0.03),
+        replace(SCORE, first_block=1),
+        replace(SCORE, attention="no_op", weights="initial", weights_hash=""),
+    ]
+
+
+def _costs() -> list[CostRow]:
+    return [
+        COST,
+        replace(COST, batch=1),
+        replace(COST, first_block=3),
+        replace(COST, component="head", variant="parent"),
+    ]
+
+
+def test_round_trips(tmp_path: Path) -> None:
+    write_scores(tmp_path / "scores.parquet", _scores())
+    assert set(read_scores(tmp_path / "scores.parquet")) == set(_scores())
+    write_costs(tmp_path / "costs.parquet", _costs())
+    assert set(read_costs(tmp_path / "costs.parquet")) == set(_costs())
+    write_timings(tmp_path / "timings.parquet", [TIMING])
+    assert read_timings(tmp_path / "timings.parquet") == (TIMING,)
+
+
+def test_bytes_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
+    for name, rows in (("a", _costs()), ("b", _costs()[::-1])):
+        write_costs(tmp_path / name, rows)
+    assert sha256(tmp_path / "a") == sha256(tmp_path / "b")
+
+
+def test_a_table_without_our_metadata_and_with_other_integer_types_is_read(tmp_path: Path) -> None:
+    columns = {name: [getattr(COST, name)] for name in CostRow.__dataclass_fields__} | {"note": ["mine"]}
+    table = pa.table(columns)
+    table = table.set_column(table.column_names.index("batch"), "batch", pa.array([8], pa.int32()))
+    pq.write_table(table, tmp_path / "mine.parquet")
+    assert read_costs(tmp_path / "mine.parquet") == (COST,)
+
+
+def test_unknown_columns_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_timings(tmp_path / "t.parquet", [TIMING])
+    with caplog.at_level(logging.INFO, logger="storage.tables"):
+        assert read_costs(tmp_path / "t.parquet") == (COST,)
+    assert "machine" in caplog.text
+
+
+def _set(column: str, value: Any, type_: pa.DataType | None = None) -> Callable[[pa.Table], pa.Table]:
+    """An edit of a table: row 1 of a column gets another value."""
+
+    def edit(table: pa.Table) -> pa.Table:
+        index = table.column_names.index(column)
+        values = table.column(column).to_pylist()
+        values[1] = value
+        return table.set_column(index, column, pa.array(values, type_ or table.schema.field(column).type))
+
+    return edit
+
+
+def _in_seconds(table: pa.Table) -> pa.Table:
+    index = table.column_names.index("prefill_ms")
+    field = pa.field("prefill_ms", pa.float64(), metadata={"unit": "s/batch"})
+    return table.set_column(index, field, table.column("prefill_ms"))
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (_set("prefill_ms", float("nan")), ["row 1", "prefill_ms", "nan", "finite", "ms/batch"]),
+        (_set("decode_ms", float("inf")), ["row 1", "decode_ms", "inf"]),
+        (_set("decode_ms", -0.5), ["row 1", "decode_ms", "-0.5", "at least 0"]),
+        (_set("params", -1), ["row 1", "params", "-1"]),
+        (_set("params", None), ["row 1", "params", "nothing"]),
+        (_set("batch", 0), ["row 1", "batch", "at least 1"]),
+        (_set("batch", 1.5, pa.float64()), ["batch", "whole number", "1.5"]),
+        (_set("variant", "ffn_big"), ["row 1", "ffn_big", "ffn_<channels>"]),
+        (_set("variant", "kv_1"), ["row 1", "kv_1", "ffn_<channels>"]),
+        (_set("component", "mlp"), ["row 1", "mlp", "attention, ffn"]),
+        (_set("precision", "bf16"), ["row 1", "bf16", "bfloat16"]),
+        (_set("scenario", "128:128"), ["row 1", "128:128", "128/128"]),
+        (_set("origin", "guessed"), ["row 1", "guessed", "measured"]),
+        (lambda table: table.drop_columns(["decode_ms"]), ["no column", "decode_ms", "ms/step"]),
+        (lambda table: table.rename_columns({"kv_bytes_per_token": "kv_bytes"}), ["kv_bytes_per_token", "is it kv_b"]),
+        (_in_seconds, ["prefill_ms", "'s/batch'", "'ms/batch'"]),
+        (lambda table: table.slice(0, 0), ["no rows"]),
+        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), ["rows 0 and 4", "both", "batch="]),
+    ],
+)
+def test_a_fault_in_a_cost_table_is_one_clear_error(
+    tmp_path: Path, edit: Callable[[pa.Table], pa.Table], words: list[str]
+) -> None:
+    path = tmp_path / "costs.parquet"
+    write_costs(path, _costs())
+    pq.write_table(edit(pq.read_table(path)), path)
+    with pytest.raises(InputError) as caught:
+        read_costs(path)
+    assert all(word in str(caught.value) for word in [str(path), *words]), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([replace(SCORE, kl=float("nan"))], ["row 0", "kl", "nats/token"]),
+        ([replace(SCORE, kl=-0.5)], ["row 0", "kl", "-0.5"]),
+        ([replace(SCORE, top1_agreement=1.5)], ["row 0", "top1_agreement", "at most 1"]),
+        ([replace(SCORE, tokens=0)], ["row 0", "tokens"]),
+        ([replace(SCORE, attention="kv_0")], ["row 0", "kv_0", "kv_<heads>"]),
+        ([SCORE, SCORE], ["rows 0 and 1", "sequence_shard=0"]),
+        ([SCORE, replace(SCORE, sequence_shard=1, weights_hash="cd34")], ["rows 0 and 1", "weights_hash", "stale"]),
+    ],
+)
+def test_faulty_scores_are_refused_before_they_are_written(
+    tmp_path: Path, rows: list[ScoreRow], words: list[str]
+) -> None:
+    with pytest.raises(InputError) as caught:
+        write_scores(tmp_path / "scores.parquet", rows)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not (tmp_path / "scores.parquet").exists()
+
+
+def test_a_missing_table_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="dvc repro score_blocks"):
+        read_scores(tmp_path / "scores.parquet")
+
+
+def test_a_damaged_table(tmp_path: Path) -> None:
+    path = tmp_path / "costs.parquet"
+    write_costs(path, _costs())
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DamagedFileError, match="not a Parquet file"):
+        read_costs(path)

@@ -1,0 +1,74 @@
+"""Tiny real parents: random weights of every supported family, saved by transformers itself."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from storage.files import read_json
+from storage.model_config import ModelConfig
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 160,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+FAMILIES = ("llama", "llama3-untied-head_dim-bias", "mistral", "qwen2")
+
+
+def tiny_model(family: str) -> Any:
+    """A random parent of a family, float32, the same on every call."""
+    torch.manual_seed(0)
+    model: Any
+    match family:
+        case "llama":
+            model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+        case "llama3-untied-head_dim-bias":
+            extra: dict[str, Any] = {
+                "head_dim": 20,
+                "attention_bias": True,
+                "mlp_bias": True,
+                "rope_parameters": LLAMA3_ROPE,
+            }
+            model = LlamaForCausalLM(LlamaConfig(**SIZES, **extra, tie_word_embeddings=False))
+        case "mistral":
+            model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None))
+        case "qwen2":
+            model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True))
+        case _:
+            raise ValueError(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if (
+                name.endswith("bias") or "norm" in name
+            ):  # transformers starts them at 0 and 1, which would hide mistakes
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.train(False)
+
+
+def save_tiny(family: str, folder: Path, max_shard_size: str = "20KB") -> tuple[Any, ModelConfig]:
+    """Save a tiny parent as a sharded checkpoint; also its geometry as this project reads it."""
+    model = tiny_model(family)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model, ModelConfig.from_hf(read_json(folder / "config.json", "the test"), str(folder))
