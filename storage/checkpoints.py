@@ -18,9 +18,6 @@ from torch import Tensor
 
 from storage.files import DamagedFileError, InputError, digest_of, read_json, write_json, write_whole
 
-EMBEDDING = "model.embed_tokens.weight"
-NORM = "model.norm.weight"
-LM_HEAD = "lm_head.weight"
 CHECKSUMS = "checksums.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

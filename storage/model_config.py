@@ -11,6 +11,9 @@ from typing import Any, Self
 from storage.files import InputError
 from storage.records import Attention, Ffn
 
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _REFUSED = {

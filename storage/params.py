@@ -61,6 +61,7 @@ class CorpusSource(Section):
     revision: str | None = Field(
         None, description="Hub revision (commit, tag); required for hub data sets, so that a rerun reads the same."
     )
+    subset: str | None = Field(None, description="Configuration of a hub data set that has several.")
     split: str = Field("train", description="Split of a hub data set.")
     weight: float = Field(1.0, gt=0, description="Share of tokens relative to the other sources.")
     text: str = Field("text", description="Column with the text.")
@@ -84,7 +85,7 @@ class PrepareCorpus(Section):
     sources: tuple[CorpusSource, ...] = Field(
         (CorpusSource.model_construct(),), min_length=1, description="Ingredients, mixed by weight."
     )
-    seq_len: int = Field(512, ge=8, description="Tokens per sequence; at most the parent's context.")
+    seq_len: int = Field(256, ge=8, description="Tokens per sequence; at most the parent's context.")
     train_tokens: int = Field(49_152, ge=1, description="Tokens of the train split (BLD, then GKD).")
     calibration_tokens: int = Field(
         8_192, ge=1, description="Tokens of the calibration split (scores, BLD's held-out loss)."
@@ -96,15 +97,15 @@ class CacheActivations(Section):
     """Hidden states of the parent at block boundaries."""
 
     mode: Literal["materialised"] = Field("materialised", description="materialised keeps all boundaries.")
-    sequences_per_shard: int = Field(24, ge=1, description="Sequences in a shard: the unit of resuming.")
-    sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
+    sequences_per_shard: int = Field(32, ge=1, description="Sequences in a shard: the unit of resuming.")
+    sequences_per_batch: int = Field(8, ge=1, description="Sequences in one forward pass.")
 
 
 class DistillBlocks(Section):
     """Blockwise local distillation (BLD)."""
 
     tokens: int = Field(49_152, ge=1, description="Tokens that each variant is trained on, once.")
-    sequences_per_step: int = Field(4, ge=1, description="Sequences in an optimizer step.")
+    sequences_per_step: int = Field(8, ge=1, description="Sequences in an optimizer step.")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate of AdamW.")
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising learning rate; then cosine to 0.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
@@ -137,6 +138,9 @@ class MeasureCosts(Section):
     precision: Precision = Field("bfloat16", description="Precision of weights and KV cache.")
     scenarios: tuple[Scenario, ...] = Field(("128/128",), description="Input length / output length, in tokens.")
     batches: tuple[int, ...] = Field((1, 8), description="Sequences at once.")
+    threads: int = Field(2, ge=1, le=256, description="torch threads when `--time` times a CPU.")
+    copies: int = Field(8, ge=1, description="N: `--time` compares stacks of 2N and N copies of a subblock.")
+    repeats: int = Field(15, ge=3, description="Rounds of `--time`; the median counts.")
 
 
 class SearchArchitecture(Section):
@@ -244,9 +248,21 @@ class Params(Section):
         for name, (tokens, available, budget) in wanted.items():
             if tokens > available:
                 raise ValueError(f"{name} is {tokens}, more than prepare_corpus.{budget} = {available}")
-        for name in ("train_tokens", "calibration_tokens", "validation_tokens"):
-            if getattr(corpus, name) % seq_len:
-                raise ValueError(f"prepare_corpus.{name} must be a multiple of seq_len = {seq_len}")
+        step, batch = self.distill_blocks.sequences_per_step * seq_len, self.score_blocks.sequences_per_batch * seq_len
+        multiples = {
+            "prepare_corpus.train_tokens": (corpus.train_tokens, seq_len),
+            "prepare_corpus.calibration_tokens": (corpus.calibration_tokens, seq_len),
+            "prepare_corpus.validation_tokens": (corpus.validation_tokens, seq_len),
+            "distill_blocks.tokens": (self.distill_blocks.tokens, step),
+            "score_blocks.tokens": (self.score_blocks.tokens, batch),
+            "score_blocks.initial_tokens": (self.score_blocks.initial_tokens, batch),
+            "evaluate_child.tokens": (self.evaluate_child.tokens, seq_len),
+        }
+        for name, (tokens, unit) in multiples.items():
+            if tokens % unit:
+                raise ValueError(f"{name} is {tokens}, expected a multiple of {unit} (seq_len x sequences at once)")
+        if self.score_blocks.initial_tokens > self.score_blocks.tokens:
+            raise ValueError("score_blocks.initial_tokens must not exceed score_blocks.tokens")
         return self
 
     def target(self, name: str) -> Target:

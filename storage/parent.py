@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storage.checkpoints import EMBEDDING, LM_HEAD, NORM, Checkpoint
+from storage.checkpoints import Checkpoint
 from storage.files import read_json
-from storage.model_config import ModelConfig
+from storage.model_config import EMBEDDING, LM_HEAD, NORM, ModelConfig
 
 INFO = "puzzle_parent.json"
 REBUILD = "dvc repro prepare_parent"

@@ -6,7 +6,6 @@ S3 is reached through s3fs. Endpoint, region and keys come only from the environ
 
 import contextlib
 import errno
-import glob
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -72,13 +71,20 @@ def expand(pattern: str) -> list[str]:
             infos = _store().glob(pattern, detail=True).values()
         found = [_S3 + info["name"] for info in infos if info["type"] == "file"]
     else:
-        local = Path(pattern).expanduser()
-        candidates = [str(local)] if local.exists() else glob.glob(str(local), recursive=True)
-        found = [name for name in candidates if Path(name).is_file()]
+        found = _local_matches(Path(pattern).expanduser())
     if not found:
         where = f"check the address and {_SETTINGS}" if _is_s3(pattern) else f"looked from {Path.cwd()}"
         raise InputError(f"no file matches {pattern} ({where}); for all files of a folder write folder/*.parquet")
     return sorted(found)
+
+
+def _local_matches(pattern: Path) -> list[str]:
+    """Files, hidden ones left out; a name that exists is no pattern, whatever characters it has."""
+    if pattern.exists():
+        return [str(pattern)] if pattern.is_file() else []
+    root = Path(pattern.anchor)
+    matches = root.glob(str(pattern.relative_to(root)))
+    return [str(path) for path in matches if path.is_file() and not path.name.startswith(".")]
 
 
 def fingerprint(url: str) -> str:

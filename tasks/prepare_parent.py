@@ -23,8 +23,8 @@ from storage import gguf, remote
 from storage.checkpoints import CHECKSUMS, Checkpoint, CheckpointWriter
 from storage.files import InputError, digest_of, read_json, write_json
 from storage.model_config import ModelConfig
-from storage.parent import INFO, expected_shapes
 from storage.params import Params
+from storage.parent import INFO, expected_shapes
 from storage.paths import Paths
 
 SHARD_BYTES = 4 << 30

@@ -1,8 +1,9 @@
-"""Tiny real parents: random weights of every supported family, saved by transformers itself."""
+"""Tiny real parents: random weights of every supported family, saved by transformers itself; a tiny random corpus."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     LlamaConfig,
@@ -13,7 +14,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from storage.files import read_json
+from storage.corpus import SPLITS, Manifest, Split, content_hash, split_path, write_manifest, write_split
+from storage.files import read_json, sha256
 from storage.model_config import ModelConfig
 
 LLAMA3_ROPE = {
@@ -33,6 +35,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 160,
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
+    "initializer_range": 0.1,  # at transformers' 0.02 a block of this size hardly changes the logits
 }
 FAMILIES = ("llama", "llama3-untied-head_dim-bias", "mistral", "qwen2")
 
@@ -72,3 +75,45 @@ def save_tiny(family: str, folder: Path, max_shard_size: str = "20KB") -> tuple[
     model = tiny_model(family)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model, ModelConfig.from_hf(read_json(folder / "config.json", "the test"), str(folder))
+
+
+def flip_byte(path: Path, position: int = -1) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def tiny_corpus(folder: Path, vocab_size: int, seq_len: int, sequences: tuple[int, int, int] = (32, 16, 8)) -> None:
+    """Write a corpus of random ids as prepare_corpus would, with so many sequences in SPLITS; the same on every call.
+
+    A shorter corpus holds the first sequences of a longer one.
+    """
+    splits = {}
+    for number, (name, count) in enumerate(zip(SPLITS, sequences, strict=True)):
+        ids = np.random.default_rng(number).integers(0, vocab_size, (count, seq_len), np.int32)
+        _, token_sha256 = write_split(split_path(folder, name), iter(ids), seq_len)
+        splits[name] = Split(count, count * seq_len, 1, token_sha256, sha256(split_path(folder, name)))
+    write_manifest(
+        folder,
+        Manifest("key", content_hash(splits), seq_len, "<|endoftext|>", 0, "no tokenizer", splits, (), 0, ()),
+    )
+
+
+def replace_block(model: Any, block_index: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Make block `block_index` of transformers' own model compute what a variant with `tensors` computes.
+
+    Full-model replacement without our blocks: what a variant lacks is zero in the parent's shape (no-ops, dropped
+    channels), and a shared kv head is repeated for each of the parent's that it stands for.
+    """
+    layer = model.model.layers[block_index]
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            own = tensors.get(name, torch.zeros(0))
+            if "k_proj" in name or "v_proj" in name:
+                heads = own.reshape(-1, layer.self_attn.head_dim, *own.shape[1:])
+                repeats = parameter.shape[0] // own.shape[0] if len(own) else 1
+                own = heads.repeat_interleave(repeats, 0).reshape(-1, *own.shape[1:])
+            parameter.zero_()
+            if len(own):
+                parameter[tuple(slice(size) for size in own.shape)] = own

@@ -4,6 +4,7 @@ The checkpoint form is nemotron-nas (RUNTIMES.md); no remote code is needed in o
 `generate()` are transformers' own; only blocks with attention have a layer in the cache, numbered without holes.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +14,18 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from storage.model_config import CHILD_ARCHITECTURE, NEMOTRON_NAS, from_nemotron_nas
+from storage.model_config import (
+    CHILD_ARCHITECTURE,
+    EMBEDDING,
+    LM_HEAD,
+    NEMOTRON_NAS,
+    ModelConfig,
+    from_nemotron_nas,
+    to_nemotron_nas,
+)
+from storage.records import Attention, Ffn
 from tasks.puzzle.blocks import Block, RMSNorm, rotary_embedding
+from tasks.puzzle.device import Compute
 
 
 class NemotronNasConfig(PreTrainedConfig):
@@ -93,3 +104,22 @@ class DeciLMForCausalLM(PreTrainedModel, GenerationMixin):
 AutoConfig.register(NEMOTRON_NAS, NemotronNasConfig)
 AutoModelForCausalLM.register(NemotronNasConfig, DeciLMForCausalLM)
 assert DeciLMForCausalLM.__name__ == CHILD_ARCHITECTURE
+
+
+def build(
+    config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], tensors: Mapping[str, Tensor], compute: Compute
+) -> DeciLMForCausalLM:
+    """A model in memory over `tensors` (names of the checkpoint), in the dtype and on the device of compute.
+
+    Raises:
+        RuntimeError: a tensor is missing, left over, or of another shape.
+    """
+    dtype = str(compute.dtype).removeprefix("torch.")
+    with torch.device("meta"):
+        model = DeciLMForCausalLM(NemotronNasConfig(**to_nemotron_nas(config, blocks, {}, dtype)))
+    placed = {name: tensor.to(compute.device, compute.dtype) for name, tensor in tensors.items()}
+    if config.tie_embeddings:
+        placed[LM_HEAD] = placed[EMBEDDING]
+    model.load_state_dict(placed, strict=True, assign=True)
+    model.model.rotary_emb = rotary_embedding(config).to(compute.device)
+    return model.requires_grad_(False)

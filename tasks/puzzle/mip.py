@@ -173,12 +173,10 @@ class InfeasibleError(InputError):
 
     exit_code = 3
 
-    def __init__(self, name: str, conflicts: tuple[Conflict, ...]) -> None:
-        """Make the message for the problem called `name`."""
+    def __init__(self, message: str, conflicts: tuple[Conflict, ...] = ()) -> None:
+        """Keep the conflicts beside the message (its only argument, so that runners can copy the error)."""
+        super().__init__(message)
         self.conflicts = conflicts
-        lines = "\n  ".join(conflict.text for conflict in conflicts)
-        together = "this limit cannot be met" if len(conflicts) == 1 else "these limits cannot be met together"
-        super().__init__(f"no child of {name} exists: {together}; loosen one (targets.{name}.constraints):\n  {lines}")
 
 
 def solve(problem: Problem, settings: Settings) -> Solution:
@@ -193,7 +191,7 @@ def solve(problem: Problem, settings: Settings) -> Solution:
     scores = [choice.score for choice in problem.choices]
     found = _minimise(problem, scores, settings)
     if found is None:
-        raise InfeasibleError(problem.name, _conflicts(problem, settings))
+        raise _infeasible(problem, settings)
     objective = math.fsum(scores[index] for index in found.chosen)
     bound = min(found.bound, objective)
     prices = _prices(problem, scores)
@@ -360,6 +358,14 @@ def _parameters(settings: Settings) -> mathopt.SolveParameters:
     else:  # MathOpt refuses `threads` for HiGHS
         parameters.highs.string_options["parallel"] = "off"
     return parameters
+
+
+def _infeasible(problem: Problem, settings: Settings) -> InfeasibleError:
+    conflicts = _conflicts(problem, settings)
+    which = "this limit cannot be met" if len(conflicts) == 1 else "these limits cannot be met together"
+    lines = "".join(f"\n  {conflict.text}" for conflict in conflicts)
+    loosen = f"loosen one (targets.{problem.name}.constraints)"
+    return InfeasibleError(f"no child of {problem.name} exists: {which}; {loosen}:{lines}", conflicts)
 
 
 def _conflicts(problem: Problem, settings: Settings) -> tuple[Conflict, ...]:

@@ -6,10 +6,13 @@ instead of resting in a cache. Stacks are timed in turn (A B A B ...) and the me
 Decoding is timed at the scenario's mean context (input + output / 2), as one step of the whole batch.
 """
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +22,12 @@ from transformers.cache_utils import DynamicCache
 from storage.model_config import ModelConfig
 from storage.records import Attention, Ffn
 from tasks.puzzle.blocks import Block, RMSNorm, rotary_embedding
+from tasks.puzzle.child import DeciLMForCausalLM
 from tasks.puzzle.device import Compute
 from tasks.puzzle.variants import parent_attention, parent_ffn
 
-Progress = Callable[[], None]
+ENGINE = "torch"
+"""The engine that these timings are of."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,12 @@ class Workload:
     input_tokens: int
     output_tokens: int
     batch: int
+
+    @classmethod
+    def of(cls, scenario: str, batch: int) -> Self:
+        """From a scenario such as `128/128`."""
+        input_tokens, _, output_tokens = scenario.partition("/")
+        return cls(int(input_tokens), int(output_tokens), batch)
 
     @property
     def mean_context(self) -> int:
@@ -142,11 +153,28 @@ def time_subblock(
         )
     prefill = [(two - one) / copies for two, one in zip(rounds["prefill 2N"], rounds["prefill N"], strict=True)]
     decode = [(two - one) / copies for two, one in zip(rounds["decode 2N"], rounds["decode N"], strict=True)]
-    return Timing(max(0.0, statistics.median(prefill)), max(0.0, statistics.median(decode)), _spread(decode))
+    return Timing(max(0.0, statistics.median(prefill)), max(0.0, statistics.median(decode)), spread(decode))
 
 
-def time_outside(config: ModelConfig, work: Workload, compute: Compute, repeats: int) -> dict[str, Timing]:
-    """Milliseconds of what every model has besides its blocks: `embedding` and `head` (norm, last logits)."""
+def model_calls(model: DeciLMForCausalLM, work: Workload, compute: Compute) -> dict[str, Callable[[], object]]:
+    """`prefill` and `decode` (one greedy step at the mean context) of a whole model, ready to be timed."""
+    prompt = torch.zeros(work.batch, work.input_tokens, dtype=torch.long, device=compute.device)
+    step = prompt[:, :1]
+    cache = DynamicCache()
+    model(
+        input_ids=prompt[:, :1].expand(-1, work.mean_context), past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+
+    def decode() -> None:
+        logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits.argmax(-1)
+        cache.crop(work.mean_context)
+
+    return {"prefill": lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1), "decode": decode}
+
+
+def time_outside(config: ModelConfig, work: Workload, compute: Compute, repeats: int) -> tuple[Timing, Timing]:
+    """Milliseconds of what every model has besides its blocks: embedding; head (norm, last logits)."""
     table = torch.randn(config.vocab_size, config.hidden_size).to(compute.device, compute.dtype)
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps).to(compute.device, compute.dtype)
     last = torch.randn(work.batch, 1, config.hidden_size).to(compute.device, compute.dtype)
@@ -169,15 +197,25 @@ def time_outside(config: ModelConfig, work: Workload, compute: Compute, repeats:
             compute.device,
         )
     median = {name: statistics.median(values) for name, values in rounds.items()}
-    return {
-        "embedding": Timing(
-            median["embedding prefill"], median["embedding decode"], _spread(rounds["embedding decode"])
-        ),
-        "head": Timing(median["head"], median["head"], _spread(rounds["head"])),
-    }
+    return (
+        Timing(median["embedding prefill"], median["embedding decode"], spread(rounds["embedding decode"])),
+        Timing(median["head"], median["head"], spread(rounds["head"])),
+    )
 
 
-def _spread(values: Sequence[float]) -> float:
+def spread(values: Sequence[float]) -> float:
     """Interquartile range relative to the median."""
     low, middle, high = statistics.quantiles(values, n=4)
     return (high - low) / middle if middle > 0 else 0.0
+
+
+def machine() -> str:
+    """Processor and cores, or the GPU's name."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [
+        line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "cpu family", "model\t"))
+    ]
+    return f"{', '.join(dict.fromkeys(names)) or platform.processor()} x {torch.get_num_threads()} threads"

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from storage.checkpoints import EMBEDDING, LM_HEAD, NORM, Checkpoint
+from storage.checkpoints import Checkpoint
 from storage.files import write_json
-from storage.model_config import to_nemotron_nas
+from storage.model_config import EMBEDDING, LM_HEAD, NORM, to_nemotron_nas
 from storage.records import Attention, Ffn
 from tasks.puzzle.boundaries import boundaries
 from tasks.puzzle.child import DeciLMForCausalLM, NemotronNasConfig

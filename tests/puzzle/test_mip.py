@@ -1,5 +1,6 @@
 """The search against brute force on small instances, solvers against each other, and its answers when infeasible."""
 
+import copy
 import itertools
 import math
 import random
@@ -229,9 +230,11 @@ def test_the_message_speaks_the_users_units_and_gives_a_value_that_can_be_met() 
         unit="x",
         tightening=1.05,
     )
-    with pytest.raises(InfeasibleError, match=r"no child of t .*\n  speed: throughput >= 1.6x: best reachable 1\.36x"):
+    with pytest.raises(
+        InfeasibleError, match=r"no child of t .*\n  speed: throughput >= 1.6x: best reachable 1\.36x"
+    ) as caught:
         solve(Problem("t", 1, (Choice(replacement, 0.1),), (limit,)), Settings())
-    assert InfeasibleError.exit_code == 3
+    assert InfeasibleError.exit_code == 3 and str(copy.copy(caught.value)) == str(caught.value)
     asked = replace(limit, upper=1000 / 1.36 / 1.05)
     assert solve(Problem("t", 1, (Choice(replacement, 0.1),), (asked,)), Settings()).objective == 0.1
 

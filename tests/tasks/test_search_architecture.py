@@ -1,5 +1,6 @@
 """The search on synthetic tables: every kind of constraint against brute force, what is written, what is not."""
 
+import functools
 import itertools
 import json
 import random
@@ -120,18 +121,25 @@ def _children(scores: Scores) -> Iterator[tuple[Replacement, ...]]:
     yield from itertools.product(single[0], [of for of in scored if of.span == 2])
 
 
+@functools.cache
+def _all_children() -> tuple[tuple[tuple[Replacement, ...], float], ...]:
+    """Every child with its sum of scores."""
+    scores = Scores.of(_scores(random.Random(0)), CONFIG)
+    return tuple((child, scores.total(child, "decoupled").mean) for child in _children(scores))
+
+
 def _brute_force(quantity: Quantity, limit: float) -> tuple[float | None, float]:
     """The smallest sum of scores of a child that keeps the limit, and the best value of the metric that any reaches."""
-    scores, table = Scores.of(_scores(random.Random(0)), CONFIG), CostTable(_costs())
+    table = CostTable(_costs())
     better = max if quantity.inverse else min
-    children = [(measure(table, child, quantity), scores.total(child, "decoupled").mean) for child in _children(scores)]
-    kept = [score for value, score in children if better(value, limit) == value]
-    return min(kept, default=None), better(value for value, _ in children)
+    values = [measure(table, child, quantity) for child, _ in _all_children()]
+    kept = [score for (_, score), value in zip(_all_children(), values, strict=True) if better(value, limit) == value]
+    return min(kept, default=None), better(values)
 
 
 @pytest.mark.parametrize("metric", list(KINDS))
 @pytest.mark.parametrize("relative", [True, False])
-@pytest.mark.parametrize("tightness", [1.0, 1.25, 2.0, 1000.0])
+@pytest.mark.parametrize("tightness", [1.0, 1.5, 1e6])
 def test_every_kind_of_constraint_equals_brute_force(
     paths: Paths, metric: Metric, relative: bool, tightness: float
 ) -> None:
@@ -244,7 +252,7 @@ def test_a_table_without_the_parents_variant(paths: Paths) -> None:
 
 
 def test_a_constraint_on_hardware_that_was_never_measured(paths: Paths) -> None:
-    with pytest.raises(InputError, match="on a100, torch, .* the table has h100-sxm, roofline"):
+    with pytest.raises(InputError, match=r"on a100, torch, .* the table has h100-sxm, roofline"):
         _search(
             {"speed": {"metric": "throughput", "at_least_ratio": 1.1, "hardware": "a100", "scenario": "128/128"}}, paths
         )

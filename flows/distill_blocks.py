@@ -1,0 +1,20 @@
+"""Blockwise local distillation of every variant to artifacts/library/. Run: `python -m flows.distill_blocks`."""
+
+from prefect import flow
+
+from flows.stage import main, run_pieces
+from storage.params import Params
+from storage.paths import Paths
+from tasks import distill_blocks as tasks
+
+
+@flow(name="distill_blocks", description="Train every variant of every block on the parent's cached activations (BLD).")
+def distill_blocks(params: Params, paths: Paths) -> None:
+    """Train the variants that are missing, then index the library."""
+    blocks = tasks.plan_blocks(params, paths)
+    run_pieces(tasks.train_block, blocks, params, paths, unit="block")
+    tasks.write_library_index(paths)
+
+
+if __name__ == "__main__":
+    main(distill_blocks)

@@ -1,0 +1,44 @@
+"""Costs of every variant to artifacts/costs.parquet. Run: `python -m flows.measure_costs`.
+
+`python -m flows.measure_costs --time NAME` times this machine and writes storage/timings/NAME.parquet, input data for
+git; with `--scratch` the table goes to artifacts/timings/ instead and is compared with the one of that name.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from prefect import flow
+
+from flows.stage import main, run_cleanly
+from storage.params import Params, load
+from storage.paths import TIMINGS, Paths
+from tasks import measure_costs as tasks
+
+
+@flow(
+    name="measure_costs",
+    description="Parameters, bytes and milliseconds of every variant: timed tables and a modelled GPU.",
+)
+def measure_costs(params: Params, paths: Paths) -> None:
+    """Join the timings that params name with the modelled hardware."""
+    tasks.write_cost_table(params, paths)
+
+
+def time_machine(name: str, scratch: bool) -> None:
+    """Time this machine; with `scratch` say how far it is from the table of that name."""
+    params, paths, kept = load(), Paths(), TIMINGS / f"{name}.parquet"
+    written: Path = paths.root / "timings" / kept.name if scratch else kept
+    tasks.time_this_machine(params, paths, name, written)
+    sys.stdout.write(tasks.drift(written, kept) if scratch else f"wrote {written}\n")
+
+
+if __name__ == "__main__":
+    if "--time" in sys.argv:
+        parser = argparse.ArgumentParser(prog="python -m flows.measure_costs", description=__doc__)
+        parser.add_argument("--time", required=True, metavar="NAME", help="name of the hardware")
+        parser.add_argument("--scratch", action="store_true", help="write to artifacts/timings/ and compare")
+        arguments = parser.parse_args()
+        run_cleanly(lambda: time_machine(arguments.time, arguments.scratch))
+    else:
+        main(measure_costs)

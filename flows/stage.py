@@ -1,0 +1,65 @@
+"""What every stage's main() shares: arguments, params, server, workers, progress, and errors as one line."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prefect import Flow, Task
+from prefect.futures import as_completed
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.task_runners import ThreadPoolTaskRunner
+from tqdm import tqdm
+
+from flows.server import ensure
+from storage.files import InputError
+from storage.params import Params, load
+from storage.paths import Paths
+
+
+def main(stage: Flow[..., Any], *, per_target: bool = False) -> None:
+    """Run a stage's flow with the params of the working directory.
+
+    A wrong input ends the process with one message and the error's exit code; pieces that were finished stay.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m flows.{stage.name}", description=stage.description)
+    if per_target:
+        parser.add_argument("--target", required=True, help="key of the target in params.yaml, e.g. like-51b")
+    arguments = vars(parser.parse_args())
+    run_cleanly(lambda: _run(stage, load(), arguments))
+
+
+def run_cleanly(action: Callable[[], object]) -> None:
+    """Run `action`; an InputError becomes one message on stderr and its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        action()
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+
+
+def _run(stage: Flow[..., Any], params: Params, arguments: dict[str, Any]) -> None:
+    if "target" in arguments:
+        params.target(arguments["target"])
+    url, _ = ensure()
+    with temporary_settings({PREFECT_API_URL: url}):
+        stage.with_options(task_runner=_workers(params.run.workers))(params=params, paths=Paths(), **arguments)
+
+
+def _workers(count: int) -> Any:
+    """Where pieces run: threads of this process (torch releases the GIL in every kernel)."""
+    return ThreadPoolTaskRunner(max_workers=count)
+
+
+def run_pieces(work: Task[..., Any], pieces: Sequence[Any], *common: Any, unit: str) -> list[Any]:
+    """Run `work(piece, *common)` for every piece on the flow's workers, with done/total, rate and time left.
+
+    Returns the results in the order of the pieces.
+    The first failure ends the stage; pieces that were finished stay, and the next run takes them.
+    """
+    futures = [work.submit(piece, *common) for piece in pieces]
+    for future in tqdm(as_completed(futures), total=len(futures), desc=work.name, unit=unit, disable=None):
+        future.result()
+    return [future.result() for future in futures]

@@ -1,0 +1,49 @@
+"""A child's quality against the parent on held-out tokens: KL, perplexity, top-1 agreement, with standard errors."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tasks.puzzle.head import TokenLosses
+
+
+@dataclass(frozen=True)
+class SequenceQuality:
+    """Means over one sequence's positions; kl and lm_loss in nats per token."""
+
+    kl: float
+    lm_loss: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over sequences; `kl_stderr` is the standard error over them (tokens of a sequence are not independent)."""
+
+    kl: float
+    kl_stderr: float
+    perplexity: float
+    top1_agreement: float
+
+
+def per_sequence(losses: TokenLosses) -> list[SequenceQuality]:
+    """Means over the positions of each sequence."""
+    means = (field.double().mean(1).tolist() for field in (losses.kl, losses.lm_loss, losses.top1))
+    return [SequenceQuality(max(0.0, kl), lm_loss, top1) for kl, lm_loss, top1 in zip(*means, strict=True)]
+
+
+def summarise(sequences: Sequence[SequenceQuality]) -> Quality:
+    """Quality over sequences of equal length."""
+    return Quality(
+        kl=statistics.fmean(one.kl for one in sequences),
+        kl_stderr=standard_error(one.kl for one in sequences),
+        perplexity=math.exp(statistics.fmean(one.lm_loss for one in sequences)),
+        top1_agreement=statistics.fmean(one.top1_agreement for one in sequences),
+    )
+
+
+def standard_error(values: Iterable[float]) -> float:
+    """Standard error of the mean; 0 for fewer than two values."""
+    found = list(values)
+    return statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0

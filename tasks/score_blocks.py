@@ -1,0 +1,195 @@
+"""score_blocks: replace-1-block scores of every variant -> artifacts/scores.parquet.
+
+A row is (replacement, weights, sequence). Rows are kept under keys of content in one record for each (block, batch of
+sequences), so more tokens or another variant add rows and never recompute the others. The *group* (neighbouring blocks
+on one batch) that goes through the parent together is scheduling only.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from storage.activations import BoundaryReader
+from storage.corpus import Tokens, read_sequences
+from storage.files import digest_of
+from storage.library import CHANNEL_ORDER, Library, entry_name
+from storage.params import Params
+from storage.parent import Parent
+from storage.paths import Paths
+from storage.pieces import Pieces, code_digest
+from storage.records import Attention, Ffn, Replacement, ScoreRow, Weights
+from storage.tables import write_scores
+from tasks.puzzle.assembly import compose, initial_weights
+from tasks.puzzle.device import Compute, compute
+from tasks.puzzle.head import Head, TokenLosses
+from tasks.puzzle.initialise import Tensors
+from tasks.puzzle.scoring import Candidate, score_group
+from tasks.puzzle.variants import attention_variants, ffn_variants, parent_attention, parent_ffn
+
+REBUILD = "dvc repro score_blocks"
+AROUND = "parent"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Rows to compute: a replacement with some weights on one batch of sequences, under their content key."""
+
+    replacement: Replacement
+    weights: Weights
+    weights_hash: str
+    batch: int
+    key: str
+
+    @property
+    def record(self) -> str:
+        """Name of the record that holds its rows."""
+        return f"block_{self.replacement.first_block:03d}.batch_{self.batch:04d}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Jobs of neighbouring blocks on one batch: they go through the parent together."""
+
+    batch: int
+    jobs: tuple[Job, ...]
+
+
+@task(cache_policy=NO_CACHE)
+def plan_groups(params: Params, paths: Paths) -> list[Group]:
+    """Groups with rows still to compute; finished rows stay, strangers are deleted."""
+    jobs = list(_jobs(params, paths))
+    pieces = Pieces(paths.score_pieces, REBUILD)
+    pieces.keep_only(dict.fromkeys((job.record for job in jobs), ""))
+    done = {key for name in pieces.names() for key in pieces.get(name)["facts"]}
+    groups: dict[tuple[int, int], list[Job]] = {}
+    for job in jobs:
+        if job.key not in done:
+            place = job.replacement.first_block // params.score_blocks.blocks_per_group, job.batch
+            groups.setdefault(place, []).append(job)
+    return [Group(batch, tuple(members)) for (_, batch), members in groups.items()]
+
+
+def _jobs(params: Params, paths: Paths) -> Iterator[Job]:
+    """All rows that the params ask for."""
+    parent, library, settings = Parent(paths.parent), Library(paths.library), params.score_blocks
+    batch_tokens = settings.sequences_per_batch * params.prepare_corpus.seq_len
+    num_batches = {"decoupled": settings.tokens // batch_tokens, "initial": settings.initial_tokens // batch_tokens}
+    tokens = [digest_of(_tokens(params, paths, batch).tolist()) for batch in range(num_batches["decoupled"])]
+    common = {
+        "parent": parent.digest,
+        "run": params.run.model_dump(include={"dtype", "device", "threads"}),
+        "code": code_digest("tasks.puzzle.scoring", "tasks.puzzle.assembly"),
+    }
+    for replacement, weights, weights_hash in _candidates(params, parent, library):
+        for batch in range(num_batches[weights if weights_hash else "decoupled"]):
+            value = {**common, "replacement": replacement.name, "weights": weights_hash, "tokens": tokens[batch]}
+            yield Job(replacement, weights, weights_hash, batch, digest_of(value))
+
+
+def _candidates(params: Params, parent: Parent, library: Library) -> Iterator[tuple[Replacement, Weights, str]]:
+    """Every replacement with its weights and their hash: no-ops once, others trained and initial."""
+    settings, config = params.distill_blocks, parent.config
+    attention, ffn = parent_attention(config), parent_ffn(config)
+    widths = ffn_variants(config, settings.ffn_ratios, settings.width_multiple)
+    for index in range(config.num_blocks):
+        order = library.checksum(entry_name(index, "", CHANNEL_ORDER))
+        halves = [Replacement(index, 1, other, ffn) for other in attention_variants(config) if other != attention]
+        halves += [Replacement(index, 1, attention, other) for other in widths if other != ffn]
+        for replacement in halves:
+            changed = _changed(replacement, attention)
+            if changed.kind == "no_op":
+                yield replacement, "initial", ""
+                continue
+            yield replacement, "decoupled", library.checksum(_entry(index, changed))
+            yield replacement, "initial", digest_of([parent.checkpoint.block_digest(index), order, changed.name])
+
+
+def _changed(replacement: Replacement, parent: Attention) -> Attention | Ffn:
+    """The half that is not the parent's."""
+    return replacement.attention if replacement.attention != parent else replacement.ffn
+
+
+def _entry(block_index: int, variant: Attention | Ffn) -> str:
+    return entry_name(block_index, "attention" if isinstance(variant, Attention) else "ffn", variant.name)
+
+
+def _tokens(params: Params, paths: Paths, batch: int) -> Tokens:
+    """Calibration tokens of a batch, [sequences, seq_len]."""
+    size = params.score_blocks.sequences_per_batch
+    return read_sequences(paths.corpus, "calibration", batch * size, (batch + 1) * size)
+
+
+@task(cache_policy=NO_CACHE)
+def score_jobs(group: Group, params: Params, paths: Paths) -> None:
+    """Score one group and add its rows to the records."""
+    run, parent = params.run, Parent(paths.parent)
+    device = compute(run.device, run.dtype, run.threads)
+    _, norm, lm_head = parent.outside(device.device, device.dtype)
+    size = params.score_blocks.sequences_per_batch
+    sequences = range(group.batch * size, (group.batch + 1) * size)
+    losses = score_group(
+        parent.config,
+        lambda index: parent.block(index, device.device, device.dtype),
+        lambda index: BoundaryReader(paths.activations, "calibration", index).read(sequences).to(device.device),
+        Head(norm, lm_head, parent.config.rms_norm_eps),
+        torch.from_numpy(_tokens(params, paths, group.batch)).long().to(device.device),
+        [Candidate(job.replacement, _tensors(job, parent, Library(paths.library), device)) for job in group.jobs],
+    )
+    pieces = Pieces(paths.score_pieces, REBUILD)
+    for name in sorted({job.record for job in group.jobs}):
+        earlier = pieces.record(name)
+        rows = {
+            job.key: [asdict(row) for row in _rows(job, loss, sequences)]
+            for job, loss in zip(group.jobs, losses, strict=True)
+            if job.record == name
+        }
+        pieces.finish(name, "", [], {**(earlier["facts"] if earlier else {}), **rows})
+
+
+def _tensors(job: Job, parent: Parent, library: Library, device: Compute) -> Tensors:
+    """Tensors of the replaced block."""
+    index = job.replacement.first_block
+    block = parent.block(index, device.device, device.dtype)
+    if job.weights == "decoupled":
+        return compose(parent.config, block, job.replacement, lambda variant: _trained(library, index, variant, device))
+    order = library.read(entry_name(index, "", CHANNEL_ORDER))["order"].to(device.device)
+    return compose(parent.config, block, job.replacement, initial_weights(parent.config, block, order))
+
+
+def _trained(library: Library, block_index: int, variant: Attention | Ffn, device: Compute) -> Tensors:
+    tensors = library.read(_entry(block_index, variant))
+    return {name: tensor.to(device.device, device.dtype) for name, tensor in tensors.items()}
+
+
+def _rows(job: Job, losses: TokenLosses, sequences: range) -> Iterator[ScoreRow]:
+    """A row per sequence: means over its positions."""
+    for position, sequence in enumerate(sequences):
+        yield ScoreRow(
+            first_block=job.replacement.first_block,
+            span=job.replacement.span,
+            attention=job.replacement.attention.name,
+            ffn=job.replacement.ffn.name,
+            weights=job.weights,
+            weights_hash=job.weights_hash,
+            around=AROUND,
+            sequence_shard=sequence,
+            tokens=losses.kl.shape[1],
+            kl=max(0.0, float(losses.kl[position].double().mean())),
+            lm_loss=float(losses.lm_loss[position].double().mean()),
+            top1_agreement=float(losses.top1[position].double().mean()),
+        )
+
+
+@task(cache_policy=NO_CACHE)
+def write_score_table(params: Params, paths: Paths) -> None:
+    """Write scores.parquet from the records, in the order of blocks and variants."""
+    pieces = Pieces(paths.score_pieces, REBUILD)
+    rows = []
+    for job in _jobs(params, paths):
+        found = pieces.get(job.record)["facts"].get(job.key)
+        assert found is not None, job
+        rows += [ScoreRow(**row) for row in found]
+    write_scores(paths.scores, rows)

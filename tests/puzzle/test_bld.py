@@ -1,0 +1,211 @@
+"""Blockwise local distillation against hand-computed cases and a plain training loop."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from storage.checkpoints import Checkpoint
+from storage.model_config import EMBEDDING
+from storage.records import Attention, Ffn
+from tasks.puzzle.assembly import initial_weights
+from tasks.puzzle.bld import BETAS, Batch, MasterWeights, Schedule, distill_block, normalised_mse, rank_channels
+from tasks.puzzle.blocks import Block, rotary_for
+from tasks.puzzle.boundaries import boundaries
+from tasks.puzzle.initialise import Tensors, attention_part, ffn_part
+from tasks.puzzle.variants import parent_attention, parent_ffn
+from tests.tiny import FAMILIES, save_tiny
+
+CPU = torch.device("cpu")
+VARIANTS: tuple[Attention | Ffn, ...] = (Attention("gqa", 1), Ffn("gated", 48), Ffn("gated", 24))
+SCHEDULE = Schedule(num_steps=12, learning_rate=3e-3, warmup=0.25, weight_decay=0.1)
+
+
+class Case:
+    """Block 1 of a tiny parent: its tensors, starts of its variants, training and held-out batches."""
+
+    def __init__(self, folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32) -> None:
+        _, self.config = save_tiny(family, folder)
+        checkpoint = Checkpoint(folder, "the test")
+        self.block = checkpoint.block(1, CPU, dtype)
+        tokens = torch.randint(0, self.config.vocab_size, (56, 16), generator=torch.Generator().manual_seed(5))
+        own = parent_attention(self.config), parent_ffn(self.config)
+        blocks = [(*own, checkpoint.block(index, CPU, dtype)) for index in (0, 1)]
+        _, source, target = boundaries(self.config, checkpoint.tensor(EMBEDDING).to(dtype), blocks, tokens, 8)
+        batches = list(zip(source.clone().split(4), target.clone().split(4), strict=True))
+        self.train: list[Batch] = batches[:12]
+        self.held_out: list[Batch] = batches[12:]
+        order = rank_channels(self.config, self.block, (hidden for hidden, _ in self.train))
+        self.start = initial_weights(self.config, self.block, order)
+
+    def starts(self, *variants: Attention | Ffn) -> dict[Attention | Ffn, Tensors]:
+        return {variant: self.start(variant) for variant in variants}
+
+
+def test_normalised_mse_by_hand() -> None:
+    output, target = torch.tensor([[1.0, 2.0], [0.0, 4.0]]), torch.tensor([[1.0, 0.0], [2.0, 4.0]])
+    assert float(normalised_mse(output, target)) == pytest.approx((0 + 4 + 4 + 0) / (1 + 0 + 4 + 16), rel=1e-6)
+    assert float(normalised_mse(target, target)) == 0
+
+
+def test_normalised_mse_of_bf16_is_summed_in_float32() -> None:
+    target = torch.ones(1000, dtype=torch.bfloat16)
+    output = target.clone()
+    output[0] = 2  # 1/1000; a bf16 sum of 1000 ones would stop at 256
+    assert float(normalised_mse(output, target)) == pytest.approx(1e-3)
+
+
+def test_the_learning_rate_rises_then_falls_to_zero_along_a_cosine() -> None:
+    schedule = Schedule(num_steps=10, learning_rate=2.0, warmup=0.2, weight_decay=0)
+    rates = [schedule.rate(step) for step in range(10)]
+    assert rates[:3] == [1.0, 2.0, 2.0]
+    assert rates[6] == pytest.approx(1.0)  # half of the way down
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert 0 < rates[9] < 0.1
+    assert Schedule(1, 2.0, 0.0, 0).rate(0) == 2.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_lowers_the_held_out_loss_of_every_variant(family: str, tmp_path: Path) -> None:
+    case = Case(tmp_path, family)
+    trained = distill_block(case.config, case.block, case.starts(*VARIANTS), case.train, case.held_out, SCHEDULE)
+    assert trained.keys() == set(VARIANTS)
+    for variant, result in trained.items():
+        assert result.improved, variant
+        assert result.loss_after < 0.98 * result.loss_before
+        assert result.tensors.keys() == case.start(variant).keys()
+        for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            assert norm not in result.tensors or torch.equal(result.tensors[norm], case.block[norm])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", ["llama3-untied-head_dim-bias", "qwen2"])
+def test_training_equals_a_plain_loop_over_a_whole_block(family: str, variant: Attention | Ffn, tmp_path: Path) -> None:
+    case = Case(tmp_path, family)
+    trained = distill_block(case.config, case.block, case.starts(*VARIANTS), case.train, case.held_out, SCHEDULE)
+    expected, loss = plain_loop(case, variant)
+    assert trained[variant].loss_after == pytest.approx(loss, rel=1e-4)
+    for name, tensor in trained[variant].tensors.items():
+        if name == "self_attn.k_proj.bias":
+            continue  # where rotary hardly turns, it shifts a query's logits alike: its gradient is rounding alone
+        # AdamW divides by the gradient's size, so rounding of a tiny gradient may move a weight by a share of a step
+        torch.testing.assert_close(tensor, expected[name], atol=0.01 * SCHEDULE.learning_rate, rtol=1e-4)
+
+
+def plain_loop(case: Case, variant: Attention | Ffn) -> tuple[Mapping[str, Tensor], float]:
+    """One variant in a whole block, trained by torch.optim.AdamW alone; its tensors and held-out loss."""
+    attention, ffn = parent_attention(case.config), parent_ffn(case.config)
+    trainable: nn.Module
+    if isinstance(variant, Attention):
+        student = Block(case.config, variant, ffn)
+        tensors, trainable = case.start(variant) | ffn_part(case.block), student.self_attn
+    else:
+        student = Block(case.config, attention, variant)
+        tensors, trainable = attention_part(case.block) | case.start(variant), student.mlp
+    student.load_state_dict(tensors)
+    optimizer = torch.optim.AdamW(
+        list(trainable.parameters()), lr=SCHEDULE.learning_rate, betas=BETAS, weight_decay=0.1
+    )
+    rates = [step / 3 for step in (1, 2, 3)] + [0.5 + 0.5 * math.cos(math.pi * step / 9) for step in range(9)]
+    rotary = rotary_for(case.config, 16, case.train[0][0])
+    for rate, (hidden, target) in zip(rates, case.train, strict=True):
+        optimizer.param_groups[0]["lr"] = SCHEDULE.learning_rate * rate
+        optimizer.zero_grad()
+        output = student(hidden, rotary)
+        torch.autograd.backward(((output - target) ** 2).sum() / (target**2).sum())
+        optimizer.step()
+    with torch.no_grad():
+        losses = [((student(hidden, rotary) - y) ** 2).sum() / (y**2).sum() for hidden, y in case.held_out]
+    return student.state_dict(), float(sum(losses) / len(losses))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_variants_bytes_do_not_depend_on_its_company(dtype: torch.dtype, tmp_path: Path) -> None:
+    case = Case(tmp_path, dtype=dtype)
+    together = distill_block(case.config, case.block, case.starts(*VARIANTS), case.train, case.held_out, SCHEDULE)
+    for variant in VARIANTS:
+        alone = distill_block(case.config, case.block, case.starts(variant), case.train, case.held_out, SCHEDULE)[
+            variant
+        ]
+        assert (alone.loss_before, alone.loss_after) == (together[variant].loss_before, together[variant].loss_after)
+        for name, tensor in alone.tensors.items():
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor, together[variant].tensors[name]), (variant, name)
+
+
+def test_the_parent_and_the_starts_are_left_as_they_were(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    starts = case.starts(*VARIANTS)
+    copies = {variant: {name: tensor.clone() for name, tensor in start.items()} for variant, start in starts.items()}
+    parent = {name: tensor.clone() for name, tensor in case.block.items()}
+    trained = distill_block(case.config, case.block, starts, case.train, case.held_out, SCHEDULE)
+    assert all(torch.equal(tensor, case.block[name]) for name, tensor in parent.items())
+    assert all(torch.equal(t, starts[variant][name]) for variant, copy in copies.items() for name, t in copy.items())
+    assert not any(tensor.requires_grad for result in trained.values() for tensor in result.tensors.values())
+
+
+def assert_kept(case: Case, train: list[Batch], schedule: Schedule) -> dict[Attention | Ffn, float]:
+    """Every variant keeps its start and says so; their losses after training."""
+    trained = distill_block(case.config, case.block, case.starts(*VARIANTS), train, case.held_out, schedule)
+    for variant, result in trained.items():
+        assert not result.improved
+        assert not result.loss_after < result.loss_before
+        start = case.start(variant)
+        assert result.tensors.keys() == start.keys()
+        assert all(torch.equal(result.tensors[name], tensor) for name, tensor in start.items())
+    return {variant: result.loss_after for variant, result in trained.items()}
+
+
+def test_a_variant_that_diverges_keeps_its_start(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    assert_kept(case, case.train, Schedule(12, learning_rate=1.0, warmup=0, weight_decay=0))
+
+
+def test_a_variant_that_becomes_nan_keeps_its_start(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    hidden, target = case.train[5]
+    poisoned = [*case.train[:5], (hidden, torch.full_like(target, math.inf)), *case.train[6:]]
+    losses = assert_kept(case, poisoned, SCHEDULE)
+    assert all(math.isnan(loss) for loss in losses.values())
+
+
+def test_a_variant_that_does_not_change_keeps_its_start(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    assert_kept(case, [], SCHEDULE)
+
+
+def test_masters_add_up_steps_that_bf16_cannot_hold() -> None:
+    layer = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    nn.init.ones_(layer.weight)
+    schedule = Schedule(num_steps=100, learning_rate=2e-4, warmup=0, weight_decay=0)
+    masters = MasterWeights(layer, schedule)
+    for _ in range(schedule.num_steps):
+        # AdamW moves by the rate while the gradient stays the same; bf16 below 1 has steps of 2^-8 = 0.0039
+        torch.autograd.backward(layer(torch.ones(1, 1, dtype=torch.bfloat16)).sum())
+        masters.step()
+        assert layer.weight.grad is None
+    expected = 1 - sum(schedule.rate(step) for step in range(schedule.num_steps))  # 0.98990
+    assert layer.weight.item() == torch.tensor(expected).bfloat16().item() == 0.98828125
+
+
+def test_masters_train_only_what_is_trainable() -> None:
+    layer = nn.Linear(3, 2)
+    layer.bias.requires_grad_(False)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    masters = MasterWeights(layer, SCHEDULE)
+    torch.autograd.backward(layer(torch.ones(1, 3)).sum())
+    masters.step()
+    assert torch.equal(layer.bias, bias)
+    assert not torch.equal(layer.weight, weight)
+
+
+def test_a_variant_that_is_the_parent_has_nothing_to_gain(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    starts = case.starts(parent_attention(case.config), parent_ffn(case.config))
+    trained = distill_block(case.config, case.block, starts, case.train, case.held_out, SCHEDULE)
+    for result in trained.values():
+        assert result.loss_before < 1e-12  # squares of float32 rounding
+        assert not result.improved or result.loss_after < result.loss_before

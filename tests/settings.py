@@ -1,0 +1,50 @@
+"""Params for tiny parents: short sequences, float32, one thread, seconds instead of minutes."""
+
+from typing import Any
+
+from storage.params import Params, parse
+
+SEQ_LEN = 16
+
+
+def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
+    """The raw mapping behind :func:`tiny_params`: what a params.yaml of this size would hold."""
+    constraint = {"metric": "block_params", "at_most_ratio": 0.7}
+    values: dict[str, Any] = {
+        "run": {"dtype": "float32", "device": "cpu", "threads": 1, "workers": 1},
+        "prepare_parent": {},
+        "prepare_corpus": {
+            "seq_len": SEQ_LEN,
+            "train_tokens": 32 * SEQ_LEN,
+            "calibration_tokens": 16 * SEQ_LEN,
+            "validation_tokens": 8 * SEQ_LEN,
+        },
+        "cache_activations": {"sequences_per_shard": 12, "sequences_per_batch": 5},
+        "distill_blocks": {
+            "tokens": 32 * SEQ_LEN,
+            "sequences_per_step": 4,
+            "held_out_tokens": 5 * SEQ_LEN,
+            "importance_tokens": 8 * SEQ_LEN,
+            "ffn_ratios": [0.5, 0.25],
+            "width_multiple": 8,
+        },
+        "score_blocks": {
+            "tokens": 4 * SEQ_LEN,
+            "initial_tokens": 2 * SEQ_LEN,
+            "blocks_per_group": 2,
+            "sequences_per_batch": 2,
+        },
+        "measure_costs": {},
+        "search_architecture": {},
+        "assemble_child": {},
+        "evaluate_child": {"tokens": 8 * SEQ_LEN, "sequences_per_batch": 4, "speed_repeats": 1},
+        "targets": {"small": {"label": "Small", "constraints": {"size": constraint}}},
+    }
+    for section, changed in overrides.items():
+        values[section] = {**values[section], **changed}
+    return values
+
+
+def tiny_params(**overrides: dict[str, Any]) -> Params:
+    """Params for a parent of tests.tiny; `overrides` change single keys of a section: `run={"seed": 1}`."""
+    return parse(tiny_values(**overrides), "tests/settings.py")

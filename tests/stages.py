@@ -1,0 +1,62 @@
+"""Stages run in this process, as their flows do: plan, make the pieces, finish. No Prefect server, no DVC."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from storage.files import sha256
+from storage.params import Params
+from storage.paths import Paths
+from tasks import cache_activations, distill_blocks, score_blocks
+from tasks.prepare_parent import prepare_parent
+from tests.settings import SEQ_LEN, tiny_params
+from tests.tiny import SIZES, save_tiny, tiny_corpus
+
+
+def prepare(family: str, root: Path, **overrides: dict[str, Any]) -> tuple[Params, Paths]:
+    """A tiny parent and corpus as artifacts under `root`, and the params that made them."""
+    save_tiny(family, root / "source")
+    params = tiny_params(**overrides, prepare_parent={"source": str(root / "source")})
+    paths = Paths(root / "artifacts")
+    prepare_parent.fn(params, paths)
+    tiny_corpus(paths.corpus, SIZES["vocab_size"], SEQ_LEN)
+    return params, paths
+
+
+def cache(params: Params, paths: Paths) -> list[str]:
+    """Run cache_activations; the shards that it made."""
+    shards = cache_activations.plan_shards.fn(params, paths)
+    for shard in shards:
+        cache_activations.cache_shard.fn(shard, params, paths)
+    return [shard.name for shard in shards]
+
+
+def planned_variants(params: Params, paths: Paths) -> list[str]:
+    """Entries of the library that distill_blocks would train."""
+    return [name for plan in distill_blocks.plan_blocks.fn(params, paths) for name in plan.variants]
+
+
+def distill(params: Params, paths: Paths) -> list[str]:
+    """Run distill_blocks; the entries that it trained."""
+    plans = distill_blocks.plan_blocks.fn(params, paths)
+    for plan in plans:
+        distill_blocks.train_block.fn(plan, params, paths)
+    distill_blocks.write_library_index.fn(paths)
+    return [name for plan in plans for name in plan.variants]
+
+
+def score(params: Params, paths: Paths) -> list[score_blocks.Job]:
+    """Run score_blocks; the jobs that it computed."""
+    groups = score_blocks.plan_groups.fn(params, paths)
+    for group in groups:
+        score_blocks.score_jobs.fn(group, params, paths)
+    score_blocks.write_score_table.fn(params, paths)
+    return [job for group in groups for job in group.jobs]
+
+
+STAGES: tuple[Callable[[Params, Paths], Any], ...] = (cache, distill, score)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Path below `folder` -> sha256, of every file."""
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}

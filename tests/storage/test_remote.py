@@ -1,0 +1,114 @@
+"""Local and S3 addresses, against a real S3 server."""
+
+from pathlib import Path
+
+import pytest
+import s3fs
+
+from storage.files import InputError
+from storage.remote import expand, fetch, fingerprint
+
+
+@pytest.fixture
+def store(bucket: str) -> s3fs.S3FileSystem:
+    """The server through s3fs, with a few files in it."""
+    store = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    for name, data in {"a.txt": b"first", "b.txt": b"second", "c.json": b"{}", "deep/d.txt": b"x" * 70_000}.items():
+        store.pipe(f"{bucket}/folder/{name}", data)
+    return store
+
+
+def test_a_local_path_is_returned_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    assert fetch(str(tmp_path), tmp_path / "unused") == tmp_path
+    assert fetch(str(tmp_path / "file"), tmp_path / "unused") == tmp_path / "file"
+    assert not (tmp_path / "unused").exists()
+
+
+def test_local_patterns_are_sorted_and_hidden_files_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b.txt", "a.txt", ".hidden.txt", "c.json", "sub/e.txt", "x[1].txt", "x1.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert expand(f"{tmp_path}/*.txt") == [f"{tmp_path}/{name}" for name in ("a.txt", "b.txt", "x1.txt", "x[1].txt")]
+    assert expand(f"{tmp_path}/x[1].txt") == [f"{tmp_path}/x[1].txt"], "a name that exists is not a pattern"
+    monkeypatch.chdir(tmp_path)
+    assert expand("**/*.txt")[-1] == "x[1].txt"
+    assert "sub/e.txt" in expand("**/*.txt")
+
+
+@pytest.mark.parametrize("address", ["missing.txt", "*.parquet", "", "."])
+def test_nothing_that_matches_is_an_error(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no file matches"):
+        expand(address)
+
+
+def test_missing_local_path_and_unknown_scheme_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        fetch(str(tmp_path / "missing"), tmp_path)
+    with pytest.raises(InputError, match="gs:// addresses cannot be read"):
+        expand("gs://bucket/file")
+
+
+def test_a_file_comes_from_s3(bucket: str, store: s3fs.S3FileSystem, tmp_path: Path) -> None:
+    file = fetch(f"{bucket}/folder/a.txt", tmp_path)
+    assert file == tmp_path / "a.txt"
+    assert file.read_bytes() == b"first"
+
+
+def test_a_folder_comes_from_s3_with_all_below_it(bucket: str, store: s3fs.S3FileSystem, tmp_path: Path) -> None:
+    folder = fetch(f"{bucket}/folder/", tmp_path)
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    assert files == {"a.txt": 5, "b.txt": 6, "c.json": 2, "deep/d.txt": 70_000}
+
+
+def test_patterns_on_s3(bucket: str, store: s3fs.S3FileSystem) -> None:
+    assert expand(f"{bucket}/folder/*.txt") == [f"{bucket}/folder/a.txt", f"{bucket}/folder/b.txt"]
+    assert expand(f"{bucket}/folder/**/*.txt")[-1] == f"{bucket}/folder/deep/d.txt"
+    assert expand(f"{bucket}/folder/c.json") == [f"{bucket}/folder/c.json"]
+
+
+@pytest.mark.parametrize("address", ["/folder/missing.txt", "/folder/*.parquet", "-that-is-not-there/a.txt", "/folder"])
+def test_nothing_on_s3_is_an_error(address: str, bucket: str, store: s3fs.S3FileSystem) -> None:
+    with pytest.raises(InputError, match=r"no file matches|does not exist"):
+        expand(bucket + address)
+
+
+def test_fetching_nothing_leaves_nothing(bucket: str, store: s3fs.S3FileSystem, tmp_path: Path) -> None:
+    for address in (f"{bucket}/missing", f"{bucket}-missing/a"):
+        with pytest.raises(InputError, match="does not exist"):
+            fetch(address, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_fingerprint_follows_the_content(bucket: str, store: s3fs.S3FileSystem, tmp_path: Path) -> None:
+    before = fingerprint(f"{bucket}/folder/a.txt")
+    assert fingerprint(f"{bucket}/folder/a.txt") == before
+    store.pipe(f"{bucket}/folder/a.txt", b"other")
+    assert fingerprint(f"{bucket}/folder/a.txt") != before
+    (tmp_path / "a").write_bytes(b"1")
+    local = fingerprint(str(tmp_path / "a"))
+    (tmp_path / "a").write_bytes(b"2")
+    assert fingerprint(str(tmp_path / "a")) != local
+
+
+def test_wrong_keys_are_refused_and_never_shown(
+    bucket: str, store: s3fs.S3FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-wrong-secret")
+    with pytest.raises(InputError, match="access is denied") as caught:
+        fetch(f"{bucket}/folder/a.txt", tmp_path)
+    assert "a-wrong-secret" not in str(caught.value)
+    assert caught.value.__suppress_context__, "the store's own message stays out of the traceback"
+    with pytest.raises(InputError, match="access is denied"):
+        expand(f"{bucket}/folder/*.txt")
+
+
+def test_no_keys_are_an_error(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(InputError, match="no S3 credentials"):
+        expand(f"{bucket}/*")

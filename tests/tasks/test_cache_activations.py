@@ -1,0 +1,113 @@
+"""cache_activations: what is cached is what transformers computes; what is planned is what is missing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from storage.activations import BoundaryReader, shard_path
+from storage.corpus import read_sequences
+from storage.files import DamagedFileError
+from storage.params import Params
+from storage.paths import Paths
+from storage.pieces import Pieces
+from tasks.cache_activations import ALL_BOUNDARIES, cache_shard, plan_shards
+from tests.settings import SEQ_LEN, tiny_params
+from tests.stages import cache, checksums, prepare
+from tests.tiny import FAMILIES, SIZES, flip_byte, tiny_corpus, tiny_model
+
+ALL_SHARDS = [f"train.shard_{i:03d}" for i in range(3)] + [f"calibration.shard_{i:03d}" for i in range(2)]
+ALL_SHARDS += ["validation.shard_000"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_boundaries_are_the_hidden_states_of_transformers(family: str, tmp_path: Path) -> None:
+    params, paths = prepare(family, tmp_path)
+    assert cache(params, paths) == ALL_SHARDS
+    model, last = tiny_model(family), SIZES["num_hidden_layers"]
+    for split in ALL_BOUNDARIES:
+        sequences = [13, 0, 11, 12]  # across two shards of 12
+        tokens = torch.from_numpy(read_sequences(paths.corpus, split)[sequences]).long()
+        with torch.no_grad():
+            expected = list(model(tokens, output_hidden_states=True).hidden_states)
+        for boundary in range(last):
+            found = BoundaryReader(paths.activations, split, boundary).read(sequences)
+            torch.testing.assert_close(found, expected[boundary], atol=1e-5, rtol=1e-5)  # float32, other batches
+        found = model.model.norm(BoundaryReader(paths.activations, split, last).read(sequences))
+        torch.testing.assert_close(found, expected[last], atol=1e-5, rtol=1e-5)  # transformers' last one is normalised
+
+
+def test_validation_keeps_the_last_boundary_only(finished: tuple[Params, Paths]) -> None:
+    _, paths = finished
+    assert [path.name for path in sorted((paths.activations / "validation").iterdir())] == ["boundary_003"]
+
+
+def test_only_what_a_killed_run_left_undone_is_planned(tmp_path: Path) -> None:
+    params, paths = prepare("llama", tmp_path)
+    shards = plan_shards.fn(params, paths)
+    for shard in shards[:2]:
+        cache_shard.fn(shard, params, paths)
+    half_written = shard_path(paths.activations, "train", 0, 2)
+    half_written.write_bytes(b"killed here, before its record")
+    assert [shard.name for shard in plan_shards.fn(params, paths)] == ALL_SHARDS[2:]
+    assert not half_written.exists()
+    assert cache(params, paths) == ALL_SHARDS[2:]
+    assert cache(params, paths) == []
+
+
+def test_two_runs_give_the_same_bytes(finished: tuple[Params, Paths], tmp_path: Path) -> None:
+    params, paths = finished
+    other_params, other_paths = prepare("llama", tmp_path / "again")
+    for shard in reversed(plan_shards.fn(other_params, other_paths)):
+        cache_shard.fn(shard, other_params, other_paths)
+    assert checksums(paths.activations) == checksums(other_paths.activations)
+
+
+def test_a_flipped_byte_is_found_by_the_reader_and_made_anew(finished: tuple[Params, Paths]) -> None:
+    params, paths = finished
+    damaged = shard_path(paths.activations, "calibration", 2, 1)
+    whole = checksums(paths.activations)
+    flip_byte(damaged, 1000)
+    assert BoundaryReader(paths.activations, "calibration", 2).read([0]).shape == (1, SEQ_LEN, SIZES["hidden_size"])
+    with pytest.raises(DamagedFileError, match=r"boundary_002/shard_001.*dvc repro cache_activations"):
+        BoundaryReader(paths.activations, "calibration", 2).read([0, 12])
+    assert cache(params, paths) == ["calibration.shard_001"]
+    assert checksums(paths.activations) == whole
+
+
+def test_more_tokens_make_only_the_shards_that_they_change(finished: tuple[Params, Paths]) -> None:
+    params, paths = finished
+    tiny_corpus(paths.corpus, SIZES["vocab_size"], SEQ_LEN, sequences=(40, 16, 8))
+    assert cache(params, paths) == ["train.shard_002", "train.shard_003"], "shard 2 was not full"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"run": {"dtype": "bfloat16"}}, {"run": {"threads": 2}}, {"cache_activations": {"sequences_per_batch": 2}}],
+)
+def test_what_changes_bytes_makes_all_shards_anew(
+    overrides: dict[str, dict[str, object]], finished: tuple[Params, Paths]
+) -> None:
+    _, paths = finished
+    assert [shard.name for shard in plan_shards.fn(tiny_params(**overrides), paths)] == ALL_SHARDS
+    assert Pieces(paths.activations, "the test").names() == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"run": {"workers": 2}}, {"run": {"seed": 3}}, {"distill_blocks": {"learning_rate": 0.1}}],
+)
+def test_what_does_not_change_bytes_makes_nothing_anew(
+    overrides: dict[str, dict[str, object]], finished: tuple[Params, Paths]
+) -> None:
+    _, paths = finished
+    assert plan_shards.fn(tiny_params(**overrides), paths) == []
+
+
+def test_bfloat16_is_cached_as_bfloat16(finished: tuple[Params, Paths]) -> None:
+    _, paths = finished
+    exact = BoundaryReader(paths.activations, "train", 3).read([5])
+    cache(tiny_params(run={"dtype": "bfloat16"}), paths)
+    rounded = BoundaryReader(paths.activations, "train", 3).read([5])
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, atol=0.1, rtol=0.1)  # three blocks of 2^-9 roundings
