@@ -45,7 +45,10 @@ class Checkpoint:
             DamagedFileError: a file is missing, truncated, or lacks a tensor that the index names.
         """
         if (self.folder / _INDEX).is_file():
-            weight_map = read_json(self.folder / _INDEX, self.rebuild)["weight_map"]
+            index = read_json(self.folder / _INDEX, self.rebuild)
+            weight_map = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(weight_map, dict):
+                raise DamagedFileError(f"{self.folder / _INDEX} holds no weight_map; run `{self.rebuild}`")
             found = {str(name): self.folder / str(file) for name, file in weight_map.items()}
         elif (self.folder / _SINGLE).is_file():
             with self._open(self.folder / _SINGLE) as handle:
@@ -138,7 +141,8 @@ class CheckpointWriter:
             size = tensor.numel() * tensor.element_size()
             if self._pending and self._pending_bytes + size > self.max_shard_bytes:
                 self._flush()
-            self._pending[name] = tensor.detach().cpu().contiguous()
+            # a copy, since safetensors refuses tensors that share memory (tied ones, slices)
+            self._pending[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             self._pending_bytes += size
             self._checksums[name] = tensor_sha256(self._pending[name])
 

@@ -39,8 +39,11 @@ INDEX_SCHEMA = pa.schema(
 
 
 def entry_name(block_index: int, subblock: str, variant: str) -> str:
-    """Name of a library entry's piece: `block_007.ffn_768`, `block_007.kv_1`, `block_007.attention_linear`."""
-    return f"block_{block_index:03d}.{variant if variant[-1].isdigit() else f'{subblock}_{variant}'}"
+    """Name of a library entry's piece: `block_007.ffn_768`, `block_007.kv_1`, `block_007.attention_linear`.
+
+    CHANNEL_ORDER belongs to no subblock ("").
+    """
+    return f"block_{block_index:03d}.{variant if variant[-1].isdigit() or not subblock else f'{subblock}_{variant}'}"
 
 
 @dataclass(frozen=True)

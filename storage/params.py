@@ -18,9 +18,9 @@ Scenario = Annotated[str, StringConstraints(pattern=r"^[1-9]\d*/[1-9]\d*$")]
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused."""
+    """Base of all sections: immutable, unknown keys refused, numbers finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -113,7 +113,7 @@ class DistillBlocks(Section):
         2_048, ge=1, description="Calibration tokens for the losses before and after, taken from the split's end."
     )
     importance_tokens: int = Field(8_192, ge=1, description="Train tokens that rank the FFN channels.")
-    ffn_ratios: tuple[float, ...] = Field(
+    ffn_ratios: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (0.875, 0.75, 0.5, 0.25, 0.2, 0.1), description="FFN widths to train, relative to the parent's."
     )
     width_multiple: int = Field(
@@ -137,7 +137,7 @@ class MeasureCosts(Section):
     hardware: tuple[str, ...] = Field((), description="Hardware whose milliseconds are modelled.")
     precision: Precision = Field("bfloat16", description="Precision of weights and KV cache.")
     scenarios: tuple[Scenario, ...] = Field(("128/128",), description="Input length / output length, in tokens.")
-    batches: tuple[int, ...] = Field((1, 8), description="Sequences at once.")
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8), description="Sequences at once.")
     threads: int = Field(2, ge=1, le=256, description="torch threads when `--time` times a CPU.")
     copies: int = Field(8, ge=1, description="N: `--time` compares stacks of 2N and N copies of a subblock.")
     repeats: int = Field(15, ge=3, description="Rounds of `--time`; the median counts.")
@@ -245,9 +245,11 @@ class Params(Section):
             ),
             "evaluate_child.tokens": (self.evaluate_child.tokens, corpus.validation_tokens, "validation_tokens"),
         }
-        for name, (tokens, available, budget) in wanted.items():
-            if tokens > available:
-                raise ValueError(f"{name} is {tokens}, more than prepare_corpus.{budget} = {available}")
+        problems = [
+            f"{name} is {tokens}, more than prepare_corpus.{budget} = {available}"
+            for name, (tokens, available, budget) in wanted.items()
+            if tokens > available
+        ]
         step, batch = self.distill_blocks.sequences_per_step * seq_len, self.score_blocks.sequences_per_batch * seq_len
         multiples = {
             "prepare_corpus.train_tokens": (corpus.train_tokens, seq_len),
@@ -258,11 +260,15 @@ class Params(Section):
             "score_blocks.initial_tokens": (self.score_blocks.initial_tokens, batch),
             "evaluate_child.tokens": (self.evaluate_child.tokens, seq_len),
         }
-        for name, (tokens, unit) in multiples.items():
-            if tokens % unit:
-                raise ValueError(f"{name} is {tokens}, expected a multiple of {unit} (seq_len x sequences at once)")
+        problems += [
+            f"{name} is {tokens}, expected a multiple of {unit} (seq_len x sequences at once)"
+            for name, (tokens, unit) in multiples.items()
+            if tokens % unit
+        ]
         if self.score_blocks.initial_tokens > self.score_blocks.tokens:
-            raise ValueError("score_blocks.initial_tokens must not exceed score_blocks.tokens")
+            problems.append("score_blocks.initial_tokens must not exceed score_blocks.tokens")
+        if problems:
+            raise ValueError("\n  ".join(problems))
         return self
 
     def target(self, name: str) -> Target:
@@ -304,12 +310,13 @@ def parse(raw: dict[str, Any], where: str) -> Params:
 
 
 def _problem(location: tuple[int | str, ...], kind: str, message: str, found: Any) -> str:
-    name = ".".join(str(part) for part in location) or "params"
+    name = ".".join(str(part) for part in location)
     if kind == "extra_forbidden":
         known = sorted(_fields_at(location[:-1]))
         return f"unknown key {name}{_nearest(str(location[-1]), known)} (known here: {', '.join(known)})"
     shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
-    return f"{name}: {message.removeprefix('Value error, ')}{shown}"
+    text = message.removeprefix("Value error, ") + shown
+    return f"{name}: {text}" if name else text
 
 
 def _fields_at(location: tuple[int | str, ...]) -> set[str]:

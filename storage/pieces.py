@@ -38,8 +38,8 @@ class Pieces:
         """
         if not self._path(name).is_file():
             return None
-        record: dict[str, Any] = read_json(self._path(name), self.rebuild)
-        if record.pop("seal", None) != digest_of(record):
+        record: Any = read_json(self._path(name), self.rebuild)
+        if not isinstance(record, dict) or record.pop("seal", None) != digest_of(record):
             raise DamagedFileError(f"{self._path(name)} is damaged (its seal does not fit); run `{self.rebuild}`")
         return record
 

@@ -32,7 +32,7 @@ from tasks.puzzle.costs import ModelSizes, ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
 from tasks.puzzle.evaluation import SequenceQuality, per_sequence, summarise
 from tasks.puzzle.head import Head, compare_with_parent
-from tasks.puzzle.timing import ENGINE, Workload, interleaved, machine, model_calls
+from tasks.puzzle.timing import ENGINE, Workload, machine, model_calls, phases
 from tasks.puzzle.variants import parent_attention, parent_ffn
 
 Models = dict[str, list[SequenceQuality]]
@@ -98,7 +98,7 @@ def measure_speed(target: str, params: Params, paths: Paths) -> dict[str, Any] |
         for name, (source, config, blocks) in models.items():
             model = build(config, blocks, {tensor: source.tensor(tensor) for tensor in source.files}, device)
             calls |= {f"{name} {phase}": call for phase, call in model_calls(model, work, device).items()}
-        rounds = interleaved(calls, repeats, device.device)
+        rounds = phases(calls, repeats, device.device)
     setting = Setting(limit.hardware, ENGINE, limit.precision, 1, limit.scenario, limit.batch)
     result: dict[str, Any] = {
         "hardware": limit.hardware,

@@ -29,9 +29,9 @@ from tasks.puzzle.timing import (
     ENGINE,
     Timing,
     Workload,
-    interleaved,
     machine,
     model_calls,
+    phases,
     spread,
     time_outside,
     time_subblock,
@@ -156,7 +156,7 @@ def _time_parent(parent: Parent, work: Workload, device: Compute, repeats: int) 
     tensors = {name: parent.checkpoint.tensor(name) for name in parent.checkpoint.files}
     blocks = [(parent_attention(config), parent_ffn(config))] * config.num_blocks
     with torch.inference_mode():
-        rounds = interleaved(model_calls(build(config, blocks, tensors, device), work, device), repeats, device.device)
+        rounds = phases(model_calls(build(config, blocks, tensors, device), work, device), repeats, device.device)
     prefill, decode = (statistics.median(rounds[phase]) for phase in ("prefill", "decode"))
     return Timing(prefill, decode, max(spread(values) for values in rounds.values()))
 

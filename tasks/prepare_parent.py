@@ -29,6 +29,8 @@ from storage.paths import Paths
 
 SHARD_BYTES = 4 << 30
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LICENCES = ("LICEN[CS]E*", "USE_POLICY*", "NOTICE*")
+_CARD = "README.md"
 _COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -36,9 +38,7 @@ _COPIED = (
     "merges.txt",
     "chat_template*",
     "generation_config.json",
-    "LICEN[CS]E*",
-    "USE_POLICY*",
-    "NOTICE*",
+    *_LICENCES,
 )
 
 
@@ -65,7 +65,7 @@ def _locate(source: str, scratch: Path) -> Path:
         if not revision:
             raise InputError(f"prepare_parent.source {source} names no revision; write hub:<id>@<commit or tag>")
         try:
-            patterns = ["*.safetensors", "*.json", *_COPIED]
+            patterns = ["*.safetensors", "*.json", _CARD, *_COPIED]
             return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
             reason = str(error).splitlines()[0]
@@ -83,7 +83,7 @@ def _locate(source: str, scratch: Path) -> Path:
 def _from_checkpoint(source: Path, folder: Path, name: str) -> None:
     """Check and copy a Hugging Face checkpoint."""
     raw = read_json(source / "config.json", "the export of this checkpoint again")
-    if "quantization_config" in raw:
+    if raw.get("quantization_config"):
         raise InputError(f"{name}: the checkpoint is quantised; the parent must hold bf16, fp16 or fp32 weights")
     config = ModelConfig.from_hf(raw, name)
     checkpoint = Checkpoint(source, "the download of this checkpoint again")
@@ -95,7 +95,7 @@ def _from_checkpoint(source: Path, folder: Path, name: str) -> None:
             raise InputError(f"{name}: tensor {tensor} has shape {found}, config.json asks for {shape}")
     folder.mkdir()
     for pattern in _COPIED:
-        for file in source.glob(pattern):
+        for file in filter(Path.is_file, source.glob(pattern)):
             shutil.copyfile(file, folder / file.name)
     write_json(folder / "config.json", raw)
     _write_tensors(folder, ((tensor, checkpoint.tensor(tensor)) for tensor in expected), len(expected))
@@ -135,7 +135,7 @@ def _write_info(folder: Path, source: str, raw: dict[str, Any], config: ModelCon
         "name": name,
         "source": source,
         "licence": licence,
-        "licence_files": sorted(file.name for file in folder.glob("LICEN[CS]E*")),
+        "licence_files": sorted(file.name for pattern in _LICENCES for file in folder.glob(pattern)),
         "config": config.to_json(),
         "special_tokens": {key: raw[key] for key in _SPECIAL_TOKENS if key in raw},
         "digest": digest_of({"config": config.to_json(), "tensors": checksums}),
@@ -145,7 +145,7 @@ def _write_info(folder: Path, source: str, raw: dict[str, Any], config: ModelCon
 
 def _licence(source: Path) -> str:
     """The licence's name from the model card's front matter, else `see licence files`, else `unknown`."""
-    card = source / "README.md"
+    card = source / _CARD
     lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
     if named:

@@ -5,17 +5,19 @@ sequences), so more tokens or another variant add rows and never recompute the o
 on one batch) that goes through the parent together is scheduling only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from torch import Tensor
 
 from storage.activations import BoundaryReader
 from storage.corpus import Tokens, read_sequences
 from storage.files import digest_of
 from storage.library import CHANNEL_ORDER, Library, entry_name
+from storage.model_config import ModelConfig
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
@@ -63,10 +65,10 @@ def plan_groups(params: Params, paths: Paths) -> list[Group]:
     jobs = list(_jobs(params, paths))
     pieces = Pieces(paths.score_pieces, REBUILD)
     pieces.keep_only(dict.fromkeys((job.record for job in jobs), ""))
-    done = {key for name in pieces.names() for key in pieces.get(name)["facts"]}
+    done = {(name, key) for name in pieces.names() for key in pieces.get(name)["facts"]}
     groups: dict[tuple[int, int], list[Job]] = {}
     for job in jobs:
-        if job.key not in done:
+        if (job.record, job.key) not in done:
             place = job.replacement.first_block // params.score_blocks.blocks_per_group, job.batch
             groups.setdefault(place, []).append(job)
     return [Group(batch, tuple(members)) for (_, batch), members in groups.items()]
@@ -130,13 +132,24 @@ def score_jobs(group: Group, params: Params, paths: Paths) -> None:
     _, norm, lm_head = parent.outside(device.device, device.dtype)
     size = params.score_blocks.sequences_per_batch
     sequences = range(group.batch * size, (group.batch + 1) * size)
+
+    def block(index: int) -> Tensors:
+        return parent.block(index, device.device, device.dtype)
+
+    replaced = {index: block(index) for index in {job.replacement.first_block for job in group.jobs}}
     losses = score_group(
         parent.config,
-        lambda index: parent.block(index, device.device, device.dtype),
+        block,
         lambda index: BoundaryReader(paths.activations, "calibration", index).read(sequences).to(device.device),
         Head(norm, lm_head, parent.config.rms_norm_eps),
         torch.from_numpy(_tokens(params, paths, group.batch)).long().to(device.device),
-        [Candidate(job.replacement, _tensors(job, parent, Library(paths.library), device)) for job in group.jobs],
+        [
+            Candidate(
+                job.replacement,
+                _tensors(job, replaced[job.replacement.first_block], parent.config, Library(paths.library), device),
+            )
+            for job in group.jobs
+        ],
     )
     pieces = Pieces(paths.score_pieces, REBUILD)
     for name in sorted({job.record for job in group.jobs}):
@@ -149,14 +162,13 @@ def score_jobs(group: Group, params: Params, paths: Paths) -> None:
         pieces.finish(name, "", [], {**(earlier["facts"] if earlier else {}), **rows})
 
 
-def _tensors(job: Job, parent: Parent, library: Library, device: Compute) -> Tensors:
-    """Tensors of the replaced block."""
+def _tensors(job: Job, block: Mapping[str, Tensor], config: ModelConfig, library: Library, device: Compute) -> Tensors:
+    """Tensors of the replaced block; the half that stays shares the memory of the parent's `block`."""
     index = job.replacement.first_block
-    block = parent.block(index, device.device, device.dtype)
     if job.weights == "decoupled":
-        return compose(parent.config, block, job.replacement, lambda variant: _trained(library, index, variant, device))
+        return compose(config, block, job.replacement, lambda variant: _trained(library, index, variant, device))
     order = library.read(entry_name(index, "", CHANNEL_ORDER))["order"].to(device.device)
-    return compose(parent.config, block, job.replacement, initial_weights(parent.config, block, order))
+    return compose(config, block, job.replacement, initial_weights(config, block, order))
 
 
 def _trained(library: Library, block_index: int, variant: Attention | Ffn, device: Compute) -> Tensors:

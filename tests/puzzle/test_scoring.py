@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from storage.checkpoints import Checkpoint
 from storage.model_config import EMBEDDING, LM_HEAD, NORM, ModelConfig
@@ -18,7 +17,8 @@ from tasks.puzzle.boundaries import boundaries
 from tasks.puzzle.head import Head, TokenLosses
 from tasks.puzzle.scoring import Candidate, score_group
 from tasks.puzzle.variants import attention_variants, ffn_variants, parent_attention, parent_ffn
-from tests.tiny import FAMILIES, replace_block, save_tiny, tiny_model
+from tests.reference import full_replacement
+from tests.tiny import FAMILIES, save_tiny
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5  # nats; float32 logits of order 1, summed in another order than transformers' from block 0 on
@@ -86,21 +86,6 @@ def setting(family: str, folder: Path, dtype: torch.dtype = torch.float32, seque
     _, config = save_tiny(family, folder)
     tokens = torch.randint(0, config.vocab_size, (4, 24), generator=torch.Generator().manual_seed(1))
     return Setting(config, Checkpoint(folder, "the test"), tokens, dtype, sequences_per_batch)
-
-
-def full_replacement(family: str, tokens: Tensor, changes: dict[int, dict[str, Tensor]]) -> TokenLosses:
-    """Losses from the full logits of transformers' own model, run from the start, in float64."""
-    child = tiny_model(family)
-    for index, tensors in changes.items():
-        replace_block(child, index, tensors)
-    with torch.no_grad():
-        parent_logits, child_logits = (model(tokens).logits[:, :-1].double() for model in (tiny_model(family), child))
-    parent_log, child_log = parent_logits.log_softmax(-1), child_logits.log_softmax(-1)
-    return TokenLosses(
-        kl=functional.kl_div(child_log, parent_log, reduction="none", log_target=True).sum(-1).float(),
-        lm_loss=functional.cross_entropy(child_logits.mT, tokens[:, 1:], reduction="none").float(),
-        top1=(parent_logits.argmax(-1) == child_logits.argmax(-1)).float(),
-    )
 
 
 def assert_same(found: TokenLosses, expected: TokenLosses) -> None:

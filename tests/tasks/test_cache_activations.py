@@ -56,7 +56,7 @@ def test_only_what_a_killed_run_left_undone_is_planned(tmp_path: Path) -> None:
 
 
 def test_two_runs_give_the_same_bytes(finished: tuple[Params, Paths], tmp_path: Path) -> None:
-    params, paths = finished
+    _, paths = finished
     other_params, other_paths = prepare("llama", tmp_path / "again")
     for shard in reversed(plan_shards.fn(other_params, other_paths)):
         cache_shard.fn(shard, other_params, other_paths)

@@ -1,0 +1,45 @@
+"""Replacement of blocks in transformers' own model, run from the start with full logits: what scores must equal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tasks.puzzle.head import TokenLosses
+from tests.tiny import tiny_model
+
+
+def replace_block(model: Any, block_index: int, tensors: Mapping[str, Tensor]) -> None:
+    """Make block `block_index` of transformers' own model compute what a variant with `tensors` computes.
+
+    Full-model replacement without our blocks: what a variant lacks is zero in the parent's shape (no-ops, dropped
+    channels), and a shared kv head is repeated for each of the parent's that it stands for.
+    """
+    layer = model.model.layers[block_index]
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            own = tensors.get(name, torch.zeros(0))
+            if "k_proj" in name or "v_proj" in name:
+                heads = own.reshape(-1, layer.self_attn.head_dim, *own.shape[1:])
+                repeats = parameter.shape[0] // own.shape[0] if len(own) else 1
+                own = heads.repeat_interleave(repeats, 0).reshape(-1, *own.shape[1:])
+            parameter.zero_()
+            if len(own):
+                parameter[tuple(slice(size) for size in own.shape)] = own
+
+
+def full_replacement(family: str, tokens: Tensor, changes: Mapping[int, Mapping[str, Tensor]]) -> TokenLosses:
+    """Losses from the full logits of transformers' own model, run from the start, in float64."""
+    child = tiny_model(family)
+    for index, tensors in changes.items():
+        replace_block(child, index, tensors)
+    with torch.no_grad():
+        parent_logits, child_logits = (model(tokens).logits[:, :-1].double() for model in (tiny_model(family), child))
+    parent_log, child_log = parent_logits.log_softmax(-1), child_logits.log_softmax(-1)
+    return TokenLosses(
+        kl=functional.kl_div(child_log, parent_log, reduction="none", log_target=True).sum(-1).float(),
+        lm_loss=functional.cross_entropy(child_logits.mT, tokens[:, 1:], reduction="none").float(),
+        top1=(parent_logits.argmax(-1) == child_logits.argmax(-1)).float(),
+    )

@@ -1,0 +1,245 @@
+"""params.yaml: what is accepted, and that every mistake is named with its place and what was expected."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from storage.files import InputError
+from storage.params import Params, load, parse
+from tests.settings import SEQ_LEN, tiny_params, tiny_values
+
+
+def problems(values: dict[str, Any]) -> list[str]:
+    """The lines of the one error that these params give."""
+    with pytest.raises(InputError) as caught:
+        parse(values, "params.yaml")
+    where, _, text = str(caught.value).partition(": ")
+    assert where == "params.yaml"
+    return text.split("\n  ")
+
+
+def with_constraint(**fields: Any) -> dict[str, Any]:
+    """Params whose only constraint, named `limit`, has these fields."""
+    return tiny_values(targets={"small": {"label": "Small", "constraints": {"limit": fields}}})
+
+
+def test_a_file_is_read_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(tiny_values(run={"seed": 7})))
+    assert load(path) == tiny_params(run={"seed": 7})
+    assert load(path).run.seed == 7
+
+
+def test_yaml_writes_small_floats_as_text() -> None:
+    raw = yaml.safe_load("1e-3")
+    assert raw == "1e-3", "YAML 1.1 wants 1.0e-3; people write 1e-3"
+    assert tiny_params(distill_blocks={"learning_rate": raw}).distill_blocks.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1", "is not valid YAML"),
+        ("key: value: other", "is not valid YAML"),
+        ("- run", "must hold sections, found list"),
+        ("", "must hold sections, found NoneType"),
+    ],
+)
+def test_what_is_no_mapping_is_refused(text: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(InputError, match=expected):
+        load(tmp_path / "params.yaml")
+
+
+def test_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"params.yaml is missing; run from the project's root"):
+        load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "nearest"),
+    [
+        ({**tiny_values(), "distil_blocks": {}}, "distil_blocks", "distill_blocks"),
+        (tiny_values(distill_blocks={"learning_rat": 0.1}), "distill_blocks.learning_rat", "learning_rate"),
+        (
+            tiny_values(prepare_corpus={"sources": [{}, {"kind": "files", "path": "a.txt", "wieght": 2}]}),
+            "prepare_corpus.sources.1.wieght",
+            "weight",
+        ),
+        (tiny_values(targets={"small": {"lable": "x"}}), "targets.small.lable", "label"),
+        (
+            with_constraint(metric="params", at_most_ration=0.5, at_most=1),
+            "targets.small.constraints.limit.at_most_ration",
+            "at_most_ratio",
+        ),
+    ],
+)
+def test_an_unknown_key_is_named_in_full_with_the_nearest_known_one(
+    values: dict[str, Any], key: str, nearest: str
+) -> None:
+    assert any(line.startswith(f"unknown key {key}, did you mean {nearest}? (known here: ") for line in problems(values))
+
+
+def test_a_key_like_no_other_lists_the_known_ones() -> None:
+    assert problems(tiny_values(run={"zzz": 1})) == [
+        "unknown key run.zzz (known here: device, dtype, seed, threads, workers)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"run": {"threads": 0}}, "run.threads: Input should be greater than or equal to 1 (found 0)"),
+        ({"run": {"seed": -1}}, "run.seed: Input should be greater than or equal to 0 (found -1)"),
+        ({"run": {"dtype": "float16"}}, "run.dtype: Input should be 'bfloat16' or 'float32' (found 'float16')"),
+        ({"run": {"device": "gpu"}}, "run.device: String should match pattern"),
+        ({"run": {"threads": "many"}}, "run.threads: Input should be a valid integer"),
+        ({"run": {"threads": 2.5}}, "run.threads: Input should be a valid integer"),
+        ({"prepare_corpus": {"seq_len": 4}}, "prepare_corpus.seq_len: Input should be greater than or equal to 8"),
+        ({"distill_blocks": {"learning_rate": 0}}, "distill_blocks.learning_rate: Input should be greater than 0"),
+        ({"distill_blocks": {"learning_rate": 2}}, "distill_blocks.learning_rate: Input should be less than"),
+        ({"distill_blocks": {"learning_rate": float("nan")}}, "distill_blocks.learning_rate: Input should be a finite"),
+        ({"distill_blocks": {"warmup": 1}}, "distill_blocks.warmup: Input should be less than 1"),
+        ({"distill_blocks": {"ffn_ratios": [0.5, -0.5]}}, "distill_blocks.ffn_ratios.1: Input should be greater than 0"),
+        ({"distill_blocks": {"ffn_ratios": [1.5]}}, "distill_blocks.ffn_ratios.0: Input should be less than or equal"),
+        ({"distill_blocks": {"ffn_ratios": [float("inf")]}}, "distill_blocks.ffn_ratios.0: Input should be a finite"),
+        ({"distill_blocks": {"ffn_ratios": 0.5}}, "distill_blocks.ffn_ratios: Input should be a valid tuple"),
+        ({"measure_costs": {"batches": [8, 0]}}, "measure_costs.batches.1: Input should be greater than or equal to 1"),
+        ({"measure_costs": {"scenarios": ["128x128"]}}, "measure_costs.scenarios.0: String should match pattern"),
+        ({"cache_activations": {"mode": "rolling"}}, "cache_activations.mode: Input should be 'materialised'"),
+        ({"prepare_corpus": {"sources": []}}, "prepare_corpus.sources: Tuple should have at least 1 item"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_found(overrides: dict[str, Any], expected: str) -> None:
+    [line] = problems(tiny_values(**overrides))
+    assert line.startswith(expected)
+
+
+def test_a_section_that_is_missing_or_empty_is_named() -> None:
+    values = tiny_values()
+    del values["score_blocks"]
+    values["run"] = None
+    assert problems(values) == [
+        "run: Input should be a valid dictionary or instance of Run",
+        "score_blocks: Field required",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ({"kind": "files"}, "a source of kind files needs `path`"),
+        ({"kind": "hub", "path": "org/data"}, "a source of kind hub needs `revision`"),
+        ({"kind": "parquet", "path": "x"}, "Input should be 'embedded', 'hub' or 'files'"),
+    ],
+)
+def test_a_source_says_what_it_needs(source: dict[str, Any], expected: str) -> None:
+    assert any(expected in line for line in problems(tiny_values(prepare_corpus={"sources": [source]})))
+
+
+SPEED = {"metric": "throughput", "hardware": "h100", "scenario": "128/128"}
+
+
+@pytest.mark.parametrize(
+    ("constraint", "expected"),
+    [
+        ({"metric": "params"}, "exactly one of at_most, at_least, at_most_ratio, at_least_ratio"),
+        ({"metric": "params", "at_most": 1, "at_most_ratio": 0.5}, "exactly one of"),
+        ({"metric": "params", "at_least": 5}, "params takes at_most"),
+        ({**SPEED, "at_most_ratio": 2}, "throughput takes at_least"),
+        ({**SPEED, "at_least_ratio": 2, "hardware": None}, "throughput needs `hardware` and `scenario`"),
+        ({"metric": "latency_ms", "at_most": 5, "hardware": "h100"}, "latency_ms needs `hardware` and `scenario`"),
+        ({"metric": "memory_gib", "at_most": 5}, "memory_gib needs `context`"),
+        ({"metric": "speed", "at_most": 5}, "metric: Input should be 'params'"),
+        ({"metric": "params", "at_most": 0}, "at_most: Input should be greater than 0"),
+        ({"metric": "params", "at_most_ratio": float("nan")}, "at_most_ratio: Input should be a finite number"),
+        ({**SPEED, "at_least_ratio": 2, "scenario": "0/128"}, "scenario: String should match pattern"),
+    ],
+)
+def test_a_constraint_that_makes_no_sense_is_refused(constraint: dict[str, Any], expected: str) -> None:
+    [line] = problems(with_constraint(**constraint))
+    assert line.startswith("targets.small.constraints.limit")
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"metric": "kv_bytes", "at_most_ratio": 0.85},
+        {"metric": "memory_gib", "at_most": 0.5, "batch": 8, "context": 256},
+        {**SPEED, "at_least_ratio": 1.2, "batch": 8},
+        {**SPEED, "metric": "latency_ms", "at_most": 100},
+    ],
+)
+def test_constraints_that_make_sense(constraint: dict[str, Any]) -> None:
+    assert parse(with_constraint(**constraint), "params.yaml").targets["small"].constraints["limit"].metric
+
+
+def test_a_target_needs_a_key_that_dvc_can_parse_and_a_constraint() -> None:
+    lines = problems(tiny_values(targets={"51b-like": {"label": "51B-like", "constraints": {}}}))
+    assert any("String should match pattern" in line and "'51b-like'" in line for line in lines)
+    assert any(line.startswith("targets.51b-like.constraints: Dictionary should have at least 1 item") for line in lines)
+    values = tiny_values()
+    values["targets"] = {}
+    assert problems(values) == ["targets: Dictionary should have at least 1 item after validation, not 0"]
+
+
+def test_budgets_must_fit_into_their_splits() -> None:
+    long = 64 * SEQ_LEN
+    assert problems(tiny_values(distill_blocks={"tokens": long}, evaluate_child={"tokens": long})) == [
+        "distill_blocks.tokens is 1024, more than prepare_corpus.train_tokens = 512",
+        "evaluate_child.tokens is 1024, more than prepare_corpus.validation_tokens = 128",
+    ]
+
+
+def test_scores_and_held_out_losses_share_no_sequence() -> None:
+    full = {"tokens": 16 * SEQ_LEN, "initial_tokens": 0}
+    [line] = problems(tiny_values(score_blocks=full, distill_blocks={"held_out_tokens": 1}))
+    assert line == (
+        "score_blocks.tokens + distill_blocks.held_out_tokens is 257, "
+        "more than prepare_corpus.calibration_tokens = 256"
+    )
+    tiny_params(score_blocks={**full, "tokens": 14 * SEQ_LEN}, distill_blocks={"held_out_tokens": 2 * SEQ_LEN})
+
+
+def test_budgets_are_whole_batches() -> None:
+    overrides: dict[str, Any] = {
+        "prepare_corpus": {"train_tokens": 32 * SEQ_LEN + 1},
+        "distill_blocks": {"tokens": 31 * SEQ_LEN},
+        "score_blocks": {"tokens": 3 * SEQ_LEN, "initial_tokens": 4 * SEQ_LEN},
+        "evaluate_child": {"tokens": 100},
+    }
+    assert problems(tiny_values(**overrides)) == [
+        "prepare_corpus.train_tokens is 513, expected a multiple of 16 (seq_len x sequences at once)",
+        "distill_blocks.tokens is 496, expected a multiple of 64 (seq_len x sequences at once)",
+        "score_blocks.tokens is 48, expected a multiple of 32 (seq_len x sequences at once)",
+        "evaluate_child.tokens is 100, expected a multiple of 16 (seq_len x sequences at once)",
+        "score_blocks.initial_tokens must not exceed score_blocks.tokens",
+    ]
+
+
+def test_all_problems_come_in_one_error() -> None:
+    values = tiny_values(
+        run={"thread": 2, "workers": 0},
+        distill_blocks={"learning_rate": "fast"},
+        targets={"small": {"label": "", "constraints": {"limit": {"metric": "params"}}}},
+    )
+    lines = problems(values)
+    assert len(lines) == 5
+    for part in ("run.thread,", "run.workers:", "learning_rate:", "targets.small.label:", "constraints.limit:"):
+        assert sum(part in line for line in lines) == 1, part
+
+
+def test_an_unknown_target_names_the_nearest() -> None:
+    params: Params = tiny_params()
+    assert params.target("small").label == "Small"
+    with pytest.raises(InputError, match=r"unknown target 'smal', did you mean small\?; known: small"):
+        params.target("smal")
+
+
+def test_params_cannot_be_changed() -> None:
+    params = tiny_params()
+    with pytest.raises(ValueError, match="frozen"):
+        params.run.seed = 3

@@ -1,0 +1,203 @@
+"""Finished pieces: what counts as done, what is deleted, and what the code digest sees."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from storage import pieces as module
+from storage.files import DamagedFileError, InputError
+from storage.pieces import Pieces, code_digest, project_imports
+from tests.tiny import flip_byte
+
+REBUILD = "dvc repro it"
+
+
+def make(folder: Path, name: str, key: str = "key", files: int = 1) -> list[Path]:
+    """A finished piece with files in a folder of its own."""
+    paths = [folder / name / f"{index}.bin" for index in range(files)]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(f"{name} {path.name}".encode() * 100)
+    Pieces(folder, REBUILD).finish(name, key, paths, {"rows": 3})
+    return paths
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_piece_is_done_under_its_key_only(tmp_path: Path) -> None:
+    make(tmp_path, "shard", "key", files=2)
+    pieces = Pieces(tmp_path, REBUILD)
+    assert pieces.done("shard", "key")
+    assert not pieces.done("shard", "another key")
+    assert not pieces.done("another", "key")
+    assert pieces.get("shard")["facts"] == {"rows": 3}
+    assert set(pieces.get("shard")["files"]) == {"shard/0.bin", "shard/1.bin"}
+    assert pieces.names() == ["shard"]
+
+
+def test_a_name_with_dots_is_kept(tmp_path: Path) -> None:
+    make(tmp_path, "block_001.kv_1")
+    assert Pieces(tmp_path, REBUILD).names() == ["block_001.kv_1"]
+
+
+@pytest.mark.parametrize("position", [0, 57, -1])
+def test_a_flipped_byte_undoes_a_piece(position: int, tmp_path: Path) -> None:
+    _, second = make(tmp_path, "shard", files=2)
+    flip_byte(second, position)
+    assert not Pieces(tmp_path, REBUILD).done("shard", "key")
+
+
+def test_a_missing_or_shortened_file_undoes_a_piece(tmp_path: Path) -> None:
+    first, second = make(tmp_path, "shard", files=2)
+    first.write_bytes(first.read_bytes()[:-1])
+    assert not Pieces(tmp_path, REBUILD).done("shard", "key")
+    make(tmp_path, "shard", files=2)
+    second.unlink()
+    assert not Pieces(tmp_path, REBUILD).done("shard", "key")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "3", '{"key": "key"}', ""])
+def test_a_record_that_is_no_record_is_damage(text: str, tmp_path: Path) -> None:
+    make(tmp_path, "shard")
+    (tmp_path / ".pieces" / "shard.json").write_text(text)
+    pieces = Pieces(tmp_path, REBUILD)
+    assert not pieces.done("shard", "key")
+    with pytest.raises(DamagedFileError, match=r"shard.json is .*; run `dvc repro it`"):
+        pieces.get("shard")
+
+
+@pytest.mark.parametrize("field", ["key", "files", "facts"])
+def test_an_altered_record_is_damage(field: str, tmp_path: Path) -> None:
+    make(tmp_path, "shard")
+    path = tmp_path / ".pieces" / "shard.json"
+    record = json.loads(path.read_text())
+    record[field] = "other" if field == "key" else {}
+    path.write_text(json.dumps(record))
+    pieces = Pieces(tmp_path, REBUILD)
+    assert not pieces.done("shard", "key")
+    with pytest.raises(DamagedFileError, match=r"its seal does not fit.*dvc repro it"):
+        pieces.record("shard")
+
+
+def test_a_fact_that_is_nan_keeps_its_seal(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    Pieces(tmp_path, REBUILD).finish("piece", "key", [tmp_path / "file"], {"loss": float("nan")})
+    assert Pieces(tmp_path, REBUILD).done("piece", "key"), "a variant that diverged must not be trained for ever"
+
+
+def test_a_piece_that_is_not_there_names_the_command(tmp_path: Path) -> None:
+    make(tmp_path, "shard_0")
+    assert Pieces(tmp_path, REBUILD).record("shard_1") is None
+    with pytest.raises(InputError, match=r"no piece 'shard_1' \(has 1: shard_0…\); run `dvc repro it`"):
+        Pieces(tmp_path, REBUILD).get("shard_1")
+
+
+def test_keep_only_deletes_strangers_and_keeps_what_is_finished(tmp_path: Path) -> None:
+    kept = make(tmp_path, "kept", files=2)
+    make(tmp_path, "of another key", key="old")
+    [damaged] = make(tmp_path, "damaged")
+    flip_byte(damaged)
+    make(tmp_path, "no longer wanted")
+    (tmp_path / "kept" / "stranger.bin").write_text("half written")
+    (tmp_path / "index.parquet").write_text("of the earlier run")
+    (tmp_path / "empty" / "deep").mkdir(parents=True)
+    times = [path.stat().st_mtime_ns for path in kept]
+    wanted = dict.fromkeys(("new", "kept", "damaged", "of another key"), "key")
+    assert Pieces(tmp_path, REBUILD).keep_only(wanted) == ["new", "damaged", "of another key"]
+    assert names(tmp_path) == {".pieces/kept.json", "kept/0.bin", "kept/1.bin"}
+    assert {path.name for path in tmp_path.iterdir()} == {".pieces", "kept"}
+    assert [path.stat().st_mtime_ns for path in kept] == times
+
+
+def test_keep_only_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert Pieces(tmp_path / "none", REBUILD).keep_only({"a": "1", "b": "2"}) == ["a", "b"]
+    assert not (tmp_path / "none").exists()
+
+
+def test_keep_only_keeps_a_piece_without_files(tmp_path: Path) -> None:
+    Pieces(tmp_path, REBUILD).finish("rows", "", [], {"row": [1]})
+    assert Pieces(tmp_path, REBUILD).keep_only({"rows": ""}) == []
+    assert Pieces(tmp_path, REBUILD).get("rows")["facts"] == {"row": [1]}
+
+
+def test_imports_are_followed_through_the_project() -> None:
+    root = Path(module.__file__).parent.parent
+    found = {str(path.relative_to(root)) for path in project_imports("tasks.puzzle.bld")}
+    assert {
+        "tasks/puzzle/bld.py",
+        "tasks/puzzle/blocks.py",  # from tasks.puzzle.blocks import Block
+        "tasks/puzzle/initialise.py",
+        "storage/model_config.py",
+        "storage/files.py",  # through model_config
+    } <= found
+    assert not {path for path in found if path.startswith(("flows/", "tests/"))}
+    assert "tasks/puzzle/mip.py" not in found, "an edit of the search must not re-train blocks"
+    assert "tasks/puzzle/scoring.py" not in found
+
+
+PLAIN = "import math\n\nWIDTH = 3\n\ndef area(x):\n    return math.pi * x * x\n"
+SAME = [
+    '"""What it does."""\n' + PLAIN,
+    "# why\n" + PLAIN.replace("x * x", "x * x  # square"),
+    PLAIN.replace("    return", '    """Area of a circle."""\n    return'),
+    PLAIN.replace("math.pi * x * x", "(math.pi * x * x)"),
+]
+OTHER = [
+    PLAIN.replace("x * x", "x * x * 1"),
+    PLAIN.replace("WIDTH = 3", "WIDTH = 4"),
+    PLAIN.replace("math.pi * x * x", "x * math.pi * x"),
+    PLAIN.replace("def area(x)", "def area(x=1)"),
+    PLAIN + "\narea(2)\n",
+    PLAIN.replace("WIDTH = 3", 'WIDTH = "3"'),
+]
+
+
+@pytest.fixture
+def digest_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "DigestWith":
+    return DigestWith(tmp_path / "tasks" / "puzzle" / "area.py", monkeypatch)
+
+
+class DigestWith:
+    """The code digest if the module's only file held `text`."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path.parent.mkdir(parents=True)
+        self._path = path
+        monkeypatch.setattr(module, "project_imports", lambda _: [path])
+
+    def __call__(self, text: str) -> str:
+        self._path.write_text(text)
+        code_digest.cache_clear()
+        digest = code_digest("tasks.puzzle.area")
+        code_digest.cache_clear()
+        return digest
+
+
+@pytest.mark.parametrize("text", SAME)
+def test_comments_docstrings_and_layout_do_not_change_the_digest(text: str, digest_with: DigestWith) -> None:
+    assert digest_with(text) == digest_with(PLAIN)
+
+
+@pytest.mark.parametrize("text", OTHER)
+def test_arithmetic_changes_the_digest(text: str, digest_with: DigestWith) -> None:
+    assert digest_with(text) != digest_with(PLAIN)
+
+
+def test_a_function_of_a_docstring_alone_has_a_digest(digest_with: DigestWith) -> None:
+    assert digest_with('def nothing():\n    """Only this."""\n') == digest_with('def nothing():\n    """Or that."""\n')
+
+
+def test_the_digest_covers_the_modules_behind_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = code_digest("tasks.puzzle.bld")
+    assert code_digest("tasks.puzzle.bld") == before
+    assert code_digest("tasks.puzzle.scoring") != before
+    bare = module._bare_tree
+    monkeypatch.setattr(module, "_bare_tree", lambda path: bare(path) + ("+" if path.stem == "blocks" else ""))
+    code_digest.cache_clear()
+    try:
+        assert code_digest("tasks.puzzle.bld") != before, "blocks.py is behind bld.py"
+    finally:
+        code_digest.cache_clear()

