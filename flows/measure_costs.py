@@ -1,7 +1,7 @@
 """Costs of every variant to artifacts/costs.parquet. Run: `python -m flows.measure_costs`.
 
 `python -m flows.measure_costs --time NAME` times this machine and writes storage/timings/NAME.parquet, input data for
-git; with `--scratch` the table goes to artifacts/timings/ instead and is compared with the one of that name.
+git; with `--scratch` only the parent is timed, to artifacts/timings/, and compared with the table of that name.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from flows.stage import main, run_cleanly
 from storage.params import Params, load
 from storage.paths import TIMINGS, Paths
 from tasks import measure_costs as tasks
+from tasks import time_machine as timing
 
 
 @flow(
@@ -29,8 +30,8 @@ def time_machine(name: str, scratch: bool) -> None:
     """Time this machine; with `scratch` say how far it is from the table of that name."""
     params, paths, kept = load(), Paths(), TIMINGS / f"{name}.parquet"
     written: Path = paths.root / "timings" / kept.name if scratch else kept
-    tasks.time_this_machine(params, paths, name, written)
-    sys.stdout.write(tasks.drift(written, kept) if scratch else f"wrote {written}\n")
+    timing.time_this_machine(params, paths, name, written, parent_only=scratch)
+    sys.stdout.write(timing.drift(written, kept) if scratch else f"wrote {written}\n")
 
 
 if __name__ == "__main__":

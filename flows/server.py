@@ -25,13 +25,15 @@ from storage.files import InputError, read_json, write_json
 _STATE = HOME / "server.json"
 _LOG = HOME / "server.log"
 _START_SECONDS = 120
+_LAST_PORT = 65_535
 
 
 def ensure() -> tuple[str, bool]:
     """The API address of a running server, and whether this call started it.
 
     Raises:
-        InputError: PUZZLE_PORT is in use by another program, or the server did not come up (with its last words).
+        InputError: PUZZLE_PORT is no port or in use by another program, or the server did not come up (with its last
+            words) or no longer answers.
     """
     if inherited := os.environ.get("PREFECT_API_URL"):
         return inherited, False
@@ -46,14 +48,14 @@ def stop() -> bool:
     with _locked():
         if not _STATE.is_file():
             return False
-        pid = int(read_json(_STATE, "make stop")["pid"])
-        found = _is_ours(pid)
+        pid, port = _state()
+        found = _is_ours(pid, port)
         if found:
             os.killpg(pid, signal.SIGTERM)
             deadline = time.monotonic() + 20
-            while _is_ours(pid) and time.monotonic() < deadline:
+            while _is_ours(pid, port) and time.monotonic() < deadline:
                 time.sleep(0.1)
-            if _is_ours(pid):
+            if _is_ours(pid, port):
                 os.killpg(pid, signal.SIGKILL)
         _STATE.unlink()
         return found
@@ -68,23 +70,39 @@ def _locked() -> Iterator[None]:
         yield
 
 
+def _state() -> tuple[int, int]:
+    """Process and port of the server that this clone started last."""
+    state = read_json(_STATE, f"rm {_STATE}")
+    return int(state["pid"]), int(state["port"])
+
+
 def _running() -> str | None:
-    """The address of this clone's server if it answers."""
+    """The address of this clone's server once it answers, None if there is none.
+
+    A server that lives is waited for: on a busy machine it may be slow, and a second one would share its database.
+    """
     if not _STATE.is_file():
         return None
-    state = read_json(_STATE, "make stop")
-    url = f"http://127.0.0.1:{state['port']}/api"
-    return url if _is_ours(int(state["pid"])) and _answers(url) else None
+    pid, port = _state()
+    url = f"http://127.0.0.1:{port}/api"
+    deadline = time.monotonic() + _START_SECONDS
+    while _is_ours(pid, port):
+        if _answers(url):
+            return url
+        if time.monotonic() > deadline:
+            raise InputError(f"this clone's Prefect server (process {pid}) does not answer at {url}; run `make stop`")
+        time.sleep(0.2)
+    return None
 
 
-def _is_ours(pid: int) -> bool:
-    """Whether the process lives and is a Prefect server, not another program that got its number."""
+def _is_ours(pid: int, port: int) -> bool:
+    """Whether the process lives and is the Prefect server of this port, not another program that got its number."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         listed = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, check=False)
         command = listed.stdout
-    return b"prefect" in command
+    return b"prefect" in command and str(port).encode() in command
 
 
 def _answers(url: str) -> bool:
@@ -96,7 +114,7 @@ def _answers(url: str) -> bool:
 
 
 def _start() -> str:
-    port = _free_port(int(os.environ.get("PUZZLE_PORT", "0")))
+    port = _free_port(_wanted_port())
     url = f"http://127.0.0.1:{port}/api"
     environment = {**os.environ, "PREFECT_API_URL": url, "PREFECT_SERVER_UI_API_URL": url}
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
@@ -113,6 +131,14 @@ def _start() -> str:
         time.sleep(0.2)
     write_json(_STATE, {"pid": process.pid, "port": port})
     return url
+
+
+def _wanted_port() -> int:
+    """PUZZLE_PORT, 0 (any) if it is not set."""
+    given = os.environ.get("PUZZLE_PORT", "0")
+    if not given.isdecimal() or int(given) > _LAST_PORT:
+        raise InputError(f"PUZZLE_PORT is {given!r}, expected a port: a number from 1 to {_LAST_PORT}, or 0 for any")
+    return int(given)
 
 
 def _free_port(wanted: int) -> int:
@@ -132,15 +158,17 @@ def main() -> None:
     """Start or stop the server."""
     parser = argparse.ArgumentParser(description="This clone's Prefect server on 127.0.0.1.")
     parser.add_argument("action", choices=("start", "stop"))
-    if parser.parse_args().action == "stop":
-        sys.stdout.write("stopped the Prefect server\n" if stop() else "no Prefect server of this clone is running\n")
-        return
+    action = parser.parse_args().action
     try:
-        url, started = ensure()
+        if action == "stop":
+            said = "stopped the Prefect server" if stop() else "no Prefect server of this clone is running"
+        else:
+            url, started = ensure()
+            said = f"{'started' if started else 'found'} the Prefect server: {url.removesuffix('/api')}"
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
-    sys.stdout.write(f"{'started' if started else 'found'} the Prefect server: {url.removesuffix('/api')}\n")
+    sys.stdout.write(f"{said}\n")
 
 
 if __name__ == "__main__":

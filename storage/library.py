@@ -20,7 +20,6 @@ from storage.pieces import Pieces
 
 FORMAT_VERSION = 1
 REBUILD = "dvc repro distill_blocks"
-CHANNEL_ORDER = "channel_order"
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -39,11 +38,13 @@ INDEX_SCHEMA = pa.schema(
 
 
 def entry_name(block_index: int, subblock: str, variant: str) -> str:
-    """Name of a library entry's piece: `block_007.ffn_768`, `block_007.kv_1`, `block_007.attention_linear`.
+    """Name of a library entry's piece: `block_007.ffn_768`, `block_007.kv_1`, `block_007.attention_linear`."""
+    return f"block_{block_index:03d}.{variant if variant[-1].isdigit() else f'{subblock}_{variant}'}"
 
-    CHANNEL_ORDER belongs to no subblock ("").
-    """
-    return f"block_{block_index:03d}.{variant if variant[-1].isdigit() or not subblock else f'{subblock}_{variant}'}"
+
+def channel_order_name(block_index: int) -> str:
+    """Name of the piece that ranks a block's FFN channels."""
+    return f"block_{block_index:03d}.channel_order"
 
 
 @dataclass(frozen=True)

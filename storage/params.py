@@ -105,8 +105,8 @@ class DistillBlocks(Section):
     """Blockwise local distillation (BLD)."""
 
     tokens: int = Field(49_152, ge=1, description="Tokens that each variant is trained on, once.")
-    sequences_per_step: int = Field(8, ge=1, description="Sequences in an optimizer step.")
-    learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate of AdamW.")
+    sequences_per_step: int = Field(2, ge=1, description="Sequences in an optimizer step.")
+    learning_rate: float = Field(2e-3, gt=0, le=1, description="Peak learning rate of AdamW.")
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising learning rate; then cosine to 0.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
     held_out_tokens: int = Field(
@@ -139,8 +139,8 @@ class MeasureCosts(Section):
     scenarios: tuple[Scenario, ...] = Field(("128/128",), description="Input length / output length, in tokens.")
     batches: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8), description="Sequences at once.")
     threads: int = Field(2, ge=1, le=256, description="torch threads when `--time` times a CPU.")
-    copies: int = Field(8, ge=1, description="N: `--time` compares stacks of 2N and N copies of a subblock.")
-    repeats: int = Field(15, ge=3, description="Rounds of `--time`; the median counts.")
+    copies: int = Field(15, ge=1, description="N: `--time` compares stacks of 2N and N copies of a subblock.")
+    repeats: int = Field(4, ge=2, description="Rounds of `--time`; the median counts.")
 
 
 class SearchArchitecture(Section):

@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from storage.activations import BoundaryReader
 from storage.files import digest_of
-from storage.library import CHANNEL_ORDER, FORMAT_VERSION, Library, entry_name
+from storage.library import FORMAT_VERSION, Library, channel_order_name, entry_name
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
@@ -77,14 +77,14 @@ def plan_blocks(params: Params, paths: Paths) -> list[BlockPlan]:
             _entry(index, variant): digest_of({**inputs, "variant": variant.name})
             for variant in trained_variants(params, parent)
         }
-    order_names = {entry_name(index, "", CHANNEL_ORDER): key for index, key in orders.items()}
+    order_names = {channel_order_name(index): key for index, key in orders.items()}
     wanted = {name: key for names in entries.values() for name, key in names.items()}
     missing = set(library.pieces.keep_only({**order_names, **wanted}))
     plans = [
         BlockPlan(
             index,
             orders[index],
-            entry_name(index, "", CHANNEL_ORDER) in missing,
+            channel_order_name(index) in missing,
             {name: key for name, key in entries[index].items() if name in missing},
         )
         for index in orders
@@ -116,7 +116,7 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
         source, target = (data[split, at].read(sequences).to(device.device) for at in (index, index + 1))
         return source, target
 
-    order_name = entry_name(index, "", CHANNEL_ORDER)
+    order_name = channel_order_name(index)
     if plan.order_missing:
         ranked = range(min(-(-settings.importance_tokens // seq_len), settings.tokens // seq_len))
         groups = _groups(list(ranked), settings.sequences_per_step)

@@ -255,12 +255,12 @@ def _packer(
 
 def _documents(ingredient: _Ingredient, seed: int, scratch: Path) -> Iterator[Document]:
     """A source's documents; a file of S3 is there only while it is read."""
-    params, source = ingredient.params, ingredient.source
-    columns = Columns(params.text, params.messages)
-    if params.kind == "embedded":
+    wanted, source = ingredient.params, ingredient.source
+    columns = Columns(wanted.text, wanted.messages)
+    if wanted.kind == "embedded":
         yield from embedded_documents(seed)
-    elif params.kind == "hub":
-        dataset = HubDataset(str(params.path), str(params.revision), params.split, params.subset)
+    elif wanted.kind == "hub":
+        dataset = HubDataset(str(wanted.path), str(wanted.revision), wanted.split, wanted.subset)
         yield from hub_documents(dataset, source, columns, scratch)
     else:
         for address in sorted(ingredient.files, key=lambda name: (order_key(seed, Path(name).name), name)):

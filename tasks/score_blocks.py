@@ -16,7 +16,7 @@ from torch import Tensor
 from storage.activations import BoundaryReader
 from storage.corpus import Tokens, read_sequences
 from storage.files import digest_of
-from storage.library import CHANNEL_ORDER, Library, entry_name
+from storage.library import Library, channel_order_name, entry_name
 from storage.model_config import ModelConfig
 from storage.params import Params
 from storage.parent import Parent
@@ -97,7 +97,7 @@ def _candidates(params: Params, parent: Parent, library: Library) -> Iterator[tu
     attention, ffn = parent_attention(config), parent_ffn(config)
     widths = ffn_variants(config, settings.ffn_ratios, settings.width_multiple)
     for index in range(config.num_blocks):
-        order = library.checksum(entry_name(index, "", CHANNEL_ORDER))
+        order = library.checksum(channel_order_name(index))
         halves = [Replacement(index, 1, other, ffn) for other in attention_variants(config) if other != attention]
         halves += [Replacement(index, 1, attention, other) for other in widths if other != ffn]
         for replacement in halves:
@@ -167,7 +167,7 @@ def _tensors(job: Job, block: Mapping[str, Tensor], config: ModelConfig, library
     index = job.replacement.first_block
     if job.weights == "decoupled":
         return compose(config, block, job.replacement, lambda variant: _trained(library, index, variant, device))
-    order = library.read(entry_name(index, "", CHANNEL_ORDER))["order"].to(device.device)
+    order = library.read(channel_order_name(index))["order"].to(device.device)
     return compose(config, block, job.replacement, initial_weights(config, block, order))
 
 

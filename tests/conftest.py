@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: a real S3 server, the embedded parent. Also the torch threads of all tests."""
+"""Fixtures that several test files share: a real S3 server, the embedded parent. Also how many threads torch has."""
 
 import os
 import random

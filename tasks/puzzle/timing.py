@@ -6,6 +6,7 @@ instead of resting in a cache. Stacks are timed in turn (A B A B ...) and the me
 Decoding is timed at the scenario's mean context (input + output / 2), as one step of the whole batch.
 """
 
+import itertools
 import platform
 import statistics
 import time
@@ -121,10 +122,10 @@ def interleaved(
 
 
 def phases(calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Time calls whose names tell the phase: a decode step is short and noisy, so it gets 4 times as many rounds."""
+    """Time calls whose names tell the phase: a decode step is short and noisy, so it gets 16 times as many rounds."""
     decode = {name: call for name, call in calls.items() if "decode" in name}
     prefill = {name: call for name, call in calls.items() if "decode" not in name}
-    return interleaved(prefill, repeats, device) | interleaved(decode, 4 * repeats, device)
+    return interleaved(prefill, repeats, device) | interleaved(decode, 16 * repeats, device)
 
 
 def time_subblock(
@@ -208,6 +209,15 @@ def time_outside(config: ModelConfig, work: Workload, compute: Compute, repeats:
         Timing(median["embedding prefill"], median["embedding decode"], spread(rounds["embedding decode"])),
         Timing(median["head"], median["head"], spread(rounds["head"])),
     )
+
+
+def line(sizes: Sequence[int], milliseconds: Sequence[float]) -> Callable[[int], float]:
+    """The Theil-Sen line (median of pairwise slopes) through points of different sizes, never below 0."""
+    points = list(zip(sizes, milliseconds, strict=True))
+    slopes = [(y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in itertools.combinations(points, 2)]
+    slope = max(0.0, statistics.median(slopes))
+    offset = statistics.median(y - slope * x for x, y in points)
+    return lambda size: max(0.0, offset + slope * size)
 
 
 def spread(values: Sequence[float]) -> float:

@@ -102,7 +102,9 @@ def test_a_file_that_was_recorded_truncated_is_no_arrow_file(keep: int, tmp_path
     path = shard_path(tmp_path, "train", 0, 0)
     path.write_bytes(path.read_bytes()[:keep])
     Pieces(tmp_path, REBUILD).finish(shard_name("train", 0), "key", [path], {"sequences_per_shard": SHARD})
-    with pytest.raises(DamagedFileError, match=r"shard_000.arrow is not a whole Arrow file.*dvc repro cache_activations"):
+    with pytest.raises(
+        DamagedFileError, match=r"shard_000.arrow is not a whole Arrow file.*dvc repro cache_activations"
+    ):
         BoundaryReader(tmp_path, "train", 0).read([0])
 
 

@@ -145,7 +145,9 @@ def test_an_index_that_names_an_absent_tensor_is_found(tmp_path: Path) -> None:
     index = json.loads((tmp_path / INDEX).read_text())
     index["weight_map"]["model.layers.2.absent"] = "model-00001-of-00002.safetensors"
     (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(DamagedFileError, match=r"model-00001-of-00002.safetensors lacks .*layers.2.absent.*dvc repro it"):
+    with pytest.raises(
+        DamagedFileError, match=r"model-00001-of-00002.safetensors lacks .*layers.2.absent.*dvc repro it"
+    ):
         Checkpoint(tmp_path, REBUILD).tensor("model.embed_tokens.weight")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from storage.files import DamagedFileError, InputError, sha256
-from storage.library import CHANNEL_ORDER, INDEX_SCHEMA, Library, entry_name
+from storage.library import INDEX_SCHEMA, Library, channel_order_name, entry_name
 from tests.tiny import flip_byte
 
 FACTS = {"first_block": 2, "span": 1, "weights": "decoupled", "loss_before": 0.5, "loss_after": 0.25, "tokens": 64}
@@ -27,7 +27,6 @@ def add(library: Library, subblock: str, variant: str) -> Path:
         ("ffn", "ffn_768", "block_002.ffn_768", "block_002/ffn_768.safetensors"),
         ("attention", "linear", "block_002.attention_linear", "block_002/attention_linear.safetensors"),
         ("ffn", "linear", "block_002.ffn_linear", "block_002/ffn_linear.safetensors"),
-        ("", CHANNEL_ORDER, "block_002.channel_order", "block_002/channel_order.safetensors"),
     ],
 )
 def test_an_entrys_name_says_where_it_lies(subblock: str, variant: str, name: str, file: str, tmp_path: Path) -> None:
@@ -62,8 +61,8 @@ def test_the_index_has_a_row_per_variant(tmp_path: Path) -> None:
     library = Library(tmp_path)
     add(library, "ffn", "ffn_8")
     path = add(library, "attention", "kv_1")
-    order = library.write(entry_name(2, "", CHANNEL_ORDER), {"order": torch.arange(3)})
-    library.pieces.finish(entry_name(2, "", CHANNEL_ORDER), "key", [order])
+    order = library.write(channel_order_name(2), {"order": torch.arange(3)})
+    library.pieces.finish(channel_order_name(2), "key", [order])
     library.write_index()
     table = pq.read_table(library.index_path)
     assert table.schema.equals(INDEX_SCHEMA)

@@ -79,7 +79,9 @@ def test_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
 def test_an_unknown_key_is_named_in_full_with_the_nearest_known_one(
     values: dict[str, Any], key: str, nearest: str
 ) -> None:
-    assert any(line.startswith(f"unknown key {key}, did you mean {nearest}? (known here: ") for line in problems(values))
+    assert any(
+        line.startswith(f"unknown key {key}, did you mean {nearest}? (known here: ") for line in problems(values)
+    )
 
 
 def test_a_key_like_no_other_lists_the_known_ones() -> None:
@@ -102,7 +104,10 @@ def test_a_key_like_no_other_lists_the_known_ones() -> None:
         ({"distill_blocks": {"learning_rate": 2}}, "distill_blocks.learning_rate: Input should be less than"),
         ({"distill_blocks": {"learning_rate": float("nan")}}, "distill_blocks.learning_rate: Input should be a finite"),
         ({"distill_blocks": {"warmup": 1}}, "distill_blocks.warmup: Input should be less than 1"),
-        ({"distill_blocks": {"ffn_ratios": [0.5, -0.5]}}, "distill_blocks.ffn_ratios.1: Input should be greater than 0"),
+        (
+            {"distill_blocks": {"ffn_ratios": [0.5, -0.5]}},
+            "distill_blocks.ffn_ratios.1: Input should be greater than 0",
+        ),
         ({"distill_blocks": {"ffn_ratios": [1.5]}}, "distill_blocks.ffn_ratios.0: Input should be less than or equal"),
         ({"distill_blocks": {"ffn_ratios": [float("inf")]}}, "distill_blocks.ffn_ratios.0: Input should be a finite"),
         ({"distill_blocks": {"ffn_ratios": 0.5}}, "distill_blocks.ffn_ratios: Input should be a valid tuple"),
@@ -180,7 +185,9 @@ def test_constraints_that_make_sense(constraint: dict[str, Any]) -> None:
 def test_a_target_needs_a_key_that_dvc_can_parse_and_a_constraint() -> None:
     lines = problems(tiny_values(targets={"51b-like": {"label": "51B-like", "constraints": {}}}))
     assert any("String should match pattern" in line and "'51b-like'" in line for line in lines)
-    assert any(line.startswith("targets.51b-like.constraints: Dictionary should have at least 1 item") for line in lines)
+    assert any(
+        line.startswith("targets.51b-like.constraints: Dictionary should have at least 1 item") for line in lines
+    )
     values = tiny_values()
     values["targets"] = {}
     assert problems(values) == ["targets: Dictionary should have at least 1 item after validation, not 0"]
@@ -198,8 +205,7 @@ def test_scores_and_held_out_losses_share_no_sequence() -> None:
     full = {"tokens": 16 * SEQ_LEN, "initial_tokens": 0}
     [line] = problems(tiny_values(score_blocks=full, distill_blocks={"held_out_tokens": 1}))
     assert line == (
-        "score_blocks.tokens + distill_blocks.held_out_tokens is 257, "
-        "more than prepare_corpus.calibration_tokens = 256"
+        "score_blocks.tokens + distill_blocks.held_out_tokens is 257, more than prepare_corpus.calibration_tokens = 256"
     )
     tiny_params(score_blocks={**full, "tokens": 14 * SEQ_LEN}, distill_blocks={"held_out_tokens": 2 * SEQ_LEN})
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from storage.activations import BoundaryReader
+from storage.checkpoints import CheckpointWriter
 from storage.files import DamagedFileError
-from storage.library import CHANNEL_ORDER, INDEX_SCHEMA, Library, entry_name
+from storage.library import INDEX_SCHEMA, Library, channel_order_name, entry_name
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
@@ -80,7 +81,7 @@ def test_the_index_names_files_and_budget(finished: tuple[Params, Paths]) -> Non
 
 def test_narrow_widths_start_from_the_channels_that_the_parent_uses_most(finished: tuple[Params, Paths]) -> None:
     _, paths = finished
-    order = Library(paths.library).read(entry_name(0, "", CHANNEL_ORDER))["order"]
+    order = Library(paths.library).read(channel_order_name(0))["order"]
     assert sorted(order.tolist()) == list(range(96))
     assert (paths.library / "block_000" / "channel_order.safetensors").is_file()
 
@@ -120,7 +121,7 @@ def test_a_variant_trained_alone_later_has_the_bytes_of_one_trained_with_all(fin
 
 def test_another_learning_rate_retrains_all_but_caches_nothing(finished: tuple[Params, Paths]) -> None:
     _, paths = finished
-    params = tiny_params(distill_blocks={"learning_rate": 2e-3})
+    params = tiny_params(distill_blocks={"learning_rate": 3e-3})
     assert plan_shards.fn(params, paths) == []
     assert planned_variants(params, paths) == ALL_ENTRIES
     assert checksums(paths.library) == {}, "nothing stale stays"
@@ -133,6 +134,17 @@ def test_another_learning_rate_retrains_all_but_caches_nothing(finished: tuple[P
 def test_what_changes_bytes_retrains_all(overrides: dict[str, dict[str, Any]], finished: tuple[Params, Paths]) -> None:
     _, paths = finished
     assert planned_variants(tiny_params(**overrides), paths) == ALL_ENTRIES
+
+
+def test_another_block_of_the_parent_retrains_only_that_block(finished: tuple[Params, Paths]) -> None:
+    params, paths = finished
+    checkpoint = Parent(paths.parent).checkpoint
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.files}
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    writer = CheckpointWriter(paths.parent, 1 << 30)
+    writer.add(tensors)
+    writer.finish()
+    assert planned_variants(params, paths) == ALL_ENTRIES[3:6]
 
 
 def test_one_more_width_trains_only_that(finished: tuple[Params, Paths]) -> None:
@@ -178,7 +190,7 @@ def test_a_damaged_channel_order_is_ranked_anew_without_training(finished: tuple
 
 def test_damaged_activations_stop_the_training_and_spare_finished_blocks(finished: tuple[Params, Paths]) -> None:
     _, paths = finished
-    params = tiny_params(distill_blocks={"learning_rate": 2e-3})
+    params = tiny_params(distill_blocks={"learning_rate": 3e-3})
     flip_byte(paths.activations / "train" / "boundary_002" / "shard_001.arrow", 5000)
     first, second, _ = plan_blocks.fn(params, paths)
     train_block.fn(first, params, paths)

@@ -1,0 +1,166 @@
+"""Time this machine: milliseconds of every component with torch -> a table in storage/timings/, input data for git."""
+
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from storage.files import InputError
+from storage.params import Params
+from storage.parent import Parent
+from storage.paths import Paths
+from storage.records import ANY_VARIANT, Attention, Component, Ffn, TimingRow
+from storage.tables import read_timings, write_timings
+from tasks.puzzle.child import build
+from tasks.puzzle.device import Compute, compute
+from tasks.puzzle.timing import (
+    ENGINE,
+    Timing,
+    Workload,
+    line,
+    machine,
+    model_calls,
+    phases,
+    spread,
+    time_outside,
+    time_subblock,
+)
+from tasks.puzzle.variants import attention_variants, component_sizes, ffn_variants, parent_attention, parent_ffn
+
+
+def time_this_machine(params: Params, paths: Paths, name: str, path: Path, parent_only: bool) -> None:
+    """Time every component on this machine and write the table to `path`; `parent_only` leaves out the variants.
+
+    Raises:
+        InputError: run.dtype is not the precision that measure_costs asks for.
+    """
+    settings = params.measure_costs
+    if params.run.dtype != settings.precision:
+        raise InputError(
+            f"measure_costs.precision is {settings.precision}, but torch computes in run.dtype {params.run.dtype}; "
+            "set both to the same to time this machine"
+        )
+    device = compute(params.run.device, params.run.dtype, settings.threads)
+    workloads = [
+        (scenario, Workload.of(scenario, batch)) for scenario in settings.scenarios for batch in settings.batches
+    ]
+    rows: list[TimingRow] = []
+    for scenario, work in workloads:
+        rows += _time_scenario(params, Parent(paths.parent), name, scenario, work, device, parent_only)
+    write_timings(path, rows)
+
+
+def _time_scenario(
+    params: Params, parent: Parent, name: str, scenario: str, work: Workload, device: Compute, parent_only: bool
+) -> Iterator[TimingRow]:
+    """Rows of one scenario and batch: each subblock variant, embedding, head, and the step's rest."""
+    settings, config = params.measure_costs, parent.config
+    widths = ffn_variants(config, params.distill_blocks.ffn_ratios, params.distill_blocks.width_multiple)
+    variants: list[Attention | Ffn] = [parent_attention(config), parent_ffn(config)]
+    if not parent_only:
+        variants = [*attention_variants(config), *widths]
+    copies = min(settings.copies, max(1, config.num_blocks // 2))
+    timings: dict[tuple[Component, str], Timing] = {}
+    label = f"timing {scenario}, batch {work.batch}"
+    for variant in tqdm(variants, desc=label, unit="variant", disable=None):
+        component: Component = "attention" if isinstance(variant, Attention) else "ffn"
+        if variant.kind == "no_op":
+            timings[component, variant.name] = Timing(0.0, 0.0, 0.0)
+        else:
+            timings[component, variant.name] = time_subblock(config, variant, work, device, copies, settings.repeats)
+    timings |= _smooth({variant: timings["ffn", variant.name] for variant in variants if isinstance(variant, Ffn)})
+    embedding, head = time_outside(config, work, device, settings.repeats)
+    timings["embedding", ANY_VARIANT], timings["head", ANY_VARIANT] = embedding, head
+    whole = _time_parent(parent, work, device, settings.repeats)
+    blocks = [timings["attention", parent_attention(config).name], timings["ffn", parent_ffn(config).name]]
+    parts = [embedding, head, *(blocks * config.num_blocks)]
+    timings["step", ANY_VARIANT] = Timing(
+        max(0.0, whole.prefill_ms - sum(part.prefill_ms for part in parts)),
+        max(0.0, whole.decode_ms - sum(part.decode_ms for part in parts)),
+        whole.spread,
+    )
+    for (component, variant_name), timing in timings.items():
+        sizes = component_sizes(config, component, variant_name, settings.precision)
+        yield TimingRow(
+            component=component,
+            variant=variant_name,
+            first_block=None,
+            span=1,
+            hardware=name,
+            engine=ENGINE,
+            precision=settings.precision,
+            tensor_parallel=1,
+            scenario=scenario,
+            batch=work.batch,
+            prefill_ms=timing.prefill_ms,
+            decode_ms=timing.decode_ms,
+            weight_bytes=sizes.weight_bytes,
+            kv_bytes_per_token=sizes.kv_bytes_per_token,
+            params=sizes.params,
+            origin="measured",
+            how=_HOW[component],
+            machine=machine(),
+            versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
+            dtype=params.run.dtype,
+            threads=settings.threads,
+            repeats=settings.repeats,
+            spread=timing.spread,
+        )
+
+
+def _smooth(widths: Mapping[Ffn, Timing]) -> dict[tuple[Component, str], Timing]:
+    """Gated FFNs on the line through the medians of all widths: neighbours differ by less than a machine's noise."""
+    gated = [variant for variant in widths if variant.kind == "gated"]
+    if len(gated) < 3:
+        return {}
+    sizes = [variant.intermediate_size for variant in gated]
+    prefill = line(sizes, [widths[variant].prefill_ms for variant in gated])
+    decode = line(sizes, [widths[variant].decode_ms for variant in gated])
+    return {
+        ("ffn", variant.name): Timing(
+            prefill(variant.intermediate_size), decode(variant.intermediate_size), widths[variant].spread
+        )
+        for variant in gated
+    }
+
+
+_MEDIAN = "median difference of stacks with 2N and N copies, interleaved"
+_HOW: dict[Component, str] = {
+    "attention": _MEDIAN,
+    "ffn": f"{_MEDIAN}; line through all widths (Theil-Sen)",
+    "embedding": "median of the lookup alone",
+    "head": "median of norm, logits of the last position and argmax",
+    "step": "rest of the parent's measured end-to-end time over the sum of its parts",
+}
+
+
+def _time_parent(parent: Parent, work: Workload, device: Compute, repeats: int) -> Timing:
+    """The whole parent, end to end."""
+    config = parent.config
+    tensors = {name: parent.checkpoint.tensor(name) for name in parent.checkpoint.files}
+    blocks = [(parent_attention(config), parent_ffn(config))] * config.num_blocks
+    with torch.inference_mode():
+        rounds = phases(model_calls(build(config, blocks, tensors, device), work, device), repeats, device.device)
+    prefill, decode = (statistics.median(rounds[phase]) for phase in ("prefill", "decode"))
+    return Timing(prefill, decode, max(spread(values) for values in rounds.values()))
+
+
+def drift(scratch: Path, kept: Path) -> str:
+    """How far this machine's timings are from the table in git, as text; nothing reads the scratch table."""
+    here = {(row.component, row.variant, row.scenario, row.batch): row for row in read_timings(scratch)}
+    if not kept.is_file():
+        return f"timed this machine to {scratch}; there is no {kept} to compare with\n"
+    table = {(row.component, row.variant, row.scenario, row.batch): row for row in read_timings(kept)}
+    ratios = [
+        here[key].decode_ms / row.decode_ms
+        for key, row in table.items()
+        if key in here and key[0] in ("attention", "ffn", "head") and row.decode_ms > 0
+    ]
+    theirs = next(iter(table.values()))
+    return (
+        f"measured decode time of components on this machine ({machine()}) / in {kept} ({theirs.machine}): "
+        f"median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}\n"
+    )

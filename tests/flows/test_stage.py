@@ -1,0 +1,102 @@
+"""What every stage's main() shares: pieces on workers, results in order, quiet progress, errors as one line."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.clone import ROOT, Clone, Ended
+from tests.settings import tiny_values
+
+# The pieces that end first are the last ones; 2 is a wrong input, or our own mistake.
+STAGE = """
+import json, time
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from flows.stage import main, run_pieces
+from storage.files import DamagedFileError
+
+@task(cache_policy=NO_CACHE)
+def make(piece, target, paths):
+    time.sleep(0.2 * piece)
+    if piece == 2 and target != "works":
+        raise DamagedFileError("piece 2 is damaged") if target == "fails" else RuntimeError("our mistake")
+    (paths.root / str(piece)).touch()
+    return 10 * piece
+
+@flow(name="pieces")
+def pieces(params, paths, target):
+    paths.root.mkdir()
+    (paths.root / "results").write_text(json.dumps(run_pieces(make, [3, 2, 1, 0], target, paths, unit="piece")))
+
+if __name__ == "__main__":
+    main(pieces, per_target=True)
+"""
+
+
+def _folder(folder: Path) -> Clone:
+    """A folder with params.yaml and the stage above; the code is this checkout's."""
+    folder.mkdir(exist_ok=True)
+    target = tiny_values()["targets"]["small"]
+    values = tiny_values(run={"workers": 4}) | {"targets": dict.fromkeys(("works", "fails", "breaks"), target)}
+    (folder / "params.yaml").write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
+    (folder / "pieces.py").write_text(STAGE, encoding="utf-8")
+    return Clone(folder, {"PYTHONPATH": str(ROOT)})
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The API address of a server for this file."""
+    clone = Clone(tmp_path_factory.mktemp("server"), {"PYTHONPATH": str(ROOT)})
+    try:
+        yield clone.must("flows.server", "start").out.split()[-1] + "/api"
+    finally:
+        clone.must("flows.server", "stop")
+
+
+def _run(folder: Path, address: str, target: str) -> Ended:
+    clone = _folder(folder)
+    return Clone(folder, {**clone.environment, "PREFECT_API_URL": address}).run("pieces", "--target", target)
+
+
+def test_results_come_in_the_order_of_the_pieces_and_nothing_is_said(tmp_path: Path, address: str) -> None:
+    ended = _run(tmp_path, address, "works")
+    assert (ended.code, ended.out, ended.err) == (0, "", "")  # progress is for terminals
+    assert json.loads((tmp_path / "artifacts/results").read_text()) == [30, 20, 10, 0]
+
+
+def test_a_wrong_input_in_a_piece_is_one_error_and_finished_pieces_stay(tmp_path: Path, address: str) -> None:
+    ended = _run(tmp_path, address, "fails")
+    assert (ended.code, ended.out, ended.err) == (4, "", "error: piece 2 is damaged\n")
+    assert {"0", "1"} <= {path.name for path in (tmp_path / "artifacts").iterdir()} <= {"0", "1", "3"}
+
+
+def test_our_own_mistake_is_not_dressed_up_as_a_wrong_input(tmp_path: Path, address: str) -> None:
+    ended = _run(tmp_path, address, "breaks")
+    assert ended.code == 1
+    assert "Traceback" in ended.err
+    assert ended.err.rstrip().endswith("RuntimeError: our mistake")
+
+
+def test_params_and_target_are_checked_before_a_server_starts(tmp_path: Path) -> None:
+    unknown = _folder(tmp_path).run("pieces", "--target", "work")
+    assert (unknown.code, unknown.out) == (2, "")
+    assert unknown.err.startswith("error: unknown target 'work', did you mean works?")
+    values = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(json.dumps(values | {"targts": {}}), encoding="utf-8")
+    misspelt = _folder(tmp_path / "other").folder / "params.yaml"
+    misspelt.write_text((tmp_path / "params.yaml").read_text(), encoding="utf-8")
+    ended = Clone(misspelt.parent, {"PYTHONPATH": str(ROOT)}).run("pieces", "--target", "works")
+    assert (ended.code, len(ended.err.splitlines())) == (2, 1)
+    assert "unknown key targts, did you mean targets?" in ended.err
+    assert not list(tmp_path.rglob(".prefect"))
+
+
+def test_a_port_in_use_stops_a_stage_with_one_error(tmp_path: Path) -> None:
+    clone = _folder(tmp_path)
+    ended = Clone(tmp_path, {**clone.environment, "PUZZLE_PORT": "many"}).run("pieces", "--target", "works")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "error: PUZZLE_PORT is 'many', expected a port: a number from 1 to 65535, or 0 for any\n"
+    assert not (tmp_path / "artifacts").exists()

@@ -1,0 +1,499 @@
+"""The whole pipeline as a user runs it: a git clone, `dvc repro`, a real Prefect server, a tiny random parent.
+
+Clone `one` runs undisturbed. Clone `two` runs beside it with the same inputs and is killed, damaged and mended on its
+way; in the end both must hold the same bytes. Tests below the fixtures look at what is there and change clone `one`
+further, in the order of the file.
+"""
+
+import json
+import re
+import socket
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from storage.corpus import read_sequences
+from tasks.puzzle.child import DeciLMForCausalLM  # importing it is what makes children load
+from tests.clone import NUM_BLOCKS, TIMINGS, Clone, Ended, make_clone, tiny_documents, tiny_parent, tiny_run_params
+from tests.reference import replace_block
+from tests.stages import checksums
+from tests.tiny import SIZES, flip_byte
+
+TARGETS = ("small", "fast")
+SHARED = ("prepare_parent", "prepare_corpus", "cache_activations", "distill_blocks", "score_blocks", "measure_costs")
+PER_TARGET = ("search_architecture", "assemble_child", "evaluate_child")
+ALL_STAGES = {*SHARED, *(f"{stage}@{target}" for stage in PER_TARGET for target in TARGETS)}
+DAMAGED = "activations/train/boundary_003/shard_000.arrow"  # blocks 2 and 3 read it
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """Pieces that were finished when a stage was killed: file -> (mtime, bytes), then and after the next run."""
+
+    before: dict[str, tuple[int, bytes]]
+    after: dict[str, tuple[int, bytes]]
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """What distill_blocks did with a shard that lost a byte: how it ended, and its records before and after."""
+
+    ended: Ended
+    before: set[str]
+    after: set[str]
+
+
+@dataclass(frozen=True)
+class Built:
+    """Both clones, finished, and what happened on the way."""
+
+    one: Clone
+    two: Clone
+    first_run: list[str]
+    distill: Interrupted
+    damaged: Damaged
+    score: Interrupted
+
+
+@pytest.fixture(scope="module")
+def clones(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Clone, Clone]]:
+    """Two clones with one Prefect server, the first one's."""
+    root = tmp_path_factory.mktemp("clones")
+    tiny_parent(root / "parent")
+    tiny_documents(root / "documents")
+    params = tiny_run_params(root / "parent", root / "documents")
+    one = make_clone(root / "one", params)
+    try:
+        started = one.must("flows.server", "start")
+        url = started.out.split()[-1]
+        two = make_clone(root / "two", params)
+        yield one, Clone(two.folder, {"PREFECT_API_URL": f"{url}/api"})
+    finally:
+        one.must("flows.server", "stop")
+
+
+@pytest.fixture(scope="module")
+def built(clones: tuple[Clone, Clone]) -> Built:
+    """Run both clones to their end, at the same time."""
+    one, two = clones
+    with ThreadPoolExecutor() as pool:
+        undisturbed, disturbed = pool.submit(_undisturbed, one), pool.submit(_disturbed, two)
+        first_run = undisturbed.result()
+        distill, damaged, score = disturbed.result()
+    timings = f"storage/timings/{TIMINGS}.parquet"  # input data: git brings it
+    (two.folder / timings).parent.mkdir()
+    (two.folder / timings).write_bytes((one.folder / timings).read_bytes())
+    two.must("dvc", "repro", *(f"assemble_child@{target}" for target in TARGETS))
+    return Built(one, two, first_run, distill, damaged, score)
+
+
+def _undisturbed(clone: Clone) -> list[str]:
+    first = clone.must("dvc", "repro", "prepare_parent")
+    clone.must("flows.measure_costs", "--time", TIMINGS)
+    return first.ran() + clone.must("dvc", "repro").ran()
+
+
+def _disturbed(clone: Clone) -> tuple[Interrupted, Damaged, Interrupted]:
+    clone.must("dvc", "repro", "cache_activations")
+    library, scores = clone.artifacts / "library", clone.artifacts / "score_pieces"
+
+    clone.kill_when(lambda: bool(_trained(library)), "dvc", "repro", "distill_blocks")
+    before = _finished(library)
+    damaged = _damage(clone, library)
+    clone.must("dvc", "repro", "distill_blocks")
+    distill = Interrupted(before, _finished(library))
+
+    clone.kill_when(lambda: len(_records(scores)) > 2, "dvc", "repro", "score_blocks")
+    before = _finished(scores)
+    clone.must("dvc", "repro", "score_blocks")
+    return distill, damaged, Interrupted(before, _finished(scores))
+
+
+def _damage(clone: Clone, library: Path) -> Damaged:
+    """Flip a byte of a shard, let distill_blocks find it, and do what its message says."""
+    before = _records(library)
+    flip_byte(clone.artifacts / DAMAGED, -3000)
+    ended = clone.run("flows.distill_blocks")
+    found = re.search(r"run `(dvc repro \w+)`", ended.err)
+    assert found, ended
+    after = _records(library)
+    clone.must(*found[1].split())
+    return Damaged(ended, before, after)
+
+
+def _records(folder: Path) -> set[str]:
+    return {path.stem for path in (folder / ".pieces").glob("[!.]*.json")}
+
+
+def _trained(library: Path) -> set[str]:
+    return {name for name in _records(library) if not name.endswith("channel_order")}
+
+
+def _finished(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file that a record accounts for, and the records."""
+    files = set()
+    for name in _records(folder):
+        record = folder / ".pieces" / f"{name}.json"
+        files |= {record, *(folder / file for file in json.loads(record.read_text(encoding="utf-8"))["files"])}
+    return {str(file.relative_to(folder)): (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+
+
+def _api(clone: Clone, path: str, body: dict[str, Any]) -> Any:
+    """Ask the clone's Prefect server."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{_port(clone)}/api{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as reply:
+        return json.load(reply)
+
+
+def _port(clone: Clone) -> int:
+    return int(json.loads((clone.folder / ".prefect/server.json").read_text(encoding="utf-8"))["port"])
+
+
+def _one_error(ended: Ended, code: int, *words: str) -> None:
+    """One message on stderr with these words, this exit code, no traceback."""
+    assert ended.code == code, ended
+    assert "Traceback" not in ended.err + ended.out, ended.err
+    assert len(re.findall(r"^error: ", ended.err, re.M)) == 1, ended.err
+    for word in words:
+        assert word in ended.err, (word, ended.err)
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_ran_once(built: Built) -> None:
+    assert sorted(built.first_run) == sorted(ALL_STAGES)
+
+
+def test_a_second_repro_runs_nothing(built: Built) -> None:
+    assert built.one.must("dvc", "repro").ran() == []
+    assert built.one.stale() == set()
+
+
+def test_git_sees_the_lock_file_and_the_timings_only(built: Built) -> None:
+    """Artifacts, server and caches are ignored."""
+    status = subprocess.run(
+        ["git", "status", "--porcelain", "-uall"], cwd=built.one.folder, capture_output=True, text=True, check=True
+    )
+    assert status.stdout.split() == ["??", "dvc.lock", "??", f"storage/timings/{TIMINGS}.parquet"]
+
+
+def test_flows_ran_on_the_one_server(built: Built) -> None:
+    flows = {flow["name"] for flow in _api(built.one, "/flows/filter", {})}
+    assert flows == {*SHARED, *PER_TARGET}
+    assert not (built.two.folder / ".prefect/server.json").exists()
+
+
+def test_the_server_listens_on_this_machine_only(built: Built) -> None:
+    """All of 127/8 reaches a server that listens everywhere; ours answers on 127.0.0.1 alone."""
+    for address, answers in (("127.0.0.1", True), ("127.0.0.2", False)):
+        with socket.socket() as probe:
+            assert (probe.connect_ex((address, _port(built.one))) == 0) is answers
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_architecture_and_search_say_what_the_issue_asks_for(built: Built, target: str) -> None:
+    chosen = built.one.json(f"children/{target}/architecture.json")
+    assert {"target", "parent", "blocks", "predicted", "constraints"} <= chosen.keys()
+    assert chosen["target"] == target
+    asked = {"score", "params", "params_ratio", "block_params_ratio", "kv_ratio", "memory_gib", "batch"}
+    assert asked | {"throughput_ratio"} <= chosen["predicted"].keys()
+    assert [block["parent_blocks"] for block in chosen["blocks"]] == [[index] for index in range(NUM_BLOCKS)]
+    for block in chosen["blocks"]:
+        assert {"kind", "num_kv_heads"} <= block["attention"].keys()
+        assert {"kind", "intermediate_size"} <= block["ffn"].keys()
+    search = built.one.json(f"children/{target}/search.json")
+    assert {"solver", "status", "objective", "bound", "gap", "seconds", "binding"} <= search.keys()
+    assert search["status"] == "optimal"
+    assert search["bound"] <= search["objective"] * (1 + 1e-9)
+    assert search["objective"] == pytest.approx(chosen["predicted"]["score"])
+
+
+def test_tables_have_the_columns_of_the_design(built: Built) -> None:
+    scores = pq.read_table(built.one.artifacts / "scores.parquet")
+    assert {"first_block", "span", "attention", "ffn", "weights", "around", "sequence_shard", "tokens"} <= {
+        *scores.column_names
+    }
+    assert {"kl", "lm_loss", "top1_agreement"} <= set(scores.column_names)
+    costs = pq.read_table(built.one.artifacts / "costs.parquet")
+    assert {"component", "variant", "first_block", "span", "hardware", "engine", "precision"} <= {*costs.column_names}
+    assert {"tensor_parallel", "scenario", "batch", "prefill_ms", "decode_ms"} <= set(costs.column_names)
+    assert {"weight_bytes", "kv_bytes_per_token", "params", "origin", "how"} <= set(costs.column_names)
+    origins = set(zip(costs["engine"].to_pylist(), costs["origin"].to_pylist(), strict=True))
+    assert origins == {("torch", "measured"), ("roofline", "modelled")}
+
+
+# --- the children ----------------------------------------------------------------------------------------------------
+
+
+def _source_parent(built: Built) -> Any:
+    """The parent as transformers reads its source, float32."""
+    return AutoModelForCausalLM.from_pretrained(built.one.folder.parent / "parent").train(False)
+
+
+def _child(built: Built, target: str) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(built.one.child(target) / "assembled")
+    assert isinstance(model, DeciLMForCausalLM)
+    return model.train(False)
+
+
+def _reference_child(built: Built, target: str) -> Any:
+    """The child put together by hand in transformers' own Llama, from the parent's source and the library's files."""
+    model = _source_parent(built)
+    library = built.one.artifacts / "library"
+    for index, block in enumerate(built.one.json(f"children/{target}/architecture.json")["blocks"]):
+        own = {name: value.clone() for name, value in model.model.layers[index].state_dict().items()}
+        heads, width = block["attention"]["num_kv_heads"], block["ffn"]["intermediate_size"]
+        changed = {
+            ("self_attn", "input_layernorm"): (heads, SIZES["num_key_value_heads"], f"kv_{heads}"),
+            ("mlp", "post_attention_layernorm"): (width, SIZES["intermediate_size"], f"ffn_{width}"),
+        }
+        tensors: dict[str, Tensor] = {}
+        for prefixes, (size, parents, name) in changed.items():
+            if size == parents:
+                tensors |= {key: value for key, value in own.items() if key.startswith(prefixes)}
+            elif size:
+                tensors |= load_file(library / f"block_{index:03d}" / f"{name}.safetensors")
+        replace_block(model, index, tensors)
+    return model
+
+
+def _assert_close(found: Tensor, expected: Tensor) -> None:
+    """Equal up to float32 sums in another order."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def _validation(built: Built) -> Tensor:
+    return torch.from_numpy(read_sequences(built.one.artifacts / "corpus", "validation")).long()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_child_is_what_library_and_parent_make(built: Built, target: str) -> None:
+    tokens = _validation(built)
+    with torch.inference_mode():
+        found, expected = (model(tokens).logits for model in (_child(built, target), _reference_child(built, target)))
+    _assert_close(found, expected)
+
+
+def test_children_differ_from_the_parent_in_both_subblocks(built: Built) -> None:
+    """Else the comparison above would show little."""
+    blocks = [block for target in TARGETS for block in built.one.json(f"children/{target}/architecture.json")["blocks"]]
+    assert {block["attention"]["num_kv_heads"] for block in blocks} - {SIZES["num_key_value_heads"]}
+    assert {block["ffn"]["intermediate_size"] for block in blocks} - {SIZES["intermediate_size"]}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_child_generates_with_its_cache(built: Built, target: str) -> None:
+    """Chat template and tokenizer travel with it; the cache changes the time only."""
+    folder = built.one.child(target) / "assembled"
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "a few words"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    child = _child(built, target)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cached, plain = (child.generate(**prompt, **settings, use_cache=use) for use in (True, False))
+    assert cached.shape[1] == prompt["input_ids"].shape[1] + 12
+    assert torch.equal(cached, plain)
+    with torch.inference_mode():
+        whole = child(cached).logits
+        first = child(cached[:, :-1], use_cache=True)
+        last = child(cached[:, -1:], past_key_values=first.past_key_values, use_cache=True)
+    _assert_close(torch.cat([first.logits, last.logits], 1), whole)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_licence_and_card_travel_with_a_child(built: Built, target: str) -> None:
+    folder = built.one.child(target) / "assembled"
+    assert (folder / "LICENSE").read_text(encoding="utf-8") == "The tiny licence.\n"
+    assert "mit" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+# --- what was measured -----------------------------------------------------------------------------------------------
+
+
+def _sizes(built: Built, folder: Path) -> tuple[int, int, int]:
+    """Of a checkpoint's own tensors: parameters in blocks, all bytes, KV bytes per token (float32)."""
+    tensors = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    in_blocks = sum(value.numel() for name, value in tensors.items() if name.startswith("model.layers."))
+    cached = sum(len(value) for name, value in tensors.items() if name.endswith(("k_proj.weight", "v_proj.weight")))
+    return in_blocks, sum(value.nbytes for value in tensors.values()), 4 * cached
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_constraints_hold_as_measured(built: Built, target: str) -> None:
+    """Sizes are counted in the child's files. Speed is timed where a machine was named; a modelled GPU has none."""
+    child = _sizes(built, built.one.child(target) / "assembled")
+    parent = _sizes(built, built.one.artifacts / "parent")
+    memory = [weights + 64 * 128 * per_token for _, weights, per_token in (child, parent)]
+    expected = {
+        "block_params": child[0] / parent[0],
+        "kv_bytes": child[2] / parent[2],
+        "memory_gib": memory[0] / memory[1],
+    }
+    evaluation = built.one.json(f"children/{target}/evaluation.json")
+    for limit in evaluation["constraints"]:
+        if limit["kind"] == "at_most":
+            assert limit["measured"] == pytest.approx(expected[limit["metric"]], rel=1e-9)
+            assert limit["measured"] <= limit["limit"]
+            assert limit["predicted"] == pytest.approx(limit["measured"])
+        else:
+            assert limit["predicted"] >= limit["limit"]
+            assert (limit["measured"] is None) == (limit["engine"] == "roofline")
+            assert limit["measured"] is None or limit["measured"] >= limit["limit"]
+    timed = [limit for limit in evaluation["constraints"] if limit.get("engine") == "torch"]
+    assert bool(timed) == (evaluation["speed"] is not None)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_quality_is_what_the_whole_models_give(built: Built, target: str) -> None:
+    tokens = _validation(built)
+    with torch.inference_mode():
+        parent, child = (model(tokens).logits[:, :-1] for model in (_source_parent(built), _child(built, target)))
+    kl = functional.kl_div(child.log_softmax(-1), parent.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    losses = [functional.cross_entropy(logits.mT, tokens[:, 1:]) for logits in (parent, child)]
+    evaluation = built.one.json(f"children/{target}/evaluation.json")
+    assert {"kl", "kl_stderr", "perplexity", "top1_agreement"} <= evaluation["assembled"].keys()
+    assert evaluation["parent"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert evaluation["parent"]["perplexity"] == pytest.approx(float(losses[0].exp()), rel=1e-4)
+    assert evaluation["assembled"]["perplexity"] == pytest.approx(float(losses[1].exp()), rel=1e-4)
+    assert evaluation["assembled"]["kl"] == pytest.approx(float(kl.mean()), rel=1e-3)
+    agreement = (parent.argmax(-1) == child.argmax(-1)).float().mean()
+    assert evaluation["assembled"]["top1_agreement"] == pytest.approx(float(agreement), abs=0.006)  # one tie in 180
+    rows = pq.read_table(built.one.child(target) / "evaluation.parquet").to_pylist()
+    of_child = [row["kl"] for row in sorted(rows, key=lambda row: row["sequence"]) if row["model"] == "assembled"]
+    assert of_child == pytest.approx(kl.mean(-1).tolist(), rel=1e-3)
+
+
+# --- killed, damaged, resumed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["distill", "score"])
+def test_a_killed_stage_repeats_no_finished_piece(built: Built, stage: str) -> None:
+    interrupted: Interrupted = getattr(built, stage)
+    assert interrupted.before
+    assert interrupted.before.keys() < interrupted.after.keys()  # it was killed in its middle
+    assert {name: interrupted.after[name] for name in interrupted.before} == interrupted.before
+
+
+def test_a_flipped_byte_is_found_and_mended_by_what_the_message_says(built: Built) -> None:
+    _one_error(built.damaged.ended, 4, DAMAGED, "damaged", "dvc repro cache_activations")
+    assert built.damaged.before <= built.damaged.after  # finished pieces are kept
+
+
+def test_both_clones_hold_the_same_bytes(built: Built) -> None:
+    """Killed twice and mended or not: library, scores, architectures and children are one."""
+    for folder in ("parent", "corpus", "activations", "library", "score_pieces"):
+        assert checksums(built.one.artifacts / folder) == checksums(built.two.artifacts / folder), folder
+    for target in TARGETS:
+        assert checksums(built.one.child(target) / "assembled") == checksums(built.two.child(target) / "assembled")
+    for file in ("scores.parquet", "costs.parquet", *(f"children/{target}/architecture.json" for target in TARGETS)):
+        assert (built.one.artifacts / file).read_bytes() == (built.two.artifacts / file).read_bytes(), file
+
+
+# --- what a change makes stale ---------------------------------------------------------------------------------------
+
+
+def test_a_learning_rate_reruns_from_distill_blocks(built: Built) -> None:
+    def faster(params: dict[str, Any]) -> None:
+        params["distill_blocks"]["learning_rate"] *= 2
+
+    def back(params: dict[str, Any]) -> None:
+        params["distill_blocks"]["learning_rate"] /= 2
+
+    built.one.set_params(faster)
+    assert built.one.stale() == {"distill_blocks"}
+    would_run = set(built.one.must("dvc", "repro", "--dry", "--force-downstream").ran())
+    built.one.set_params(back)
+    upstream = {"prepare_parent", "prepare_corpus", "cache_activations", "measure_costs"}
+    assert would_run == ALL_STAGES - upstream
+
+
+@pytest.mark.parametrize(
+    ("file", "stale"),
+    [
+        ("tasks/puzzle/mip.py", {f"search_architecture@{target}" for target in TARGETS}),
+        ("tasks/puzzle/bld.py", {"distill_blocks"}),
+        ("flows/distill_blocks.py", set()),
+    ],
+)
+def test_an_edited_file_makes_its_stages_stale(built: Built, file: str, stale: set[str]) -> None:
+    path = built.one.folder / file
+    source = path.read_bytes()
+    path.write_bytes(source + b"# a comment\n")
+    assert built.one.stale() == stale
+    path.write_bytes(source)
+
+
+def test_a_comment_in_bld_trains_nothing_again(built: Built) -> None:
+    """DVC runs the stage, for a file changed; the stage finds all of its pieces, for no code did."""
+
+    def trainings() -> int:
+        return int(_api(built.one, "/task_runs/count", {"task_runs": {"name": {"like_": "train_block"}}}))
+
+    before, library = trainings(), checksums(built.one.artifacts / "library")
+    assert before >= NUM_BLOCKS
+    with (built.one.folder / "tasks/puzzle/bld.py").open("a", encoding="utf-8") as file:
+        file.write("# a comment\n")
+    assert built.one.must("dvc", "repro").ran() == ["distill_blocks"]
+    assert trainings() == before
+    assert checksums(built.one.artifacts / "library") == library
+
+
+def test_a_changed_constraint_reruns_its_target_and_an_infeasible_one_stops_nobody_else(built: Built) -> None:
+    def change(params: dict[str, Any]) -> None:
+        params["targets"]["small"]["constraints"]["decode"]["at_least_ratio"] = 1000.0
+        params["targets"]["fast"]["constraints"]["memory"]["at_most_ratio"] = 0.7
+
+    kept = {path: path.read_bytes() for path in built.one.child("small").glob("*.json")}
+    built.one.set_params(change)
+    ended = built.one.run("dvc", "repro", "--keep-going")
+    assert ended.code != 0
+    assert sorted(ended.ran()) == sorted(["search_architecture@small", *(f"{stage}@fast" for stage in PER_TARGET)])
+    assert "exited with 3" in ended.err
+    assert re.search(r"error: no child of small exists.*\n.*decode: decode_throughput.*>= 1000x.*best", ended.err)
+    assert "Traceback" not in ended.err
+    assert {path: path.read_bytes() for path in kept} == kept
+    limits = built.one.json("children/fast/evaluation.json")["constraints"]
+    assert [one["limit"] for one in limits if one["name"] == "memory"] == [0.7]
+    assert all(one["measured"] <= 0.7 for one in limits if one["name"] == "memory")
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_a_misspelt_key_is_refused_with_the_nearest(built: Built) -> None:
+    def misspell(params: dict[str, Any]) -> None:
+        params["distill_blocks"]["lerning_rate"] = 1e-3
+
+    two = built.two
+    two.set_params(misspell)
+    _one_error(two.run("flows.distill_blocks"), 2, "unknown key distill_blocks.lerning_rate", "mean learning_rate?")
+    two.set_params(lambda params: params["distill_blocks"].pop("lerning_rate"))
+
+
+def test_an_unknown_target_is_refused_with_the_nearest(built: Built) -> None:
+    _one_error(built.two.run("flows.search_architecture", "--target", "smal"), 2, "'smal'", "did you mean small?")
+
+
+def test_a_truncated_source_is_refused_and_the_parent_stays(built: Built, tmp_path: Path) -> None:
+    tiny_parent(tmp_path / "truncated")
+    file = sorted((tmp_path / "truncated").glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-100])
+    before = checksums(built.two.artifacts / "parent")
+    built.two.set_params(lambda params: params["prepare_parent"].update(source=str(tmp_path / "truncated")))
+    _one_error(built.two.run("flows.prepare_parent"), 4, file.name, "not a whole safetensors file")
+    assert checksums(built.two.artifacts / "parent") == before
