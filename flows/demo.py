@@ -1,7 +1,9 @@
 """`make demo`: everything in params.yaml through `dvc repro`, then the closing table. Run: `python -m flows.demo`."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 from flows.closing_table import closing_table
 from flows.server import ensure, stop
@@ -17,7 +19,9 @@ def demo() -> None:
     sys.stdout.write(f"Prefect UI while this runs: {url.removesuffix('/api')}\n")
     sys.stdout.flush()
     try:
-        code = subprocess.run([sys.executable, "-m", "dvc", "repro"], check=False).returncode
+        # stages call `python`: the one that runs this, also where the virtual environment is not activated
+        environment = {**os.environ, "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
+        code = subprocess.run([sys.executable, "-m", "dvc", "repro"], env=environment, check=False).returncode
         if code:
             sys.exit(code)
         scratch = [

@@ -5,6 +5,7 @@ of an artifact compares the checksum that its manifest recorded, through :func:`
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 _CHUNK_BYTES = 1 << 20
 
@@ -26,6 +29,12 @@ class DamagedFileError(InputError):
     """An artifact's bytes are not the ones that were written."""
 
     exit_code = 4
+
+
+class DiskFullError(InputError):
+    """There is no room for what a stage writes."""
+
+    exit_code = 5
 
 
 @contextlib.contextmanager
@@ -43,6 +52,13 @@ def write_whole(path: Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         temporary.chmod(0o644)  # some writers make files that only their owner reads
         temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise DiskFullError(
+                f"the disk is full: {path} could not be written; free some space and run the same command again "
+                "(finished pieces are kept)"
+            ) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

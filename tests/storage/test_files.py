@@ -7,6 +7,7 @@ import pytest
 
 from storage.files import (
     DamagedFileError,
+    DiskFullError,
     InputError,
     digest_of,
     read_json,
@@ -118,3 +119,16 @@ def test_exit_codes_tell_wrong_input_from_damage() -> None:
     assert {0, 1}.isdisjoint({InputError.exit_code, DamagedFileError.exit_code})
     assert InputError.exit_code != DamagedFileError.exit_code
     assert issubclass(DamagedFileError, InputError)
+
+
+def test_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    path.write_text("old")
+    with (
+        pytest.raises(DiskFullError, match=r"disk is full: .*file\.bin.*run the same command again"),
+        write_whole(path),
+        Path("/dev/full").open("wb", buffering=0) as full,
+    ):
+        full.write(b"new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
