@@ -94,7 +94,7 @@ def test_params_and_target_are_checked_before_a_server_starts(tmp_path: Path) ->
     assert not list(tmp_path.rglob(".prefect"))
 
 
-def test_a_port_in_use_stops_a_stage_with_one_error(tmp_path: Path) -> None:
+def test_a_wrong_port_stops_a_stage_with_one_error(tmp_path: Path) -> None:
     clone = _folder(tmp_path)
     ended = Clone(tmp_path, {**clone.environment, "PUZZLE_PORT": "many"}).run("pieces", "--target", "works")
     assert (ended.code, ended.out) == (2, "")
