@@ -134,7 +134,7 @@ def make_clone(folder: Path, params: dict[str, Any]) -> Clone:
         ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file() and not name.startswith(("tests/", "storage/timings/")):
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "storage/timings/", "dvc.lock")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
@@ -206,6 +206,7 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
         "distill_blocks": {
             "tokens": 256 * SEQ_LEN,
             "sequences_per_step": 1,
+            "learning_rate": 0.002,
             "held_out_tokens": 8 * SEQ_LEN,
             "importance_tokens": 32 * SEQ_LEN,
             "ffn_ratios": [0.5, 0.25],

@@ -1,5 +1,6 @@
 """Fixtures that several test files share: a real S3 server, the embedded parent. Also how many threads torch has."""
 
+import importlib
 import os
 import random
 import socket
@@ -17,6 +18,9 @@ import s3fs
 # Read when torch is imported. With two threads a tiny matmul waits for its partner whenever something else runs on the
 # machine: the tests took 50 s for 5.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before any module that reaches ortools: Prefect's logging set-up closes earlier log handlers, and absl's (of ortools)
+# closes its stream with it, which is pytest's capture when a folder is collected: the whole run ended without a word.
+importlib.import_module("prefect.main")
 _START_SECONDS = 30
 
 

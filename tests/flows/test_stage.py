@@ -13,9 +13,9 @@ from tests.settings import tiny_values
 # The pieces that end first are the last ones; 2 is a wrong input, or our own mistake.
 STAGE = """
 import json, time
+from flows.stage import main, run_pieces
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from flows.stage import main, run_pieces
 from storage.files import DamagedFileError
 
 @task(cache_policy=NO_CACHE)
