@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 _CHUNK_BYTES = 1 << 20
 
 
@@ -52,7 +50,7 @@ def write_whole(path: Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         temporary.chmod(0o644)  # some writers make files that only their owner reads
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # raised again below: libraries wrap ENOSPC in types of their own
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise DiskFullError(
                 f"the disk is full: {path} could not be written; free some space and run the same command again "

@@ -23,6 +23,7 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
         "distill_blocks": {
             "tokens": 32 * SEQ_LEN,
             "sequences_per_step": 4,
+            "learning_rate": 1e-3,
             "held_out_tokens": 5 * SEQ_LEN,
             "importance_tokens": 8 * SEQ_LEN,
             "ffn_ratios": [0.5, 0.25],

@@ -193,6 +193,20 @@ def test_a_second_repro_runs_nothing(built: Built) -> None:
     assert built.one.stale() == set()
 
 
+def test_the_demo_closes_with_the_children_beside_the_parent(built: Built) -> None:
+    """Nothing is stale, so that it only times the machine to a scratch file and prints; the server was there before."""
+    shown = built.one.must("flows.demo")
+    assert shown.ran() == []
+    *_, table = shown.out.partition("\nmodel ")
+    lines = table.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["parent", "Small", "Fast"]
+    assert max(map(len, lines)) <= 100
+    for name in ("block_params", "kv_bytes", "memory_gib", "decode_throughput"):
+        assert name in table
+    assert built.one.must("flows.server", "start").out.startswith("found")
+    assert built.one.stale() == set()
+
+
 def test_git_sees_the_lock_file_and_the_timings_only(built: Built) -> None:
     """Artifacts, server and caches are ignored."""
     status = subprocess.run(
@@ -490,7 +504,8 @@ def test_a_misspelt_key_is_refused_with_the_nearest(built: Built) -> None:
 
     two = built.two
     two.set_params(misspell)
-    _one_error(two.run("flows.distill_blocks"), 2, "unknown key distill_blocks.lerning_rate", "mean learning_rate?")
+    ended = two.run("flows.search_architecture", "--target", "small")
+    _one_error(ended, 2, "unknown key distill_blocks.lerning_rate", "did you mean learning_rate?")
     two.set_params(lambda params: params["distill_blocks"].pop("lerning_rate"))
 
 

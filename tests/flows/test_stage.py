@@ -91,7 +91,7 @@ def test_params_and_target_are_checked_before_a_server_starts(tmp_path: Path) ->
     ended = Clone(misspelt.parent, {"PYTHONPATH": str(ROOT)}).run("pieces", "--target", "works")
     assert (ended.code, len(ended.err.splitlines())) == (2, 1)
     assert "unknown key targts, did you mean targets?" in ended.err
-    assert not list(tmp_path.rglob(".prefect"))
+    assert not list(tmp_path.rglob("server.json"))
 
 
 def test_a_wrong_port_stops_a_stage_with_one_error(tmp_path: Path) -> None:

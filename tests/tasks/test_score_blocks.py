@@ -9,7 +9,7 @@ import torch
 
 from storage.corpus import read_manifest, read_sequences, split_path, write_manifest, write_split
 from storage.files import DamagedFileError, sha256
-from storage.library import Library, entry_name
+from storage.library import Library, channel_order_name, entry_name
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
@@ -33,7 +33,7 @@ def tensors_of(row: ScoreRow, paths: Paths) -> Tensors:
     block = parent.block(index, CPU, torch.float32)
     if row.weights == "decoupled":
         return compose(parent.config, block, row.replacement, lambda v: library.read(entry_name(index, "", v.name)))
-    order = library.read(entry_name(index, "", "channel_order"))["order"]
+    order = library.read(channel_order_name(index))["order"]
     return compose(parent.config, block, row.replacement, initial_weights(parent.config, block, order))
 
 
@@ -144,7 +144,7 @@ def test_one_more_width_scores_only_that(finished: tuple[Params, Paths]) -> None
 
 def test_retrained_weights_are_scored_anew_but_not_the_initial_ones(finished: tuple[Params, Paths]) -> None:
     _, paths = finished
-    params = tiny_params(distill_blocks={"learning_rate": 2e-3})
+    params = tiny_params(distill_blocks={"learning_rate": 3e-3})
     distill(params, paths)
     assert {job.weights for job in score(params, paths)} == {"decoupled"}
 
