@@ -17,6 +17,7 @@ from torch import Tensor
 
 from storage.files import DamagedFileError, verify, write_whole
 from storage.pieces import Pieces
+from storage.records import Attention, Ffn
 
 FORMAT_VERSION = 1
 REBUILD = "dvc repro distill_blocks"
@@ -37,9 +38,15 @@ INDEX_SCHEMA = pa.schema(
 )
 
 
-def entry_name(block_index: int, subblock: str, variant: str) -> str:
+def subblock_of(variant: Attention | Ffn) -> str:
+    """`attention` or `ffn`."""
+    return "attention" if isinstance(variant, Attention) else "ffn"
+
+
+def entry_name(block_index: int, variant: Attention | Ffn) -> str:
     """Name of a library entry's piece: `block_007.ffn_768`, `block_007.kv_1`, `block_007.attention_linear`."""
-    return f"block_{block_index:03d}.{variant if variant[-1].isdigit() else f'{subblock}_{variant}'}"
+    own = variant.name if variant.name[-1].isdigit() else f"{subblock_of(variant)}_{variant.name}"
+    return f"block_{block_index:03d}.{own}"
 
 
 def channel_order_name(block_index: int) -> str:

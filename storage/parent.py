@@ -14,6 +14,15 @@ from storage.model_config import EMBEDDING, LM_HEAD, NORM, ModelConfig
 
 INFO = "puzzle_parent.json"
 REBUILD = "dvc repro prepare_parent"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
+"""Patterns of what travels unchanged from source to parent to child."""
 
 
 @dataclass(frozen=True)

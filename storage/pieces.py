@@ -12,6 +12,7 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +124,16 @@ def _is_module(name: str) -> bool:
 
 @functools.cache
 def code_digest(*modules: str) -> str:
-    """Digest of the method's code behind `modules`: syntax trees of the `tasks.puzzle` modules that they reach.
+    """Digest of the code behind `modules`: syntax trees of themselves and of the `tasks.puzzle` modules they reach.
 
     Comments and docstrings do not count, so editing one leaves every finished piece valid; editing arithmetic does
     not. The versions of torch and transformers are part of it, since the same source gives other bytes under another.
     """
-    files = {path for module in modules for path in project_imports(module) if path.parent.name == "puzzle"}
-    trees = {path.stem: _bare_tree(path) for path in sorted(files)}
-    versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers")}
+    own = {tuple(module.split(".")[-2:]) for module in modules}
+    reached = {path for module in modules for path in project_imports(module)}
+    files = {path for path in reached if path.parent.name == "puzzle" or (path.parent.name, path.stem) in own}
+    trees = {f"{path.parent.name}.{path.stem}": _bare_tree(path) for path in sorted(files)}
+    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
     return digest_of({"trees": trees, "versions": versions, "python": sys.version_info[:2]})
 
 

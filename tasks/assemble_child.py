@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
@@ -16,14 +15,13 @@ from storage.files import InputError, digest_of, read_json, write_json
 from storage.library import Library, entry_name
 from storage.model_config import EMBEDDING, LM_HEAD, NORM, to_nemotron_nas
 from storage.params import Params
-from storage.parent import Parent
+from storage.parent import TOKENIZER_FILES, Parent
 from storage.paths import Paths
 from storage.records import Architecture, Attention, Ffn
 from tasks.puzzle.assembly import compose
+from tasks.puzzle.device import compute
 from tasks.puzzle.model_card import model_card
 from tasks.puzzle.runtimes import refusals
-
-_COPIED = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "generation_config.json")
 
 
 @task(cache_policy=NO_CACHE)
@@ -60,17 +58,17 @@ def assemble(target: str, params: Params, paths: Paths) -> None:
 
 def _write_weights(folder: Path, architecture: Architecture, parent: Parent, library: Library, params: Params) -> None:
     """Tensors in the order of the blocks; memory holds one shard and one block."""
-    cpu, dtype = torch.device("cpu"), {"bfloat16": torch.bfloat16, "float32": torch.float32}[params.run.dtype]
+    cpu = compute("cpu", params.run.dtype, params.run.threads)
+    dtype = cpu.dtype
     writer = CheckpointWriter(folder, int(params.assemble_child.max_shard_gib * 2**30))
     writer.add({EMBEDDING: parent.checkpoint.tensor(EMBEDDING).to(dtype)})
     for index, replacement in enumerate(tqdm(architecture.blocks, desc="assemble", unit="block", disable=None)):
 
         def trained(variant: Attention | Ffn, first_block: int = replacement.first_block) -> dict[str, Tensor]:
-            subblock = "attention" if isinstance(variant, Attention) else "ffn"
-            tensors = library.read(entry_name(first_block, subblock, variant.name))
+            tensors = library.read(entry_name(first_block, variant))
             return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
-        block = compose(parent.config, parent.block(replacement.first_block, cpu, dtype), replacement, trained)
+        block = compose(parent.config, parent.block(replacement.first_block, cpu.device, dtype), replacement, trained)
         writer.add({f"model.layers.{index}.{name}": tensor for name, tensor in block.items()})
     writer.add({NORM: parent.checkpoint.tensor(NORM).to(dtype)})
     if not parent.config.tie_embeddings:
@@ -85,7 +83,7 @@ def _write_rest(
     blocks = [(block.attention, block.ffn) for block in architecture.blocks]
     config = to_nemotron_nas(parent.config, blocks, parent.info["special_tokens"], params.run.dtype)
     write_json(folder / "config.json", config)
-    for pattern in (*_COPIED, *parent.info["licence_files"]):
+    for pattern in (*TOKENIZER_FILES, *parent.info["licence_files"]):
         for file in parent.folder.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     hashes = {

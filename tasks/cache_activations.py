@@ -50,7 +50,7 @@ def plan_shards(params: Params, paths: Paths) -> list[Shard]:
         "run": [params.run.dtype, params.run.device, params.run.threads],
         "sequences_per_batch": params.cache_activations.sequences_per_batch,
         "sequences_per_shard": size,
-        "code": code_digest("tasks.puzzle.boundaries"),
+        "code": code_digest("tasks.cache_activations"),
         "format": FORMAT_VERSION,
     }
     shards = []

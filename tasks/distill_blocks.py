@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from storage.activations import BoundaryReader
 from storage.files import digest_of
-from storage.library import FORMAT_VERSION, Library, channel_order_name, entry_name
+from storage.library import FORMAT_VERSION, Library, channel_order_name, entry_name, subblock_of
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
@@ -44,10 +44,6 @@ def trained_variants(params: Params, parent: Parent) -> list[Attention | Ffn]:
     return [variant for variant in everything if variant.kind != "no_op" and variant not in kept]
 
 
-def _entry(block_index: int, variant: Attention | Ffn) -> str:
-    return entry_name(block_index, "attention" if isinstance(variant, Attention) else "ffn", variant.name)
-
-
 @task(cache_policy=NO_CACHE)
 def plan_blocks(params: Params, paths: Paths) -> list[BlockPlan]:
     """Blocks with something to make; finished entries stay, strangers are deleted."""
@@ -60,7 +56,7 @@ def plan_blocks(params: Params, paths: Paths) -> list[BlockPlan]:
         "settings": own,
         "run": params.run.model_dump(exclude={"workers"}),
         "config": parent.config.to_json(),
-        "code": code_digest("tasks.puzzle.bld", "tasks.puzzle.assembly"),
+        "code": code_digest("tasks.distill_blocks"),
         "format": FORMAT_VERSION,
     }
     orders: dict[int, str] = {}
@@ -74,7 +70,7 @@ def plan_blocks(params: Params, paths: Paths) -> list[BlockPlan]:
         inputs = {**common, "activations": data, "block": parent.checkpoint.block_digest(index)}
         orders[index] = digest_of(inputs)
         entries[index] = {
-            _entry(index, variant): digest_of({**inputs, "variant": variant.name})
+            entry_name(index, variant): digest_of({**inputs, "variant": variant.name})
             for variant in trained_variants(params, parent)
         }
     order_names = {channel_order_name(index): key for index, key in orders.items()}
@@ -124,7 +120,7 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
         file = library.write(order_name, {"order": order})
         library.pieces.finish(order_name, plan.channel_order_key, [file])
     order = library.read(order_name)["order"].to(device.device)
-    by_name = {_entry(index, variant): variant for variant in trained_variants(params, parent)}
+    by_name = {entry_name(index, variant): variant for variant in trained_variants(params, parent)}
     initial = initial_weights(config, block, order)
     steps = _groups(_shuffled(params, index), settings.sequences_per_step)
     trained = distill_block(
@@ -143,7 +139,7 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
         facts = {
             "first_block": index,
             "span": 1,
-            "subblock": "attention" if isinstance(variant, Attention) else "ffn",
+            "subblock": subblock_of(variant),
             "variant": variant.name,
             "weights": "decoupled" if result.improved else "initial",
             "loss_before": result.loss_before,

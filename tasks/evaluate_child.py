@@ -102,8 +102,8 @@ def measure_speed(target: str, params: Params, paths: Paths) -> dict[str, Any] |
     setting = Setting(limit.hardware, ENGINE, limit.precision, 1, limit.scenario, limit.batch)
     result: dict[str, Any] = {
         "hardware": limit.hardware,
-        "machine": machine(),
-        "is_timed_machine": _is_timed_machine(limit.hardware),
+        "machine": machine(device.device),
+        "is_timed_machine": _is_timed_machine(limit.hardware, machine(device.device)),
         "engine": ENGINE,
         "precision": params.run.dtype,
         "scenario": limit.scenario,
@@ -124,10 +124,10 @@ def measure_speed(target: str, params: Params, paths: Paths) -> dict[str, Any] |
     return result
 
 
-def _is_timed_machine(hardware: str) -> bool:
+def _is_timed_machine(hardware: str, here: str) -> bool:
     """Whether the timings of that name were taken on a machine like this one."""
     path = TIMINGS / f"{hardware}.parquet"
-    return path.is_file() and {row.machine for row in read_timings(path)} == {machine()}
+    return path.is_file() and {row.machine for row in read_timings(path)} == {here}
 
 
 @task(cache_policy=NO_CACHE)

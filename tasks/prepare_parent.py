@@ -24,22 +24,14 @@ from storage.checkpoints import CHECKSUMS, Checkpoint, CheckpointWriter
 from storage.files import InputError, digest_of, read_json, write_json
 from storage.model_config import ModelConfig
 from storage.params import Params
-from storage.parent import INFO, expected_shapes
+from storage.parent import INFO, TOKENIZER_FILES, expected_shapes
 from storage.paths import Paths
 
 SHARD_BYTES = 4 << 30
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LICENCES = ("LICEN[CS]E*", "USE_POLICY*", "NOTICE*")
 _CARD = "README.md"
-_COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    *_LICENCES,
-)
+_COPIED = (*TOKENIZER_FILES, *_LICENCES)
 
 
 @task(cache_policy=NO_CACHE)

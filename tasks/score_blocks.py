@@ -26,6 +26,7 @@ from storage.records import Attention, Ffn, Replacement, ScoreRow, Weights
 from storage.tables import write_scores
 from tasks.puzzle.assembly import compose, initial_weights
 from tasks.puzzle.device import Compute, compute
+from tasks.puzzle.evaluation import per_sequence
 from tasks.puzzle.head import Head, TokenLosses
 from tasks.puzzle.initialise import Tensors
 from tasks.puzzle.scoring import Candidate, score_group
@@ -83,7 +84,7 @@ def _jobs(params: Params, paths: Paths) -> Iterator[Job]:
     common = {
         "parent": parent.digest,
         "run": params.run.model_dump(include={"dtype", "device", "threads"}),
-        "code": code_digest("tasks.puzzle.scoring", "tasks.puzzle.assembly"),
+        "code": code_digest("tasks.score_blocks"),
     }
     for replacement, weights, weights_hash in _candidates(params, parent, library):
         for batch in range(num_batches[weights if weights_hash else "decoupled"]):
@@ -105,17 +106,13 @@ def _candidates(params: Params, parent: Parent, library: Library) -> Iterator[tu
             if changed.kind == "no_op":
                 yield replacement, "initial", ""
                 continue
-            yield replacement, "decoupled", library.checksum(_entry(index, changed))
+            yield replacement, "decoupled", library.checksum(entry_name(index, changed))
             yield replacement, "initial", digest_of([parent.checkpoint.block_digest(index), order, changed.name])
 
 
 def _changed(replacement: Replacement, parent: Attention) -> Attention | Ffn:
     """The half that is not the parent's."""
     return replacement.attention if replacement.attention != parent else replacement.ffn
-
-
-def _entry(block_index: int, variant: Attention | Ffn) -> str:
-    return entry_name(block_index, "attention" if isinstance(variant, Attention) else "ffn", variant.name)
 
 
 def _tokens(params: Params, paths: Paths, batch: int) -> Tokens:
@@ -172,13 +169,13 @@ def _tensors(job: Job, block: Mapping[str, Tensor], config: ModelConfig, library
 
 
 def _trained(library: Library, block_index: int, variant: Attention | Ffn, device: Compute) -> Tensors:
-    tensors = library.read(_entry(block_index, variant))
+    tensors = library.read(entry_name(block_index, variant))
     return {name: tensor.to(device.device, device.dtype) for name, tensor in tensors.items()}
 
 
 def _rows(job: Job, losses: TokenLosses, sequences: range) -> Iterator[ScoreRow]:
     """A row per sequence: means over its positions."""
-    for position, sequence in enumerate(sequences):
+    for sequence, quality in zip(sequences, per_sequence(losses), strict=True):
         yield ScoreRow(
             first_block=job.replacement.first_block,
             span=job.replacement.span,
@@ -189,9 +186,9 @@ def _rows(job: Job, losses: TokenLosses, sequences: range) -> Iterator[ScoreRow]
             around=AROUND,
             sequence_shard=sequence,
             tokens=losses.kl.shape[1],
-            kl=max(0.0, float(losses.kl[position].double().mean())),
-            lm_loss=float(losses.lm_loss[position].double().mean()),
-            top1_agreement=float(losses.top1[position].double().mean()),
+            kl=quality.kl,
+            lm_loss=quality.lm_loss,
+            top1_agreement=quality.top1_agreement,
         )
 
 

@@ -1,7 +1,8 @@
 """Time this machine: milliseconds of every component with torch -> a table in storage/timings/, input data for git."""
 
+import logging
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +30,8 @@ from tasks.puzzle.timing import (
     time_subblock,
 )
 from tasks.puzzle.variants import attention_variants, component_sizes, ffn_variants, parent_attention, parent_ffn
+
+_LOG = logging.getLogger(__name__)
 
 
 def time_this_machine(params: Params, paths: Paths, name: str, path: Path, parent_only: bool) -> None:
@@ -77,11 +80,7 @@ def _time_scenario(
     whole = _time_parent(parent, work, device, settings.repeats)
     blocks = [timings["attention", parent_attention(config).name], timings["ffn", parent_ffn(config).name]]
     parts = [embedding, head, *(blocks * config.num_blocks)]
-    timings["step", ANY_VARIANT] = Timing(
-        max(0.0, whole.prefill_ms - sum(part.prefill_ms for part in parts)),
-        max(0.0, whole.decode_ms - sum(part.decode_ms for part in parts)),
-        whole.spread,
-    )
+    timings["step", ANY_VARIANT] = _rest(whole, parts)
     for (component, variant_name), timing in timings.items():
         sizes = component_sizes(config, component, variant_name, settings.precision)
         yield TimingRow(
@@ -102,13 +101,29 @@ def _time_scenario(
             params=sizes.params,
             origin="measured",
             how=_HOW[component],
-            machine=machine(),
+            machine=machine(device.device),
             versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
             dtype=params.run.dtype,
             threads=settings.threads,
             repeats=settings.repeats,
             spread=timing.spread,
         )
+
+
+def _rest(whole: Timing, parts: Sequence[Timing]) -> Timing:
+    """What the parent takes beyond its parts; 0, with a warning, where the parts take more than the whole."""
+    prefill = whole.prefill_ms - sum(part.prefill_ms for part in parts)
+    decode = whole.decode_ms - sum(part.decode_ms for part in parts)
+    for phase, rest, total in (("prefill", prefill, whole.prefill_ms), ("decode", decode, whole.decode_ms)):
+        if rest < 0:
+            _LOG.warning(
+                "%s: the timed parts take %.1f ms, the parent end to end %.1f ms; costs of this table are too high by "
+                "that (time again on a quiet machine)",
+                phase,
+                total - rest,
+                total,
+            )
+    return Timing(max(0.0, prefill), max(0.0, decode), whole.spread)
 
 
 def _smooth(widths: Mapping[Ffn, Timing]) -> dict[tuple[Component, str], Timing]:
@@ -159,8 +174,8 @@ def drift(scratch: Path, kept: Path) -> str:
         for key, row in table.items()
         if key in here and key[0] in ("attention", "ffn", "head") and row.decode_ms > 0
     ]
-    theirs = next(iter(table.values()))
+    ours, theirs = (next(iter(rows.values())).machine for rows in (here, table))
     return (
-        f"measured decode time of components on this machine ({machine()}) / in {kept} ({theirs.machine}): "
+        f"measured decode time of components on this machine ({ours}) / in {kept} ({theirs}): "
         f"median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}\n"
     )

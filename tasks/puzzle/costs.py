@@ -147,7 +147,7 @@ class CostTable:
         if not rows:
             raise InputError(
                 f"the cost table has no {component} {variant!r} for {asked} (has: {self._known(component)}); "
-                "run `dvc repro measure_costs`"
+                "name one of these precisions in the constraint, or run `dvc repro measure_costs`"
             )
         sizes = {Sizes(row.params, row.weight_bytes, row.kv_bytes_per_token) for row in rows}
         if precision is None:  # bytes mean nothing without a precision; parameters must agree all the same

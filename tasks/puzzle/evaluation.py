@@ -28,7 +28,7 @@ class Quality:
 
 
 def per_sequence(losses: TokenLosses) -> list[SequenceQuality]:
-    """Means over the positions of each sequence."""
+    """Means over the positions of each sequence; a KL of rounding size below 0 (float32 sums) counts as 0."""
     means = (field.double().mean(1).tolist() for field in (losses.kl, losses.lm_loss, losses.top1))
     return [SequenceQuality(max(0.0, kl), lm_loss, top1) for kl, lm_loss, top1 in zip(*means, strict=True)]
 

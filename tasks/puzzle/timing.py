@@ -226,10 +226,10 @@ def spread(values: Sequence[float]) -> float:
     return (high - low) / middle if middle > 0 else 0.0
 
 
-def machine() -> str:
-    """Processor (with family and model, since cloud machines hide the name) or GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def machine(device: torch.device) -> str:
+    """The GPU that `device` names, else the processor (with family and model, since cloud machines hide the name)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}

@@ -125,11 +125,12 @@ def main() -> None:
         }
         for name in FORMATS
     }
-    sys.stdout.write(f"hidden states: {origin}, {data.nbytes / 2**20:.0f} MiB, {REPEATS} rounds, {machine()}\n")
+    here = machine(torch.device("cpu"))
+    sys.stdout.write(f"hidden states: {origin}, {data.nbytes / 2**20:.0f} MiB, {REPEATS} rounds, {here}\n")
     sys.stdout.write(f"{'format':<20} {'bytes/raw':>10} {'write rate/raw':>15} {'read rate/raw':>14}\n")
     for name, row in rows.items():
         sys.stdout.write(f"{name:<20} {row['bytes']:>10.3f} {row['write']:>15.2f} {row['read']:>14.2f}\n")
-    sys.stdout.write(json.dumps({"bench": "activation_format", "data": origin, "machine": machine(), **rows}) + "\n")
+    sys.stdout.write(json.dumps({"bench": "activation_format", "data": origin, "machine": here, **rows}) + "\n")
 
 
 def _ratio(baseline: list[float], other: list[float]) -> float:

@@ -8,13 +8,18 @@ import torch
 
 from storage.files import DamagedFileError, InputError, sha256
 from storage.library import INDEX_SCHEMA, Library, channel_order_name, entry_name
+from storage.records import Attention, Ffn
 from tests.tiny import flip_byte
 
 FACTS = {"first_block": 2, "span": 1, "weights": "decoupled", "loss_before": 0.5, "loss_after": 0.25, "tokens": 64}
 
 
+def parsed(subblock: str, variant: str) -> Attention | Ffn:
+    return Attention.parse(variant) if subblock == "attention" else Ffn.parse(variant)
+
+
 def add(library: Library, subblock: str, variant: str) -> Path:
-    name = entry_name(2, subblock, variant)
+    name = entry_name(2, parsed(subblock, variant))
     path = library.write(name, {"mlp.up_proj.weight": torch.arange(6.0).view(2, 3).T.bfloat16()})
     library.pieces.finish(name, "key", [path], {**FACTS, "subblock": subblock, "variant": variant})
     return path
@@ -30,7 +35,7 @@ def add(library: Library, subblock: str, variant: str) -> Path:
     ],
 )
 def test_an_entrys_name_says_where_it_lies(subblock: str, variant: str, name: str, file: str, tmp_path: Path) -> None:
-    assert entry_name(2, subblock, variant) == name
+    assert entry_name(2, parsed(subblock, variant)) == name
     assert Library(tmp_path).path(name) == tmp_path / file
 
 

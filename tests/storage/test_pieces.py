@@ -201,3 +201,16 @@ def test_the_digest_covers_the_modules_behind_a_module(monkeypatch: pytest.Monke
         assert code_digest("tasks.puzzle.bld") != before, "blocks.py is behind bld.py"
     finally:
         code_digest.cache_clear()
+
+
+@pytest.mark.parametrize("stage", ["cache_activations", "distill_blocks", "score_blocks"])
+def test_the_digest_of_a_stage_covers_its_own_module(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of sequences is decided there: before, an edit of it left every piece as it was."""
+    before = code_digest(f"tasks.{stage}")
+    bare = module._bare_tree
+    monkeypatch.setattr(module, "_bare_tree", lambda path: bare(path) + ("+" if path.stem == stage else ""))
+    code_digest.cache_clear()
+    try:
+        assert code_digest(f"tasks.{stage}") != before
+    finally:
+        code_digest.cache_clear()

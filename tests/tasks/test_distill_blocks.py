@@ -45,7 +45,7 @@ def test_the_library_holds_every_variant_with_its_held_out_loss(family: str, tmp
     for row in rows:
         variant = next(v for v in trained_variants(params, parent) if v.name == row["variant"])
         block = parent.block(row["first_block"], CPU, torch.float32)
-        own = library.read(entry_name(row["first_block"], row["subblock"], row["variant"]))
+        own = library.read(entry_name(row["first_block"], variant))
         attention, ffn = parent_attention(parent.config), parent_ffn(parent.config)
         attention, ffn = (variant, ffn) if isinstance(variant, Attention) else (attention, variant)
         rest = {name: block[name] for name in block if name.startswith(_OTHER_HALF[row["subblock"]])}

@@ -32,7 +32,7 @@ def tensors_of(row: ScoreRow, paths: Paths) -> Tensors:
     parent, library, index = Parent(paths.parent), Library(paths.library), row.first_block
     block = parent.block(index, CPU, torch.float32)
     if row.weights == "decoupled":
-        return compose(parent.config, block, row.replacement, lambda v: library.read(entry_name(index, "", v.name)))
+        return compose(parent.config, block, row.replacement, lambda v: library.read(entry_name(index, v)))
     order = library.read(channel_order_name(index))["order"]
     return compose(parent.config, block, row.replacement, initial_weights(parent.config, block, order))
 
