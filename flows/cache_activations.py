@@ -6,11 +6,13 @@ from flows.stage import main, run_pieces
 from storage.params import Params
 from storage.paths import Paths
 from tasks import cache_activations as tasks
+from tasks.machine import on_this_machine
 
 
 @flow(name="cache_activations", description="Cache the parent's hidden states at every block boundary, shard by shard.")
 def cache_activations(params: Params, paths: Paths) -> None:
     """Write the shards that are missing."""
+    params = on_this_machine(params)
     shards = tasks.plan_shards(params, paths)
     run_pieces(tasks.cache_shard, shards, params, paths, unit="shard")
 

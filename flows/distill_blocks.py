@@ -6,11 +6,13 @@ from flows.stage import main, run_pieces
 from storage.params import Params
 from storage.paths import Paths
 from tasks import distill_blocks as tasks
+from tasks.machine import on_this_machine
 
 
 @flow(name="distill_blocks", description="Train every variant of every block on the parent's cached activations (BLD).")
 def distill_blocks(params: Params, paths: Paths) -> None:
     """Train the variants that are missing, then index the library."""
+    params = on_this_machine(params)
     blocks = tasks.plan_blocks(params, paths)
     run_pieces(tasks.train_block, blocks, params, paths, unit="block")
     tasks.write_library_index(paths)

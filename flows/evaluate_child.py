@@ -6,6 +6,7 @@ from flows.stage import main, run_pieces
 from storage.params import Params
 from storage.paths import Paths
 from tasks import evaluate_child as tasks
+from tasks.machine import on_this_machine
 
 
 @flow(
@@ -13,6 +14,7 @@ from tasks import evaluate_child as tasks
 )
 def evaluate_child(params: Params, paths: Paths, target: str) -> None:
     """Quality on the validation split, then decode speed at the target's scenario."""
+    params = on_this_machine(params)
     batches = tasks.plan_batches(params)
     quality = run_pieces(tasks.measure_quality, batches, target, params, paths, unit="batch")
     speed = tasks.measure_speed(target, params, paths)

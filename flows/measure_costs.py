@@ -15,6 +15,7 @@ from storage.params import Params, load
 from storage.paths import TIMINGS, Paths
 from tasks import measure_costs as tasks
 from tasks import time_machine as timing
+from tasks.machine import on_this_machine
 
 
 @flow(
@@ -29,6 +30,10 @@ def measure_costs(params: Params, paths: Paths) -> None:
 def time_machine(name: str, scratch: bool) -> None:
     """Time this machine; with `scratch` say how far it is from the table of that name."""
     params, paths, kept = load(), Paths(), TIMINGS / f"{name}.parquet"
+    computes, timed = on_this_machine(params).run.dtype, params.measure_costs.precision
+    if scratch and computes != timed:
+        sys.stdout.write(f"this machine computes in {computes}, {kept} holds {timed}: its drift is not measured\n")
+        return
     written: Path = paths.root / "timings" / kept.name if scratch else kept
     timing.time_this_machine(params, paths, name, written, parent_only=scratch)
     sys.stdout.write(timing.drift(written, kept) if scratch else f"wrote {written}\n")

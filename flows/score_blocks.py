@@ -6,11 +6,13 @@ from flows.stage import main, run_pieces
 from storage.params import Params
 from storage.paths import Paths
 from tasks import score_blocks as tasks
+from tasks.machine import on_this_machine
 
 
 @flow(name="score_blocks", description="Measure the quality lost when one block of the parent is replaced.")
 def score_blocks(params: Params, paths: Paths) -> None:
     """Score what is missing, then write the table."""
+    params = on_this_machine(params)
     groups = tasks.plan_groups(params, paths)
     run_pieces(tasks.score_jobs, groups, params, paths, unit="group")
     tasks.write_score_table(params, paths)

@@ -19,7 +19,7 @@ from storage.files import DamagedFileError, verify, write_whole
 from storage.pieces import Pieces
 from storage.records import Attention, Ffn
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REBUILD = "dvc repro distill_blocks"
 
 INDEX_SCHEMA = pa.schema(
@@ -30,7 +30,8 @@ INDEX_SCHEMA = pa.schema(
         pa.field("variant", pa.string(), nullable=False),
         pa.field("weights", pa.string(), nullable=False),  # decoupled, or initial where training did not improve
         pa.field("loss_before", pa.float64(), nullable=False),  # normalised MSE on held-out tokens
-        pa.field("loss_after", pa.float64(), nullable=False),
+        pa.field("loss_fitted", pa.float64(), nullable=False),  # of the closed-form start
+        pa.field("loss_after", pa.float64(), nullable=False),  # of the weights that are kept; of training's end if none
         pa.field("tokens", pa.int64(), nullable=False),
         pa.field("file", pa.string(), nullable=False),
         pa.field("sha256", pa.string(), nullable=False),

@@ -27,8 +27,10 @@ class Run(Section):
     """What every computing stage shares."""
 
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
-    dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Precision of compute; masters of trained weights are float32."
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="Precision of compute; auto: bfloat16 where the hardware multiplies it, else float32. Masters of "
+        "trained weights are float32 always.",
     )
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
         "auto", description="auto (a GPU if there is one), cpu, cuda or cuda:<n>."
@@ -97,6 +99,9 @@ class CacheActivations(Section):
     """Hidden states of the parent at block boundaries."""
 
     mode: Literal["materialised"] = Field("materialised", description="materialised keeps all boundaries.")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Precision of the stored hidden states; float32 doubles the disk."
+    )
     sequences_per_shard: int = Field(32, ge=1, description="Sequences in a shard: the unit of resuming.")
     sequences_per_batch: int = Field(8, ge=1, description="Sequences in one forward pass.")
 
@@ -104,7 +109,10 @@ class CacheActivations(Section):
 class DistillBlocks(Section):
     """Blockwise local distillation (BLD)."""
 
-    tokens: int = Field(49_152, ge=1, description="Tokens that each variant is trained on, once.")
+    fit_tokens: int = Field(
+        32_768, ge=0, description="Train tokens of the closed-form start, before the first step; 0 skips it."
+    )
+    tokens: int = Field(49_152, ge=1, description="Tokens that each variant's steps train on, once.")
     sequences_per_step: int = Field(2, ge=1, description="Sequences in an optimizer step.")
     learning_rate: float = Field(2e-3, gt=0, le=1, description="Peak learning rate of AdamW.")
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising learning rate; then cosine to 0.")
@@ -238,6 +246,7 @@ class Params(Section):
         corpus, seq_len = self.prepare_corpus, self.prepare_corpus.seq_len
         wanted = {
             "distill_blocks.tokens": (self.distill_blocks.tokens, corpus.train_tokens, "train_tokens"),
+            "distill_blocks.fit_tokens": (self.distill_blocks.fit_tokens, corpus.train_tokens, "train_tokens"),
             "score_blocks.tokens + distill_blocks.held_out_tokens": (
                 self.score_blocks.tokens + self.distill_blocks.held_out_tokens,
                 corpus.calibration_tokens,
@@ -255,6 +264,7 @@ class Params(Section):
             "prepare_corpus.train_tokens": (corpus.train_tokens, seq_len),
             "prepare_corpus.calibration_tokens": (corpus.calibration_tokens, seq_len),
             "prepare_corpus.validation_tokens": (corpus.validation_tokens, seq_len),
+            "distill_blocks.fit_tokens": (self.distill_blocks.fit_tokens, seq_len),
             "distill_blocks.tokens": (self.distill_blocks.tokens, step),
             "score_blocks.tokens": (self.score_blocks.tokens, batch),
             "score_blocks.initial_tokens": (self.score_blocks.initial_tokens, batch),

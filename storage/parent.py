@@ -33,7 +33,7 @@ class Parent:
 
     @functools.cached_property
     def info(self) -> dict[str, Any]:
-        """{name, source, licence, licence_files, config, special_tokens, dtype, digest}."""
+        """{name, source, licence, licence_files, config, special_tokens, digest}."""
         info: dict[str, Any] = read_json(self.folder / INFO, REBUILD)
         return info
 

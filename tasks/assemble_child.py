@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
@@ -19,7 +20,6 @@ from storage.parent import TOKENIZER_FILES, Parent
 from storage.paths import Paths
 from storage.records import Architecture, Attention, Ffn
 from tasks.puzzle.assembly import compose
-from tasks.puzzle.device import compute
 from tasks.puzzle.model_card import model_card
 from tasks.puzzle.runtimes import refusals
 
@@ -50,38 +50,37 @@ def assemble(target: str, params: Params, paths: Paths) -> None:
         folder = Path(scratch) / "child"
         folder.mkdir()
         _write_weights(folder, architecture, parent, library, params)
-        _write_rest(folder, architecture, parent, chosen, params)
+        _write_rest(folder, architecture, parent, chosen)
         if final.exists():
             shutil.rmtree(final)
         folder.rename(final)
 
 
 def _write_weights(folder: Path, architecture: Architecture, parent: Parent, library: Library, params: Params) -> None:
-    """Tensors in the order of the blocks; memory holds one shard and one block."""
-    cpu = compute("cpu", params.run.dtype, params.run.threads)
-    dtype = cpu.dtype
+    """Tensors in the order of the blocks and in the parent's dtype; memory holds one shard and one block."""
+    embedding = parent.checkpoint.tensor(EMBEDDING)
+    dtype, cpu = embedding.dtype, torch.device("cpu")
     writer = CheckpointWriter(folder, int(params.assemble_child.max_shard_gib * 2**30))
-    writer.add({EMBEDDING: parent.checkpoint.tensor(EMBEDDING).to(dtype)})
+    writer.add({EMBEDDING: embedding})
     for index, replacement in enumerate(tqdm(architecture.blocks, desc="assemble", unit="block", disable=None)):
 
         def trained(variant: Attention | Ffn, first_block: int = replacement.first_block) -> dict[str, Tensor]:
             tensors = library.read(entry_name(first_block, variant))
             return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
-        block = compose(parent.config, parent.block(replacement.first_block, cpu.device, dtype), replacement, trained)
+        block = compose(parent.config, parent.block(replacement.first_block, cpu, dtype), replacement, trained)
         writer.add({f"model.layers.{index}.{name}": tensor for name, tensor in block.items()})
-    writer.add({NORM: parent.checkpoint.tensor(NORM).to(dtype)})
+    writer.add({NORM: parent.checkpoint.tensor(NORM)})
     if not parent.config.tie_embeddings:
-        writer.add({LM_HEAD: parent.checkpoint.tensor(LM_HEAD).to(dtype)})
+        writer.add({LM_HEAD: parent.checkpoint.tensor(LM_HEAD)})
     writer.finish()
 
 
-def _write_rest(
-    folder: Path, architecture: Architecture, parent: Parent, chosen: dict[str, Any], params: Params
-) -> None:
+def _write_rest(folder: Path, architecture: Architecture, parent: Parent, chosen: dict[str, Any]) -> None:
     """Config, tokenizer, licence and model card."""
+    dtype = str(parent.checkpoint.tensor(EMBEDDING).dtype).removeprefix("torch.")
     blocks = [(block.attention, block.ffn) for block in architecture.blocks]
-    config = to_nemotron_nas(parent.config, blocks, parent.info["special_tokens"], params.run.dtype)
+    config = to_nemotron_nas(parent.config, blocks, parent.info["special_tokens"], dtype)
     write_json(folder / "config.json", config)
     for pattern in (*TOKENIZER_FILES, *parent.info["licence_files"]):
         for file in parent.folder.glob(pattern):

@@ -48,6 +48,7 @@ def plan_shards(params: Params, paths: Paths) -> list[Shard]:
     common = {
         "parent": parent.digest,
         "run": [params.run.dtype, params.run.device, params.run.threads],
+        "dtype": params.cache_activations.dtype,
         "sequences_per_batch": params.cache_activations.sequences_per_batch,
         "sequences_per_shard": size,
         "code": code_digest("tasks.cache_activations"),
@@ -74,13 +75,18 @@ def cache_shard(shard: Shard, params: Params, paths: Paths) -> None:
     embedding, _, _ = parent.outside(device.device, device.dtype)
     variants = parent_attention(config), parent_ffn(config)
     blocks = ((*variants, parent.block(i, device.device, device.dtype)) for i in range(config.num_blocks))
+    stored = {"bfloat16": torch.bfloat16, "float32": torch.float32}[params.cache_activations.dtype]
     metadata = {"parent": parent.digest, "corpus": read_manifest(paths.corpus).content_hash, "split": shard.split}
     files = []
     states = boundaries(config, embedding, blocks, tokens, params.cache_activations.sequences_per_batch)
     for boundary, hidden in enumerate(states):
         if shard.split in ALL_BOUNDARIES or boundary == config.num_blocks:
             path = shard_path(paths.activations, shard.split, boundary, shard.index)
-            write_shard(path, hidden.cpu(), {**metadata, "boundary": str(boundary), "first_sequence": str(shard.start)})
+            write_shard(
+                path,
+                hidden.to(stored).cpu(),
+                {**metadata, "boundary": str(boundary), "first_sequence": str(shard.start)},
+            )
             files.append(path)
     facts = {"sequences_per_shard": params.cache_activations.sequences_per_shard, "sequences": shard.stop - shard.start}
     Pieces(paths.activations, REBUILD).finish(shard.name, shard.key, files, facts)

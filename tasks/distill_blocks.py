@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from torch import Tensor
 
 from storage.activations import BoundaryReader
 from storage.files import digest_of
@@ -20,7 +21,11 @@ from storage.records import Attention, Ffn
 from tasks.puzzle.assembly import initial_weights
 from tasks.puzzle.bld import Batch, Schedule, distill_block, rank_channels
 from tasks.puzzle.device import compute
+from tasks.puzzle.least_squares import fit_outputs
 from tasks.puzzle.variants import attention_variants, ffn_variants, parent_attention, parent_ffn
+
+FIT_SEQUENCES = 8
+"""Sequences at once in the closed-form start; the sums are over all of them."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def plan_blocks(params: Params, paths: Paths) -> list[BlockPlan]:
     """Blocks with something to make; finished entries stay, strangers are deleted."""
     parent, library, settings = Parent(paths.parent), Library(paths.library), params.distill_blocks
     seq_len = params.prepare_corpus.seq_len
-    train = settings.tokens // seq_len
+    train = max(settings.tokens, settings.fit_tokens) // seq_len
     held_start, held_stop = _held_out(params)
     own = settings.model_dump(exclude={"ffn_ratios", "width_multiple"})
     common = {
@@ -108,25 +113,31 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
         for at in (index, index + 1)
     }
 
+    def hidden(split: str, boundary: int, sequences: list[int]) -> Tensor:
+        return data[split, boundary].read(sequences).to(device.device, device.dtype)
+
     def batch(split: str, sequences: list[int]) -> Batch:
-        source, target = (data[split, at].read(sequences).to(device.device) for at in (index, index + 1))
-        return source, target
+        return hidden(split, index, sequences), hidden(split, index + 1, sequences)
 
     order_name = channel_order_name(index)
     if plan.order_missing:
         ranked = range(min(-(-settings.importance_tokens // seq_len), settings.tokens // seq_len))
         groups = _groups(list(ranked), settings.sequences_per_step)
-        order = rank_channels(config, block, (data["train", index].read(group).to(device.device) for group in groups))
+        order = rank_channels(config, block, (hidden("train", index, group) for group in groups))
         file = library.write(order_name, {"order": order})
         library.pieces.finish(order_name, plan.channel_order_key, [file])
     order = library.read(order_name)["order"].to(device.device)
     by_name = {entry_name(index, variant): variant for variant in trained_variants(params, parent)}
     initial = initial_weights(config, block, order)
+    starts = {by_name[name]: initial(by_name[name]) for name in plan.variants}
+    fit = _groups(list(range(settings.fit_tokens // seq_len)), FIT_SEQUENCES)
+    inputs = (hidden("train", index, group) for group in fit)
     steps = _groups(_shuffled(params, index), settings.sequences_per_step)
     trained = distill_block(
         config,
         block,
-        {by_name[name]: initial(by_name[name]) for name in plan.variants},
+        starts,
+        fit_outputs(config, block, starts, order, inputs) if fit else starts,
         (batch("train", group) for group in steps),
         (
             batch("calibration", group)
@@ -143,6 +154,7 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
             "variant": variant.name,
             "weights": "decoupled" if result.improved else "initial",
             "loss_before": result.loss_before,
+            "loss_fitted": result.loss_fitted,
             "loss_after": result.loss_after,
             "tokens": len(steps) * settings.sequences_per_step * seq_len,
         }

@@ -133,11 +133,15 @@ def score_jobs(group: Group, params: Params, paths: Paths) -> None:
     def block(index: int) -> Tensors:
         return parent.block(index, device.device, device.dtype)
 
+    def boundary(index: int) -> Tensor:
+        reader = BoundaryReader(paths.activations, "calibration", index)
+        return reader.read(sequences).to(device.device, device.dtype)
+
     replaced = {index: block(index) for index in {job.replacement.first_block for job in group.jobs}}
     losses = score_group(
         parent.config,
         block,
-        lambda index: BoundaryReader(paths.activations, "calibration", index).read(sequences).to(device.device),
+        boundary,
         Head(norm, lm_head, parent.config.rms_norm_eps),
         torch.from_numpy(_tokens(params, paths, group.batch)).long().to(device.device),
         [

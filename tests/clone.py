@@ -204,6 +204,7 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
         },
         "cache_activations": {"sequences_per_shard": 48, "sequences_per_batch": 8},
         "distill_blocks": {
+            "fit_tokens": 64 * SEQ_LEN,
             "tokens": 256 * SEQ_LEN,
             "sequences_per_step": 1,
             "learning_rate": 0.002,

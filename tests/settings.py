@@ -19,8 +19,9 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
             "calibration_tokens": 16 * SEQ_LEN,
             "validation_tokens": 8 * SEQ_LEN,
         },
-        "cache_activations": {"sequences_per_shard": 12, "sequences_per_batch": 5},
+        "cache_activations": {"dtype": "float32", "sequences_per_shard": 12, "sequences_per_batch": 5},
         "distill_blocks": {
+            "fit_tokens": 24 * SEQ_LEN,
             "tokens": 32 * SEQ_LEN,
             "sequences_per_step": 4,
             "learning_rate": 1e-3,

@@ -44,10 +44,16 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Trained:
-    """A variant after BLD; `improved` is False where it keeps its initial weights, since training did not help."""
+    """A variant after BLD: whichever of initial weights, closed-form start and trained weights has the lowest loss.
+
+    Held-out losses: `loss_before` of the initial weights, `loss_fitted` of the closed-form start, `loss_after` of what
+    is kept. Where training did not help, `improved` is False, the initial weights stay and `loss_after` is what the
+    training came to.
+    """
 
     tensors: Tensors
     loss_before: float
+    loss_fitted: float
     loss_after: float
     improved: bool
 
@@ -99,23 +105,28 @@ def rank_channels(config: ModelConfig, parent: Mapping[str, Tensor], inputs: Ite
     return channel_order(channel_contribution(total, num_tokens, parent["mlp.down_proj.weight"].cpu()))
 
 
+Run = Callable[[Tensor, Tensor, Rotary], Tensor]
+"""(block input, parent's hidden states after attention, rotary) -> the block's output."""
+
+
 @dataclass(frozen=True)
 class _Student:
-    """One variant in training: `run` maps (block input, parent's attention output) to the block's output."""
+    """One variant in training."""
 
     block: Block
     masters: MasterWeights
-    initial: Tensors
-    run: Callable[[Tensor, Tensor, Rotary], Tensor]
+    start: Tensors
+    run: Run
 
     def tensors(self) -> Tensors:
-        return {name: self.block.state_dict()[name].clone() for name in self.initial}
+        return {name: self.block.state_dict()[name].clone() for name in self.start}
 
 
 def distill_block(
     config: ModelConfig,
     parent: Mapping[str, Tensor],
     starts: Mapping[Attention | Ffn, Tensors],
+    fitted: Mapping[Attention | Ffn, Tensors],
     batches: Iterable[Batch],
     held_out: Iterable[Batch],
     schedule: Schedule,
@@ -126,17 +137,20 @@ def distill_block(
         config: geometry of the parent.
         parent: tensors of the parent's block, in the dtype of compute.
         starts: initial tensors of each variant to train (its own subblock only).
+        fitted: the tensors that its steps begin with: least_squares.fit_outputs, or `starts` again.
         batches: training batches in order, one per step.
-        held_out: batches for the losses before and after; read twice.
+        held_out: batches for the held-out losses; read three times.
         schedule: steps and learning rate.
 
     Returns:
         For each variant the weights to keep. Each variant's bytes are independent of which others train beside it.
     """
     teacher = Block.load(config, parent_attention(config), parent_ffn(config), parent)
-    students = {variant: _student(config, parent, variant, tensors, schedule) for variant, tensors in starts.items()}
     held = list(held_out)
-    before = _losses(config, teacher, students, held)
+    before = _losses(config, teacher, {v: _runner(config, parent, v, start)[1] for v, start in starts.items()}, held)
+    students = {variant: _student(config, parent, variant, fitted[variant], schedule) for variant in starts}
+    runs = {variant: student.run for variant, student in students.items()}
+    between = _losses(config, teacher, runs, held)
     for hidden, target in batches:
         rotary = rotary_for(config, hidden.shape[1], hidden)
         with torch.no_grad():
@@ -145,45 +159,53 @@ def distill_block(
             loss = normalised_mse(student.run(hidden, attended, rotary), target)
             torch.autograd.backward(loss)
             student.masters.step()
-    after = _losses(config, teacher, students, held)
-    return {variant: _keep_better(student, before[variant], after[variant]) for variant, student in students.items()}
+    after = _losses(config, teacher, runs, held)
+    return {
+        variant: _best(start, students[variant], before[variant], between[variant], after[variant])
+        for variant, start in starts.items()
+    }
 
 
 def _student(
     config: ModelConfig, parent: Mapping[str, Tensor], variant: Attention | Ffn, start: Tensors, schedule: Schedule
 ) -> _Student:
-    own = {name: tensor.clone() for name, tensor in start.items()}
-    if isinstance(variant, Attention):
-        block = Block.load(config, variant, parent_ffn(config), {**own, **ffn_part(parent)})
-        block.self_attn.requires_grad_(True)
-
-        def run(hidden: Tensor, attended: Tensor, rotary: Rotary) -> Tensor:
-            output: Tensor = block(hidden, rotary)
-            return output
-    else:
-        block = Block.load(config, parent_attention(config), variant, {**attention_part(parent), **own})
-        block.mlp.requires_grad_(True)
-
-        def run(hidden: Tensor, attended: Tensor, rotary: Rotary) -> Tensor:
-            return block.feed_forward(attended)
-
+    block, run = _runner(config, parent, variant, {name: tensor.clone() for name, tensor in start.items()})
+    trainable = block.self_attn if isinstance(variant, Attention) else block.mlp
+    trainable.requires_grad_(True)
     return _Student(block, MasterWeights(block, schedule), start, run)
 
 
+def _runner(
+    config: ModelConfig, parent: Mapping[str, Tensor], variant: Attention | Ffn, own: Tensors
+) -> tuple[Block, Run]:
+    """A block with one half replaced, frozen, and how it runs: an FFN variant takes the parent's attention as given."""
+    if isinstance(variant, Attention):
+        whole = Block.load(config, variant, parent_ffn(config), {**own, **ffn_part(parent)})
+        return whole, lambda hidden, _, rotary: whole(hidden, rotary)
+    half = Block.load(config, parent_attention(config), variant, {**attention_part(parent), **own})
+    return half, lambda _, attended, __: half.feed_forward(attended)
+
+
 def _losses(
-    config: ModelConfig, teacher: Block, students: Mapping[Attention | Ffn, _Student], held_out: list[Batch]
+    config: ModelConfig, teacher: Block, runs: Mapping[Attention | Ffn, Run], held_out: list[Batch]
 ) -> dict[Attention | Ffn, float]:
-    """Mean held-out loss of each student."""
-    totals = dict.fromkeys(students, 0.0)
+    """Mean held-out loss of each variant."""
+    totals = dict.fromkeys(runs, 0.0)
     with torch.inference_mode():
         for hidden, target in held_out:
             rotary = rotary_for(config, hidden.shape[1], hidden)
             attended = teacher.attend(hidden, rotary)
-            for variant, student in students.items():
-                totals[variant] += float(normalised_mse(student.run(hidden, attended, rotary), target))
+            for variant, run in runs.items():
+                totals[variant] += float(normalised_mse(run(hidden, attended, rotary), target))
     return {variant: total / len(held_out) for variant, total in totals.items()}
 
 
-def _keep_better(student: _Student, before: float, after: float) -> Trained:
-    improved = after < before  # False for nan as well: a diverged variant keeps its start
-    return Trained(student.tensors() if improved else dict(student.initial), before, after, improved)
+def _best(initial: Tensors, student: _Student, before: float, fitted: float, after: float) -> Trained:
+    """The weights with the lowest held-out loss; nan is lower than nothing, so a variant that diverged falls back."""
+    tensors, best = dict(initial), before
+    if fitted < best:
+        tensors, best = dict(student.start), fitted
+    if after < best:
+        tensors, best = student.tensors(), after
+    improved = best < before
+    return Trained(tensors, before, fitted, best if improved else after, improved)

@@ -53,8 +53,8 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, num_kv_heads * head_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_heads * head_dim, hidden, bias=config.output_bias)
 
-    def forward(self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Attend within each sequence; `mask` is additive or boolean [batch, 1, tokens, keys], None means causal."""
+    def heads(self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """The input of o_proj, [batch, tokens, heads * head_dim]."""
         split = (*hidden.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden).view(split).transpose(1, 2)
         key = self.k_proj(hidden).view(split).transpose(1, 2)
@@ -62,8 +62,11 @@ class GroupedQueryAttention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, *rotary)
         if cache is not None:
             key, value = cache.update(key, value, self.cache_index)
-        attended = _attend(query, key, value, mask)
-        joined: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
+        return _attend(query, key, value, mask).transpose(1, 2).flatten(2)
+
+    def forward(self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Attend within each sequence; `mask` is additive or boolean [batch, 1, tokens, keys], None means causal."""
+        joined: Tensor = self.o_proj(self.heads(hidden, rotary, mask, cache))
         return joined
 
 

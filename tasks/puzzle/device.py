@@ -1,10 +1,14 @@
 """The one place that decides device, dtype and threads."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from storage.files import InputError
+
+DtypeName = Literal["bfloat16", "float32"]
+_BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 
 
 @dataclass(frozen=True)
@@ -15,20 +19,39 @@ class Compute:
     dtype: torch.dtype
 
 
-def compute(device: str, dtype: str, threads: int) -> Compute:
-    """Resolve the params of `run` and set the calling thread's number of torch threads.
+def resolve(device: str, dtype: str) -> tuple[str, DtypeName]:
+    """What `auto` means on this machine.
 
     Args:
         device: auto (a GPU if there is one), cpu, cuda or cuda:<n>.
-        dtype: bfloat16 or float32, the precision of compute; masters of trained weights are float32 always.
+        dtype: auto, bfloat16 or float32. auto is bfloat16 on a GPU and on a CPU with instructions for it (a CPU without
+            them multiplies bfloat16 five to eight times as slowly as float32, measured on AVX2), else float32.
+
+    Returns:
+        Device and dtype without auto; the same on every machine of a kind.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        instructions = torch.cpu.get_capabilities()
+        narrow = device != "cpu" or any(instructions.get(name) for name in _BF16_INSTRUCTIONS)
+        return device, "bfloat16" if narrow else "float32"
+    return device, "bfloat16" if dtype == "bfloat16" else "float32"
+
+
+def compute(device: str, dtype: str, threads: int) -> Compute:
+    """Set the calling thread's number of torch threads and say where and in which precision it computes.
+
+    Args:
+        device: as in :func:`resolve`.
+        dtype: as in :func:`resolve`; masters of trained weights are float32 always.
         threads: torch threads of the calling thread's kernels; sums are split by it, so results depend on it.
 
     Raises:
         InputError: a GPU was asked for and there is none of that number.
     """
     torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, dtype = resolve(device, dtype)
     resolved = torch.device(device)
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise InputError(

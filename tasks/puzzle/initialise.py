@@ -44,6 +44,12 @@ def channel_order(contribution: Tensor) -> Tensor:
     return torch.argsort(contribution, descending=True, stable=True)
 
 
+def kept_channels(order: Tensor, variant: Ffn) -> Tensor:
+    """The most important channels that a gated FFN variant keeps, in the parent's order, [intermediate] int64."""
+    kept: Tensor = order[: variant.intermediate_size].sort().values
+    return kept
+
+
 def initial_attention(config: ModelConfig, parent: Mapping[str, Tensor], variant: Attention) -> Tensors:
     """Start of an attention variant: k_proj and v_proj mean-pooled inside each group of kv heads.
 
@@ -80,7 +86,7 @@ def initial_ffn(parent: Mapping[str, Tensor], variant: Ffn, order: Tensor) -> Te
     if variant.kind == "no_op":
         return {}
     assert variant.kind == "gated" and variant.intermediate_size <= len(order), variant
-    kept = order[: variant.intermediate_size].sort().values
+    kept = kept_channels(order, variant)
     start = ffn_part(parent)
     for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.gate_proj.bias", "mlp.up_proj.bias"):
         if name in start:

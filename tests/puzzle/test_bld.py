@@ -12,7 +12,16 @@ from storage.checkpoints import Checkpoint
 from storage.model_config import EMBEDDING
 from storage.records import Attention, Ffn
 from tasks.puzzle.assembly import initial_weights
-from tasks.puzzle.bld import BETAS, Batch, MasterWeights, Schedule, distill_block, normalised_mse, rank_channels
+from tasks.puzzle.bld import (
+    BETAS,
+    Batch,
+    MasterWeights,
+    Schedule,
+    Trained,
+    distill_block,
+    normalised_mse,
+    rank_channels,
+)
 from tasks.puzzle.blocks import Block, rotary_for
 from tasks.puzzle.boundaries import boundaries
 from tasks.puzzle.initialise import Tensors, attention_part, ffn_part
@@ -38,11 +47,17 @@ class Case:
         batches = list(zip(source.clone().split(4), target.clone().split(4), strict=True))
         self.train: list[Batch] = batches[:12]
         self.held_out: list[Batch] = batches[12:]
-        order = rank_channels(self.config, self.block, (hidden for hidden, _ in self.train))
-        self.start = initial_weights(self.config, self.block, order)
+        self.order = rank_channels(self.config, self.block, (hidden for hidden, _ in self.train))
+        self.start = initial_weights(self.config, self.block, self.order)
 
     def starts(self, *variants: Attention | Ffn) -> dict[Attention | Ffn, Tensors]:
         return {variant: self.start(variant) for variant in variants}
+
+
+def distill(case: Case, *variants: Attention | Ffn) -> dict[Attention | Ffn, Trained]:
+    """The variants trained from their initial weights."""
+    starts = case.starts(*variants)
+    return distill_block(case.config, case.block, starts, starts, case.train, case.held_out, SCHEDULE)
 
 
 def test_normalised_mse_by_hand() -> None:
@@ -71,7 +86,7 @@ def test_the_learning_rate_rises_then_falls_to_zero_along_a_cosine() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_lowers_the_held_out_loss_of_every_variant(family: str, tmp_path: Path) -> None:
     case = Case(tmp_path, family)
-    trained = distill_block(case.config, case.block, case.starts(*VARIANTS), case.train, case.held_out, SCHEDULE)
+    trained = distill(case, *VARIANTS)
     assert trained.keys() == set(VARIANTS)
     for variant, result in trained.items():
         assert result.improved, variant
@@ -85,7 +100,7 @@ def test_training_lowers_the_held_out_loss_of_every_variant(family: str, tmp_pat
 @pytest.mark.parametrize("family", ["llama3-untied-head_dim-bias", "qwen2"])
 def test_training_equals_a_plain_loop_over_a_whole_block(family: str, variant: Attention | Ffn, tmp_path: Path) -> None:
     case = Case(tmp_path, family)
-    trained = distill_block(case.config, case.block, case.starts(*VARIANTS), case.train, case.held_out, SCHEDULE)
+    trained = distill(case, *VARIANTS)
     expected, loss = plain_loop(case, variant)
     assert trained[variant].loss_after == pytest.approx(loss, rel=1e-4)
     for name, tensor in trained[variant].tensors.items():
@@ -125,11 +140,9 @@ def plain_loop(case: Case, variant: Attention | Ffn) -> tuple[Mapping[str, Tenso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_variants_bytes_do_not_depend_on_its_company(dtype: torch.dtype, tmp_path: Path) -> None:
     case = Case(tmp_path, dtype=dtype)
-    together = distill_block(case.config, case.block, case.starts(*VARIANTS), case.train, case.held_out, SCHEDULE)
+    together = distill(case, *VARIANTS)
     for variant in VARIANTS:
-        alone = distill_block(case.config, case.block, case.starts(variant), case.train, case.held_out, SCHEDULE)[
-            variant
-        ]
+        alone = distill(case, variant)[variant]
         assert (alone.loss_before, alone.loss_after) == (together[variant].loss_before, together[variant].loss_after)
         for name, tensor in alone.tensors.items():
             assert tensor.dtype == dtype
@@ -141,7 +154,7 @@ def test_the_parent_and_the_starts_are_left_as_they_were(tmp_path: Path) -> None
     starts = case.starts(*VARIANTS)
     copies = {variant: {name: tensor.clone() for name, tensor in start.items()} for variant, start in starts.items()}
     parent = {name: tensor.clone() for name, tensor in case.block.items()}
-    trained = distill_block(case.config, case.block, starts, case.train, case.held_out, SCHEDULE)
+    trained = distill_block(case.config, case.block, starts, starts, case.train, case.held_out, SCHEDULE)
     assert all(torch.equal(tensor, case.block[name]) for name, tensor in parent.items())
     assert all(torch.equal(t, starts[variant][name]) for variant, copy in copies.items() for name, t in copy.items())
     assert not any(tensor.requires_grad for result in trained.values() for tensor in result.tensors.values())
@@ -149,7 +162,8 @@ def test_the_parent_and_the_starts_are_left_as_they_were(tmp_path: Path) -> None
 
 def assert_kept(case: Case, train: list[Batch], schedule: Schedule) -> dict[Attention | Ffn, float]:
     """Every variant keeps its start and says so; their losses after training."""
-    trained = distill_block(case.config, case.block, case.starts(*VARIANTS), train, case.held_out, schedule)
+    starts = case.starts(*VARIANTS)
+    trained = distill_block(case.config, case.block, starts, starts, train, case.held_out, schedule)
     for variant, result in trained.items():
         assert not result.improved
         assert not result.loss_after < result.loss_before
@@ -205,7 +219,24 @@ def test_masters_train_only_what_is_trainable() -> None:
 def test_a_variant_that_is_the_parent_has_nothing_to_gain(tmp_path: Path) -> None:
     case = Case(tmp_path)
     starts = case.starts(parent_attention(case.config), parent_ffn(case.config))
-    trained = distill_block(case.config, case.block, starts, case.train, case.held_out, SCHEDULE)
+    trained = distill_block(case.config, case.block, starts, starts, case.train, case.held_out, SCHEDULE)
     for result in trained.values():
         assert result.loss_before < 1e-12  # squares of float32 rounding
         assert not result.improved or result.loss_after < result.loss_before
+
+
+def test_the_best_of_start_fit_and_steps_is_kept(tmp_path: Path) -> None:
+    """Steps that diverge fall back to the fitted start where it is better than the initial one, else to that."""
+    case = Case(tmp_path)
+    good = {variant: result.tensors for variant, result in distill(case, *VARIANTS).items()}
+    starts, diverging = case.starts(*VARIANTS), Schedule(12, learning_rate=1.0, warmup=0, weight_decay=0)
+    results = distill_block(case.config, case.block, starts, good, case.train, case.held_out, diverging)
+    for variant, result in results.items():
+        assert result.improved
+        assert result.loss_after == result.loss_fitted < result.loss_before
+        assert all(torch.equal(result.tensors[name], tensor) for name, tensor in good[variant].items())
+    results = distill_block(case.config, case.block, good, starts, case.train, case.held_out, diverging)
+    for variant, result in results.items():
+        assert not result.improved
+        assert result.loss_before < result.loss_fitted
+        assert all(torch.equal(result.tensors[name], tensor) for name, tensor in good[variant].items())

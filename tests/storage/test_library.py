@@ -11,7 +11,15 @@ from storage.library import INDEX_SCHEMA, Library, channel_order_name, entry_nam
 from storage.records import Attention, Ffn
 from tests.tiny import flip_byte
 
-FACTS = {"first_block": 2, "span": 1, "weights": "decoupled", "loss_before": 0.5, "loss_after": 0.25, "tokens": 64}
+FACTS = {
+    "first_block": 2,
+    "span": 1,
+    "weights": "decoupled",
+    "loss_before": 0.5,
+    "loss_fitted": 0.375,
+    "loss_after": 0.25,
+    "tokens": 64,
+}
 
 
 def parsed(subblock: str, variant: str) -> Attention | Ffn:

@@ -107,7 +107,6 @@ def test_what_does_not_change_bytes_makes_nothing_anew(
 def test_bfloat16_is_cached_as_bfloat16(finished: tuple[Params, Paths]) -> None:
     _, paths = finished
     exact = BoundaryReader(paths.activations, "train", 3).read([5])
-    cache(tiny_params(run={"dtype": "bfloat16"}), paths)
+    cache(tiny_params(cache_activations={"dtype": "bfloat16"}), paths)
     rounded = BoundaryReader(paths.activations, "train", 3).read([5])
-    assert rounded.dtype == torch.bfloat16
-    torch.testing.assert_close(rounded.float(), exact, atol=0.1, rtol=0.1)  # three blocks of 2^-9 roundings
+    assert torch.equal(rounded, exact.bfloat16())

@@ -201,7 +201,16 @@ def test_damaged_activations_stop_the_training_and_spare_finished_blocks(finishe
 
 def test_a_rate_at_which_all_diverge_keeps_every_start(finished: tuple[Params, Paths]) -> None:
     _, paths = finished
-    distill(tiny_params(distill_blocks={"learning_rate": 1.0, "warmup": 0.0}), paths)
+    distill(tiny_params(distill_blocks={"learning_rate": 1.0, "warmup": 0.0, "fit_tokens": 0}), paths)
     rows = index_rows(paths)
     assert {row["weights"] for row in rows} == {"initial"}
     assert not any(row["loss_after"] < row["loss_before"] for row in rows)
+
+
+def test_a_closed_form_start_is_kept_where_steps_diverge(finished: tuple[Params, Paths]) -> None:
+    _, paths = finished
+    distill(tiny_params(distill_blocks={"learning_rate": 1.0, "warmup": 0.0}), paths)
+    rows = index_rows(paths)
+    kept = [row for row in rows if row["weights"] == "decoupled"]
+    assert len(kept) > len(rows) / 2
+    assert all(row["loss_after"] == row["loss_fitted"] < row["loss_before"] for row in kept)

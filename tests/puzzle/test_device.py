@@ -1,0 +1,43 @@
+"""What `auto` means: bfloat16 only where the hardware multiplies it."""
+
+import pytest
+import torch
+
+from storage.files import InputError
+from tasks.puzzle.device import compute, resolve
+
+
+@pytest.mark.parametrize(
+    ("instructions", "expected"),
+    [({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")],
+)
+def test_a_cpu_computes_in_bfloat16_only_with_instructions_for_it(
+    instructions: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    assert resolve("cpu", "auto") == ("cpu", expected)
+    assert resolve("cpu", "bfloat16") == ("cpu", "bfloat16")
+    assert resolve("cpu", "float32") == ("cpu", "float32")
+
+
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve("auto", "auto") == ("cuda", "bfloat16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve("auto", "auto") == ("cpu", "float32")
+    assert resolve("cuda:1", "auto") == ("cuda:1", "bfloat16")
+
+
+def test_a_gpu_that_is_not_there_is_one_error() -> None:
+    with pytest.raises(InputError, match=r"run.device is cuda:99, but .* set run.device to auto or cpu"):
+        compute("cuda:99", "auto", 1)
+
+
+def test_threads_are_those_of_the_params() -> None:
+    before = torch.get_num_threads()
+    try:
+        assert compute("cpu", "float32", 1).dtype == torch.float32
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
