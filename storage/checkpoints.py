@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from storage.files import DamagedFileError, InputError, digest_of, read_json, write_json, write_whole
+from storage.model_config import ModelConfig, from_nemotron_nas
+from storage.records import Attention, Ffn
 
 CHECKSUMS = "checksums.json"
 _INDEX = "model.safetensors.index.json"
@@ -117,6 +119,12 @@ class Checkpoint:
     def block_digest(self, block_index: int) -> str:
         """Content digest of one block, from the checksums."""
         return digest_of({short: self.checksums[name] for short, name in self.block_names(block_index).items()})
+
+
+def read_blocks(child: Checkpoint) -> tuple[ModelConfig, list[tuple[Attention, Ffn]]]:
+    """Geometry and blocks of a child's checkpoint, from its config.json."""
+    path = child.folder / "config.json"
+    return from_nemotron_nas(read_json(path, child.rebuild), str(path))
 
 
 @dataclass

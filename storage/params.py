@@ -88,7 +88,7 @@ class PrepareCorpus(Section):
         (CorpusSource.model_construct(),), min_length=1, description="Ingredients, mixed by weight."
     )
     seq_len: int = Field(256, ge=8, description="Tokens per sequence; at most the parent's context.")
-    train_tokens: int = Field(49_152, ge=1, description="Tokens of the train split (BLD, then GKD).")
+    train_tokens: int = Field(65_536, ge=1, description="Tokens of the train split (BLD, then GKD).")
     calibration_tokens: int = Field(
         8_192, ge=1, description="Tokens of the calibration split (scores, BLD's held-out loss)."
     )
@@ -112,7 +112,7 @@ class DistillBlocks(Section):
     fit_tokens: int = Field(
         32_768, ge=0, description="Train tokens of the closed-form start, before the first step; 0 skips it."
     )
-    tokens: int = Field(49_152, ge=1, description="Tokens that each variant's steps train on, once.")
+    tokens: int = Field(32_768, ge=1, description="Tokens that each variant's steps train on, once.")
     sequences_per_step: int = Field(2, ge=1, description="Sequences in an optimizer step.")
     learning_rate: float = Field(2e-3, gt=0, le=1, description="Peak learning rate of AdamW.")
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising learning rate; then cosine to 0.")
@@ -127,6 +127,11 @@ class DistillBlocks(Section):
     width_multiple: int = Field(
         64, ge=1, description="FFN widths are rounded to a multiple of this; equal ones are one variant."
     )
+
+    @property
+    def used_tokens(self) -> int:
+        """Train tokens that BLD has seen: the split's first ones."""
+        return max(self.fit_tokens, self.tokens)
 
 
 class ScoreBlocks(Section):
@@ -168,6 +173,25 @@ class AssembleChild(Section):
     """The child's checkpoint."""
 
     max_shard_gib: float = Field(4.0, gt=0, description="Largest safetensors file, GiB.")
+
+
+class DistillChild(Section):
+    """Global knowledge distillation (GKD) of the assembled child."""
+
+    tokens: int = Field(32_768, ge=1, description="Fresh train tokens (behind those of BLD), each used once.")
+    sequences_per_step: int = Field(4, ge=1, description="Sequences in an optimizer step.")
+    learning_rate: float = Field(3e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising learning rate; then cosine to 0.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    clip_norm: float = Field(1.0, gt=0, description="Largest norm of a step's gradient; longer ones are scaled down.")
+    kl_weight: float = Field(1.0, ge=0, description="Weight of KL(parent || child) of the logits.")
+    cosine_weight: float = Field(1.0, ge=0, description="Weight of the mean over blocks of 1 - cosine similarity.")
+    held_out_tokens: int = Field(
+        2_048, ge=1, description="Calibration tokens of the held-out KL, from the split's end."
+    )
+    checkpoint_steps: int = Field(
+        8, ge=1, description="Steps from one held-out measurement and checkpoint to the next."
+    )
 
 
 class EvaluateChild(Section):
@@ -238,6 +262,7 @@ class Params(Section):
     measure_costs: MeasureCosts
     search_architecture: SearchArchitecture
     assemble_child: AssembleChild
+    distill_child: DistillChild
     evaluate_child: EvaluateChild
     targets: dict[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")], Target] = Field(min_length=1)
 
@@ -245,8 +270,16 @@ class Params(Section):
     def _fits(self) -> Self:
         corpus, seq_len = self.prepare_corpus, self.prepare_corpus.seq_len
         wanted = {
-            "distill_blocks.tokens": (self.distill_blocks.tokens, corpus.train_tokens, "train_tokens"),
-            "distill_blocks.fit_tokens": (self.distill_blocks.fit_tokens, corpus.train_tokens, "train_tokens"),
+            "distill_child.tokens + the larger of distill_blocks.tokens and fit_tokens": (
+                self.distill_blocks.used_tokens + self.distill_child.tokens,
+                corpus.train_tokens,
+                "train_tokens",
+            ),
+            "distill_child.held_out_tokens": (
+                self.distill_child.held_out_tokens,
+                corpus.calibration_tokens,
+                "calibration_tokens",
+            ),
             "score_blocks.tokens + distill_blocks.held_out_tokens": (
                 self.score_blocks.tokens + self.distill_blocks.held_out_tokens,
                 corpus.calibration_tokens,
@@ -268,6 +301,11 @@ class Params(Section):
             "distill_blocks.tokens": (self.distill_blocks.tokens, step),
             "score_blocks.tokens": (self.score_blocks.tokens, batch),
             "score_blocks.initial_tokens": (self.score_blocks.initial_tokens, batch),
+            "distill_child.tokens": (
+                self.distill_child.tokens,
+                self.distill_child.sequences_per_step * seq_len,
+            ),
+            "distill_child.held_out_tokens": (self.distill_child.held_out_tokens, seq_len),
             "evaluate_child.tokens": (self.evaluate_child.tokens, seq_len),
         }
         problems += [

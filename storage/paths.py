@@ -63,6 +63,18 @@ class Paths:
         """The child's checkpoint before global distillation."""
         return self.child(target) / "assembled"
 
+    def distilled(self, target: str) -> Path:
+        """The child's checkpoint after global distillation."""
+        return self.child(target) / "distilled"
+
+    def gkd(self, target: str) -> Path:
+        """Losses of global distillation, step by step."""
+        return self.child(target) / "gkd.json"
+
+    def gkd_state(self, target: str) -> Path:
+        """Checkpoint of a distillation under way; gone once it is finished."""
+        return self.child(target) / ".gkd"
+
     def evaluation(self, target: str) -> Path:
         """Quality and speed of parent and child, measured and predicted."""
         return self.child(target) / "evaluation.json"

@@ -19,9 +19,10 @@ from storage.paths import Paths
 from storage.pieces import code_digest
 from storage.records import Attention, Ffn
 from tasks.puzzle.assembly import initial_weights
-from tasks.puzzle.bld import Batch, Schedule, distill_block, rank_channels
+from tasks.puzzle.bld import Batch, distill_block, rank_channels
 from tasks.puzzle.device import compute
 from tasks.puzzle.least_squares import fit_outputs
+from tasks.puzzle.optimizer import Schedule
 from tasks.puzzle.variants import attention_variants, ffn_variants, parent_attention, parent_ffn
 
 FIT_SEQUENCES = 8

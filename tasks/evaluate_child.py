@@ -17,14 +17,13 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from storage.activations import BoundaryReader
-from storage.checkpoints import Checkpoint
+from storage.checkpoints import Checkpoint, read_blocks
 from storage.corpus import read_sequences
 from storage.files import read_json, write_json, write_whole
-from storage.model_config import EMBEDDING, ModelConfig, from_nemotron_nas
+from storage.model_config import EMBEDDING, ModelConfig
 from storage.params import SPEED_METRICS, Constraint, Params
 from storage.parent import Parent
 from storage.paths import TIMINGS, Paths
-from storage.records import Attention, Ffn
 from storage.tables import read_timings
 from tasks.puzzle.boundaries import boundaries
 from tasks.puzzle.child import build
@@ -64,16 +63,11 @@ def measure_quality(sequences: range, target: str, params: Params, paths: Paths)
 def _last_hidden(paths: Paths, target: str, tokens: Tensor, device: Compute) -> Tensor:
     """The child's hidden states before the final norm, block by block from its checkpoint."""
     checkpoint = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
-    config, blocks = _child(checkpoint)
+    config, blocks = read_blocks(checkpoint)
     embedding = checkpoint.tensor(EMBEDDING).to(device.device, device.dtype)
     lazily = ((*blocks[i], checkpoint.block(i, device.device, device.dtype)) for i in range(config.num_blocks))
     *_, last = boundaries(config, embedding, lazily, tokens, len(tokens))
     return last
-
-
-def _child(checkpoint: Checkpoint) -> tuple[ModelConfig, list[tuple[Attention, Ffn]]]:
-    path = checkpoint.folder / "config.json"
-    return from_nemotron_nas(read_json(path, checkpoint.rebuild), str(path))
 
 
 @task(cache_policy=NO_CACHE)
@@ -93,7 +87,7 @@ def measure_speed(target: str, params: Params, paths: Paths) -> dict[str, Any] |
     device = compute(params.run.device, params.run.dtype, params.measure_costs.threads)
     parent, checkpoint = Parent(paths.parent), Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
     own = [(parent_attention(parent.config), parent_ffn(parent.config))] * parent.config.num_blocks
-    models = {"parent": (parent.checkpoint, parent.config, own), "assembled": (checkpoint, *_child(checkpoint))}
+    models = {"parent": (parent.checkpoint, parent.config, own), "assembled": (checkpoint, *read_blocks(checkpoint))}
     with torch.inference_mode():
         calls: dict[str, Callable[[], object]] = {}
         for name, (source, config, blocks) in models.items():
@@ -147,7 +141,7 @@ def write_evaluation(
     chosen = read_json(paths.architecture(target), f"dvc repro search_architecture@{target}")
     parent, child = Parent(paths.parent), Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
     sizes = {"parent": _sizes(parent.checkpoint, parent.config, parent.config.num_blocks * parent.config.num_kv_heads)}
-    config, blocks = _child(child)
+    config, blocks = read_blocks(child)
     sizes["assembled"] = _sizes(child, config, sum(attention.num_kv_heads for attention, _ in blocks))
     constraints = [
         {**one, "measured": _measured(params.target(target).constraints[one["name"]], sizes, speed)}

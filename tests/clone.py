@@ -198,7 +198,7 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
                 {"kind": "files", "path": str(documents / "chats.jsonl"), "messages": "messages"},
             ],
             "seq_len": SEQ_LEN,
-            "train_tokens": 256 * SEQ_LEN,
+            "train_tokens": 288 * SEQ_LEN,
             "calibration_tokens": 72 * SEQ_LEN,
             "validation_tokens": 12 * SEQ_LEN,
         },
@@ -231,6 +231,12 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
         },
         "search_architecture": {},
         "assemble_child": {},
+        "distill_child": {
+            "tokens": 32 * SEQ_LEN,
+            "sequences_per_step": 2,
+            "held_out_tokens": 8 * SEQ_LEN,
+            "checkpoint_steps": 2,
+        },
         "evaluate_child": {"tokens": 12 * SEQ_LEN, "sequences_per_batch": 5, "speed_repeats": 1},
         "targets": {
             "small": {

@@ -15,7 +15,7 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
         "prepare_parent": {},
         "prepare_corpus": {
             "seq_len": SEQ_LEN,
-            "train_tokens": 32 * SEQ_LEN,
+            "train_tokens": 48 * SEQ_LEN,
             "calibration_tokens": 16 * SEQ_LEN,
             "validation_tokens": 8 * SEQ_LEN,
         },
@@ -39,6 +39,13 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
         "measure_costs": {},
         "search_architecture": {},
         "assemble_child": {},
+        "distill_child": {
+            "tokens": 16 * SEQ_LEN,
+            "sequences_per_step": 2,
+            "learning_rate": 1e-3,
+            "held_out_tokens": 4 * SEQ_LEN,
+            "checkpoint_steps": 3,
+        },
         "evaluate_child": {"tokens": 8 * SEQ_LEN, "sequences_per_batch": 4, "speed_repeats": 1},
         "targets": {"small": {"label": "Small", "constraints": {"size": constraint}}},
     }

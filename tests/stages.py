@@ -4,10 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from storage.files import sha256
+from storage.files import sha256, write_json
 from storage.params import Params
+from storage.parent import Parent
 from storage.paths import Paths
-from tasks import cache_activations, distill_blocks, score_blocks
+from storage.records import Architecture, Attention, Ffn, Replacement
+from tasks import assemble_child, cache_activations, distill_blocks, score_blocks
 from tasks.prepare_parent import prepare_parent
 from tests.settings import SEQ_LEN, tiny_params
 from tests.tiny import SIZES, save_tiny, tiny_corpus
@@ -43,6 +45,26 @@ def distill(params: Params, paths: Paths) -> list[str]:
         distill_blocks.train_block.fn(plan, params, paths)
     distill_blocks.write_library_index.fn(paths)
     return [name for plan in plans for name in plan.variants]
+
+
+def assemble(params: Params, paths: Paths, variants: list[tuple[str, str]]) -> None:
+    """Assemble target `small` from these attention and FFN variants, a pair for each block of the parent."""
+    parent = Parent(paths.parent)
+    blocks = [
+        Replacement(index, 1, Attention.parse(attention), Ffn.parse(ffn))
+        for index, (attention, ffn) in enumerate(variants)
+    ]
+    predicted = {"params": 1, "params_ratio": 1.0, "block_params_ratio": 1.0, "kv_ratio": 1.0}
+    chosen = {
+        "target": "small",
+        "label": "Small",
+        "parent": {"name": parent.info["name"], "digest": parent.digest},
+        "blocks": Architecture(tuple(blocks)).to_json(),
+        "predicted": predicted,
+        "constraints": [],
+    }
+    write_json(paths.architecture("small"), chosen)
+    assemble_child.assemble.fn("small", params, paths)
 
 
 def score(params: Params, paths: Paths) -> list[score_blocks.Job]:

@@ -84,7 +84,7 @@ def flip_byte(path: Path, position: int = -1) -> None:
     path.write_bytes(data)
 
 
-def tiny_corpus(folder: Path, vocab_size: int, seq_len: int, sequences: tuple[int, int, int] = (32, 16, 8)) -> None:
+def tiny_corpus(folder: Path, vocab_size: int, seq_len: int, sequences: tuple[int, int, int] = (48, 16, 8)) -> None:
     """Write a corpus of random ids as prepare_corpus would, with so many sequences in SPLITS; the same on every call.
 
     A shorter corpus holds the first sequences of a longer one.

@@ -7,7 +7,6 @@ with the parent's attention frozen, so the parent's attention output is computed
 the parent's: their weight is a diagonal factor of the matrices that follow, which train.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -18,28 +17,10 @@ from storage.model_config import ModelConfig
 from storage.records import Attention, Ffn
 from tasks.puzzle.blocks import Block, GatedFfn, Rotary, rotary_for
 from tasks.puzzle.initialise import Tensors, attention_part, channel_contribution, channel_order, ffn_part
+from tasks.puzzle.optimizer import MasterWeights, Schedule
 from tasks.puzzle.variants import parent_attention, parent_ffn
 
 Batch = tuple[Tensor, Tensor]  # input and target, each [sequences, tokens, hidden]
-BETAS = (0.9, 0.95)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """AdamW with linear warm-up and cosine to 0; `warmup` is a share of the steps."""
-
-    num_steps: int
-    learning_rate: float
-    warmup: float
-    weight_decay: float
-
-    def rate(self, step: int) -> float:
-        """Learning rate of step 0 .. num_steps - 1."""
-        warm = max(1, round(self.warmup * self.num_steps))
-        if step < warm:
-            return self.learning_rate * (step + 1) / warm
-        progress = (step - warm) / max(1, self.num_steps - warm)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)
@@ -56,33 +37,6 @@ class Trained:
     loss_fitted: float
     loss_after: float
     improved: bool
-
-
-class MasterWeights:
-    """float32 masters of a module's trainable weights, which compute in a narrower dtype."""
-
-    def __init__(self, module: torch.nn.Module, schedule: Schedule) -> None:
-        self._narrow = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._masters = [parameter.detach().float().clone().requires_grad_() for parameter in self._narrow]
-        self._schedule = schedule
-        self._optimizer = torch.optim.AdamW(
-            self._masters, lr=schedule.learning_rate, betas=BETAS, weight_decay=schedule.weight_decay, fused=True
-        )
-        self._step = 0
-
-    def step(self) -> None:
-        """Apply the gradients of the narrow weights to the masters, and round the masters back."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._schedule.rate(self._step)
-        for master, narrow in zip(self._masters, self._narrow, strict=True):
-            assert narrow.grad is not None
-            master.grad = narrow.grad.float()
-            narrow.grad = None
-        self._optimizer.step()
-        with torch.no_grad():
-            for master, narrow in zip(self._masters, self._narrow, strict=True):
-                narrow.copy_(master)
-        self._step += 1
 
 
 def normalised_mse(output: Tensor, target: Tensor) -> Tensor:

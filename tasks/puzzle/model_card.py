@@ -24,6 +24,7 @@ def model_card(
     parent: Mapping[str, Any],
     hashes: Mapping[str, str],
     refusals: Mapping[str, Iterable[str]],
+    training: str,
 ) -> str:
     """Markdown with front matter: what the child is, block by block, where it comes from, who loads it.
 
@@ -33,6 +34,7 @@ def model_card(
         parent: puzzle_parent.json.
         hashes: provenance, name -> sha256.
         refusals: runtime -> reasons why it cannot load the checkpoint.
+        training: how the weights came about, a sentence.
     """
     predicted = chosen["predicted"]
     runtimes = [f"- {name}: {'; '.join(reasons) or 'loads it'}" for name, reasons in refusals.items()]
@@ -51,6 +53,7 @@ def model_card(
             f"A child of {parent['name']} ({parent['source']}), made with Puzzle (arXiv 2411.19146):",
             f"{predicted['params']:,} parameters, {predicted['params_ratio']:.1%} of the parent's; of its blocks' "
             f"parameters {predicted['block_params_ratio']:.1%}, of its KV cache {predicted['kv_ratio']:.1%}.",
+            training,
             "",
             "## Architecture",
             "",

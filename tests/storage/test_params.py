@@ -196,7 +196,8 @@ def test_a_target_needs_a_key_that_dvc_can_parse_and_a_constraint() -> None:
 def test_budgets_must_fit_into_their_splits() -> None:
     long = 64 * SEQ_LEN
     assert problems(tiny_values(distill_blocks={"tokens": long}, evaluate_child={"tokens": long})) == [
-        "distill_blocks.tokens is 1024, more than prepare_corpus.train_tokens = 512",
+        "distill_child.tokens + the larger of distill_blocks.tokens and fit_tokens is 1280, more than "
+        "prepare_corpus.train_tokens = 768",
         "evaluate_child.tokens is 1024, more than prepare_corpus.validation_tokens = 128",
     ]
 
@@ -212,13 +213,13 @@ def test_scores_and_held_out_losses_share_no_sequence() -> None:
 
 def test_budgets_are_whole_batches() -> None:
     overrides: dict[str, Any] = {
-        "prepare_corpus": {"train_tokens": 32 * SEQ_LEN + 1},
+        "prepare_corpus": {"train_tokens": 48 * SEQ_LEN + 1},
         "distill_blocks": {"tokens": 31 * SEQ_LEN},
         "score_blocks": {"tokens": 3 * SEQ_LEN, "initial_tokens": 4 * SEQ_LEN},
         "evaluate_child": {"tokens": 100},
     }
     assert problems(tiny_values(**overrides)) == [
-        "prepare_corpus.train_tokens is 513, expected a multiple of 16 (seq_len x sequences at once)",
+        "prepare_corpus.train_tokens is 769, expected a multiple of 16 (seq_len x sequences at once)",
         "distill_blocks.tokens is 496, expected a multiple of 64 (seq_len x sequences at once)",
         "score_blocks.tokens is 48, expected a multiple of 32 (seq_len x sequences at once)",
         "evaluate_child.tokens is 100, expected a multiple of 16 (seq_len x sequences at once)",

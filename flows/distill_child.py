@@ -1,0 +1,19 @@
+"""Distil the assembled child of one target (GKD). Run: `python -m flows.distill_child --target like-51b`."""
+
+from prefect import flow
+
+from flows.stage import main
+from storage.params import Params
+from storage.paths import Paths
+from tasks import distill_child as tasks
+from tasks.machine import on_this_machine
+
+
+@flow(name="distill_child", description="Train the whole child on the parent's cached hidden states and logits (GKD).")
+def distill_child(params: Params, paths: Paths, target: str) -> None:
+    """Train from the last checkpoint on, then write the best weights."""
+    tasks.distill(target, on_this_machine(params), paths)
+
+
+if __name__ == "__main__":
+    main(distill_child, per_target=True)
