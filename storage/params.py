@@ -169,6 +169,12 @@ class SearchArchitecture(Section):
     )
 
 
+class SearchBaselines(Section):
+    """Simpler searches to compare with."""
+
+    random_seeds: int = Field(5, ge=0, description="Searches with random scores.")
+
+
 class AssembleChild(Section):
     """The child's checkpoint."""
 
@@ -198,6 +204,9 @@ class EvaluateChild(Section):
     """What is measured on the child."""
 
     tokens: int = Field(16_384, ge=1, description="Validation tokens for KL, perplexity and top-1 agreement.")
+    baseline_tokens: int = Field(
+        4_096, ge=0, description="The first of them: baselines are measured on these; 0: none."
+    )
     sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
     speed_repeats: int = Field(
         7, ge=1, description="Interleaved decode timings of parent and child; the median counts."
@@ -261,6 +270,7 @@ class Params(Section):
     score_blocks: ScoreBlocks
     measure_costs: MeasureCosts
     search_architecture: SearchArchitecture
+    search_baselines: SearchBaselines
     assemble_child: AssembleChild
     distill_child: DistillChild
     evaluate_child: EvaluateChild
@@ -307,6 +317,7 @@ class Params(Section):
             ),
             "distill_child.held_out_tokens": (self.distill_child.held_out_tokens, seq_len),
             "evaluate_child.tokens": (self.evaluate_child.tokens, seq_len),
+            "evaluate_child.baseline_tokens": (self.evaluate_child.baseline_tokens, seq_len),
         }
         problems += [
             f"{name} is {tokens}, expected a multiple of {unit} (seq_len x sequences at once)"
@@ -315,6 +326,8 @@ class Params(Section):
         ]
         if self.score_blocks.initial_tokens > self.score_blocks.tokens:
             problems.append("score_blocks.initial_tokens must not exceed score_blocks.tokens")
+        if self.evaluate_child.baseline_tokens > self.evaluate_child.tokens:
+            problems.append("evaluate_child.baseline_tokens must not exceed evaluate_child.tokens")
         if problems:
             raise ValueError("\n  ".join(problems))
         return self

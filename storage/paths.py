@@ -59,6 +59,10 @@ class Paths:
         """How the search went: solver, bound, gap, times, what binds."""
         return self.child(target) / "search.json"
 
+    def baselines(self, target: str) -> Path:
+        """What simpler searches chose."""
+        return self.child(target) / "baselines.json"
+
     def assembled(self, target: str) -> Path:
         """The child's checkpoint before global distillation."""
         return self.child(target) / "assembled"

@@ -4,6 +4,7 @@ Out: children/<target>/evaluation.json (for people and the report) and evaluatio
 sequence, for paired comparisons).
 """
 
+import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,59 +16,110 @@ import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
+from torch.nn import functional
 
 from storage.activations import BoundaryReader
 from storage.checkpoints import Checkpoint, read_blocks
 from storage.corpus import read_sequences
 from storage.files import read_json, write_json, write_whole
+from storage.library import Library, channel_order_name, entry_name
 from storage.model_config import EMBEDDING, ModelConfig
 from storage.params import SPEED_METRICS, Constraint, Params
 from storage.parent import Parent
 from storage.paths import TIMINGS, Paths
+from storage.records import Architecture, Attention, Ffn, Replacement, Weights
 from storage.tables import read_timings
+from tasks.puzzle.assembly import Subblock, compose, initial_weights
+from tasks.puzzle.blocks import Block, rotary_for
 from tasks.puzzle.boundaries import boundaries
 from tasks.puzzle.child import build
 from tasks.puzzle.costs import ModelSizes, ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
-from tasks.puzzle.evaluation import SequenceQuality, per_sequence, summarise
+from tasks.puzzle.evaluation import SequenceQuality, paired_difference, per_sequence, summarise
 from tasks.puzzle.head import Head, compare_with_parent
+from tasks.puzzle.initialise import Tensors
 from tasks.puzzle.timing import ENGINE, Workload, machine, model_calls, phases
 from tasks.puzzle.variants import parent_attention, parent_ffn
 
-Models = dict[str, list[SequenceQuality]]
+Qualities = dict[str, list[SequenceQuality]]
+Models = dict[str, Tensor]
+_MODELS = ("parent", "assembled", "distilled")
 
 
 def plan_batches(params: Params) -> list[range]:
-    """Validation sequences of each batch."""
-    count = params.evaluate_child.tokens // params.prepare_corpus.seq_len
-    size = params.evaluate_child.sequences_per_batch
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+    """Validation sequences of each batch; a batch is measured on all baselines or on none."""
+    settings, seq_len = params.evaluate_child, params.prepare_corpus.seq_len
+    borders = [0, settings.baseline_tokens // seq_len, settings.tokens // seq_len]
+    size = settings.sequences_per_batch
+    return [
+        range(start, min(start + size, stop))
+        for first, stop in itertools.pairwise(borders)
+        for start in range(first, stop, size)
+    ]
 
 
 @task(cache_policy=NO_CACHE)
-def measure_quality(sequences: range, target: str, params: Params, paths: Paths) -> Models:
-    """Compare parent and assembled child on validation sequences; the parent's logits come from the cache."""
+def measure_quality(sequences: range, target: str, params: Params, paths: Paths) -> Qualities:
+    """Compare children and baselines with the parent on validation sequences; its logits come from the cache."""
     run, parent = params.run, Parent(paths.parent)
     device = compute(run.device, run.dtype, run.threads)
     tokens = torch.from_numpy(read_sequences(paths.corpus, "validation", sequences[0], sequences[-1] + 1)).long()
     reader = BoundaryReader(paths.activations, "validation", parent.config.num_blocks)
     last = reader.read(sequences).to(device.device, device.dtype)
-    child = _last_hidden(paths, target, tokens, device)
+    models: Models = {"parent": last}
+    for name, folder in (("assembled", paths.assembled(target)), ("distilled", paths.distilled(target))):
+        rebuild = f"dvc repro {'assemble' if name == 'assembled' else 'distill'}_child@{target}"
+        models[name] = _last_hidden(Checkpoint(folder, rebuild), tokens, device)
+    if sequences[0] < params.evaluate_child.baseline_tokens // params.prepare_corpus.seq_len:
+        models |= _baselines(target, tokens, device, paths)
     _, norm, lm_head = parent.outside(device.device, device.dtype)
     with torch.inference_mode():
         head = Head(norm, lm_head, parent.config.rms_norm_eps)
-        losses = compare_with_parent(head, tokens.to(device.device), last, [last, child])
-    return {name: per_sequence(one) for name, one in zip(("parent", "assembled"), losses, strict=True)}
+        losses = compare_with_parent(head, tokens.to(device.device), last, list(models.values()))
+    return {name: per_sequence(one) for name, one in zip(models, losses, strict=True)}
 
 
-def _last_hidden(paths: Paths, target: str, tokens: Tensor, device: Compute) -> Tensor:
-    """The child's hidden states before the final norm, block by block from its checkpoint."""
-    checkpoint = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
+def _last_hidden(checkpoint: Checkpoint, tokens: Tensor, device: Compute) -> Tensor:
+    """A child's hidden states before the final norm, block by block from its checkpoint."""
     config, blocks = read_blocks(checkpoint)
     embedding = checkpoint.tensor(EMBEDDING).to(device.device, device.dtype)
     lazily = ((*blocks[i], checkpoint.block(i, device.device, device.dtype)) for i in range(config.num_blocks))
     *_, last = boundaries(config, embedding, lazily, tokens, len(tokens))
     return last
+
+
+def _baselines(target: str, tokens: Tensor, device: Compute, paths: Paths) -> Models:
+    """The same for every baseline; they go through the parent together, so that each block is read once."""
+    parent, library = Parent(paths.parent), Library(paths.library)
+    config = parent.config
+    chosen = _read_baselines(target, paths)
+    embedding, _, _ = parent.outside(device.device, device.dtype)
+    streams = dict.fromkeys(chosen, functional.embedding(tokens.to(device.device), embedding))
+    for index in range(config.num_blocks):
+        own = parent.block(index, device.device, device.dtype)
+        order = library.read(channel_order_name(index))["order"].to(device.device)
+
+        def trained(variant: Attention | Ffn, first_block: int = index) -> Tensors:
+            tensors = library.read(entry_name(first_block, variant))
+            return {name: tensor.to(device.device, device.dtype) for name, tensor in tensors.items()}
+
+        sources: dict[Weights, Subblock] = {"decoupled": trained, "initial": initial_weights(config, own, order)}
+        for name, (blocks, weights) in chosen.items():
+            of = blocks[index]
+            block = Block.load(config, of.attention, of.ffn, compose(config, own, of, sources[weights]))
+            with torch.inference_mode():
+                streams[name] = block(streams[name], rotary_for(config, tokens.shape[1], streams[name]))
+    return streams
+
+
+def _read_baselines(target: str, paths: Paths) -> dict[str, tuple[tuple[Replacement, ...], Weights]]:
+    """Blocks and weights of each baseline that exists under the target's limits."""
+    found = read_json(paths.baselines(target), f"dvc repro search_baselines@{target}")["baselines"]
+    return {
+        name: (Architecture.from_json(one["blocks"]).blocks, one["weights"])
+        for name, one in found.items()
+        if "blocks" in one
+    }
 
 
 @task(cache_policy=NO_CACHE)
@@ -127,10 +179,10 @@ def _is_timed_machine(hardware: str, here: str) -> bool:
 
 @task(cache_policy=NO_CACHE)
 def write_evaluation(
-    target: str, batches: list[Models], speed: dict[str, Any] | None, params: Params, paths: Paths
+    target: str, batches: list[Qualities], speed: dict[str, Any] | None, params: Params, paths: Paths
 ) -> None:
     """Join the batches and write evaluation.parquet and evaluation.json."""
-    models = {name: [one for batch in batches for one in batch[name]] for name in batches[0]}
+    models = {name: [one for batch in batches for one in batch.get(name, [])] for name in batches[0]}
     rows = [
         {"model": name, "sequence": index, **asdict(one)}
         for name, sequences in models.items()
@@ -154,7 +206,17 @@ def write_evaluation(
             "label": chosen["label"],
             "tokens": params.evaluate_child.tokens,
             "sequences": len(models["parent"]),
-            **{name: asdict(summarise(sequences)) for name, sequences in models.items()},
+            **{name: asdict(summarise(models[name])) for name in _MODELS},
+            "baselines": {
+                name: {**asdict(summarise(sequences)), "sequences": len(sequences)}
+                for name, sequences in models.items()
+                if name not in _MODELS
+            },
+            "paired": {
+                name: asdict(paired_difference(sequences, models["assembled"]))
+                for name, sequences in models.items()
+                if name not in ("parent", "assembled")
+            },
             "predicted": {"score": chosen["predicted"]["score"], "score_stderr": chosen["predicted"]["score_stderr"]},
             "constraints": constraints,
             "speed": speed,

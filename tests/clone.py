@@ -230,6 +230,7 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             "repeats": 3,
         },
         "search_architecture": {},
+        "search_baselines": {},
         "assemble_child": {},
         "distill_child": {
             "tokens": 32 * SEQ_LEN,
@@ -237,7 +238,12 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             "held_out_tokens": 8 * SEQ_LEN,
             "checkpoint_steps": 2,
         },
-        "evaluate_child": {"tokens": 12 * SEQ_LEN, "sequences_per_batch": 5, "speed_repeats": 1},
+        "evaluate_child": {
+            "tokens": 12 * SEQ_LEN,
+            "baseline_tokens": 6 * SEQ_LEN,
+            "sequences_per_batch": 5,
+            "speed_repeats": 1,
+        },
         "targets": {
             "small": {
                 "label": "Small",

@@ -38,6 +38,7 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
         },
         "measure_costs": {},
         "search_architecture": {},
+        "search_baselines": {},
         "assemble_child": {},
         "distill_child": {
             "tokens": 16 * SEQ_LEN,
@@ -46,7 +47,12 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
             "held_out_tokens": 4 * SEQ_LEN,
             "checkpoint_steps": 3,
         },
-        "evaluate_child": {"tokens": 8 * SEQ_LEN, "sequences_per_batch": 4, "speed_repeats": 1},
+        "evaluate_child": {
+            "tokens": 8 * SEQ_LEN,
+            "baseline_tokens": 4 * SEQ_LEN,
+            "sequences_per_batch": 4,
+            "speed_repeats": 1,
+        },
         "targets": {"small": {"label": "Small", "constraints": {"size": constraint}}},
     }
     for section, changed in overrides.items():

@@ -21,7 +21,7 @@ from storage.pieces import project_imports
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "storage")
 NOT_STAGES = {"stage", "server", "demo", "closing_table"}
-NOT_STAGE_TASKS = {"children", "machine", "time_machine"}
+NOT_STAGE_TASKS = {"children", "limits", "machine", "time_machine"}
 NOT_SECTIONS = {"run", "targets"}
 
 # The table of docs/architecture.md.
@@ -33,6 +33,7 @@ PUZZLE_WITHOUT_TORCH = {
     "costs",
     "cost_model",
     "hardware",
+    "baselines",
     "mip",
     "score_rule",
     "runtimes",
@@ -245,7 +246,7 @@ def test_a_stage_depends_on_the_code_behind_it(name: str) -> None:
 
 def test_editing_the_search_does_not_retrain_blocks() -> None:
     with_search = {name for name in STAGES if "tasks/puzzle/mip.py" in _stage(name)["deps"]}
-    assert with_search == {"search_architecture"}
+    assert with_search == {"search_architecture", "search_baselines"}
 
 
 def test_data_comes_from_an_earlier_stage_or_from_git() -> None:
@@ -288,7 +289,9 @@ def _lookup(key: str) -> bool:
 @pytest.mark.parametrize("name", STAGES)
 def test_dvc_watches_every_section_that_a_task_reads(name: str) -> None:
     """Sections of earlier stages reach a stage through what they made; `run` and others must be named."""
-    nodes = ast.walk(_tree(ROOT / f"tasks/{name}.py"))
+    shared = {f"tasks.{helper}" for helper in NOT_STAGE_TASKS}
+    own = ROOT / f"tasks/{name}.py"
+    nodes = (node for path in (own, *(MODULES[n] for n in _project(own) & shared)) for node in ast.walk(_tree(path)))
     attributes = {
         "targets" if node.attr == "target" else node.attr
         for node in nodes

@@ -47,3 +47,17 @@ def standard_error(values: Iterable[float]) -> float:
     """Standard error of the mean; 0 for fewer than two values."""
     found = list(values)
     return statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """KL of one model minus KL of another on the same sequences: mean and its standard error, nats per token."""
+
+    kl_difference: float
+    stderr: float
+
+
+def paired_difference(one: Sequence[SequenceQuality], other: Sequence[SequenceQuality]) -> PairedDifference:
+    """Compare two models on the sequences that both have been measured on, the first ones."""
+    differences = [a.kl - b.kl for a, b in zip(one, other, strict=False)]
+    return PairedDifference(statistics.fmean(differences), standard_error(differences))
