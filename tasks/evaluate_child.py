@@ -5,7 +5,6 @@ sequence, for paired comparisons).
 """
 
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -23,16 +22,14 @@ from storage.files import read_json, write_json, write_whole
 from storage.model_config import EMBEDDING, ModelConfig
 from storage.params import SPEED_METRICS, Constraint, Params
 from storage.parent import Parent
-from storage.paths import TIMINGS, Paths
-from storage.tables import read_timings
+from storage.paths import Paths
 from tasks.puzzle.boundaries import boundaries
-from tasks.puzzle.child import build
 from tasks.puzzle.costs import ModelSizes, ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
 from tasks.puzzle.evaluation import SequenceQuality, per_sequence, summarise
 from tasks.puzzle.head import Head, compare_with_parent
-from tasks.puzzle.timing import ENGINE, Workload, machine, model_calls, phases
-from tasks.puzzle.variants import parent_attention, parent_ffn
+from tasks.puzzle.timing import ENGINE, Workload, machine, time_models
+from tasks.speed import is_timed_machine, parent_and_child
 
 Models = dict[str, list[SequenceQuality]]
 
@@ -85,20 +82,14 @@ def measure_speed(target: str, params: Params, paths: Paths) -> dict[str, Any] |
     assert limit.hardware is not None
     work, repeats = Workload.of(limit.scenario, limit.batch), params.evaluate_child.speed_repeats
     device = compute(params.run.device, params.run.dtype, params.measure_costs.threads)
-    parent, checkpoint = Parent(paths.parent), Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
-    own = [(parent_attention(parent.config), parent_ffn(parent.config))] * parent.config.num_blocks
-    models = {"parent": (parent.checkpoint, parent.config, own), "assembled": (checkpoint, *read_blocks(checkpoint))}
-    with torch.inference_mode():
-        calls: dict[str, Callable[[], object]] = {}
-        for name, (source, config, blocks) in models.items():
-            model = build(config, blocks, {tensor: source.tensor(tensor) for tensor in source.files}, device)
-            calls |= {f"{name} {phase}": call for phase, call in model_calls(model, work, device).items()}
-        rounds = phases(calls, repeats, device.device)
+    checkpoint = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
+    pair = parent_and_child(Parent(paths.parent), checkpoint, device)
+    timed = time_models(dict(zip(("parent", "assembled"), pair, strict=True)), work, repeats, device)
     setting = Setting(limit.hardware, ENGINE, limit.precision, 1, limit.scenario, limit.batch)
     result: dict[str, Any] = {
         "hardware": limit.hardware,
         "machine": machine(device.device),
-        "is_timed_machine": _is_timed_machine(limit.hardware, machine(device.device)),
+        "is_timed_machine": is_timed_machine(limit.hardware, machine(device.device)),
         "engine": ENGINE,
         "precision": params.run.dtype,
         "scenario": limit.scenario,
@@ -106,8 +97,8 @@ def measure_speed(target: str, params: Params, paths: Paths) -> dict[str, Any] |
         "repeats": repeats,
         "origin": "measured",
     }
-    for name in models:
-        prefill, decode = (statistics.median(rounds[f"{name} {phase}"]) for phase in ("prefill", "decode"))
+    for name, rounds in timed.items():
+        prefill, decode = (statistics.median(rounds[phase]) for phase in ("prefill", "decode"))
         speed = ModelSpeed(setting, prefill, decode)
         result[name] = {
             "prefill_ms": prefill,
@@ -117,12 +108,6 @@ def measure_speed(target: str, params: Params, paths: Paths) -> dict[str, Any] |
             "latency_ms": speed.latency_ms,
         }
     return result
-
-
-def _is_timed_machine(hardware: str, here: str) -> bool:
-    """Whether the timings of that name were taken on a machine like this one."""
-    path = TIMINGS / f"{hardware}.parquet"
-    return path.is_file() and {row.machine for row in read_timings(path)} == {here}
 
 
 @task(cache_policy=NO_CACHE)

@@ -21,7 +21,7 @@ from storage.pieces import project_imports
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "storage")
 NOT_STAGES = {"stage", "server", "demo", "closing_table"}
-NOT_STAGE_TASKS = {"children", "machine", "time_machine"}
+NOT_STAGE_TASKS = {"children", "machine", "speed", "time_machine"}
 NOT_SECTIONS = {"run", "targets"}
 
 # The table of docs/architecture.md.
