@@ -238,6 +238,7 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             "checkpoint_steps": 2,
         },
         "evaluate_child": {"tokens": 12 * SEQ_LEN, "sequences_per_batch": 5, "speed_repeats": 1},
+        "benchmark_throughput": {"scenarios": ["8/8"], "batches": [1, 2], "repeats": 2},
         "targets": {
             "small": {
                 "label": "Small",

@@ -47,6 +47,7 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
             "checkpoint_steps": 3,
         },
         "evaluate_child": {"tokens": 8 * SEQ_LEN, "sequences_per_batch": 4, "speed_repeats": 1},
+        "benchmark_throughput": {},
         "targets": {"small": {"label": "Small", "constraints": {"size": constraint}}},
     }
     for section, changed in overrides.items():

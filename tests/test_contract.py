@@ -33,6 +33,7 @@ PUZZLE_WITHOUT_TORCH = {
     "costs",
     "cost_model",
     "hardware",
+    "throughput",
     "mip",
     "score_rule",
     "runtimes",

@@ -33,7 +33,7 @@ from tests.tiny import SIZES, flip_byte
 
 TARGETS = ("small", "fast")
 SHARED = ("prepare_parent", "prepare_corpus", "cache_activations", "distill_blocks", "score_blocks", "measure_costs")
-PER_TARGET = ("search_architecture", "assemble_child", "evaluate_child")
+PER_TARGET = ("search_architecture", "assemble_child", "evaluate_child", "benchmark_throughput")
 ALL_STAGES = {*SHARED, *(f"{stage}@{target}" for stage in PER_TARGET for target in TARGETS)}
 TABLE = f"storage/timings/{TIMINGS}.parquet"
 DAMAGED = "activations/train/boundary_003/shard_000.arrow"  # blocks 2 and 3 read it

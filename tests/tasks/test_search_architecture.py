@@ -59,7 +59,7 @@ MARGIN = 0.05
 
 def _params(constraints: dict[str, Any], **search_section: Any) -> Params:
     stages = ("run", "prepare_parent", "prepare_corpus", "cache_activations", "distill_blocks", "score_blocks")
-    later = ("measure_costs", "assemble_child", "distill_child", "evaluate_child")
+    later = ("measure_costs", "assemble_child", "distill_child", "evaluate_child", "benchmark_throughput")
     raw: dict[str, Any] = {stage: {} for stage in (*stages, *later)}
     raw["search_architecture"] = {"speed_margin": MARGIN, **search_section}
     raw["targets"] = {"like-51b": {"label": "51B-like", "constraints": constraints}}
