@@ -8,6 +8,7 @@ from flows.stage import main
 from storage.params import Params
 from storage.paths import Paths
 from tasks import benchmark_throughput as tasks
+from tasks.machine import on_this_machine
 
 
 @flow(
@@ -16,6 +17,7 @@ from tasks import benchmark_throughput as tasks
 )
 def benchmark_throughput(params: Params, paths: Paths, target: str) -> None:
     """The model first, since it takes a second and finds wrong settings; then this machine; then both as text."""
+    params = on_this_machine(params)
     rows = tasks.model_throughput(target, params, paths)
     rows += tasks.measure_throughput(target, params, paths)
     tasks.write_rows(target, rows, paths)

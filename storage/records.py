@@ -224,7 +224,7 @@ class TimingRow(CostRow):
     spread: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ThroughputRow:
     """Speed of the whole parent or child in one setting: a row of throughput.parquet, either measured or modelled.
 
@@ -244,13 +244,13 @@ class ThroughputRow:
     engine: str
     precision: Precision
     tensor_parallel: int
-    threads: int | None
-    machine: str | None
-    versions: str | None
-    measured_ms: float | None
-    measured_tokens_per_s: float | None
-    measured_spread: float | None
-    predicted_tokens_per_s: float | None
-    predicted_hardware: str | None
-    modelled_tokens_per_s: float | None
+    threads: int | None = None
+    machine: str | None = None
+    versions: str | None = None
+    measured_ms: float | None = None
+    measured_tokens_per_s: float | None = None
+    measured_spread: float | None = None
+    predicted_tokens_per_s: float | None = None
+    predicted_hardware: str | None = None
+    modelled_tokens_per_s: float | None = None
     how: str

@@ -7,11 +7,12 @@ Nothing that makes a child reads it: it holds clocks, so its bytes differ from r
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from tqdm import tqdm
 
 from storage.checkpoints import Checkpoint
 from storage.files import read_json
@@ -29,7 +30,7 @@ from tasks.puzzle.variants import parent_blocks
 from tasks.speed import is_timed_machine, parent_and_child
 
 _STEPS = 8
-"""Decode steps timed for each prefill: half a minute for the demo on two cores, where 16 take 40 s."""
+"""Decode steps timed for each prefill: half of what a speed limit is checked with, since every batch is timed here."""
 
 
 @task(cache_policy=NO_CACHE)
@@ -44,29 +45,8 @@ def model_throughput(target: str, params: Params, paths: Paths) -> list[Throughp
     rows = []
     for scenario, (model, blocks) in itertools.product(settings.modelled_scenarios, _blocks(target, paths).items()):
         speed, how = best_modelled(config, blocks, device, settings.precision, scenario)
-        at = speed.setting
-        rows.append(
-            ThroughputRow(
-                model=model,
-                phase="request",
-                scenario=at.scenario,
-                batch=at.batch,
-                hardware=at.hardware,
-                engine=at.engine,
-                precision=at.precision,
-                tensor_parallel=at.tensor_parallel,
-                threads=None,
-                machine=None,
-                versions=None,
-                measured_ms=None,
-                measured_tokens_per_s=None,
-                measured_spread=None,
-                predicted_tokens_per_s=None,
-                predicted_hardware=None,
-                modelled_tokens_per_s=speed.throughput,
-                how=how,
-            )
-        )
+        at = asdict(speed.setting)
+        rows.append(ThroughputRow(model=model, phase="request", **at, modelled_tokens_per_s=speed.throughput, how=how))
     return rows
 
 
@@ -101,7 +81,11 @@ class _Here:
 
 @task(cache_policy=NO_CACHE)
 def measure_throughput(target: str, params: Params, paths: Paths) -> list[ThroughputRow]:
-    """Time prefill and decode of parent and child in turn on this machine, at every scenario and batch of params."""
+    """Time prefill and decode of parent and child in turn on this machine, at every scenario and batch of params.
+
+    Raises:
+        InputError: the child or the cost table is missing or damaged.
+    """
     settings, threads = params.benchmark_throughput, params.measure_costs.threads
     device = compute(params.run.device, params.run.dtype, threads)
     here = _here(device, threads, next(_timed_hardware(target, params), None))
@@ -109,7 +93,8 @@ def measure_throughput(target: str, params: Params, paths: Paths) -> list[Throug
     models = dict(zip(("parent", "child"), parent_and_child(Parent(paths.parent), child, device), strict=True))
     costs, blocks = read_costs(paths.costs), _blocks(target, paths)
     rows: list[ThroughputRow] = []
-    for scenario, batch in itertools.product(settings.scenarios, settings.batches):
+    points = list(itertools.product(settings.scenarios, settings.batches))
+    for scenario, batch in tqdm(points, desc="measure", unit="setting", disable=None):
         timed = time_models(models, Workload.of(scenario, batch), settings.repeats, device, _STEPS)
         setting = Setting(here.predictor or here.machine, ENGINE, here.precision, 1, scenario, batch)
         for model, rounds in timed.items():
@@ -146,12 +131,7 @@ def _measured_rows(
         yield ThroughputRow(
             model=model,
             phase=phase,
-            scenario=setting.scenario,
-            batch=setting.batch,
-            hardware=here.hardware,
-            engine=setting.engine,
-            precision=setting.precision,
-            tensor_parallel=setting.tensor_parallel,
+            **asdict(replace(setting, hardware=here.hardware)),
             threads=here.threads,
             machine=here.machine,
             versions=software(),
@@ -160,7 +140,6 @@ def _measured_rows(
             measured_spread=spread(rounds[phase]),
             predicted_tokens_per_s=_tokens_per_s(predicted, phase) if predicted else None,
             predicted_hardware=here.predictor if predicted else None,
-            modelled_tokens_per_s=None,
             how=f"{phase}: median of {len(rounds[phase])} rounds, parent and child in turn; {_source(here, predicted)}",
         )
 
@@ -173,10 +152,10 @@ def _source(here: _Here, predicted: ModelSpeed | None) -> str:
     """Where the prediction is from, or why there is none."""
     if here.predictor is None:
         return f"not predicted: the target limits no speed of {ENGINE}"
+    timed = f"{here.predictor} ({'a machine like this one' if here.is_timed else 'NOT this machine'})"
     if predicted is None:
-        return f"not predicted: costs.parquet has no {here.precision} timings of {here.predictor} at this setting"
-    where = "a machine like this one" if here.is_timed else "NOT this machine"
-    return f"predicted from the timings of {here.predictor}, {where}"
+        return f"not predicted: costs.parquet has no {here.precision} timings of {timed} at this setting"
+    return f"predicted from the timings of {timed}"
 
 
 @task(cache_policy=NO_CACHE)

@@ -167,22 +167,17 @@ MEASURED = ThroughputRow(
     measured_spread=0.01,
     predicted_tokens_per_s=90.0,
     predicted_hardware="unit",
-    modelled_tokens_per_s=None,
     how="median of 3 rounds; predicted from unit, NOT this machine",
 )
-MODELLED = replace(
-    MEASURED,
+MODELLED = ThroughputRow(
+    model="parent",
     phase="request",
+    scenario="128/128",
+    batch=8,
     hardware="h100-sxm",
     engine="roofline",
-    threads=None,
-    machine=None,
-    versions=None,
-    measured_ms=None,
-    measured_tokens_per_s=None,
-    measured_spread=None,
-    predicted_tokens_per_s=None,
-    predicted_hardware=None,
+    precision="bfloat16",
+    tensor_parallel=1,
     modelled_tokens_per_s=2645.0,
     how="roofline",
 )

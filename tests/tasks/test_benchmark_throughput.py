@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from storage.checkpoints import Checkpoint
 from storage.files import InputError, read_json, write_json
+from storage.model_config import LM_HEAD
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
@@ -17,8 +19,10 @@ from storage.tables import read_costs, read_throughput, write_costs, write_timin
 from tasks.benchmark_throughput import measure_throughput, model_throughput, throughput_text
 from tasks.measure_costs import write_cost_table
 from tasks.puzzle.costs import FIXED_COMPONENTS
+from tasks.puzzle.device import compute
 from tasks.puzzle.timing import machine
-from tasks.puzzle.variants import parent_blocks
+from tasks.puzzle.variants import component_sizes, parent_blocks
+from tasks.speed import parent_and_child
 from tests.settings import tiny_params
 from tests.stages import assemble, benchmark
 
@@ -52,6 +56,14 @@ def _blocks(paths: Paths) -> dict[str, tuple[Replacement, ...]]:
     return {"parent": parent_blocks(Parent(paths.parent).config), "child": Architecture.from_json(chosen).blocks}
 
 
+def _parts(paths: Paths, model: str) -> list[tuple[Component, str]]:
+    """Component and variant of everything in a model."""
+    parts: list[tuple[Component, str]] = [(component, ANY_VARIANT) for component in FIXED_COMPONENTS]
+    for block in _blocks(paths)[model]:
+        parts += [("attention", block.attention.name), ("ffn", block.ffn.name)]
+    return parts
+
+
 def test_every_row_is_either_measured_here_or_modelled(built: Paths) -> None:
     params = _params()
     benchmark(params, built, "small")
@@ -75,6 +87,16 @@ def test_every_row_is_either_measured_here_or_modelled(built: Paths) -> None:
     text = throughput_text("small", params, built)
     for words in (HERE, "float32, 1 threads", "MODELLED for h100-sxm", "chatbot 128/128", "stress 2048/2048"):
         assert words in text
+
+
+def test_the_models_that_are_timed_are_parent_and_child(built: Paths) -> None:
+    """Told apart by their parameters: those that the variants have."""
+    config = Parent(built.parent).config
+    models = parent_and_child(Parent(built.parent), Checkpoint(built.assembled("small"), ""), compute("cpu", "auto", 1))
+    for name, model in zip(("parent", "child"), models, strict=True):
+        expected = sum(component_sizes(config, *part, "float32").params for part in _parts(built, name))
+        counted = {key: value.numel() for key, value in model.named_parameters() if key != LM_HEAD}  # tied
+        assert sum(counted.values()) == expected
 
 
 def test_a_child_like_its_parent_is_modelled_as_exactly_as_fast(built: Paths) -> None:
@@ -121,11 +143,8 @@ def test_predictions_are_sums_over_the_timings_of_the_targets_hardware(built: Pa
         if row.batch == 1:
             assert row.predicted_tokens_per_s is None and "no float32 timings of unit" in row.how
             continue
-        parts: list[tuple[Component, str]] = [(component, ANY_VARIANT) for component in FIXED_COMPONENTS]
-        for block in _blocks(built)[row.model]:
-            parts += [("attention", block.attention.name), ("ffn", block.ffn.name)]
         tokens = 2 * 8 if row.phase == "prefill" else 2
-        total = math.fsum(ms[part][row.phase] for part in parts)
+        total = math.fsum(ms[part][row.phase] for part in _parts(built, row.model))
         assert row.predicted_tokens_per_s == pytest.approx(1e3 * tokens / total)
         assert row.predicted_hardware == "unit"
 
@@ -134,7 +153,7 @@ def test_timings_of_another_precision_predict_nothing(built: Paths) -> None:
     _time_unit(built, "bfloat16")
     rows = measure_throughput.fn("fast", _params(), built)
     assert {row.predicted_tokens_per_s for row in rows} == {None}
-    assert all("no float32 timings of unit" in row.how for row in rows)
+    assert all("no float32 timings of unit (NOT this machine)" in row.how for row in rows)
 
 
 @pytest.mark.parametrize("timed_on", [HERE, "another machine"])
