@@ -213,6 +213,25 @@ class EvaluateChild(Section):
     )
 
 
+class BenchmarkThroughput(Section):
+    """Speed of parent and child: measured on this machine, modelled for a GPU."""
+
+    scenarios: tuple[Scenario, ...] = Field(
+        ("128/128",), min_length=1, description="Input/output lengths measured on this machine, in tokens."
+    )
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 8), min_length=1, description="Sequences at once, measured on this machine."
+    )
+    repeats: int = Field(3, ge=2, description="Interleaved prefills of parent and child; 8 times as many decodes.")
+    hardware: str = Field("h100-sxm", description="Hardware that is modelled.")
+    precision: Precision = Field("bfloat16", description="Precision of weights and KV cache on the modelled hardware.")
+    modelled_scenarios: tuple[Scenario, ...] = Field(
+        ("128/128", "128/1024", "128/2048", "128/4096", "2048/128", "2048/2048"),
+        min_length=1,
+        description="Input/output lengths on the modelled hardware; the default is the published table's.",
+    )
+
+
 SPEED_METRICS: tuple[Metric, ...] = ("throughput", "decode_throughput", "latency_ms")
 
 
@@ -274,6 +293,7 @@ class Params(Section):
     assemble_child: AssembleChild
     distill_child: DistillChild
     evaluate_child: EvaluateChild
+    benchmark_throughput: BenchmarkThroughput
     targets: dict[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")], Target] = Field(min_length=1)
 
     @model_validator(mode="after")

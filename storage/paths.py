@@ -82,3 +82,7 @@ class Paths:
     def evaluation(self, target: str) -> Path:
         """Quality and speed of parent and child, measured and predicted."""
         return self.child(target) / "evaluation.json"
+
+    def throughput(self, target: str) -> Path:
+        """Tokens per second of parent and child: measured, predicted, modelled."""
+        return self.child(target) / "throughput.parquet"

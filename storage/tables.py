@@ -1,8 +1,8 @@
-"""scores.parquet, costs.parquet and storage/timings/<hardware>.parquet: schemas, validation on reading, writing.
+"""scores, costs, timings and throughput (Parquet): schemas, validation on reading, writing.
 
-In and out: the records ScoreRow, CostRow and TimingRow. A table may come from a user (their own TensorRT-LLM timings,
-say), so everything is checked on reading, and an error names the file, row, column, what was found and what was
-expected. Rows are numbered from 0. Columns that we do not know are ignored, and the log says which.
+In and out: the records of a row. A table may come from a user (their own TensorRT-LLM timings, say), so everything is
+checked on reading, and an error names the file, row, column, what was found and what was expected. Rows are numbered
+from 0. Columns that we do not know are ignored, and the log says which.
 """
 
 import difflib
@@ -25,8 +25,10 @@ from storage.records import (
     CostRow,
     Ffn,
     Origin,
+    Phase,
     Precision,
     ScoreRow,
+    ThroughputRow,
     TimingRow,
     Weights,
 )
@@ -79,7 +81,7 @@ class _Column:
         return re.fullmatch(self.pattern, value)
 
 
-_Row = TypeVar("_Row", ScoreRow, CostRow, TimingRow)
+_Row = TypeVar("_Row", ScoreRow, CostRow, TimingRow, ThroughputRow)
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,12 @@ def _count(name: str, unit: str, minimum: int, nullable: bool = False) -> _Colum
     return _Column(name, pa.int64(), unit, minimum=minimum, nullable=nullable)
 
 
-def _number(name: str, unit: str, minimum: float, maximum: float | None = None) -> _Column:
-    return _Column(name, pa.float64(), unit, minimum=minimum, maximum=maximum)
+def _number(name: str, unit: str, minimum: float, maximum: float | None = None, nullable: bool = False) -> _Column:
+    return _Column(name, pa.float64(), unit, minimum=minimum, maximum=maximum, nullable=nullable)
 
 
-def _text(name: str, unit: str, allowed: tuple[str, ...] = (), pattern: str = "") -> _Column:
-    return _Column(name, pa.string(), unit, allowed=allowed, pattern=pattern)
+def _text(name: str, unit: str, allowed: tuple[str, ...] = (), pattern: str = "", nullable: bool = False) -> _Column:
+    return _Column(name, pa.string(), unit, allowed=allowed, pattern=pattern, nullable=nullable)
 
 
 def _check_score(row: ScoreRow) -> None:
@@ -122,6 +124,12 @@ def _check_cost(row: CostRow) -> None:
         Ffn.parse(row.variant)
     elif row.variant != ANY_VARIANT:
         raise InputError(f"variant {row.variant!r} of component {row.component}: expected {ANY_VARIANT!r}")
+
+
+def _check_throughput(row: ThroughputRow) -> None:
+    taken = (row.measured_ms, row.measured_tokens_per_s, row.measured_spread, row.machine, row.versions)
+    if {value is None for value in taken} != {row.modelled_tokens_per_s is not None}:
+        raise InputError("expected either modelled_tokens_per_s, or all of measured_*, machine and versions")
 
 
 def _check_hashes(rows: Sequence[ScoreRow], path: Path) -> None:
@@ -151,17 +159,20 @@ _SCORE_COLUMNS = (
     _number("lm_loss", "nats/token", 0),
     _number("top1_agreement", "share of tokens", 0, 1),
 )
-_COST_COLUMNS = (
-    _text("component", "name", get_args(Component)),
-    _text("variant", "variant name"),
-    _count("first_block", "block index", 0, nullable=True),
-    _count("span", "blocks", 1),
+_SETTING_COLUMNS = (
     _text("hardware", "name"),
     _text("engine", "name"),
     _text("precision", "name", get_args(Precision)),
     _count("tensor_parallel", "devices", 1),
     _text("scenario", "'128/128' (tokens in/tokens out)", pattern=r"[1-9]\d*/[1-9]\d*"),
     _count("batch", "sequences", 1),
+)
+_COST_COLUMNS = (
+    _text("component", "name", get_args(Component)),
+    _text("variant", "variant name"),
+    _count("first_block", "block index", 0, nullable=True),
+    _count("span", "blocks", 1),
+    *_SETTING_COLUMNS,
     _number("prefill_ms", "ms/batch", 0),
     _number("decode_ms", "ms/step", 0),
     _count("weight_bytes", "bytes", 0),
@@ -179,6 +190,22 @@ _TIMING_COLUMNS = (
     _count("repeats", "timings", 1),
     _number("spread", "share of median", 0),
 )
+_TOKENS_PER_S = "tokens/s"
+_THROUGHPUT_COLUMNS = (
+    _text("model", "name", ("parent", "child")),
+    _text("phase", "name", get_args(Phase)),
+    *_SETTING_COLUMNS,
+    _count("threads", "threads", 1, nullable=True),
+    _text("machine", "text", nullable=True),
+    _text("versions", "text", nullable=True),
+    _number("measured_ms", "ms", 0, nullable=True),
+    _number("measured_tokens_per_s", _TOKENS_PER_S, 0, nullable=True),
+    _number("measured_spread", "share of median", 0, nullable=True),
+    _number("predicted_tokens_per_s", _TOKENS_PER_S, 0, nullable=True),
+    _text("predicted_hardware", "name", nullable=True),
+    _number("modelled_tokens_per_s", _TOKENS_PER_S, 0, nullable=True),
+    _text("how", "text"),
+)
 _SCORES = _Table(
     ScoreRow,
     _SCORE_COLUMNS,
@@ -187,20 +214,15 @@ _SCORES = _Table(
     "dvc repro score_blocks",
     _check_hashes,
 )
-_COST_KEY = (
-    "hardware",
-    "engine",
-    "precision",
-    "tensor_parallel",
-    "scenario",
-    "batch",
-    "component",
-    "variant",
-    "first_block",
-    "span",
-)
+_SETTING = tuple(column.name for column in _SETTING_COLUMNS)
+_COST_KEY = (*_SETTING, "component", "variant", "first_block", "span")
 _COSTS = _Table(CostRow, _COST_COLUMNS, _COST_KEY, _check_cost, "dvc repro measure_costs")
 _TIMINGS = _Table(TimingRow, _TIMING_COLUMNS, _COST_KEY, _check_cost, "python -m flows.measure_costs --time NAME")
+
+_THROUGHPUT_KEY = (*_SETTING, "phase", "model")
+_THROUGHPUT = _Table(
+    ThroughputRow, _THROUGHPUT_COLUMNS, _THROUGHPUT_KEY, _check_throughput, "dvc repro benchmark_throughput"
+)
 
 
 def read_scores(path: Path) -> tuple[ScoreRow, ...]:
@@ -238,6 +260,16 @@ def read_timings(path: Path) -> tuple[TimingRow, ...]:
 def write_timings(path: Path, rows: Iterable[TimingRow]) -> None:
     """Write timings, sorted; the same rows in any order give the same bytes. Raises InputError as on reading."""
     _write(path, tuple(rows), _TIMINGS)
+
+
+def read_throughput(path: Path) -> tuple[ThroughputRow, ...]:
+    """Read and check throughput.parquet; errors as in :func:`read_scores`."""
+    return _read(path, _THROUGHPUT)
+
+
+def write_throughput(path: Path, rows: Iterable[ThroughputRow]) -> None:
+    """Write throughput, sorted; the same rows in any order give the same bytes. Raises InputError as on reading."""
+    _write(path, tuple(rows), _THROUGHPUT)
 
 
 def _read(path: Path, table: _Table[_Row]) -> tuple[_Row, ...]:

@@ -6,7 +6,6 @@ sequence, for paired comparisons).
 
 import itertools
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -26,20 +25,18 @@ from storage.library import Library, channel_order_name, entry_name
 from storage.model_config import EMBEDDING, ModelConfig
 from storage.params import SPEED_METRICS, Constraint, Params
 from storage.parent import Parent
-from storage.paths import TIMINGS, Paths
+from storage.paths import Paths
 from storage.records import Architecture, Attention, Ffn, Replacement, Weights
-from storage.tables import read_timings
 from tasks.puzzle.assembly import Subblock, compose, initial_weights
 from tasks.puzzle.blocks import Block, rotary_for
 from tasks.puzzle.boundaries import boundaries
-from tasks.puzzle.child import build
 from tasks.puzzle.costs import ModelSizes, ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
 from tasks.puzzle.evaluation import SequenceQuality, paired_difference, per_sequence, summarise
 from tasks.puzzle.head import Head, compare_with_parent
 from tasks.puzzle.initialise import Tensors
-from tasks.puzzle.timing import ENGINE, Workload, machine, model_calls, phases
-from tasks.puzzle.variants import parent_attention, parent_ffn
+from tasks.puzzle.timing import ENGINE, Workload, machine, time_models
+from tasks.speed import is_timed_machine, parent_and_child
 
 Qualities = dict[str, list[SequenceQuality]]
 Models = dict[str, Tensor]
@@ -137,20 +134,14 @@ def measure_speed(target: str, params: Params, paths: Paths) -> dict[str, Any] |
     assert limit.hardware is not None
     work, repeats = Workload.of(limit.scenario, limit.batch), params.evaluate_child.speed_repeats
     device = compute(params.run.device, params.run.dtype, params.measure_costs.threads)
-    parent, checkpoint = Parent(paths.parent), Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
-    own = [(parent_attention(parent.config), parent_ffn(parent.config))] * parent.config.num_blocks
-    models = {"parent": (parent.checkpoint, parent.config, own), "assembled": (checkpoint, *read_blocks(checkpoint))}
-    with torch.inference_mode():
-        calls: dict[str, Callable[[], object]] = {}
-        for name, (source, config, blocks) in models.items():
-            model = build(config, blocks, {tensor: source.tensor(tensor) for tensor in source.files}, device)
-            calls |= {f"{name} {phase}": call for phase, call in model_calls(model, work, device).items()}
-        rounds = phases(calls, repeats, device.device)
+    checkpoint = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
+    pair = parent_and_child(Parent(paths.parent), checkpoint, device)
+    timed = time_models(dict(zip(("parent", "assembled"), pair, strict=True)), work, repeats, device)
     setting = Setting(limit.hardware, ENGINE, limit.precision, 1, limit.scenario, limit.batch)
     result: dict[str, Any] = {
         "hardware": limit.hardware,
         "machine": machine(device.device),
-        "is_timed_machine": _is_timed_machine(limit.hardware, machine(device.device)),
+        "is_timed_machine": is_timed_machine(limit.hardware, machine(device.device)),
         "engine": ENGINE,
         "precision": params.run.dtype,
         "scenario": limit.scenario,
@@ -158,8 +149,8 @@ def measure_speed(target: str, params: Params, paths: Paths) -> dict[str, Any] |
         "repeats": repeats,
         "origin": "measured",
     }
-    for name in models:
-        prefill, decode = (statistics.median(rounds[f"{name} {phase}"]) for phase in ("prefill", "decode"))
+    for name, rounds in timed.items():
+        prefill, decode = (statistics.median(rounds[phase]) for phase in ("prefill", "decode"))
         speed = ModelSpeed(setting, prefill, decode)
         result[name] = {
             "prefill_ms": prefill,
@@ -169,12 +160,6 @@ def measure_speed(target: str, params: Params, paths: Paths) -> dict[str, Any] |
             "latency_ms": speed.latency_ms,
         }
     return result
-
-
-def _is_timed_machine(hardware: str, here: str) -> bool:
-    """Whether the timings of that name were taken on a machine like this one."""
-    path = TIMINGS / f"{hardware}.parquet"
-    return path.is_file() and {row.machine for row in read_timings(path)} == {here}
 
 
 @task(cache_policy=NO_CACHE)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm import tqdm
 
 from storage.files import InputError
@@ -25,6 +24,7 @@ from tasks.puzzle.timing import (
     machine,
     model_calls,
     phases,
+    software,
     spread,
     time_outside,
     time_subblock,
@@ -102,7 +102,7 @@ def _time_scenario(
             origin="measured",
             how=_HOW[component],
             machine=machine(device.device),
-            versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
+            versions=software(),
             dtype=settings.precision,
             threads=settings.threads,
             repeats=settings.repeats,

@@ -244,6 +244,7 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             "sequences_per_batch": 5,
             "speed_repeats": 1,
         },
+        "benchmark_throughput": {"scenarios": ["8/8"], "batches": [1, 2], "repeats": 2},
         "targets": {
             "small": {
                 "label": "Small",

@@ -53,6 +53,7 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
             "sequences_per_batch": 4,
             "speed_repeats": 1,
         },
+        "benchmark_throughput": {},
         "targets": {"small": {"label": "Small", "constraints": {"size": constraint}}},
     }
     for section, changed in overrides.items():

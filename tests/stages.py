@@ -9,7 +9,7 @@ from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.records import Architecture, Attention, Ffn, Replacement
-from tasks import assemble_child, cache_activations, distill_blocks, score_blocks
+from tasks import assemble_child, benchmark_throughput, cache_activations, distill_blocks, score_blocks
 from tasks.prepare_parent import prepare_parent
 from tests.settings import SEQ_LEN, tiny_params
 from tests.tiny import SIZES, save_tiny, tiny_corpus
@@ -74,6 +74,13 @@ def score(params: Params, paths: Paths) -> list[score_blocks.Job]:
         score_blocks.score_jobs.fn(group, params, paths)
     score_blocks.write_score_table.fn(params, paths)
     return [job for group in groups for job in group.jobs]
+
+
+def benchmark(params: Params, paths: Paths, target: str) -> None:
+    """Run benchmark_throughput."""
+    rows = benchmark_throughput.model_throughput.fn(target, params, paths)
+    rows += benchmark_throughput.measure_throughput.fn(target, params, paths)
+    benchmark_throughput.write_rows.fn(target, rows, paths)
 
 
 STAGES: tuple[Callable[[Params, Paths], Any], ...] = (cache, distill, score)

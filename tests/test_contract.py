@@ -21,7 +21,7 @@ from storage.pieces import project_imports
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "storage")
 NOT_STAGES = {"stage", "server", "demo", "closing_table"}
-NOT_STAGE_TASKS = {"children", "limits", "machine", "time_machine"}
+NOT_STAGE_TASKS = {"children", "limits", "machine", "speed", "time_machine"}
 NOT_SECTIONS = {"run", "targets"}
 
 # The table of docs/architecture.md.
@@ -34,6 +34,7 @@ PUZZLE_WITHOUT_TORCH = {
     "cost_model",
     "hardware",
     "baselines",
+    "throughput",
     "mip",
     "score_rule",
     "runtimes",

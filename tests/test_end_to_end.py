@@ -25,6 +25,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from storage.corpus import read_sequences
+from storage.tables import read_throughput
 from tasks.puzzle.child import DeciLMForCausalLM  # importing it is what makes children load
 from tests.clone import NUM_BLOCKS, TIMINGS, Clone, Ended, make_clone, tiny_documents, tiny_parent, tiny_run_params
 from tests.reference import replace_block
@@ -33,7 +34,14 @@ from tests.tiny import SIZES, flip_byte
 
 TARGETS = ("small", "fast")
 SHARED = ("prepare_parent", "prepare_corpus", "cache_activations", "distill_blocks", "score_blocks", "measure_costs")
-PER_TARGET = ("search_architecture", "assemble_child", "evaluate_child")
+PER_TARGET = (
+    "search_architecture",
+    "search_baselines",
+    "assemble_child",
+    "distill_child",
+    "evaluate_child",
+    "benchmark_throughput",
+)
 ALL_STAGES = {*SHARED, *(f"{stage}@{target}" for stage in PER_TARGET for target in TARGETS)}
 TABLE = f"storage/timings/{TIMINGS}.parquet"
 DAMAGED = "activations/train/boundary_003/shard_000.arrow"  # blocks 2 and 3 read it
@@ -399,6 +407,20 @@ def test_quality_is_what_the_whole_models_give(built: Built, target: str) -> Non
     rows = pq.read_table(built.one.child(target) / "evaluation.parquet").to_pylist()
     of_child = [row["kl"] for row in sorted(rows, key=lambda row: row["sequence"]) if row["model"] == "assembled"]
     assert of_child == pytest.approx(kl.mean(-1).tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_speed_is_measured_beside_predicted_where_the_target_names_this_machines_timings(
+    built: Built, target: str
+) -> None:
+    """Those timings are of batch 2; the other target limits the speed of a modelled GPU only."""
+    rows = read_throughput(built.one.child(target) / "throughput.parquet")
+    measured = [row for row in rows if row.measured_ms is not None]
+    assert {(row.batch, row.predicted_hardware) for row in measured} == (
+        {(1, None), (2, TIMINGS)} if target == "small" else {(1, None), (2, None)}
+    )
+    assert all((row.hardware == TIMINGS) == (target == "small") for row in measured)
+    assert {row.hardware for row in rows if row.modelled_tokens_per_s is not None} == {"h100-sxm"}
 
 
 # --- killed, damaged, resumed ----------------------------------------------------------------------------------------

@@ -216,6 +216,11 @@ class ModelSpeed:
         return self.prefill_ms + self.setting.output_tokens * self.decode_ms
 
     @property
+    def prefill_throughput(self) -> float:
+        """Tokens/s that are read."""
+        return _per_second(self.setting.batch * self.setting.input_tokens, self.prefill_ms)
+
+    @property
     def throughput(self) -> float:
         """Generated tokens/s of whole requests."""
         return _per_second(self.setting.batch * self.setting.output_tokens, self.latency_ms)

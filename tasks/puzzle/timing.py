@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.cache_utils import DynamicCache
@@ -121,11 +122,13 @@ def interleaved(
     return {name: [one[name] for one in rounds] for name in calls}
 
 
-def phases(calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Time calls whose names tell the phase: a decode step is short and noisy, so it gets 16 times as many rounds."""
+def phases(
+    calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, steps: int = 16
+) -> dict[str, list[float]]:
+    """Time calls whose names tell the phase: a decode step is short and noisy, so it gets `steps` times the rounds."""
     decode = {name: call for name, call in calls.items() if "decode" in name}
     prefill = {name: call for name, call in calls.items() if "decode" not in name}
-    return interleaved(prefill, repeats, device) | interleaved(decode, 16 * repeats, device)
+    return interleaved(prefill, repeats, device) | interleaved(decode, steps * repeats, device)
 
 
 def time_subblock(
@@ -181,6 +184,17 @@ def model_calls(model: DeciLMForCausalLM, work: Workload, compute: Compute) -> d
     return {"prefill": lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1), "decode": decode}
 
 
+def time_models(
+    models: Mapping[str, DeciLMForCausalLM], work: Workload, repeats: int, compute: Compute, steps: int = 16
+) -> dict[str, dict[str, list[float]]]:
+    """Time whole models end to end, in turn (:func:`phases`): name -> phase -> milliseconds of each round."""
+    with torch.inference_mode():
+        ready = {name: model_calls(model, work, compute) for name, model in models.items()}
+        calls = {f"{name} {phase}": call for name, both in ready.items() for phase, call in both.items()}
+        rounds = phases(calls, repeats, compute.device, steps)
+    return {name: {phase: rounds[f"{name} {phase}"] for phase in both} for name, both in ready.items()}
+
+
 def time_outside(config: ModelConfig, work: Workload, compute: Compute, repeats: int) -> tuple[Timing, Timing]:
     """Milliseconds of what every model has besides its blocks: embedding; head (norm, last logits)."""
     table = torch.randn(config.vocab_size, config.hidden_size).to(compute.device, compute.dtype)
@@ -224,6 +238,11 @@ def spread(values: Sequence[float]) -> float:
     """Interquartile range relative to the median."""
     low, middle, high = statistics.quantiles(values, n=4)
     return (high - low) / middle if middle > 0 else 0.0
+
+
+def software() -> str:
+    """Versions of what computes."""
+    return f"torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def machine(device: torch.device) -> str:

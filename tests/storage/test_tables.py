@@ -11,13 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.files import DamagedFileError, InputError, sha256
-from storage.records import CostRow, ScoreRow, TimingRow
+from storage.records import CostRow, ScoreRow, ThroughputRow, TimingRow
 from storage.tables import (
     read_costs,
     read_scores,
+    read_throughput,
     read_timings,
     write_costs,
     write_scores,
+    write_throughput,
     write_timings,
 )
 
@@ -64,6 +66,30 @@ TIMING = TimingRow(
     spread=0.03,
 )
 
+MODELLED = ThroughputRow(
+    model="child",
+    phase="request",
+    scenario="128/128",
+    batch=512,
+    hardware="h100-sxm",
+    engine="roofline",
+    precision="bfloat16",
+    tensor_parallel=1,
+    modelled_tokens_per_s=5478.0,
+    how="roofline",
+)
+MEASURED = replace(
+    MODELLED,
+    phase="decode",
+    threads=2,
+    machine="2 cores",
+    versions="torch 2.13",
+    measured_ms=80.0,
+    measured_tokens_per_s=100.0,
+    measured_spread=0.02,
+    modelled_tokens_per_s=None,
+)
+
 
 def _scores() -> list[ScoreRow]:
     return [
@@ -90,6 +116,8 @@ def test_round_trips(tmp_path: Path) -> None:
     assert set(read_costs(tmp_path / "costs.parquet")) == set(_costs())
     write_timings(tmp_path / "timings.parquet", [TIMING])
     assert read_timings(tmp_path / "timings.parquet") == (TIMING,)
+    write_throughput(tmp_path / "throughput.parquet", [MODELLED, MEASURED])
+    assert set(read_throughput(tmp_path / "throughput.parquet")) == {MODELLED, MEASURED}
 
 
 def test_bytes_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
@@ -184,6 +212,30 @@ def test_faulty_scores_are_refused_before_they_are_written(
         write_scores(tmp_path / "scores.parquet", rows)
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert not (tmp_path / "scores.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            replace(MEASURED, modelled_tokens_per_s=5478.0),
+            ["row 1", "either modelled_tokens_per_s, or all of measured_"],
+        ),
+        (replace(MEASURED, measured_spread=None), ["row 1", "either modelled_tokens_per_s, or all of measured_"]),
+        (replace(MODELLED, batch=8, machine="2 cores"), ["row 1", "either modelled_tokens_per_s, or all of measured_"]),
+        (replace(MODELLED, batch=8, modelled_tokens_per_s=None), ["row 1", "either modelled_tokens_per_s"]),
+        (replace(MEASURED, measured_tokens_per_s=float("inf")), ["row 1", "measured_tokens_per_s", "inf", "finite"]),
+        (replace(MEASURED, model="assembled"), ["row 1", "model", "assembled", "parent, child"]),
+        (replace(MODELLED, how="another"), ["rows 0 and 1", "batch=512", "model=child"]),
+    ],
+)
+def test_throughput_is_measured_or_modelled_and_never_both(
+    tmp_path: Path, row: ThroughputRow, words: list[str]
+) -> None:
+    with pytest.raises(InputError) as caught:
+        write_throughput(tmp_path / "throughput.parquet", [MODELLED, row])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not (tmp_path / "throughput.parquet").exists()
 
 
 def test_a_missing_table_names_the_command_that_makes_it(tmp_path: Path) -> None:

@@ -1,0 +1,202 @@
+"""benchmark_throughput on a tiny parent and child: what every row says, predictions, this machine's name, errors."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from storage.checkpoints import Checkpoint
+from storage.files import InputError, read_json, write_json
+from storage.model_config import LM_HEAD
+from storage.params import Params
+from storage.parent import Parent
+from storage.paths import Paths
+from storage.records import ANY_VARIANT, Architecture, Component, Replacement, ThroughputRow, TimingRow
+from storage.tables import read_costs, read_throughput, write_costs, write_timings
+from tasks.benchmark_throughput import measure_throughput, model_throughput, throughput_text
+from tasks.measure_costs import write_cost_table
+from tasks.puzzle.costs import FIXED_COMPONENTS
+from tasks.puzzle.device import compute
+from tasks.puzzle.timing import machine
+from tasks.puzzle.variants import component_sizes, parent_blocks
+from tasks.speed import parent_and_child
+from tests.settings import tiny_params
+from tests.stages import assemble, benchmark
+
+HERE = machine(torch.device("cpu"))
+SPEED = {"metric": "decode_throughput", "at_least_ratio": 0.01, "scenario": "8/4", "batch": 2, "precision": "float32"}
+PUBLISHED = {"128/128", "128/1024", "128/2048", "128/4096", "2048/128", "2048/2048"}
+
+
+def _params(**section: Any) -> Params:
+    """Two targets: `small` limits no speed, `fast` names timings called unit."""
+    limits = {"size": {"metric": "block_params", "at_most_ratio": 0.7}}
+    return tiny_params(
+        measure_costs={"hardware": ["h100-sxm"], "scenarios": ["8/4"], "threads": 1},
+        benchmark_throughput={"scenarios": ["8/4"], "batches": [1, 2], "repeats": 2, **section},
+        targets={"fast": {"label": "Fast", "constraints": {**limits, "speed": {**SPEED, "hardware": "unit"}}}},
+    )
+
+
+@pytest.fixture
+def built(finished: tuple[Params, Paths]) -> Paths:
+    """Artifacts with a child of both targets."""
+    _, paths = finished
+    write_cost_table.fn(_params(), paths)
+    assemble(_params(), paths, [("kv_2", "ffn_96"), ("kv_1", "ffn_48"), ("no_op", "ffn_24")])
+    paths.child("fast").symlink_to(paths.child("small"))
+    return paths
+
+
+def _blocks(paths: Paths) -> dict[str, tuple[Replacement, ...]]:
+    chosen = read_json(paths.architecture("small"), "the test")["blocks"]
+    return {"parent": parent_blocks(Parent(paths.parent).config), "child": Architecture.from_json(chosen).blocks}
+
+
+def _parts(paths: Paths, model: str) -> list[tuple[Component, str]]:
+    """Component and variant of everything in a model."""
+    parts: list[tuple[Component, str]] = [(component, ANY_VARIANT) for component in FIXED_COMPONENTS]
+    for block in _blocks(paths)[model]:
+        parts += [("attention", block.attention.name), ("ffn", block.ffn.name)]
+    return parts
+
+
+def test_every_row_is_either_measured_here_or_modelled(built: Paths) -> None:
+    params = _params()
+    benchmark(params, built, "small")
+    rows = read_throughput(built.throughput("small"))
+    measured = {(row.model, row.phase, row.batch): row for row in rows if row.modelled_tokens_per_s is None}
+    assert measured.keys() == {(m, p, b) for m in ("parent", "child") for p in ("prefill", "decode") for b in (1, 2)}
+    for (_, phase, batch), row in measured.items():
+        assert row.measured_ms is not None and row.measured_tokens_per_s is not None
+        tokens = batch * (8 if phase == "prefill" else 1)
+        assert row.measured_tokens_per_s == pytest.approx(1e3 * tokens / row.measured_ms)
+        assert (row.scenario, row.engine, row.precision, row.threads) == ("8/4", "torch", "float32", 1)
+        assert row.hardware == row.machine == HERE
+        assert f"median of {2 if phase == 'prefill' else 16} rounds" in row.how
+        assert row.predicted_tokens_per_s is None and "limits no speed" in row.how
+    modelled = {(row.model, row.scenario): row for row in rows if row.modelled_tokens_per_s is not None}
+    assert modelled.keys() == {(model, scenario) for model in ("parent", "child") for scenario in PUBLISHED}
+    assert len(measured) + len(modelled) == len(rows)
+    for row in modelled.values():
+        assert (row.phase, row.hardware, row.engine, row.precision) == ("request", "h100-sxm", "roofline", "bfloat16")
+        assert (row.measured_ms, row.machine, row.threads) == (None, None, None)
+    text = throughput_text("small", params, built)
+    for words in (HERE, "float32, 1 threads", "MODELLED for h100-sxm", "chatbot 128/128", "stress 2048/2048"):
+        assert words in text
+
+
+def test_the_models_that_are_timed_are_parent_and_child(built: Paths) -> None:
+    """Told apart by their parameters: those that the variants have."""
+    config = Parent(built.parent).config
+    models = parent_and_child(Parent(built.parent), Checkpoint(built.assembled("small"), ""), compute("cpu", "auto", 1))
+    for name, model in zip(("parent", "child"), models, strict=True):
+        expected = sum(component_sizes(config, *part, "float32").params for part in _parts(built, name))
+        counted = {key: value.numel() for key, value in model.named_parameters() if key != LM_HEAD}  # tied
+        assert sum(counted.values()) == expected
+
+
+def test_a_child_like_its_parent_is_modelled_as_exactly_as_fast(built: Paths) -> None:
+    chosen = read_json(built.architecture("small"), "the test")
+    differ = model_throughput.fn("small", _params(), built)
+    write_json(built.architecture("small"), {**chosen, "blocks": Architecture(_blocks(built)["parent"]).to_json()})
+    same = model_throughput.fn("small", _params(), built)
+    assert _modelled_ratios(same) == dict.fromkeys(PUBLISHED, 1.0)
+    assert min(_modelled_ratios(differ).values()) > 1
+
+
+def _modelled_ratios(rows: list[ThroughputRow]) -> dict[str, float]:
+    speed = {(row.scenario, row.model): row.modelled_tokens_per_s or 0.0 for row in rows}
+    return {scenario: speed[scenario, "child"] / speed[scenario, "parent"] for scenario in PUBLISHED}
+
+
+def _time_unit(paths: Paths, precision: Any = "float32") -> None:
+    """Add made-up timings of batch 2 on hardware unit to the cost table."""
+    rows = read_costs(paths.costs)
+    timed = [
+        replace(
+            row,
+            hardware="unit",
+            engine="torch",
+            precision=precision,
+            batch=2,
+            origin="measured",
+            prefill_ms=1.5**index,
+            decode_ms=1.25**index,
+        )
+        for index, row in enumerate(row for row in rows if row.batch == 8)
+    ]
+    write_costs(paths.costs, [*rows, *timed])
+
+
+def test_predictions_are_sums_over_the_timings_of_the_targets_hardware(built: Paths) -> None:
+    _time_unit(built)
+    ms = {
+        (row.component, row.variant): {"prefill": row.prefill_ms, "decode": row.decode_ms}
+        for row in read_costs(built.costs)
+        if row.hardware == "unit"
+    }
+    for row in measure_throughput.fn("fast", _params(), built):
+        if row.batch == 1:
+            assert row.predicted_tokens_per_s is None and "no float32 timings of unit" in row.how
+            continue
+        tokens = 2 * 8 if row.phase == "prefill" else 2
+        total = math.fsum(ms[part][row.phase] for part in _parts(built, row.model))
+        assert row.predicted_tokens_per_s == pytest.approx(1e3 * tokens / total)
+        assert row.predicted_hardware == "unit"
+
+
+def test_timings_of_another_precision_predict_nothing(built: Paths) -> None:
+    _time_unit(built, "bfloat16")
+    rows = measure_throughput.fn("fast", _params(), built)
+    assert {row.predicted_tokens_per_s for row in rows} == {None}
+    assert all("no float32 timings of unit (NOT this machine)" in row.how for row in rows)
+
+
+@pytest.mark.parametrize("timed_on", [HERE, "another machine"])
+def test_every_row_says_whether_this_is_the_timed_machine(
+    built: Paths, timed_on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _time_unit(built)
+    monkeypatch.chdir(tmp_path)
+    row = read_costs(built.costs)[0]
+    timing = TimingRow(
+        **vars(row), machine=timed_on, versions="torch", dtype="float32", threads=1, repeats=2, spread=0.0
+    )
+    write_timings(Path("storage/timings/unit.parquet"), [timing])
+    rows = [row for row in measure_throughput.fn("fast", _params(), built) if row.batch == 2]
+    like = timed_on == HERE
+    assert {row.hardware for row in rows} == {"unit" if like else HERE}
+    assert {row.machine for row in rows} == {HERE}
+    assert all(("a machine like this one" if like else "NOT this machine") in row.how for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("section", "missing", "words"),
+    [
+        ({"hardware": "h100"}, "", ["'h100'", "no data sheet", "did you mean h100-sxm?"]),
+        ({}, "architecture.json", ["architecture.json is missing", "dvc repro search_architecture@small"]),
+        ({}, "assembled/config.json", ["config.json is missing", "dvc repro assemble_child@small"]),
+        ({}, "assembled/model.safetensors", ["model.safetensors", "dvc repro assemble_child@small"]),
+    ],
+)
+def test_what_is_missing_is_named_with_its_remedy(
+    built: Paths, section: dict[str, Any], missing: str, words: list[str]
+) -> None:
+    if missing:
+        (built.child("small") / missing).unlink()
+    with pytest.raises(InputError) as caught:
+        benchmark(_params(**section), built, "small")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not built.throughput("small").exists()
+
+
+def test_rows_go_through_the_table(built: Paths) -> None:
+    """What is written is read back, and in the table's order parent and child of a setting are side by side."""
+    benchmark(_params(), built, "small")
+    rows: tuple[ThroughputRow, ...] = read_throughput(built.throughput("small"))
+    at = [(row.hardware, row.scenario, row.batch, row.phase) for row in rows if row.measured_ms is not None]
+    assert at[::2] == at[1::2]
