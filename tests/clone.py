@@ -202,7 +202,7 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             "calibration_tokens": 72 * SEQ_LEN,
             "validation_tokens": 12 * SEQ_LEN,
         },
-        "cache_activations": {"sequences_per_shard": 48, "sequences_per_batch": 8},
+        "cache_activations": {"dtype": "float32", "sequences_per_shard": 48, "sequences_per_batch": 8},
         "distill_blocks": {
             "fit_tokens": 64 * SEQ_LEN,
             "tokens": 256 * SEQ_LEN,
