@@ -11,7 +11,7 @@ from storage.paths import Paths
 
 def closing_table(paths: Paths, targets: list[str]) -> str:
     """Quality and constraints of every child, from evaluation.json and architecture.json; fits 100 columns."""
-    titles = f"{'model':<12} {'params':>12} {'KL':>15} {'perplexity':>11} {'top-1':>7} {'score sum':>10}"
+    titles = f"{'model':<19} {'params':>12} {'KL':>15} {'perplexity':>11} {'top-1':>7} {'score sum':>10}"
     lines = [f"{titles} {'decode tok/s':>13}"]
     notes = []
     for position, target in enumerate(targets):
@@ -20,9 +20,11 @@ def closing_table(paths: Paths, targets: list[str]) -> str:
         if position == 0:
             parent_params = round(predicted["params"] / predicted["params_ratio"])
             lines.append(_row("parent", parent_params, evaluation["parent"], None, _decode(evaluation, "parent")))
-        child, score = evaluation["assembled"], evaluation["predicted"]["score"]
-        lines.append(_row(evaluation["label"], predicted["params"], child, score, _decode(evaluation, "assembled")))
-        notes += ["", *_constraints(evaluation), f"  {paths.assembled(target)}"]
+        label, score = evaluation["label"], evaluation["predicted"]["score"]
+        decode = _decode(evaluation, "assembled")
+        lines.append(_row(f"{label} assembled", predicted["params"], evaluation["assembled"], score, decode))
+        lines.append(_row(f"{label} distilled", predicted["params"], evaluation["distilled"], None, ""))
+        notes += ["", *_constraints(evaluation), *_baselines(evaluation), f"  {paths.distilled(target)}"]
     return "\n".join([*lines, *notes, ""])
 
 
@@ -30,7 +32,7 @@ def _row(name: str, params: int, quality: dict[str, Any], score: float | None, d
     kl = f"{quality['kl']:.3f} ± {quality['kl_stderr']:.3f}"
     predicted = f"{score:.3f}" if score is not None else ""
     return (
-        f"{name:<12} {params:>12,} {kl:>15} {quality['perplexity']:>11.2f} "
+        f"{name:<19} {params:>12,} {kl:>15} {quality['perplexity']:>11.2f} "
         f"{quality['top1_agreement']:>7.1%} {predicted:>10} {decode:>13}"
     )
 
@@ -52,6 +54,17 @@ def _constraints(evaluation: dict[str, Any]) -> list[str]:
         where = "the timed machine" if speed["is_timed_machine"] else f"NOT the timed machine {speed['hardware']}"
         lines.append(f"  speed measured on {speed['machine']}, {where}: {speed['scenario']}, batch {speed['batch']}")
     return lines
+
+
+def _baselines(evaluation: dict[str, Any]) -> list[str]:
+    """How much worse each baseline is than the assembled child on the same sequences, KL in nats/token."""
+    shown = [
+        f"{name} {one['kl_difference']:+.3f} ± {one['stderr']:.3f}"
+        for name, one in evaluation["paired"].items()
+        if name in evaluation["baselines"]
+    ]
+    lines = [", ".join(shown[start : start + 4]) for start in range(0, len(shown), 4)]
+    return [f"  KL of baselines less the child's: {lines[0]}", *(f"    {line}" for line in lines[1:])] if lines else []
 
 
 if __name__ == "__main__":

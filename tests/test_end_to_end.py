@@ -5,6 +5,7 @@ way; in the end both must hold the same bytes. Tests below the fixtures look at 
 further, in the order of the file.
 """
 
+import functools
 import json
 import re
 import socket
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -25,8 +27,13 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from storage.corpus import read_sequences
+from storage.library import Library, channel_order_name, entry_name
+from storage.parent import Parent
+from storage.records import Architecture, Attention, Ffn
 from storage.tables import read_throughput
-from tasks.puzzle.child import DeciLMForCausalLM  # importing it is what makes children load
+from tasks.puzzle.assembly import compose, initial_weights
+from tasks.puzzle.child import DeciLMForCausalLM, build  # importing it is what makes children load
+from tasks.puzzle.device import Compute
 from tests.clone import NUM_BLOCKS, TIMINGS, Clone, Ended, make_clone, tiny_documents, tiny_parent, tiny_run_params
 from tests.reference import replace_block
 from tests.stages import checksums
@@ -211,7 +218,9 @@ def test_the_demo_closes_with_the_children_beside_the_parent(built: Built) -> No
     assert shown.ran() == []
     *_, table = shown.out.partition("\nmodel ")
     lines = table.splitlines()
-    assert [line.split()[0] for line in lines[1:4]] == ["parent", "Small", "Fast"]
+    names = ["parent", "Small assembled", "Small distilled", "Fast assembled", "Fast distilled"]
+    assert [line[:19].strip() for line in lines[1:6]] == names
+    assert "KL of baselines less the child's: uniform" in table
     assert max(map(len, lines)) <= 100
     for name in ("block_params", "kv_bytes", "memory_gib", "decode_throughput"):
         assert name in table
@@ -411,6 +420,40 @@ def test_quality_is_what_the_whole_models_give(built: Built, target: str) -> Non
     rows = pq.read_table(built.one.child(target) / "evaluation.parquet").to_pylist()
     of_child = [row["kl"] for row in sorted(rows, key=lambda row: row["sequence"]) if row["model"] == "assembled"]
     assert of_child == pytest.approx(kl.mean(-1).tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["uniform", "untrained", "random_0"])
+def test_a_baseline_is_measured_as_its_whole_model_would_be(built: Built, name: str) -> None:
+    """Paired with the assembled child on the sequences that both have."""
+    chosen = built.one.json("children/small/baselines.json")["baselines"][name]
+    parent, library = Parent(built.one.artifacts / "parent"), Library(built.one.artifacts / "library")
+    blocks, cpu = Architecture.from_json(chosen["blocks"]).blocks, torch.device("cpu")
+    tensors = {key: parent.checkpoint.tensor(key) for key in parent.checkpoint.files if "layers" not in key}
+    for index, of in enumerate(blocks):
+        own, order = parent.block(index, cpu, torch.float32), library.read(channel_order_name(index))["order"]
+        initial = initial_weights(parent.config, own, order)
+        trained = functools.partial(_trained, library, index)
+        block = compose(parent.config, own, of, initial if name == "untrained" else trained)
+        tensors |= {f"model.layers.{index}.{short}": tensor for short, tensor in block.items()}
+    variants = [(block.attention, block.ffn) for block in blocks]
+    model = build(parent.config, variants, tensors, Compute(cpu, torch.float32))
+    tokens = _validation(built)[:6]
+    with torch.inference_mode():
+        theirs, ours = (of(tokens).logits[:, :-1].log_softmax(-1) for of in (_source_parent(built), model))
+    kl = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean(-1)
+    evaluation = built.one.json("children/small/evaluation.json")
+    assert evaluation["baselines"][name]["sequences"] == 6
+    assert evaluation["baselines"][name]["kl"] == pytest.approx(float(kl.mean()), rel=1e-3)
+    rows = pq.read_table(built.one.child("small") / "evaluation.parquet").to_pylist()
+    child = [row["kl"] for row in rows if row["model"] == "assembled" and row["sequence"] < 6]
+    difference = [one - other for one, other in zip(kl.tolist(), child, strict=True)]
+    paired = evaluation["paired"][name]
+    assert paired["kl_difference"] == pytest.approx(fmean(difference), rel=1e-2, abs=1e-5)
+    assert paired["stderr"] == pytest.approx(stdev(difference) / 6**0.5, rel=1e-2, abs=1e-5)
+
+
+def _trained(library: Library, block_index: int, variant: Attention | Ffn) -> dict[str, Tensor]:
+    return library.read(entry_name(block_index, variant))
 
 
 @pytest.mark.parametrize("target", TARGETS)
