@@ -432,7 +432,7 @@ def test_a_baseline_is_measured_as_its_whole_model_would_be(built: Built, name: 
     for index, of in enumerate(blocks):
         own, order = parent.block(index, cpu, torch.float32), library.read(channel_order_name(index))["order"]
         initial = initial_weights(parent.config, own, order)
-        trained = functools.partial(_trained, library, index)
+        trained = functools.partial(_of_library, library, index)
         block = compose(parent.config, own, of, initial if name == "untrained" else trained)
         tensors |= {f"model.layers.{index}.{short}": tensor for short, tensor in block.items()}
     variants = [(block.attention, block.ffn) for block in blocks]
@@ -452,7 +452,7 @@ def test_a_baseline_is_measured_as_its_whole_model_would_be(built: Built, name: 
     assert paired["stderr"] == pytest.approx(stdev(difference) / 6**0.5, rel=1e-2, abs=1e-5)
 
 
-def _trained(library: Library, block_index: int, variant: Attention | Ffn) -> dict[str, Tensor]:
+def _of_library(library: Library, block_index: int, variant: Attention | Ffn) -> dict[str, Tensor]:
     return library.read(entry_name(block_index, variant))
 
 
