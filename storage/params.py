@@ -232,6 +232,12 @@ class BenchmarkThroughput(Section):
     )
 
 
+class Report(Section):
+    """The report of all targets."""
+
+    png_dpi: int = Field(144, ge=36, le=600, description="Pixels per inch of the PNG figures, 10 inches wide.")
+
+
 SPEED_METRICS: tuple[Metric, ...] = ("throughput", "decode_throughput", "latency_ms")
 
 
@@ -294,6 +300,7 @@ class Params(Section):
     distill_child: DistillChild
     evaluate_child: EvaluateChild
     benchmark_throughput: BenchmarkThroughput
+    report: Report
     targets: dict[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")], Target] = Field(min_length=1)
 
     @model_validator(mode="after")

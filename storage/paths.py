@@ -86,3 +86,8 @@ class Paths:
     def throughput(self, target: str) -> Path:
         """Tokens per second of parent and child: measured, predicted, modelled."""
         return self.child(target) / "throughput.parquet"
+
+    @property
+    def report(self) -> Path:
+        """The page about all targets, and its figures."""
+        return self.root / "report"

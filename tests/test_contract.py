@@ -198,6 +198,16 @@ def test_tables_and_search_work_without_torch(name: str) -> None:
         assert not _torch(MODULES[module]), module
 
 
+def test_drawing_knows_no_files_and_no_torch() -> None:
+    """Records in, SVG and HTML out; what it reads of the method is the tables'."""
+    for path in (ROOT / "tasks/drawing").glob("*.py"):
+        assert not _foreign(path) & ORCHESTRATION, path
+        others = {name for name in _project(path) if not name.startswith(("tasks.drawing", "tasks.puzzle"))}
+        assert others <= STORAGE_FOR_PUZZLE, path
+        for module in _reached(_name(path)):
+            assert not _torch(MODULES[module]), (path, module)
+
+
 def test_storage_imports_nothing_above_it() -> None:
     for path in (ROOT / "storage").glob("*.py"):
         assert not [name for name in _project(path) if not name.startswith("storage")], path
@@ -228,7 +238,7 @@ def _storage_modules(cell: str) -> set[str]:
 
 def test_the_tree_in_the_docs_names_every_module() -> None:
     tree = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("```")[1]
-    there = NOT_STAGES | NOT_STAGE_TASKS | _stems("tasks/puzzle") | _stems("storage")
+    there = NOT_STAGES | NOT_STAGE_TASKS | _stems("tasks/puzzle") | _stems("tasks/drawing") | _stems("storage")
     assert set(re.findall(r"\b(\w+)\.py\b", tree)) == there
 
 
@@ -255,11 +265,16 @@ def test_data_comes_from_an_earlier_stage_or_from_git() -> None:
     for name in STAGES:
         for dep in _stage(name)["deps"]:
             if dep.startswith("artifacts/"):
-                assert any(dep == out or dep.startswith(f"{out}/") for out in made), (name, dep)
+                assert any(_feeds(out, dep) for out in made), (name, dep)
             else:
                 assert (ROOT / dep).exists(), (name, dep)
         made += _outs(name)
     assert len(set(made)) == len(made)
+
+
+def _feeds(out: str, dep: str) -> bool:
+    """Whether an out is, holds or lies within a dep: DVC then runs its stage first (the report's dep is a folder)."""
+    return f"{dep}/".startswith(f"{out}/") or f"{out}/".startswith(f"{dep}/")
 
 
 def test_a_target_writes_under_its_own_folder_only() -> None:
@@ -308,7 +323,7 @@ def _upstream(name: str) -> set[str]:
     """Stages that made what `name` reads, directly or not."""
     found: set[str] = set()
     for earlier in STAGES:
-        if any(dep.startswith(out) for dep in _stage(name)["deps"] for out in _outs(earlier)):
+        if any(_feeds(out, dep) for dep in _stage(name)["deps"] for out in _outs(earlier)):
             found |= {earlier} | _upstream(earlier)
     return found
 

@@ -49,7 +49,7 @@ PER_TARGET = (
     "evaluate_child",
     "benchmark_throughput",
 )
-ALL_STAGES = {*SHARED, *(f"{stage}@{target}" for stage in PER_TARGET for target in TARGETS)}
+ALL_STAGES = {*SHARED, *(f"{stage}@{target}" for stage in PER_TARGET for target in TARGETS), "report"}
 TABLE = f"storage/timings/{TIMINGS}.parquet"
 DAMAGED = "activations/train/boundary_003/shard_000.arrow"  # blocks 2 and 3 read it
 
@@ -238,7 +238,7 @@ def test_git_sees_the_lock_file_and_the_timings_only(built: Built) -> None:
 
 def test_flows_ran_on_the_one_server(built: Built) -> None:
     flows = {flow["name"] for flow in _api(built.one, "/flows/filter", {})}
-    assert flows == {*SHARED, *PER_TARGET}
+    assert flows == {*SHARED, *PER_TARGET, "report"}
     assert not (built.two.folder / ".prefect/server.json").exists()
 
 

@@ -1,0 +1,103 @@
+"""The pipeline as a picture: a box per stage, an arrow per dependency that no other one implies."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
+
+from tasks.drawing.style import BLUE, GREY, INK, WIDTH, Drawing, finish, panels, styled
+
+_BOX_WIDTH, _BOX_HEIGHT = 2.35, 0.52
+_ROW_STEP = 0.82
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: its name, the stages whose artifacts it reads, its first artifact, and whether each target has one."""
+
+    name: str
+    after: frozenset[str]
+    artifact: str
+    per_target: bool
+
+
+@styled
+def pipeline(stages: Sequence[Stage], dpi: int) -> Drawing:
+    """Stages in rows by depth, top down; boxes of the stages that run for each target are filled."""
+    after = _needed({stage.name: stage.after for stage in stages})
+    places = _places(after)
+    height = max(row for row, _ in places.values())
+    figure, ((axes,),) = panels(1, 1, (height + 1) * _ROW_STEP)
+    for stage in stages:
+        for earlier in sorted(after[stage.name]):
+            _arrow(axes, places[earlier], places[stage.name])
+        _box(axes, stage, places[stage.name])
+    reach = max(abs(column) for _, column in places.values()) * (_BOX_WIDTH + 0.35) + _BOX_WIDTH / 2 + 0.1
+    reach = max(reach, WIDTH / 2)
+    axes.set(xlim=(-reach, reach), ylim=(-(height + 0.5) * _ROW_STEP, 0.5 * _ROW_STEP))
+    axes.set_axis_off()
+    words = "; ".join(f"{name} after {', '.join(sorted(earlier))}" for name, earlier in after.items() if earlier)
+    return finish(figure, "pipeline", f"The stages and what each needs: {words}", dpi)
+
+
+def _needed(after: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    """Without the dependencies that follow from others (transitive reduction)."""
+
+    def behind(name: str) -> frozenset[str]:
+        return frozenset().union(after[name], *(behind(earlier) for earlier in after[name]))
+
+    return {name: own - frozenset().union(*(behind(one) for one in own)) for name, own in after.items()}
+
+
+def _places(after: Mapping[str, frozenset[str]]) -> dict[str, tuple[int, float]]:
+    """Row (as late as what follows allows) and column (centred about 0) of each stage."""
+    followers = {name: [later for later, own in after.items() if name in own] for name in after}
+
+    def depth(name: str) -> int:
+        return 1 + max((depth(one) for one in after[name]), default=-1)
+
+    deepest = max(depth(name) for name in after)
+
+    def row(name: str) -> int:
+        return min((row(later) for later in followers[name]), default=deepest + 1) - 1
+
+    rows: dict[int, list[str]] = {}
+    for name in after:
+        rows.setdefault(row(name), []).append(name)
+    return {
+        name: (index, position - (len(names) - 1) / 2)
+        for index, names in rows.items()
+        for position, name in enumerate(names)
+    }
+
+
+def _at(place: tuple[int, float]) -> tuple[float, float]:
+    row, column = place
+    return column * (_BOX_WIDTH + 0.35), -row * _ROW_STEP
+
+
+def _box(axes: Axes, stage: Stage, place: tuple[int, float]) -> None:
+    x, y = _at(place)
+    box = FancyBboxPatch(
+        (x - _BOX_WIDTH / 2, y - _BOX_HEIGHT / 2),
+        _BOX_WIDTH,
+        _BOX_HEIGHT,
+        boxstyle="round,pad=0,rounding_size=0.06",
+        facecolor="#e8f1f8" if stage.per_target else "white",
+        edgecolor=BLUE if stage.per_target else GREY,
+        linewidth=1,
+    )
+    box.set_gid(f"stage-{stage.name}")
+    axes.add_patch(box)
+    axes.text(x, y + 0.09, stage.name, ha="center", va="center", fontsize=9, fontweight="bold", color=INK)
+    axes.text(x, y - 0.12, stage.artifact, ha="center", va="center", fontsize=7, color=GREY)
+
+
+def _arrow(axes: Axes, start: tuple[int, float], end: tuple[int, float]) -> None:
+    """Straight down where it can; else sideways under the start and down the end's column."""
+    (x0, y0), (x1, y1) = _at(start), _at(end)
+    top, bottom = y0 - _BOX_HEIGHT / 2, y1 + _BOX_HEIGHT / 2
+    turn = top - (_ROW_STEP - _BOX_HEIGHT) / 2
+    axes.plot((x0, x0, x1, x1), (top, turn, turn, bottom + 0.04), color=GREY, linewidth=1, solid_joinstyle="round")
+    axes.plot(x1, bottom + 0.05, marker="v", color=GREY, markersize=4)
