@@ -172,12 +172,12 @@ def _pipeline(run: _Run) -> Section:
         Stage(
             stage.name,
             frozenset(earlier.name for earlier in found if earlier != stage and stage.reads(earlier)),
-            _artifact(stage, found).replace("${key}", "<target>"),
+            _artifact(stage, found).removeprefix("artifacts/").replace("${key}", "<target>"),
             stage.per_target,
         )
         for stage in found
     ]
-    text = "The stages and what each hands on, from dvc.yaml; the filled ones run once for each target."
+    text = "The stages and what each hands on under artifacts/, from dvc.yaml; the filled ones run for each target."
     return Section("pipeline", "Pipeline", text, pipeline(stages, run.dpi))
 
 

@@ -1,6 +1,7 @@
 """The pipeline as a picture: a box per stage, an arrow per dependency that no other one implies."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -8,8 +9,13 @@ from matplotlib.patches import FancyBboxPatch
 
 from tasks.drawing.style import BLUE, GREY, INK, WIDTH, Drawing, finish, panels, styled
 
-_BOX_WIDTH, _BOX_HEIGHT = 2.35, 0.52
-_ROW_STEP = 0.82
+BOX_WIDTH, BOX_HEIGHT = 2.35, 0.52
+_ROW_STEP = 0.88
+_TURN = 0.13
+"""How far from a box an arrow turns: arrows that leave a row and those that arrive from afar keep apart."""
+
+Place = tuple[int, float]
+"""Row and column of a box."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,9 @@ def pipeline(stages: Sequence[Stage], dpi: int) -> Drawing:
     figure, ((axes,),) = panels(1, 1, (height + 1) * _ROW_STEP)
     for stage in stages:
         for earlier in sorted(after[stage.name]):
-            _arrow(axes, places[earlier], places[stage.name])
+            _arrow(axes, route(places[earlier], places[stage.name], places.values()))
         _box(axes, stage, places[stage.name])
-    reach = max(abs(column) for _, column in places.values()) * (_BOX_WIDTH + 0.35) + _BOX_WIDTH / 2 + 0.1
+    reach = max(abs(column) for _, column in places.values()) * (BOX_WIDTH + 0.35) + BOX_WIDTH / 2 + 0.1
     reach = max(reach, WIDTH / 2)
     axes.set(xlim=(-reach, reach), ylim=(-(height + 0.5) * _ROW_STEP, 0.5 * _ROW_STEP))
     axes.set_axis_off()
@@ -50,7 +56,7 @@ def _needed(after: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
     return {name: own - frozenset().union(*(behind(one) for one in own)) for name, own in after.items()}
 
 
-def _places(after: Mapping[str, frozenset[str]]) -> dict[str, tuple[int, float]]:
+def _places(after: Mapping[str, frozenset[str]]) -> dict[str, Place]:
     """Row (as late as what follows allows) and column (centred about 0) of each stage."""
     followers = {name: [later for later, own in after.items() if name in own] for name in after}
 
@@ -72,17 +78,18 @@ def _places(after: Mapping[str, frozenset[str]]) -> dict[str, tuple[int, float]]
     }
 
 
-def _at(place: tuple[int, float]) -> tuple[float, float]:
+def position(place: Place) -> tuple[float, float]:
+    """The middle of a box, inches."""
     row, column = place
-    return column * (_BOX_WIDTH + 0.35), -row * _ROW_STEP
+    return column * (BOX_WIDTH + 0.35), -row * _ROW_STEP
 
 
-def _box(axes: Axes, stage: Stage, place: tuple[int, float]) -> None:
-    x, y = _at(place)
+def _box(axes: Axes, stage: Stage, place: Place) -> None:
+    x, y = position(place)
     box = FancyBboxPatch(
-        (x - _BOX_WIDTH / 2, y - _BOX_HEIGHT / 2),
-        _BOX_WIDTH,
-        _BOX_HEIGHT,
+        (x - BOX_WIDTH / 2, y - BOX_HEIGHT / 2),
+        BOX_WIDTH,
+        BOX_HEIGHT,
         boxstyle="round,pad=0,rounding_size=0.06",
         facecolor="#e8f1f8" if stage.per_target else "white",
         edgecolor=BLUE if stage.per_target else GREY,
@@ -94,10 +101,19 @@ def _box(axes: Axes, stage: Stage, place: tuple[int, float]) -> None:
     axes.text(x, y - 0.12, stage.artifact, ha="center", va="center", fontsize=7, color=GREY)
 
 
-def _arrow(axes: Axes, start: tuple[int, float], end: tuple[int, float]) -> None:
-    """Straight down where it can; else sideways under the start and down the end's column."""
-    (x0, y0), (x1, y1) = _at(start), _at(end)
-    top, bottom = y0 - _BOX_HEIGHT / 2, y1 + _BOX_HEIGHT / 2
-    turn = top - (_ROW_STEP - _BOX_HEIGHT) / 2
-    axes.plot((x0, x0, x1, x1), (top, turn, turn, bottom + 0.04), color=GREY, linewidth=1, solid_joinstyle="round")
-    axes.plot(x1, bottom + 0.05, marker="v", color=GREY, markersize=4)
+def _arrow(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+    axes.plot(*zip(*points, strict=True), color=GREY, linewidth=1, solid_joinstyle="round")
+    x, y = points[-1]
+    axes.plot(x, y + 0.05, marker="v", color=GREY, markersize=4)
+
+
+def route(start: Place, end: Place, places: Collection[Place]) -> list[tuple[float, float]]:
+    """An arrow's corners: down to the next row; to a later one down a lane that is clear of the boxes in between."""
+    (x0, y0), (x1, y1) = position(start), position(end)
+    top, bottom = y0 - BOX_HEIGHT / 2, y1 + BOX_HEIGHT / 2
+    below, above = top - _TURN, bottom + _TURN
+    between = [abs(position(place)[0]) + BOX_WIDTH / 2 for place in places if start[0] < place[0] < end[0]]
+    if not between or abs(x1) > max(between):
+        return [(x0, top), (x0, below), (x1, below), (x1, bottom)]
+    lane = math.copysign(max(between) + 0.18, x1)
+    return [(x0, top), (x0, below), (lane, below), (lane, above), (x1, above), (x1, bottom)]

@@ -24,6 +24,7 @@ from storage.records import ANY_VARIANT, Architecture, Attention, Ffn, Replaceme
 from storage.tables import read_costs, read_throughput
 from tasks.drawing.blocks import Model, architectures
 from tasks.drawing.facts import Child, runtime
+from tasks.drawing.pipeline import BOX_HEIGHT, BOX_WIDTH, position, route
 from tasks.drawing.quality import Panel, Point, quality_throughput
 from tasks.drawing.style import spread
 from tasks.puzzle.costs import FIXED_COMPONENTS, CostTable, Setting, model_speed
@@ -276,9 +277,9 @@ def test_runtimes_add_up_to_the_cost_table(run: tuple[Params, Paths], target: st
     fixed = sum(table.row(setting, component, ANY_VARIANT).decode_ms for component in FIXED_COMPONENTS)
     drawn = runtime(one, rows, CONFIG)
     totals = [drawn.total("attention"), drawn.total("ffn")]
-    for position, blocks in enumerate((one.blocks, parent_blocks(CONFIG))):
+    for which, blocks in enumerate((one.blocks, parent_blocks(CONFIG))):
         whole = model_speed(table, blocks, setting).decode_ms - fixed
-        assert sum(total[position] for total in totals) == pytest.approx(whole)
+        assert sum(total[which] for total in totals) == pytest.approx(whole)
     assert f"{totals[1][0]:.3g} ms of the parent's {totals[1][1]:.3g} ms" in Page(html(paths)).text
 
 
@@ -317,6 +318,17 @@ def test_the_pipeline_shows_every_stage_of_dvc_yaml(run: tuple[Params, Paths]) -
     svg = (run[1].report / "pipeline.svg").read_text(encoding="utf-8")
     names = [stage.name for stage in read_pipeline()]
     assert re.findall(r'id="pipeline-stage-(\w+)"', svg) == names
+
+
+@pytest.mark.parametrize("columns", [(0.0,), (-0.5, 0.5), (-1.0, 0.0, 1.0)])
+@pytest.mark.parametrize("end", [-1.0, -0.5, 0.0, 0.5, 1.0])
+def test_no_arrow_passes_through_a_box(columns: tuple[float, ...], end: float) -> None:
+    between = [(1, column) for column in columns]
+    corners = route((0, 0.0), (2, end), [(0, 0.0), *between, (2, end)])
+    for x, y in (position(place) for place in between):
+        for (x0, y0), (x1, y1) in itertools.pairwise(corners):
+            beside = max(x0, x1) < x - BOX_WIDTH / 2 or min(x0, x1) > x + BOX_WIDTH / 2
+            assert beside or max(y0, y1) < y - BOX_HEIGHT / 2 or min(y0, y1) > y + BOX_HEIGHT / 2
 
 
 def test_a_missing_or_broken_pipeline_is_said(tmp_path: Path) -> None:
