@@ -34,7 +34,8 @@ def demo() -> None:
         ]
         if params.measure_costs.timings:
             subprocess.run(scratch, check=True)
-        sys.stdout.write("\n" + closing_table(Paths(), list(params.targets)))
+        paths = Paths()
+        sys.stdout.write("\n" + closing_table(paths, list(params.targets)) + f"\nreport: {paths.report / 'index.html'}\n")
     finally:
         if started:
             stop()
