@@ -35,7 +35,8 @@ def demo() -> None:
         if params.measure_costs.timings:
             subprocess.run(scratch, check=True)
         paths = Paths()
-        sys.stdout.write("\n" + closing_table(paths, list(params.targets)) + f"\nreport: {paths.report / 'index.html'}\n")
+        table = closing_table(paths, list(params.targets))
+        sys.stdout.write(f"\n{table}\nreport: {paths.report / 'index.html'}\n")
     finally:
         if started:
             stop()
