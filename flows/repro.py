@@ -1,0 +1,226 @@
+"""DVC as the child of a flow run: one at a time, its output in the run's log, its stages as progress, ended with it.
+
+What DVC starts inherits the address of the server that this run uses, so that no stage starts a second one.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterKey,
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
+from prefect.settings import PREFECT_API_URL
+
+from flows import HOME
+from flows.progress import PIECES, Shown, Stages
+from storage.files import InputError
+
+_ENDING = ((signal.SIGINT, 10.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
+_BUSY = ("Unable to acquire lock", "is busy, it is being blocked by")
+
+
+class BusyError(InputError):
+    """Another run of DVC is at work in this clone."""
+
+
+@contextlib.contextmanager
+def only_one(name: str, *, wait: bool) -> Iterator[None]:
+    """Hold the clone's lock of this name; without `wait`, BusyError if another process holds it."""
+    HOME.mkdir(exist_ok=True)
+    with (HOME / f"{name}.lock").open("w") as handle:
+        told = False
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not wait:
+                    raise BusyError(f"another process holds {HOME / name}.lock; wait until it ends") from None
+            if not told:
+                get_run_logger().info("another run is at work in this clone; this one begins when it ends")
+                told = True
+            time.sleep(0.5)
+        yield
+
+
+def stale() -> dict[str, Any]:
+    """`dvc status --json`: stage -> what changed."""
+    found: dict[str, Any] = json.loads(_asked("status", "--json"))
+    return found
+
+
+def would_run(*arguments: str) -> list[str]:
+    """The stages that `dvc repro --force <arguments>` would run, in order: a part of the graph."""
+    lines = _asked("repro", "--dry", "--force", *arguments).splitlines()
+    return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+
+
+def _asked(*arguments: str) -> str:
+    """What a quick `dvc` command writes to stdout."""
+    ended = subprocess.run(_command(*arguments), env=_environment(), capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise _failure([*ended.stderr.splitlines()], ended.returncode)
+    return ended.stdout
+
+
+def run_dvc(arguments: list[str], ahead: list[str]) -> None:
+    """Run `dvc <arguments>` to its end, with progress over the stages `ahead` of it.
+
+    Raises:
+        InputError: it failed; the message is the failing stage's own.
+    """
+    logger = get_run_logger()
+    logger.info("dvc %s", " ".join(arguments))
+    stages, shown, said = Stages(list(ahead), _usual_seconds(ahead)), Shown("progress"), list[str]()
+    with _child(arguments) as process:
+        for line in _lines(process):
+            if line:
+                logger.info(line)
+                said.append(line)
+                stages.read(line, time.monotonic())
+            if shown.is_due():
+                percent, pieces = _pieces(stages)
+                shown.show(stages.percent(percent), stages.text(percent, pieces, time.monotonic()))
+        code = process.wait()
+    if code:
+        raise _failure(said, code)
+    stages.finish(time.monotonic())
+    shown.show(100.0, f"{len(stages.done)}/{len(stages.ahead)} stages, done")
+
+
+@contextlib.contextmanager
+def _child(arguments: list[str]) -> "Iterator[subprocess.Popen[str]]":
+    """`dvc` as the leader of a process group; whatever ends this block early (a cancelled run) ends the group."""
+    process = subprocess.Popen(
+        _command(*arguments),
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            _end(process)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Interrupt the group as Ctrl-C does (DVC then removes its temporary folder), then terminate, then kill."""
+    for sent, seconds in _ENDING:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sent)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+            break
+    with contextlib.suppress(ProcessLookupError):  # DVC has ended; a stage of it that did not goes too
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _lines(process: "subprocess.Popen[str]") -> Iterator[str]:
+    """Lines as they come, and an empty one for every second without."""
+    waiting: queue.Queue[str | None] = queue.Queue()
+
+    def pump() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            waiting.put(line.rstrip())
+        waiting.put(None)
+
+    threading.Thread(target=pump, daemon=True).start()
+    while True:
+        try:
+            line = waiting.get(timeout=1.0)
+        except queue.Empty:
+            line = ""
+        if line is None:
+            return
+        yield line
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "dvc", *arguments]
+
+
+def _environment() -> dict[str, str]:
+    """Stages call `python`: this one. The server is this run's; what the runner told this run only stays here."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}
+    path = os.pathsep.join((str(Path(sys.executable).parent), kept.get("PATH", "")))
+    return {**kept, "PATH": path, "PREFECT_API_URL": PREFECT_API_URL.value(), "PYTHONUNBUFFERED": "1"}
+
+
+def _failure(said: list[str], code: int) -> InputError:
+    """The failing stages' own messages, else DVC's; BusyError where DVC only could not get its locks."""
+    dvcs = [line for line in said if line.startswith("ERROR: ")]
+    stages: list[str] = []
+    for line in said:
+        if line.startswith("error: ") or (stages and line.startswith("  ")):
+            stages.append(line)
+    message = "\n".join([*dvcs, *stages]) or "\n".join([line for line in said if line.strip()][-4:])
+    kind = BusyError if any(words in line for line in dvcs for words in _BUSY) else InputError
+    return kind(message or f"dvc ended with exit code {code} and said nothing")
+
+
+def _usual_seconds(stages: list[str]) -> dict[str, float]:
+    """Seconds of each stage's last completed flow run on this server."""
+    found: dict[str, float] = {}
+    with get_client(sync_client=True) as client:
+        for name in {stage.partition("@")[0] for stage in stages}:
+            runs = client.read_flow_runs(
+                flow_filter=_of_flow(name),
+                flow_run_filter=_in_state(StateType.COMPLETED),
+                sort=FlowRunSort.END_TIME_DESC,
+                limit=1,
+            )
+            if runs:
+                found[name] = runs[0].total_run_time.total_seconds()
+    return {stage: found[name] for stage in stages if (name := stage.partition("@")[0]) in found}
+
+
+def _pieces(stages: Stages) -> tuple[float | None, str]:
+    """Percent and words of the progress artifact that the current stage's run shows for its pieces, if it does."""
+    began = datetime.now(UTC) - timedelta(seconds=time.monotonic() - stages.since)
+    with get_client(sync_client=True) as client:
+        artifacts = client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[PIECES])),
+            flow_run_filter=_in_state(StateType.RUNNING),
+            sort=ArtifactSort.CREATED_DESC,
+            limit=1,
+        )
+    for one in artifacts:
+        if stages.current and one.created and one.created >= began:  # an older one belongs to a run that was killed
+            return float(str(one.data)), one.description or ""
+    return None, ""
+
+
+def _of_flow(name: str) -> FlowFilter:
+    return FlowFilter(name=FlowFilterName(any_=[name]))
+
+
+def _in_state(kind: StateType) -> FlowRunFilter:
+    return FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[kind])))
