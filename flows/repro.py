@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -37,7 +36,7 @@ from flows import HOME
 from flows.progress import PIECES, Shown, Stages
 from storage.files import InputError
 
-_ENDING = ((signal.SIGINT, 10.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
+_STARTED_BY = os.getppid()
 _BUSY = ("Unable to acquire lock", "is busy, it is being blocked by")
 
 
@@ -100,6 +99,8 @@ def run_dvc(arguments: list[str], ahead: list[str]) -> None:
                 logger.info(line)
                 said.append(line)
                 stages.read(line, time.monotonic())
+            if os.getppid() != _STARTED_BY:
+                raise InputError("`make serve` was killed, and this run ends with it; finished pieces stay")
             if shown.is_due():
                 percent, pieces = _pieces(stages)
                 shown.show(stages.percent(percent), stages.text(percent, pieces, time.monotonic()))
@@ -112,34 +113,23 @@ def run_dvc(arguments: list[str], ahead: list[str]) -> None:
 
 @contextlib.contextmanager
 def _child(arguments: list[str]) -> "Iterator[subprocess.Popen[str]]":
-    """`dvc` as the leader of a process group; whatever ends this block early (a cancelled run) ends the group."""
+    """`dvc` in a process group that ends with this block, or with this process if somebody kills it."""
     process = subprocess.Popen(
-        _command(*arguments),
+        [sys.executable, "-m", "flows.guard", *_command(*arguments)],
         env=_environment(),
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         start_new_session=True,
     )
+    assert process.stdin is not None
     try:
         yield process
     finally:
-        if process.poll() is None:
-            _end(process)
-
-
-def _end(process: "subprocess.Popen[str]") -> None:
-    """Interrupt the group as Ctrl-C does (DVC then removes its temporary folder), then terminate, then kill."""
-    for sent, seconds in _ENDING:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sent)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-            break
-    with contextlib.suppress(ProcessLookupError):  # DVC has ended; a stage of it that did not goes too
-        os.killpg(process.pid, signal.SIGKILL)
+        process.stdin.close()
+        process.wait()
 
 
 def _lines(process: "subprocess.Popen[str]") -> Iterator[str]:
@@ -192,8 +182,8 @@ def _usual_seconds(stages: list[str]) -> dict[str, float]:
     with get_client(sync_client=True) as client:
         for name in {stage.partition("@")[0] for stage in stages}:
             runs = client.read_flow_runs(
-                flow_filter=_of_flow(name),
-                flow_run_filter=_in_state(StateType.COMPLETED),
+                flow_filter=of_flows(name),
+                flow_run_filter=in_state(StateType.COMPLETED),
                 sort=FlowRunSort.END_TIME_DESC,
                 limit=1,
             )
@@ -208,7 +198,7 @@ def _pieces(stages: Stages) -> tuple[float | None, str]:
     with get_client(sync_client=True) as client:
         artifacts = client.read_artifacts(
             artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[PIECES])),
-            flow_run_filter=_in_state(StateType.RUNNING),
+            flow_run_filter=in_state(StateType.RUNNING),
             sort=ArtifactSort.CREATED_DESC,
             limit=1,
         )
@@ -218,9 +208,11 @@ def _pieces(stages: Stages) -> tuple[float | None, str]:
     return None, ""
 
 
-def _of_flow(name: str) -> FlowFilter:
-    return FlowFilter(name=FlowFilterName(any_=[name]))
+def of_flows(*names: str) -> FlowFilter:
+    """Runs of these flows."""
+    return FlowFilter(name=FlowFilterName(any_=list(names)))
 
 
-def _in_state(kind: StateType) -> FlowRunFilter:
+def in_state(kind: StateType) -> FlowRunFilter:
+    """Flow runs in this state."""
     return FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[kind])))

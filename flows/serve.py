@@ -4,22 +4,37 @@
 """
 
 import argparse
+import asyncio
+import contextlib
 import os
+import signal
 import sys
+from typing import Any
 
-from prefect import serve
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.client.orchestration import get_client
+from prefect.client.schemas import State
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
 from prefect.deployments.runner import RunnerDeployment
+from prefect.runner import Runner
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Crashed
 
 from flows.compress import compress
-from flows.repro import only_one
+from flows.repro import in_state, of_flows, only_one
 from flows.reruns import forget_failures, rerun_on_change
 from flows.server import ensure, stop
 from flows.stage import run_cleanly
 from storage.params import load
 
 _QUERY_SECONDS = 2  # between Submit and the start of a run; Prefect's own default is 10
+
+
+class _Runner(Runner):
+    """Prefect's runner, for which SIGTERM is Ctrl-C: its own way out leaves the deployments active."""
+
+    def handle_sigterm(self, *_: Any, **__: Any) -> None:
+        """Pause the deployments and leave; DVC ends with its run (flows/guard.py)."""
+        signal.raise_signal(signal.SIGINT)
 
 
 def serve_deployments(interval: int) -> None:
@@ -31,24 +46,37 @@ def serve_deployments(interval: int) -> None:
         try:
             with temporary_settings({PREFECT_API_URL: url}):
                 forget_failures()
+                _close_orphans()
                 sys.stdout.write(f"Prefect UI: {url.removesuffix('/api')}/deployments (Ctrl-C ends it)\n")
                 sys.stdout.flush()
                 one_at_a_time = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
-                serve(
-                    RunnerDeployment.from_flow(compress, "compress", paused=False),
+                runner = _Runner(query_seconds=_QUERY_SECONDS)
+                runner.add_deployment(RunnerDeployment.from_flow(compress, "compress", paused=False))
+                runner.add_deployment(
                     RunnerDeployment.from_flow(
                         rerun_on_change,
                         "rerun-on-change",
                         interval=interval,
                         paused=False,
                         concurrency_limit=one_at_a_time,
-                    ),
-                    print_starting_message=False,
-                    query_seconds=_QUERY_SECONDS,
+                    )
                 )
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+                with contextlib.suppress(KeyboardInterrupt):
+                    asyncio.run(runner.start())
         finally:
             if started:
                 stop()
+
+
+def _close_orphans() -> None:
+    """Runs that the UI still calls running, though the `make serve` that ran them has ended."""
+    ended: State[Any] = Crashed(message="`make serve` ended before the run did; finished pieces stay")
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(
+            flow_filter=of_flows(compress.name, rerun_on_change.name), flow_run_filter=in_state(StateType.RUNNING)
+        ):
+            client.set_flow_run_state(run.id, ended, force=True)
 
 
 def main() -> None:

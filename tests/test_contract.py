@@ -20,7 +20,7 @@ from storage.pieces import project_imports
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "storage")
-UI = {"compress", "overrides", "progress", "repro", "reruns", "serve"}
+UI = {"compress", "guard", "overrides", "progress", "repro", "reruns", "serve"}
 NOT_STAGES = {"stage", "server", "demo", "closing_table", *UI}
 NOT_STAGE_TASKS = {"children", "limits", "machine", "speed", "time_machine"}
 NOT_SECTIONS = {"run", "targets"}
