@@ -86,3 +86,7 @@ class Paths:
     def throughput(self, target: str) -> Path:
         """Tokens per second of parent and child: measured, predicted, modelled."""
         return self.child(target) / "throughput.parquet"
+
+    def accuracy(self, target: str) -> Path:
+        """Accuracy of parent and child on the tasks that params name."""
+        return self.child(target) / "accuracy.json"
