@@ -118,11 +118,10 @@ def measure(wanted: AccuracyTask, target: str, params: Params, paths: Paths) -> 
     run, questions = params.run, _questions(wanted)
     device = compute(run.device, run.dtype, run.threads)
     asking = Asking(wanted.num_fewshot, wanted.limit, run.seed, params.measure_accuracy.sequences_per_batch)
-    answers = {}
-    for name, checkpoint in _models(target, paths).items():
-        model, tokenizer = _load(name, checkpoint, device)
-        lm_eval_tasks = _for_lm_eval(wanted, questions)
-        answers[name] = answer(model, tokenizer, lm_eval_tasks, wanted.metric, asking)
+    answers = {
+        name: answer(*_load(name, checkpoint, device), _for_lm_eval(wanted, questions), wanted.metric, asking)
+        for name, checkpoint in _models(target, paths).items()
+    }
     return {**wanted.model_dump(), **compare(answers)}
 
 

@@ -7,14 +7,15 @@ character (acc_norm). Needs the extra `eval`, so it is imported only where a tas
 import difflib
 import functools
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import datasets
+import lm_eval.api.model
 import lm_eval.api.task
+import lm_eval.models.huggingface
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -28,8 +29,13 @@ NAME = f"lm-eval {version('lm-eval')}"
 Tasks = Mapping[str, Any]
 """lm-eval's tasks by name: one, or those of a group, whose questions are put together."""
 
-# Quiet where stderr is no terminal, as our own progress.
-lm_eval.api.task.tqdm = functools.partial(tqdm, disable=None)
+
+def _bar(*args: Any, **options: Any) -> Any:
+    """lm-eval's progress, quiet where stderr is no terminal, as our own."""
+    return tqdm(*args, **{**options, "disable": None})
+
+
+lm_eval.api.model.tqdm = lm_eval.api.task.tqdm = lm_eval.models.huggingface.tqdm = _bar
 # What we do on purpose: models passed as objects, questions passed as a function.
 _EXPECTED_WARNINGS = ("`pretrained`", "Custom kwargs can be passed")
 for _logger in ("lm_eval.models.huggingface", "lm_eval.api.task"):
@@ -116,7 +122,6 @@ def answer(model: Any, tokenizer: Any, tasks: Tasks, metric: str, asking: Asking
         task.set_fewshot_seed(seed=asking.seed)
     batch = asking.sequences_per_batch
     lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, softmax_dtype="float32")
-    lm.loglikelihood = functools.partial(lm.loglikelihood, disable_tqdm=not sys.stderr.isatty())
     samples = evaluate(lm, {"tasks": tasks}, limit=asking.limit, bootstrap_iters=0, log_samples=True)["samples"]
     asked, right, chance = [], [], []
     for name, task in tasks.items():
