@@ -23,7 +23,7 @@ $(STAMP): constraints.txt pyproject.toml
 
 $(DEV): $(STAMP)
 	@echo "installing what tests need ..."
-	@$(PIP) --editable ".[dev]"
+	@$(PIP) --editable ".[dev,eval]"
 	@touch $@
 
 setup: $(STAMP)  ## create .venv and install (the other targets do it when needed)

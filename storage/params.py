@@ -4,11 +4,12 @@ The same models are the form that the Prefect UI shows.
 """
 
 import difflib
+import string
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from storage.files import InputError
 from storage.records import Metric, Precision
@@ -232,6 +233,39 @@ class BenchmarkThroughput(Section):
     )
 
 
+class AccuracyTask(Section):
+    """A multiple-choice task: questions of a Parquet file, or one of lm-eval's own from the hub."""
+
+    name: str = Field(min_length=1, description="With path any name; else lm-eval's name of a task or group.")
+    path: str | None = Field(None, description="Local or s3:// Parquet file; null takes lm-eval's task from the hub.")
+    prompt: str = Field(
+        "Question: {question}\nAnswer:",
+        description="What comes before a space and a choice; {column} is the file's column (path only).",
+    )
+    choices: str = Field("choices", description="Column with each question's list of choices (path only).")
+    label: str = Field("label", description="Column with the right choice's index, from 0 (path only).")
+    metric: Literal["acc", "acc_norm"] = Field(
+        "acc_norm", description="acc: the likeliest choice counts; acc_norm: the likeliest per character."
+    )
+    num_fewshot: int | None = Field(
+        None, ge=0, description="Examples before each question; null: the task's own, or 0."
+    )
+    limit: int | None = Field(None, ge=2, description="The first so many questions; null is all.")
+
+    @field_validator("prompt")
+    @classmethod
+    def _is_a_template(cls, prompt: str) -> str:
+        list(string.Formatter().parse(prompt))
+        return prompt
+
+
+class MeasureAccuracy(Section):
+    """Accuracy of parent and child on public or own tasks (lm-eval, the extra `eval`)."""
+
+    tasks: tuple[AccuracyTask, ...] = Field((), description="What is measured; empty measures nothing.")
+    sequences_per_batch: int = Field(8, ge=1, description="Choices in one forward pass.")
+
+
 class Report(Section):
     """The report of all targets."""
 
@@ -300,6 +334,7 @@ class Params(Section):
     distill_child: DistillChild
     evaluate_child: EvaluateChild
     benchmark_throughput: BenchmarkThroughput
+    measure_accuracy: MeasureAccuracy
     report: Report
     targets: dict[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")], Target] = Field(min_length=1)
 

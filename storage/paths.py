@@ -87,6 +87,10 @@ class Paths:
         """Tokens per second of parent and child: measured, predicted, modelled."""
         return self.child(target) / "throughput.parquet"
 
+    def accuracy(self, target: str) -> Path:
+        """Accuracy of parent and child on the tasks that params name."""
+        return self.child(target) / "accuracy.json"
+
     @property
     def report(self) -> Path:
         """The page about all targets, and its figures."""

@@ -245,6 +245,7 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             "speed_repeats": 1,
         },
         "benchmark_throughput": {"scenarios": ["8/8"], "batches": [1, 2], "repeats": 2},
+        "measure_accuracy": {},
         "report": {"png_dpi": 50},
         "targets": {
             "small": {

