@@ -46,11 +46,11 @@ def plan_tasks(params: Params) -> list[AccuracyTask]:
             "run `.venv/bin/pip install -c constraints.txt -e '.[eval]'`, or empty the list"
         )
     for one in wanted:
-        _for_lm_eval(one, _questions(one))
+        _for_lm_eval(one, questions_of(one))
     return wanted
 
 
-def _questions(wanted: AccuracyTask) -> list[Question]:
+def questions_of(wanted: AccuracyTask) -> list[Question]:
     """Questions of the task's file; none where lm-eval has them."""
     if wanted.path is None:
         return []
@@ -115,7 +115,7 @@ def measure(wanted: AccuracyTask, target: str, params: Params, paths: Paths) -> 
     """
     from tasks.puzzle.harness import Asking, answer
 
-    run, questions = params.run, _questions(wanted)
+    run, questions = params.run, questions_of(wanted)
     device = compute(run.device, run.dtype, run.threads)
     asking = Asking(wanted.num_fewshot, wanted.limit, run.seed, params.measure_accuracy.sequences_per_batch)
     answers = {

@@ -15,6 +15,7 @@ import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -205,6 +206,14 @@ def test_a_task_of_the_hub_gives_what_the_same_questions_give_from_a_file(
     piqa = case.measured({"name": "piqa"})
     assert own["models"] == piqa["models"]
     assert own["chance"] == piqa["chance"] == 0.5
+
+
+def test_a_file_in_s3_is_read_as_a_local_one(case: Case, bucket: str) -> None:
+    local = case.file("remote", case.rows[:4])
+    s3fs.S3FileSystem(skip_instance_cache=True).put_file(local, f"{bucket}/questions.parquet")
+    wanted, there = ({"name": "own", "path": path} for path in (f"{bucket}/questions.parquet", local))
+    [task] = stage.plan_tasks.fn(case.params(wanted))
+    assert stage.questions_of(task) == stage.questions_of(AccuracyTask.model_validate(there))
 
 
 def test_the_stage_writes_tasks_in_order_and_is_quiet(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
