@@ -97,7 +97,7 @@ def _results(experiment: str | None, targets: list[str]) -> Iterator[Paths]:
     store = fsspec.filesystem("dvc", url=".", rev=experiment)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "artifacts"
-        for wanted in (*(paths.child(target) for target in targets), paths.root / "report"):
+        for wanted in (*(paths.child(target) for target in targets), paths.report):
             for file in store.ls(str(wanted)) if store.exists(str(wanted)) else []:
                 if file["type"] == "file":
                     local = root / Path(file["name"]).relative_to(paths.root)
@@ -113,7 +113,7 @@ def _show(paths: Paths, targets: list[str], experiment: str | None) -> None:
     create_markdown_artifact(
         f"```\n{table}```\n\n" + (brought if experiment else ""), key="closing-table", description="children and parent"
     )
-    for picture in sorted((paths.root / "report").glob("*.png")):
+    for picture in sorted(paths.report.glob("*.png")):
         data = base64.b64encode(picture.read_bytes()).decode()
         key = "picture-" + "".join(one if one.isalnum() else "-" for one in picture.stem.lower())
         create_image_artifact(f"data:image/png;base64,{data}", key=key, description=picture.name)

@@ -73,7 +73,8 @@ elif stage == "evaluate":
          "predicted": 0.1, "measured": None, "unit": "x"}
         for name, one in constraints.items()
     ]
-    told = {"label": target.title(), "parent": quality, "assembled": quality, "predicted": {"score": 0.4}}
+    told = {name: quality for name in ("parent", "assembled", "distilled")} | {"baselines": {}, "paired": {}}
+    told |= {"label": target.title(), "predicted": {"score": 0.4}}
     (folder / "evaluation.json").write_text(json.dumps({**told, "constraints": limits, "speed": None}))
 else:
     Path("artifacts/report").mkdir()
@@ -224,7 +225,7 @@ def test_a_run_from_the_api_builds_everything_and_shows_it(served: Served) -> No
     shown = served.artifacts(run)
     assert (shown["progress"]["data"], shown["progress"]["description"]) == (100.0, "6/6 stages, done")
     table = shown["closing-table"]["data"]
-    assert [line.split()[0] for line in table.splitlines()[2:5]] == ["parent", "Small", "Fast"]
+    assert [line.split()[0] for line in table.splitlines()[2:7]] == ["parent", "Small", "Small", "Fast", "Fast"]
     assert shown["picture-frontier-1"]["data"].startswith("data:image/png;base64,")
     logged = served.ask("/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
     assert "Running stage 'search_architecture@fast':" in {line["message"] for line in logged}
@@ -270,7 +271,7 @@ def test_typed_constraints_and_a_profile_are_an_experiment_that_touches_nothing(
     assert "latency_ms (latency_ms)      <=  9.000" in table
     name = state["message"].split()[-1]
     assert f"dvc exp apply {name}" in table
-    assert "artifacts/children/small/assembled" in table
+    assert "  artifacts/children/small/" in table
     assert name in served.clone.must("dvc", "exp", "list", "--name-only").out.split()
     assert served.ask("/flow_runs/count", {"flows": {"name": {"any_": ["prepare_parent"]}}}) == 1
 
