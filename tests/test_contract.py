@@ -347,6 +347,12 @@ def test_dvc_can_write_params_yaml_and_read_it_again(tmp_path: Path) -> None:
     assert load_yaml(str(copy)) == PARAMS
 
 
+@pytest.mark.parametrize("profile", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_profile_over_params_yaml_is_valid(profile: Path) -> None:
+    sections: dict[str, dict[str, Any]] = yaml.safe_load(profile.read_text(encoding="utf-8"))
+    parse({**PARAMS, **{name: {**PARAMS[name], **changed} for name, changed in sections.items()}}, str(profile))
+
+
 def test_every_param_has_a_sentence() -> None:
     for section in _sections(Params):
         assert section.__doc__, section
