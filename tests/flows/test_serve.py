@@ -6,6 +6,7 @@ moment, so that what is tested is the way from the form to DVC and back. Tests f
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -156,6 +157,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
     made = make_clone(root / "clone", tiny_run_params(root / "parent", root / "documents"))
     (made.folder / "dvc.yaml").write_text(DVC_YAML, encoding="utf-8")
     (made.folder / "stand_in.py").write_text(STAND_IN, encoding="utf-8")
+    shutil.rmtree(made.folder / "params")  # the project's own profiles
     (made.folder / "params").mkdir()
     profile = {"targets": {"small": {"constraints": {"block_params": {"at_most_ratio": 0.55}}}}, "run": {"workers": 1}}
     (made.folder / "params/tight.yaml").write_text(yaml.safe_dump(profile), encoding="utf-8")
