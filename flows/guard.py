@@ -20,12 +20,18 @@ def main() -> None:
     command = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
     for ours in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ours, signal.SIG_IGN)
-    threading.Thread(target=_end_with_stdin, args=(command,), daemon=True).start()
-    sys.exit(command.wait())
+    is_ending = threading.Event()
+    ending = threading.Thread(target=_end_with_stdin, args=(command, is_ending), daemon=True)
+    ending.start()
+    code = command.wait()
+    if is_ending.is_set():
+        ending.join()
+    sys.exit(code)
 
 
-def _end_with_stdin(command: "subprocess.Popen[bytes]") -> None:
-    sys.stdin.buffer.read()
+def _end_with_stdin(command: "subprocess.Popen[bytes]", is_ending: threading.Event) -> None:
+    os.read(sys.stdin.fileno(), 1)  # not through its buffer, whose lock would abort the interpreter in the end
+    is_ending.set()
     for sent, seconds in _ENDING:
         os.killpg(os.getpgrp(), sent)
         with contextlib.suppress(subprocess.TimeoutExpired):
