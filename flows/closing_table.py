@@ -63,8 +63,8 @@ def _baselines(evaluation: dict[str, Any]) -> list[str]:
         for name, one in evaluation["paired"].items()
         if name in evaluation["baselines"]
     ]
-    lines = [", ".join(shown[start : start + 4]) for start in range(0, len(shown), 4)]
-    return [f"  KL of baselines less the child's: {lines[0]}", *(f"    {line}" for line in lines[1:])] if lines else []
+    lines = [", ".join(shown[start : start + 3]) for start in range(0, len(shown), 3)]
+    return ["  KL of baselines less the child's:", *(f"    {line}" for line in lines)] if lines else []
 
 
 if __name__ == "__main__":

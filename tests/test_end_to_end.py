@@ -221,7 +221,7 @@ def test_the_demo_closes_with_the_children_beside_the_parent(built: Built) -> No
     lines = table.splitlines()
     names = ["parent", "Small assembled", "Small distilled", "Fast assembled", "Fast distilled"]
     assert [line[:19].strip() for line in lines[1:6]] == names
-    assert "KL of baselines less the child's: uniform" in table
+    assert "KL of baselines less the child's:" in table
     assert max(map(len, lines)) <= 100
     for name in ("block_params", "kv_bytes", "memory_gib", "decode_throughput"):
         assert name in table
@@ -492,10 +492,8 @@ def test_both_clones_hold_the_same_bytes(built: Built) -> None:
     for folder in ("parent", "corpus", "activations", "library", "score_pieces"):
         assert checksums(built.one.artifacts / folder) == checksums(built.two.artifacts / folder), folder
     for target in TARGETS:
-        for child in ("assembled", "distilled"):
-            assert checksums(built.one.child(target) / child) == checksums(built.two.child(target) / child), child
-    per_target = [f"children/{target}/{name}.json" for target in TARGETS for name in ("architecture", "gkd")]
-    for file in ("scores.parquet", "costs.parquet", *per_target):
+        assert checksums(built.one.child(target) / "assembled") == checksums(built.two.child(target) / "assembled")
+    for file in ("scores.parquet", "costs.parquet", *(f"children/{target}/architecture.json" for target in TARGETS)):
         assert (built.one.artifacts / file).read_bytes() == (built.two.artifacts / file).read_bytes(), file
 
 
@@ -520,7 +518,10 @@ def test_a_learning_rate_reruns_from_distill_blocks(built: Built) -> None:
 @pytest.mark.parametrize(
     ("file", "stale"),
     [
-        ("tasks/puzzle/mip.py", {f"search_architecture@{target}" for target in TARGETS}),
+        (
+            "tasks/puzzle/mip.py",
+            {f"search_{what}@{target}" for what in ("architecture", "baselines") for target in TARGETS},
+        ),
         ("tasks/puzzle/bld.py", {"distill_blocks"}),
         ("flows/distill_blocks.py", set()),
     ],
