@@ -139,8 +139,7 @@ class _Training:
         total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self._masters.narrow]
         losses = []
         for of_sequence, loss in pool.map(self._gradients, group):
-            for whole, part in zip(total, of_sequence, strict=True):
-                whole += part.float() / len(group)
+            torch._foreach_add_(total, of_sequence, alpha=1 / len(group))
             losses.append(loss)
         norm = float(torch.nn.utils.get_total_norm(total))
         if norm > self._params.distill_child.clip_norm:
@@ -209,7 +208,7 @@ class _Training:
         self.curve = _Curve(**record["facts"])
         (name,) = record["files"]
         state = load_file(self._pieces.folder / name)
-        self._best = {key.removeprefix("best."): tensor for key, tensor in state.items() if key.startswith("best.")}
+        self._best = {key: state[f"best.{key}"] for key in self._best}  # in the order of an uninterrupted run
         self._masters.restore(state, len(self.curve.steps))
 
 

@@ -488,12 +488,14 @@ def test_a_flipped_byte_is_found_and_mended_by_what_the_message_says(built: Buil
 
 
 def test_both_clones_hold_the_same_bytes(built: Built) -> None:
-    """Killed three times and mended or not: library, scores, architectures and children are one."""
+    """Killed and mended or not: library, scores, architectures and children are one."""
     for folder in ("parent", "corpus", "activations", "library", "score_pieces"):
         assert checksums(built.one.artifacts / folder) == checksums(built.two.artifacts / folder), folder
     for target in TARGETS:
-        assert checksums(built.one.child(target) / "assembled") == checksums(built.two.child(target) / "assembled")
-    for file in ("scores.parquet", "costs.parquet", *(f"children/{target}/architecture.json" for target in TARGETS)):
+        for child in ("assembled", "distilled"):
+            assert checksums(built.one.child(target) / child) == checksums(built.two.child(target) / child), child
+    per_target = [f"children/{target}/{name}.json" for target in TARGETS for name in ("architecture", "gkd")]
+    for file in ("scores.parquet", "costs.parquet", *per_target):
         assert (built.one.artifacts / file).read_bytes() == (built.two.artifacts / file).read_bytes(), file
 
 

@@ -142,11 +142,16 @@ def test_a_damaged_checkpoint_is_not_taken(case: tuple[Params, Paths], monkeypat
     assert run(*case) == whole
 
 
-def test_a_rate_at_which_it_diverges_keeps_the_assembled_weights(case: tuple[Params, Paths]) -> None:
+def test_a_rate_at_which_it_diverges_keeps_the_assembled_weights(
+    case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
+) -> None:
     params, paths = case
     values = params.model_dump(mode="json")
     values["distill_child"] |= {"learning_rate": 1.0, "warmup": 0.0}
-    curve, _ = run(Params.model_validate(values), paths)
+    diverging = Params.model_validate(values), paths
+    curve, _ = whole = run(*diverging)
     assert curve["best_step"] == 0
+    interrupt(diverging, monkeypatch, 13)
+    assert run(*diverging) == whole  # the best weights, here of before the interruption, come from the checkpoint
     before, after = (Checkpoint(folder, "") for folder in (paths.assembled("small"), paths.distilled("small")))
     assert before.checksums == after.checksums

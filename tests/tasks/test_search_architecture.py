@@ -60,7 +60,8 @@ MARGIN = 0.05
 def _params(constraints: dict[str, Any], **search_section: Any) -> Params:
     stages = ("run", "prepare_parent", "prepare_corpus", "cache_activations", "distill_blocks", "score_blocks")
     later = ("measure_costs", "search_baselines", "assemble_child", "distill_child", "evaluate_child")
-    raw: dict[str, Any] = {stage: {} for stage in (*stages, *later, "benchmark_throughput", "measure_accuracy", "report")}
+    last = ("benchmark_throughput", "measure_accuracy", "report")
+    raw: dict[str, Any] = {stage: {} for stage in (*stages, *later, *last)}
     raw["search_architecture"] = {"speed_margin": MARGIN, **search_section}
     raw["targets"] = {"like-51b": {"label": "51B-like", "constraints": constraints}}
     return parse(raw, "test")
