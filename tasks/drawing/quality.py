@@ -101,7 +101,7 @@ def _frontier(axes: Axes, target: Panel) -> None:
     axes.grid()
     axes.set_title(target.label)
     axes.set_xlabel(
-        f"throughput ÷ the parent's: {target.where}\n(filled: measured; hollow: predicted from {target.tables})"
+        f"throughput ÷ the parent's: {target.where}\n(filled: measured; hollow:\npredicted from {target.tables})"
     )
 
 
