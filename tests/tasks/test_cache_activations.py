@@ -16,7 +16,7 @@ from tests.settings import SEQ_LEN, tiny_params
 from tests.stages import cache, checksums, prepare
 from tests.tiny import FAMILIES, SIZES, flip_byte, tiny_corpus, tiny_model
 
-ALL_SHARDS = [f"train.shard_{i:03d}" for i in range(3)] + [f"calibration.shard_{i:03d}" for i in range(2)]
+ALL_SHARDS = [f"train.shard_{i:03d}" for i in range(4)] + [f"calibration.shard_{i:03d}" for i in range(2)]
 ALL_SHARDS += ["validation.shard_000"]
 
 
@@ -77,8 +77,10 @@ def test_a_flipped_byte_is_found_by_the_reader_and_made_anew(finished: tuple[Par
 
 def test_more_tokens_make_only_the_shards_that_they_change(finished: tuple[Params, Paths]) -> None:
     params, paths = finished
-    tiny_corpus(paths.corpus, SIZES["vocab_size"], SEQ_LEN, sequences=(40, 16, 8))
-    assert cache(params, paths) == ["train.shard_002", "train.shard_003"], "shard 2 was not full"
+    tiny_corpus(paths.corpus, SIZES["vocab_size"], SEQ_LEN, sequences=(44, 16, 8))
+    assert cache(params, paths) == ["train.shard_003"]
+    tiny_corpus(paths.corpus, SIZES["vocab_size"], SEQ_LEN, sequences=(52, 16, 8))
+    assert cache(params, paths) == ["train.shard_003", "train.shard_004"], "shard 3 was not full"
 
 
 @pytest.mark.parametrize(
