@@ -9,11 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, model_serializer
 
 from storage.files import InputError
-from storage.params import Params, Section, load, parse
+from storage.params import Params, Section, load, parse, read_yaml
 
 PROFILES = Path("params")
 NO_PROFILE = "none"
@@ -152,10 +151,7 @@ def _profile(name: str) -> dict[str, Any]:
         raise InputError(
             f"unknown profile {name!r}; known: {', '.join(profile_names())} (files {PROFILES}/<name>.yaml)"
         )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold sections like params.yaml, found {type(values).__name__}")
     return values

@@ -412,13 +412,22 @@ def load(path: Path = PARAMS_FILE) -> Params:
     """
     if not path.is_file():
         raise InputError(f"{path} is missing; run from the project's root")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise InputError(f"{path} must hold sections, found {type(raw).__name__}")
     return parse(raw, str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        InputError: it is not YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def parse(raw: dict[str, Any], where: str) -> Params:
