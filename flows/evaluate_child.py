@@ -10,15 +10,15 @@ from tasks.machine import on_this_machine
 
 
 @flow(
-    name="evaluate_child", description="Measure quality and speed of parent and child, beside what the tables predict."
+    name="evaluate_child",
+    description="Quality of children and baselines, measured; each limit predicted and measured.",
 )
 def evaluate_child(params: Params, paths: Paths, target: str) -> None:
-    """Quality on the validation split, then decode speed at the target's scenario."""
+    """Quality on the validation split, batch by batch, then the tables."""
     params = on_this_machine(params)
     batches = tasks.plan_batches(params)
     quality = run_pieces(tasks.measure_quality, batches, target, params, paths, unit="batch")
-    speed = tasks.measure_speed(target, params, paths)
-    tasks.write_evaluation(target, quality, speed, params, paths)
+    tasks.write_evaluation(target, quality, params, paths)
 
 
 if __name__ == "__main__":

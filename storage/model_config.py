@@ -16,6 +16,7 @@ NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 _REFUSED = {
     "Qwen3ForCausalLM": "it normalises queries and keys (qk-norm), which no heterogeneous format expresses",
     "Phi3ForCausalLM": "its q/k/v and gate/up projections are fused; convert it to the Llama form first",
@@ -93,7 +94,7 @@ class ModelConfig:
             qkv_bias=architecture == "Qwen2ForCausalLM" or (architecture == "LlamaForCausalLM" and bias),
             output_bias=architecture == "LlamaForCausalLM" and bias,
             mlp_bias=architecture == "LlamaForCausalLM" and bool(config.get("mlp_bias", False)),
-            activation=str(config.get("hidden_act", "silu")),
+            activation=_activation(config, where),
         )
         if result.num_heads % result.num_kv_heads:
             raise InputError(
@@ -133,6 +134,14 @@ def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: rope type {rope['rope_type']!r} is not supported: it is not one of {', '.join(ROPE_TYPES)}"
         )
     return rope
+
+
+def _activation(config: Mapping[str, Any], where: str) -> str:
+    """Of the gated FFN."""
+    name = str(config.get("hidden_act", "silu"))
+    if name not in ACTIVATIONS:
+        raise InputError(f"{where}: hidden_act {name!r} is not supported: it is not one of {', '.join(ACTIVATIONS)}")
+    return name
 
 
 NEMOTRON_NAS = "nemotron-nas"
@@ -235,7 +244,7 @@ def from_nemotron_nas(config: Mapping[str, Any], where: str) -> tuple[ModelConfi
             qkv_bias=bool(config.get("qkv_bias", config.get("attention_bias", False))),
             output_bias=bool(config.get("attention_bias", False)),
             mlp_bias=bool(config.get("mlp_bias", False)),
-            activation=str(config.get("hidden_act", "silu")),
+            activation=_activation(config, where),
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError, AssertionError) as error:
         raise InputError(f"{where}: not a nemotron-nas config.json ({type(error).__name__}: {error})") from error

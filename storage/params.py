@@ -201,6 +201,25 @@ class DistillChild(Section):
     )
 
 
+class BenchmarkThroughput(Section):
+    """Speed of parent and child: measured on this machine (at speed limits too), modelled for a GPU."""
+
+    scenarios: tuple[Scenario, ...] = Field(
+        ("128/128",), min_length=1, description="Input/output lengths measured on this machine, in tokens."
+    )
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 8), min_length=1, description="Sequences at once, measured on this machine."
+    )
+    repeats: int = Field(3, ge=2, description="Interleaved prefills of parent and child; 16 times as many decodes.")
+    hardware: str = Field("h100-sxm", description="Hardware that is modelled.")
+    precision: Precision = Field("bfloat16", description="Precision of weights and KV cache on the modelled hardware.")
+    modelled_scenarios: tuple[Scenario, ...] = Field(
+        ("128/128", "128/1024", "128/2048", "128/4096", "2048/128", "2048/2048"),
+        min_length=1,
+        description="Input/output lengths on the modelled hardware; the default is the published table's.",
+    )
+
+
 class EvaluateChild(Section):
     """What is measured on the child."""
 
@@ -209,28 +228,6 @@ class EvaluateChild(Section):
         4_096, ge=0, description="The first of them: baselines are measured on these; 0: none."
     )
     sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
-    speed_repeats: int = Field(
-        7, ge=1, description="Interleaved decode timings of parent and child; the median counts."
-    )
-
-
-class BenchmarkThroughput(Section):
-    """Speed of parent and child: measured on this machine, modelled for a GPU."""
-
-    scenarios: tuple[Scenario, ...] = Field(
-        ("128/128",), min_length=1, description="Input/output lengths measured on this machine, in tokens."
-    )
-    batches: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (1, 8), min_length=1, description="Sequences at once, measured on this machine."
-    )
-    repeats: int = Field(3, ge=2, description="Interleaved prefills of parent and child; 8 times as many decodes.")
-    hardware: str = Field("h100-sxm", description="Hardware that is modelled.")
-    precision: Precision = Field("bfloat16", description="Precision of weights and KV cache on the modelled hardware.")
-    modelled_scenarios: tuple[Scenario, ...] = Field(
-        ("128/128", "128/1024", "128/2048", "128/4096", "2048/128", "2048/2048"),
-        min_length=1,
-        description="Input/output lengths on the modelled hardware; the default is the published table's.",
-    )
 
 
 class AccuracyTask(Section):
@@ -332,8 +329,8 @@ class Params(Section):
     search_baselines: SearchBaselines
     assemble_child: AssembleChild
     distill_child: DistillChild
-    evaluate_child: EvaluateChild
     benchmark_throughput: BenchmarkThroughput
+    evaluate_child: EvaluateChild
     measure_accuracy: MeasureAccuracy
     report: Report
     targets: dict[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")], Target] = Field(min_length=1)

@@ -1,7 +1,7 @@
 """benchmark_throughput: tokens/s of parent and child, measured here beside predicted, and modelled for a GPU.
 
 Out: children/<target>/throughput.parquet (a row per model, phase, scenario, batch and hardware) and the same as text.
-Nothing that makes a child reads it: it holds clocks, so its bytes differ from run to run.
+It is the only stage with a clock: the bytes of its table differ from run to run. Nothing that makes a child reads it.
 """
 
 import itertools
@@ -14,23 +14,21 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from tqdm import tqdm
 
-from storage.checkpoints import Checkpoint
+from storage.checkpoints import Checkpoint, read_blocks
 from storage.files import read_json
+from storage.model_config import ModelConfig
 from storage.params import SPEED_METRICS, Params
 from storage.parent import Parent
-from storage.paths import Paths
-from storage.records import Architecture, Precision, Replacement, ThroughputRow
-from storage.tables import read_costs, read_throughput, write_throughput
+from storage.paths import TIMINGS, Paths
+from storage.records import Architecture, Attention, Ffn, Precision, Replacement, ThroughputRow
+from storage.tables import read_costs, read_throughput, read_timings, write_throughput
+from tasks.puzzle.child import DeciLMForCausalLM, build
 from tasks.puzzle.costs import ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
 from tasks.puzzle.hardware import device_named
 from tasks.puzzle.throughput import best_modelled, predict, throughput_tables
 from tasks.puzzle.timing import ENGINE, Workload, machine, software, spread, time_models
-from tasks.puzzle.variants import parent_blocks
-from tasks.speed import is_timed_machine, parent_and_child
-
-_STEPS = 8
-"""Decode steps timed for each prefill: half of what a speed limit is checked with, since every batch is timed here."""
+from tasks.puzzle.variants import parent_attention, parent_blocks, parent_ffn
 
 
 @task(cache_policy=NO_CACHE)
@@ -81,21 +79,26 @@ class _Here:
 
 @task(cache_policy=NO_CACHE)
 def measure_throughput(target: str, params: Params, paths: Paths) -> list[ThroughputRow]:
-    """Time prefill and decode of parent and child in turn on this machine, at every scenario and batch of params.
+    """Time prefill and decode of parent and child in turn on this machine.
+
+    At every scenario and batch of params, and where the target's speed limits hold.
 
     Raises:
         InputError: the child or the cost table is missing or damaged.
     """
     settings, threads = params.benchmark_throughput, params.measure_costs.threads
     device = compute(params.run.device, params.run.dtype, threads)
-    here = _here(device, threads, next(_timed_hardware(target, params), None))
+    limits = [one for one in params.target(target).constraints.values() if one.metric in SPEED_METRICS]
+    limits = [one for one in limits if one.engine == ENGINE]
+    here = _here(device, threads, limits[0].hardware if limits else None)
     child = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
-    models = dict(zip(("parent", "child"), parent_and_child(Parent(paths.parent), child, device), strict=True))
+    models = parent_and_child(Parent(paths.parent), child, device)
     costs, blocks = read_costs(paths.costs), _blocks(target, paths)
     rows: list[ThroughputRow] = []
-    points = list(itertools.product(settings.scenarios, settings.batches))
+    points = dict.fromkeys(itertools.product(settings.scenarios, settings.batches))
+    points |= dict.fromkeys((str(one.scenario), one.batch) for one in limits)
     for scenario, batch in tqdm(points, desc="measure", unit="setting", disable=None):
-        timed = time_models(models, Workload.of(scenario, batch), settings.repeats, device, _STEPS)
+        timed = time_models(models, Workload.of(scenario, batch), settings.repeats, device)
         setting = Setting(here.predictor or here.machine, ENGINE, here.precision, 1, scenario, batch)
         for model, rounds in timed.items():
             rows += _measured_rows(here, model, setting, rounds, predict(costs, blocks[model], setting))
@@ -113,12 +116,25 @@ def _here(device: Compute, threads: int, predictor: str | None) -> _Here:
     )
 
 
-def _timed_hardware(target: str, params: Params) -> Iterator[str]:
-    """Hardware that the target's speed limits name, of the engine that is measured here."""
-    for limit in params.target(target).constraints.values():
-        if limit.metric in SPEED_METRICS and limit.engine == ENGINE:
-            assert limit.hardware is not None
-            yield limit.hardware
+def is_timed_machine(hardware: str, here: str) -> bool:
+    """Whether the timings of that name were taken on a machine like this one."""
+    path = TIMINGS / f"{hardware}.parquet"
+    return path.is_file() and {row.machine for row in read_timings(path)} == {here}
+
+
+def parent_and_child(parent: Parent, child: Checkpoint, device: Compute) -> dict[str, DeciLMForCausalLM]:
+    """Parent and child whole in memory, as the same class, so that they differ in their blocks alone."""
+    own = [(parent_attention(parent.config), parent_ffn(parent.config))] * parent.config.num_blocks
+    return {
+        "parent": _whole(parent.checkpoint, parent.config, own, device),
+        "child": _whole(child, *read_blocks(child), device),
+    }
+
+
+def _whole(
+    checkpoint: Checkpoint, config: ModelConfig, blocks: list[tuple[Attention, Ffn]], device: Compute
+) -> DeciLMForCausalLM:
+    return build(config, blocks, {name: checkpoint.tensor(name) for name in checkpoint.files}, device)
 
 
 def _measured_rows(

@@ -1,11 +1,12 @@
-"""evaluate_child: quality and speed of parent and child, measured, beside what the tables predicted.
+"""evaluate_child: quality of parent and child, measured, and each limit: predicted beside measured.
 
+In: children, baselines, cached hidden states; the speeds are what benchmark_throughput measured, no clock is read here.
 Out: children/<target>/evaluation.json (for people and the report) and evaluation.parquet (a row per model and
 sequence, for paired comparisons).
 """
 
 import itertools
-import statistics
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,17 +27,17 @@ from storage.model_config import EMBEDDING, ModelConfig
 from storage.params import SPEED_METRICS, Constraint, Params
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import Architecture, Attention, Ffn, Replacement, Weights
+from storage.records import Architecture, Attention, Ffn, Replacement, ThroughputRow, Weights
+from storage.tables import read_throughput
 from tasks.puzzle.assembly import Subblock, compose, initial_weights
-from tasks.puzzle.blocks import Block, rotary_for
+from tasks.puzzle.blocks import Block
 from tasks.puzzle.boundaries import boundaries
 from tasks.puzzle.costs import ModelSizes, ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
 from tasks.puzzle.evaluation import SequenceQuality, paired_difference, per_sequence, summarise
 from tasks.puzzle.head import Head, compare_with_parent
 from tasks.puzzle.initialise import Tensors
-from tasks.puzzle.timing import ENGINE, Workload, machine, time_models
-from tasks.speed import is_timed_machine, parent_and_child
+from tasks.puzzle.rotary import rotary_for
 
 Qualities = dict[str, list[SequenceQuality]]
 Models = dict[str, Tensor]
@@ -120,52 +121,7 @@ def _read_baselines(target: str, paths: Paths) -> dict[str, tuple[tuple[Replacem
 
 
 @task(cache_policy=NO_CACHE)
-def measure_speed(target: str, params: Params, paths: Paths) -> dict[str, Any] | None:
-    """Time parent and child end to end, interleaved, at the target's first speed constraint of engine torch.
-
-    Returns:
-        Medians in ms and tokens/s of both, on this machine; None when the target limits no speed of this engine.
-    """
-    limits = [c for c in params.target(target).constraints.values() if c.metric in SPEED_METRICS and c.engine == ENGINE]
-    if not limits:
-        return None
-    limit = limits[0]
-    assert limit.scenario is not None
-    assert limit.hardware is not None
-    work, repeats = Workload.of(limit.scenario, limit.batch), params.evaluate_child.speed_repeats
-    device = compute(params.run.device, params.run.dtype, params.measure_costs.threads)
-    checkpoint = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
-    pair = parent_and_child(Parent(paths.parent), checkpoint, device)
-    timed = time_models(dict(zip(("parent", "assembled"), pair, strict=True)), work, repeats, device)
-    setting = Setting(limit.hardware, ENGINE, limit.precision, 1, limit.scenario, limit.batch)
-    result: dict[str, Any] = {
-        "hardware": limit.hardware,
-        "machine": machine(device.device),
-        "is_timed_machine": is_timed_machine(limit.hardware, machine(device.device)),
-        "engine": ENGINE,
-        "precision": params.run.dtype,
-        "scenario": limit.scenario,
-        "batch": limit.batch,
-        "repeats": repeats,
-        "origin": "measured",
-    }
-    for name, rounds in timed.items():
-        prefill, decode = (statistics.median(rounds[phase]) for phase in ("prefill", "decode"))
-        speed = ModelSpeed(setting, prefill, decode)
-        result[name] = {
-            "prefill_ms": prefill,
-            "decode_ms": decode,
-            "throughput": speed.throughput,
-            "decode_throughput": speed.decode_throughput,
-            "latency_ms": speed.latency_ms,
-        }
-    return result
-
-
-@task(cache_policy=NO_CACHE)
-def write_evaluation(
-    target: str, batches: list[Qualities], speed: dict[str, Any] | None, params: Params, paths: Paths
-) -> None:
+def write_evaluation(target: str, batches: list[Qualities], params: Params, paths: Paths) -> None:
     """Join the batches and write evaluation.parquet and evaluation.json."""
     models = {name: [one for batch in batches for one in batch.get(name, [])] for name in batches[0]}
     rows = [
@@ -180,10 +136,9 @@ def write_evaluation(
     sizes = {"parent": _sizes(parent.checkpoint, parent.config, parent.config.num_blocks * parent.config.num_kv_heads)}
     config, blocks = read_blocks(child)
     sizes["assembled"] = _sizes(child, config, sum(attention.num_kv_heads for attention, _ in blocks))
-    constraints = [
-        {**one, "measured": _measured(params.target(target).constraints[one["name"]], sizes, speed)}
-        for one in chosen["constraints"]
-    ]
+    timed, limits = read_throughput(paths.throughput(target)), params.target(target).constraints
+    constraints = [{**one, "measured": _measured(limits[one["name"]], sizes, timed)} for one in chosen["constraints"]]
+    speeds = (_speed(limit, timed) for limit in limits.values() if limit.metric in SPEED_METRICS)
     write_json(
         paths.evaluation(target),
         {
@@ -204,9 +159,49 @@ def write_evaluation(
             },
             "predicted": {"score": chosen["predicted"]["score"], "score_stderr": chosen["predicted"]["score_stderr"]},
             "constraints": constraints,
-            "speed": speed,
+            "speed": next((speed for speed in speeds if speed), None),
         },
     )
+
+
+def _speed(limit: Constraint, rows: Sequence[ThroughputRow]) -> dict[str, Any] | None:
+    """What benchmark_throughput measured of parent and child at a speed limit's setting: medians in ms and tokens/s.
+
+    Returns:
+        None where the limit's engine was not measured.
+    """
+    at = (limit.engine, limit.scenario, limit.batch)
+    found = {
+        (row.model, row.phase): row
+        for row in rows
+        if row.measured_ms is not None and (row.engine, row.scenario, row.batch) == at
+    }
+    if not found:
+        return None
+    one = found["parent", "decode"]
+    result: dict[str, Any] = {
+        "hardware": limit.hardware,
+        "machine": one.machine,
+        "is_timed_machine": one.hardware == limit.hardware,
+        "engine": one.engine,
+        "precision": one.precision,
+        "scenario": one.scenario,
+        "batch": one.batch,
+        "origin": "measured",
+    }
+    for name, model in (("parent", "parent"), ("assembled", "child")):
+        prefill, decode = (found[model, phase].measured_ms for phase in ("prefill", "decode"))
+        assert prefill is not None
+        assert decode is not None
+        speed = ModelSpeed(Setting.of(one), prefill, decode)
+        result[name] = {
+            "prefill_ms": prefill,
+            "decode_ms": decode,
+            "throughput": speed.throughput,
+            "decode_throughput": speed.decode_throughput,
+            "latency_ms": speed.latency_ms,
+        }
+    return result
 
 
 def _sizes(checkpoint: Checkpoint, config: ModelConfig, num_kv_heads: int) -> ModelSizes:
@@ -221,11 +216,11 @@ def _sizes(checkpoint: Checkpoint, config: ModelConfig, num_kv_heads: int) -> Mo
     return ModelSizes(params, block_params, weight_bytes, 2 * num_kv_heads * config.head_dim * element)
 
 
-def _measured(limit: Constraint, sizes: dict[str, ModelSizes], speed: dict[str, Any] | None) -> float | None:
+def _measured(limit: Constraint, sizes: dict[str, ModelSizes], rows: Sequence[ThroughputRow]) -> float | None:
     """The constraint's value on the assembled child, None where it cannot be had on this machine."""
     if limit.metric in SPEED_METRICS:
-        at = (limit.hardware, limit.engine, limit.scenario, limit.batch)
-        if speed is None or at != (speed["hardware"], speed["engine"], speed["scenario"], speed["batch"]):
+        speed = _speed(limit, rows)
+        if speed is None:
             return None
         values = {name: float(speed[name][limit.metric]) for name in ("parent", "assembled")}
     else:

@@ -16,8 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 from storage.checkpoints import Checkpoint
 from storage.files import InputError, write_json
@@ -26,8 +24,7 @@ from storage.parent import REBUILD
 from storage.paths import Paths
 from storage.remote import fetch
 from tasks.puzzle.accuracy import PARENT, Question, accuracy_table, compare
-from tasks.puzzle.child import DeciLMForCausalLM
-from tasks.puzzle.device import Compute, compute
+from tasks.puzzle.device import compute
 
 _EXTRA = ("lm_eval", "accelerate")
 
@@ -113,13 +110,13 @@ def measure(wanted: AccuracyTask, target: str, params: Params, paths: Paths) -> 
     Returns:
         The task's entry in accuracy.json.
     """
-    from tasks.puzzle.harness import Asking, answer
+    from tasks.puzzle.harness import Asking, answer, load
 
     run, questions = params.run, questions_of(wanted)
     device = compute(run.device, run.dtype, run.threads)
     asking = Asking(wanted.num_fewshot, wanted.limit, run.seed, params.measure_accuracy.sequences_per_batch)
     answers = {
-        name: answer(*_load(name, checkpoint, device), _for_lm_eval(wanted, questions), wanted.metric, asking)
+        name: answer(*load(name, _verified(checkpoint), device), _for_lm_eval(wanted, questions), wanted.metric, asking)
         for name, checkpoint in _models(target, paths).items()
     }
     return {**wanted.model_dump(), **compare(answers)}
@@ -135,14 +132,11 @@ def _models(target: str, paths: Paths) -> dict[str, Checkpoint]:
     return models | ({"distilled": distilled} if distilled.folder.is_dir() else {})
 
 
-def _load(name: str, checkpoint: Checkpoint, device: Compute) -> tuple[Any, Any]:
-    """Model and tokenizer as users load them, every tensor compared with its checksum before."""
+def _verified(checkpoint: Checkpoint) -> Path:
+    """Its folder, after every tensor was compared with its checksum."""
     for tensor in checkpoint.files:
         checkpoint.tensor(tensor)
-    disable_progress_bar()
-    loader: Any = AutoModelForCausalLM if name == PARENT else DeciLMForCausalLM
-    model = loader.from_pretrained(checkpoint.folder, dtype=device.dtype)
-    return model.to(device.device), AutoTokenizer.from_pretrained(checkpoint.folder)
+    return checkpoint.folder
 
 
 @task(cache_policy=NO_CACHE)

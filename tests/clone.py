@@ -242,7 +242,6 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             "tokens": 12 * SEQ_LEN,
             "baseline_tokens": 6 * SEQ_LEN,
             "sequences_per_batch": 5,
-            "speed_repeats": 1,
         },
         "benchmark_throughput": {"scenarios": ["8/8"], "batches": [1, 2], "repeats": 2},
         "measure_accuracy": {},

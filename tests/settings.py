@@ -51,7 +51,6 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
             "tokens": 8 * SEQ_LEN,
             "baseline_tokens": 4 * SEQ_LEN,
             "sequences_per_batch": 4,
-            "speed_repeats": 1,
         },
         "benchmark_throughput": {},
         "measure_accuracy": {},

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "storage")
 UI = {"compress", "guard", "overrides", "progress", "repro", "reruns", "serve"}
 NOT_STAGES = {"stage", "server", "demo", "closing_table", *UI}
-NOT_STAGE_TASKS = {"children", "limits", "machine", "speed", "time_machine"}
+NOT_STAGE_TASKS = {"children", "limits", "machine", "time_machine"}
 NOT_SECTIONS = {"run", "targets"}
 
 # The table of docs/architecture.md.

@@ -46,8 +46,8 @@ PER_TARGET = (
     "search_baselines",
     "assemble_child",
     "distill_child",
-    "evaluate_child",
     "benchmark_throughput",
+    "evaluate_child",
     "measure_accuracy",
 )
 ALL_STAGES = {*SHARED, *(f"{stage}@{target}" for stage in PER_TARGET for target in TARGETS), "report"}
@@ -401,6 +401,11 @@ def test_constraints_hold_as_measured(built: Built, target: str) -> None:
             assert limit["measured"] is None or limit["measured"] >= limit["limit"]
     timed = [limit for limit in evaluation["constraints"] if limit.get("engine") == "torch"]
     assert bool(timed) == (evaluation["speed"] is not None)
+    rows = [row for row in read_throughput(built.one.child(target) / "throughput.parquet") if row.phase == "decode"]
+    for limit in timed:
+        at = {row.model: row for row in rows if row.batch == limit["batch"]}
+        ratio = (at["child"].measured_tokens_per_s or 0) / (at["parent"].measured_tokens_per_s or 0)
+        assert limit["measured"] == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize("target", TARGETS)

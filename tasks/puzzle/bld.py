@@ -15,9 +15,10 @@ from torch import Tensor
 
 from storage.model_config import ModelConfig
 from storage.records import Attention, Ffn
-from tasks.puzzle.blocks import Block, GatedFfn, Rotary, rotary_for
+from tasks.puzzle.blocks import Block, GatedFfn
 from tasks.puzzle.initialise import Tensors, attention_part, channel_contribution, channel_order, ffn_part
 from tasks.puzzle.optimizer import MasterWeights, Schedule
+from tasks.puzzle.rotary import Rotary, rotary_for
 from tasks.puzzle.variants import parent_attention, parent_ffn
 
 Batch = tuple[Tensor, Tensor]  # input and target, each [sequences, tokens, hidden]

@@ -1,24 +1,29 @@
 """One decoder block of any variant, with the tensor names of a Llama checkpoint.
 
-Shapes: hidden [batch, tokens, hidden]; query [batch, heads, tokens, head_dim]; rotary (cos, sin), each
-[batch or 1, tokens, head_dim]. A removed subblock (no-op) has no tensors, its norm included.
+Shapes: hidden [batch, tokens, hidden]; query [batch, heads, tokens, head_dim]; rotary as in tasks.puzzle.rotary.
+A removed subblock (no-op) has no tensors, its norm included.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaConfig
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from storage.model_config import ModelConfig
 from storage.records import Attention, Ffn
+from tasks.puzzle.rotary import Rotary, rotate
 
-Rotary = tuple[Tensor, Tensor]
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+"""By their names in config.json (storage.model_config.ACTIVATIONS)."""
 
 
 class RMSNorm(nn.Module):
@@ -59,7 +64,7 @@ class GroupedQueryAttention(nn.Module):
         query = self.q_proj(hidden).view(split).transpose(1, 2)
         key = self.k_proj(hidden).view(split).transpose(1, 2)
         value = self.v_proj(hidden).view(split).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *rotary)
+        query, key = rotate(query, rotary), rotate(key, rotary)
         if cache is not None:
             key, value = cache.update(key, value, self.cache_index)
         return _attend(query, key, value, mask).transpose(1, 2).flatten(2)
@@ -107,7 +112,7 @@ class GatedFfn(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.activation = ACT2FN[config.activation]
+        self.activation = _ACTIVATIONS[config.activation]
 
     def channels(self, hidden: Tensor) -> Tensor:
         """The input of down_proj, [batch, tokens, intermediate]: what importance looks at."""
@@ -184,23 +189,3 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Both subblocks, [batch, tokens, hidden] -> the same shape."""
         return self.feed_forward(self.attend(hidden, rotary, mask, cache))
-
-
-def rotary_embedding(config: ModelConfig) -> LlamaRotaryEmbedding:
-    """transformers' rotary embedding (all rope scalings) for this geometry."""
-    return LlamaRotaryEmbedding(
-        LlamaConfig(
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.context,
-            rope_parameters=dict(config.rope),
-        )
-    )
-
-
-def rotary_for(config: ModelConfig, tokens: int, like: Tensor) -> Rotary:
-    """(cos, sin), each [1, tokens, head_dim], for positions 0 .. tokens-1 in the dtype and device of `like`."""
-    positions = torch.arange(tokens, device=like.device)[None]
-    cos, sin = rotary_embedding(config).to(like.device)(like, positions)
-    return cos, sin

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from storage.model_config import ModelConfig
 from storage.records import Attention, Ffn
-from tasks.puzzle.blocks import Block, rotary_for
+from tasks.puzzle.blocks import Block
+from tasks.puzzle.rotary import rotary_for
 
 
 def boundaries(

@@ -24,8 +24,9 @@ from storage.model_config import (
     to_nemotron_nas,
 )
 from storage.records import Attention, Ffn
-from tasks.puzzle.blocks import Block, RMSNorm, rotary_embedding
+from tasks.puzzle.blocks import Block, RMSNorm
 from tasks.puzzle.device import Compute
+from tasks.puzzle.rotary import RotaryEmbedding
 
 
 class NemotronNasConfig(PreTrainedConfig):
@@ -50,7 +51,7 @@ class DeciLMModel(nn.Module):
             for index, (attention, ffn) in enumerate(blocks)
         )
         self.norm = RMSNorm(geometry.hidden_size, geometry.rms_norm_eps)
-        self.rotary_emb = rotary_embedding(geometry)
+        self.rotary = RotaryEmbedding(geometry)
 
 
 class DeciLMForCausalLM(PreTrainedModel, GenerationMixin):
@@ -94,7 +95,7 @@ class DeciLMForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        rotary = self.model.rotary_emb(hidden, position_ids=position_ids)
+        rotary = self.model.rotary(hidden, position_ids)
         for block in self.model.layers:
             hidden = block(hidden, rotary, mask, past_key_values)
         logits = self.lm_head(self.model.norm(hidden[:, -logits_to_keep:]))
@@ -121,5 +122,4 @@ def build(
     if config.tie_embeddings:
         placed[LM_HEAD] = placed[EMBEDDING]
     model.load_state_dict(placed, strict=True, assign=True)
-    model.model.rotary_emb = rotary_embedding(config).to(compute.device)
     return model.requires_grad_(False)

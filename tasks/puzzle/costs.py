@@ -20,6 +20,7 @@ from storage.records import (
     Origin,
     Precision,
     Replacement,
+    ThroughputRow,
     TimingRow,
 )
 from tasks.puzzle.variants import Sizes, component_sizes
@@ -41,7 +42,7 @@ class Setting:
     batch: int
 
     @classmethod
-    def of(cls, row: CostRow) -> "Setting":
+    def of(cls, row: CostRow | ThroughputRow) -> "Setting":
         """The setting of a row."""
         return cls(row.hardware, row.engine, row.precision, row.tensor_parallel, row.scenario, row.batch)
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from storage.model_config import ModelConfig
-from tasks.puzzle.blocks import Block, rotary_for
+from tasks.puzzle.blocks import Block
 from tasks.puzzle.head import Head
+from tasks.puzzle.rotary import rotary_for
 
 _CHUNK_TOKENS = 128
 """Tokens whose logits exist at once: 25 MB in float32 at a vocabulary of 49,152; above 32 MB page faults set in."""

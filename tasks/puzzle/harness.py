@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -21,9 +22,13 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from storage.files import InputError
-from tasks.puzzle.accuracy import Answers, Question
+from tasks.puzzle.accuracy import PARENT, Answers, Question
+from tasks.puzzle.child import DeciLMForCausalLM
+from tasks.puzzle.device import Compute
 
 NAME = f"lm-eval {version('lm-eval')}"
 Tasks = Mapping[str, Any]
@@ -109,6 +114,14 @@ class Asking:
     limit: int | None
     seed: int
     sequences_per_batch: int
+
+
+def load(name: str, folder: Path, device: Compute) -> tuple[Any, Any]:
+    """Model (the parent or a child) and tokenizer of a checkpoint's folder, as users load them."""
+    disable_progress_bar()
+    loader: Any = AutoModelForCausalLM if name == PARENT else DeciLMForCausalLM
+    model = loader.from_pretrained(folder, dtype=device.dtype)
+    return model.to(device.device), AutoTokenizer.from_pretrained(folder)
 
 
 def answer(model: Any, tokenizer: Any, tasks: Tasks, metric: str, asking: Asking) -> Answers:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from storage.model_config import ModelConfig
 from storage.records import Attention, Ffn
-from tasks.puzzle.blocks import Block, GatedFfn, GroupedQueryAttention, rotary_for
+from tasks.puzzle.blocks import Block, GatedFfn, GroupedQueryAttention
 from tasks.puzzle.initialise import Tensors, ffn_part, kept_channels
+from tasks.puzzle.rotary import rotary_for
 from tasks.puzzle.variants import parent_attention, parent_ffn
 
 RIDGE = 1e-4

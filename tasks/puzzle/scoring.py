@@ -13,8 +13,9 @@ from torch import Tensor
 
 from storage.model_config import ModelConfig
 from storage.records import Replacement
-from tasks.puzzle.blocks import Block, rotary_for
+from tasks.puzzle.blocks import Block
 from tasks.puzzle.head import Head, TokenLosses, compare_with_parent
+from tasks.puzzle.rotary import rotary_for
 from tasks.puzzle.variants import parent_attention, parent_ffn
 
 

@@ -23,9 +23,10 @@ from transformers.cache_utils import DynamicCache
 
 from storage.model_config import ModelConfig
 from storage.records import Attention, Ffn
-from tasks.puzzle.blocks import Block, RMSNorm, rotary_embedding
+from tasks.puzzle.blocks import Block, RMSNorm
 from tasks.puzzle.child import DeciLMForCausalLM
 from tasks.puzzle.device import Compute
+from tasks.puzzle.rotary import RotaryEmbedding
 from tasks.puzzle.variants import parent_attention, parent_ffn
 
 ENGINE = "torch"
@@ -71,7 +72,7 @@ class Stack(nn.Module):
             Block(config, attention, ffn, cache_index=sum(with_attention[:index]))
             for index, (attention, ffn) in enumerate(blocks)
         ).to(compute.device, compute.dtype)
-        self.rotary = rotary_embedding(config).to(compute.device)
+        self.rotary = RotaryEmbedding(config)
         self._hidden_size = config.hidden_size
         self._compute = compute
 

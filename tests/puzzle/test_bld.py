@@ -13,10 +13,11 @@ from storage.model_config import EMBEDDING
 from storage.records import Attention, Ffn
 from tasks.puzzle.assembly import initial_weights
 from tasks.puzzle.bld import Batch, Trained, distill_block, normalised_mse, rank_channels
-from tasks.puzzle.blocks import Block, rotary_for
+from tasks.puzzle.blocks import Block
 from tasks.puzzle.boundaries import boundaries
 from tasks.puzzle.initialise import Tensors, attention_part, ffn_part
 from tasks.puzzle.optimizer import BETAS, MasterWeights, Schedule
+from tasks.puzzle.rotary import rotary_for
 from tasks.puzzle.variants import parent_attention, parent_ffn
 from tests.tiny import FAMILIES, save_tiny
 

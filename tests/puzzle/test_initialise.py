@@ -13,7 +13,7 @@ from storage.model_config import EMBEDDING, ModelConfig
 from storage.records import Attention, Ffn, Replacement
 from tasks.puzzle.assembly import compose, initial_weights
 from tasks.puzzle.bld import rank_channels
-from tasks.puzzle.blocks import Block, rotary_for
+from tasks.puzzle.blocks import Block
 from tasks.puzzle.boundaries import boundaries
 from tasks.puzzle.initialise import (
     channel_contribution,
@@ -21,6 +21,7 @@ from tasks.puzzle.initialise import (
     initial_attention,
     initial_ffn,
 )
+from tasks.puzzle.rotary import rotary_for
 from tasks.puzzle.variants import parent_attention, parent_ffn
 from tests.tiny import FAMILIES, save_tiny
 

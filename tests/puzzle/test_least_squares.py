@@ -8,10 +8,11 @@ from torch import Tensor
 
 from storage.records import Attention, Ffn
 from tasks.puzzle.bld import distill_block
-from tasks.puzzle.blocks import Block, GatedFfn, GroupedQueryAttention, rotary_for
+from tasks.puzzle.blocks import Block, GatedFfn, GroupedQueryAttention
 from tasks.puzzle.initialise import Tensors, attention_part, ffn_part
 from tasks.puzzle.least_squares import fit_outputs
 from tasks.puzzle.optimizer import Schedule
+from tasks.puzzle.rotary import rotary_for
 from tasks.puzzle.variants import parent_attention, parent_ffn
 from tests.puzzle.test_bld import VARIANTS, Case
 from tests.tiny import FAMILIES

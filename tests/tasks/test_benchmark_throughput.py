@@ -16,13 +16,12 @@ from storage.parent import Parent
 from storage.paths import Paths
 from storage.records import ANY_VARIANT, Architecture, Component, Replacement, ThroughputRow, TimingRow
 from storage.tables import read_costs, read_throughput, write_costs, write_timings
-from tasks.benchmark_throughput import measure_throughput, model_throughput, throughput_text
+from tasks.benchmark_throughput import measure_throughput, model_throughput, parent_and_child, throughput_text
 from tasks.measure_costs import write_cost_table
 from tasks.puzzle.costs import FIXED_COMPONENTS
 from tasks.puzzle.device import compute
 from tasks.puzzle.timing import machine
 from tasks.puzzle.variants import component_sizes, parent_blocks
-from tasks.speed import parent_and_child
 from tests.settings import tiny_params
 from tests.stages import assemble, benchmark
 
@@ -76,7 +75,7 @@ def test_every_row_is_either_measured_here_or_modelled(built: Paths) -> None:
         assert row.measured_tokens_per_s == pytest.approx(1e3 * tokens / row.measured_ms)
         assert (row.scenario, row.engine, row.precision, row.threads) == ("8/4", "torch", "float32", 1)
         assert row.hardware == row.machine == HERE
-        assert f"median of {2 if phase == 'prefill' else 16} rounds" in row.how
+        assert f"median of {2 if phase == 'prefill' else 32} rounds" in row.how
         assert row.predicted_tokens_per_s is None and "limits no speed" in row.how
     modelled = {(row.model, row.scenario): row for row in rows if row.modelled_tokens_per_s is not None}
     assert modelled.keys() == {(model, scenario) for model in ("parent", "child") for scenario in PUBLISHED}
@@ -93,7 +92,7 @@ def test_the_models_that_are_timed_are_parent_and_child(built: Paths) -> None:
     """Told apart by their parameters: those that the variants have."""
     config = Parent(built.parent).config
     models = parent_and_child(Parent(built.parent), Checkpoint(built.assembled("small"), ""), compute("cpu", "auto", 1))
-    for name, model in zip(("parent", "child"), models, strict=True):
+    for name, model in models.items():
         expected = sum(component_sizes(config, *part, "float32").params for part in _parts(built, name))
         counted = {key: value.numel() for key, value in model.named_parameters() if key != LM_HEAD}  # tied
         assert sum(counted.values()) == expected
@@ -147,6 +146,11 @@ def test_predictions_are_sums_over_the_timings_of_the_targets_hardware(built: Pa
         total = math.fsum(ms[part][row.phase] for part in _parts(built, row.model))
         assert row.predicted_tokens_per_s == pytest.approx(1e3 * tokens / total)
         assert row.predicted_hardware == "unit"
+
+
+def test_a_speed_limit_is_measured_where_it_holds(built: Paths) -> None:
+    rows = measure_throughput.fn("fast", _params(batches=[1], repeats=2), built)
+    assert {(row.scenario, row.batch) for row in rows} == {("8/4", 1), ("8/4", SPEED["batch"])}
 
 
 def test_timings_of_another_precision_predict_nothing(built: Paths) -> None:

@@ -17,7 +17,8 @@ from storage.paths import Paths
 from storage.records import Attention
 from tasks.cache_activations import plan_shards
 from tasks.distill_blocks import plan_blocks, train_block, trained_variants
-from tasks.puzzle.blocks import Block, rotary_for
+from tasks.puzzle.blocks import Block
+from tasks.puzzle.rotary import rotary_for
 from tasks.puzzle.variants import parent_attention, parent_ffn
 from tests.settings import SEQ_LEN, tiny_params
 from tests.stages import cache, checksums, distill, planned_variants, prepare

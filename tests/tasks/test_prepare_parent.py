@@ -147,6 +147,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda source: change_config(source, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}),
         "rope type 'dynamic' is not supported: it is not one of default, linear, llama3, yarn",
     ),
+    "another activation": (
+        lambda source: change_config(source, hidden_act="relu2"),
+        "hidden_act 'relu2' is not supported: it is not one of silu, gelu, gelu_pytorch_tanh, relu",
+    ),
     "another shape": (another_shape, r"up_proj.weight has shape \(95, 48\), config.json asks for \(96, 48\)"),
     "without a tensor": (without_a_tensor, "lacks tensor model.layers.2.self_attn.v_proj.weight"),
     "biases missing": (lambda source: change_config(source, attention_bias=True), "lacks tensor .*q_proj.bias"),
