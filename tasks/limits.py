@@ -15,7 +15,7 @@ from storage.paths import Paths
 from storage.records import Metric, Replacement, Weights
 from storage.tables import read_costs, read_scores
 from tasks.puzzle.costs import GIB, CostTable, Quantity, Setting, measure, model_sizes
-from tasks.puzzle.mip import Choice, Limit, Problem
+from tasks.puzzle.problem import Choice, Limit, Problem
 from tasks.puzzle.score_rule import Scores
 from tasks.puzzle.variants import parent_blocks
 
@@ -107,7 +107,7 @@ class TargetTables:
         bounds = tuple(_bound(name, constraint, costs, parent) for name, constraint in constraints.items())
         return cls(target, parent, scores, costs, bounds, params.search_architecture.speed_margin)
 
-    def problem(self, weights: Weights) -> Problem:
+    def problem(self, weights: Weights) -> Problem[Replacement]:
         """All replacements with a score, the parent's own blocks (which score 0), and the limits on them."""
         replacements = sorted({*self.parent.blocks, *self.scores.replacements(weights)})
         choices = tuple(Choice(of, self.scores.score(of, weights).mean) for of in replacements)

@@ -17,7 +17,9 @@ from storage.paths import Paths
 from storage.records import Architecture, Replacement, Weights
 from tasks.limits import UNITS, Bound, TargetTables, setting_json
 from tasks.puzzle.costs import CostTable, measure
-from tasks.puzzle.mip import TOLERANCE, LimitUse, Settings, Solution, solve
+from tasks.puzzle.mip import LimitUse, Settings, Solution
+from tasks.puzzle.problem import TOLERANCE
+from tasks.puzzle.search import best_child
 
 WEIGHTS: Weights = "decoupled"
 """The training whose scores count: the child is assembled from the library's trained variants."""
@@ -50,7 +52,7 @@ def search(target: str, params: Params, paths: Paths) -> Found:
         node_limit=params.search_architecture.node_limit,
         seed=params.run.seed,
     )
-    solution = solve(tables.problem(WEIGHTS), settings)
+    solution = best_child(tables.problem(WEIGHTS), settings).solution
     blocks = tuple(choice.replacement for choice in solution.chosen)
     _recheck(blocks, tables)
     predicted = tables.predict(blocks, WEIGHTS)
@@ -102,7 +104,7 @@ def _constraint_json(bound: Bound, blocks: Sequence[Replacement], table: CostTab
     }
 
 
-def _search_json(solution: Solution, settings: Settings) -> dict[str, Any]:
+def _search_json(solution: Solution[Replacement], settings: Settings) -> dict[str, Any]:
     return {
         "solver": settings.solver,
         "status": solution.status,

@@ -12,10 +12,15 @@ from prefect import task
 from storage.files import write_json
 from storage.params import Params
 from storage.paths import Paths
-from storage.records import Architecture, Weights
+from storage.records import Architecture, Replacement, Weights
 from tasks.limits import TargetTables
 from tasks.puzzle.baselines import depth, greedy, uniform, with_random_scores
-from tasks.puzzle.mip import Choice, InfeasibleError, Problem, Settings, solve
+from tasks.puzzle.infeasible import InfeasibleError
+from tasks.puzzle.mip import Settings
+from tasks.puzzle.problem import Choice, Problem
+from tasks.puzzle.search import best_child
+
+Chosen = tuple[Choice[Replacement], ...]
 
 
 @task
@@ -40,11 +45,11 @@ def search_baselines(target: str, params: Params, paths: Paths) -> None:
     write_json(paths.baselines(target), {"target": target, "baselines": found})
 
 
-def _solved(problem: Problem, settings: Settings) -> tuple[Choice, ...]:
-    return solve(problem, settings).chosen
+def _solved(problem: Problem[Replacement], settings: Settings) -> Chosen:
+    return best_child(problem, settings).solution.chosen
 
 
-def _row(tables: TargetTables, weights: Weights, choose: Callable[[], tuple[Choice, ...]]) -> dict[str, Any]:
+def _row(tables: TargetTables, weights: Weights, choose: Callable[[], Chosen]) -> dict[str, Any]:
     try:
         blocks = tuple(choice.replacement for choice in choose())
     except InfeasibleError as error:

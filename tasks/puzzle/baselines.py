@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from storage.records import Attention, Ffn, Replacement
-from tasks.puzzle.mip import Choice, InfeasibleError, Limit, Problem
+from tasks.puzzle.infeasible import InfeasibleError
+from tasks.puzzle.problem import Choice, Limit, Problem
 
 
-def with_random_scores(problem: Problem, parent: Sequence[Replacement], seed: int) -> Problem:
+def with_random_scores(problem: Problem[Replacement], parent: Sequence[Replacement], seed: int) -> Problem[Replacement]:
     """The same problem with scores drawn from [0, 1): one for each attention and FFN variant of each block.
 
     The parent's own variants keep 0, so that the search still replaces no more than it must.
@@ -38,11 +39,11 @@ def with_random_scores(problem: Problem, parent: Sequence[Replacement], seed: in
 class _Blocks:
     """A problem's choices for single blocks, and sums over one choice for each."""
 
-    problem: Problem
+    problem: Problem[Replacement]
     index: dict[Replacement, int]
 
     @classmethod
-    def of(cls, problem: Problem) -> "_Blocks":
+    def of(cls, problem: Problem[Replacement]) -> "_Blocks":
         index = {choice.replacement: n for n, choice in enumerate(problem.choices) if choice.replacement.span == 1}
         return cls(problem, index)
 
@@ -52,7 +53,7 @@ class _Blocks:
         totals = [(limit, limit.total(indices)) for limit in self.problem.limits]
         return [0.0 if limit.met_by(total) else (total - limit.upper) / abs(limit.upper) for limit, total in totals]
 
-    def choices(self, chosen: Iterable[Replacement]) -> tuple[Choice, ...]:
+    def choices(self, chosen: Iterable[Replacement]) -> tuple[Choice[Replacement], ...]:
         return tuple(self.problem.choices[self.index[of]] for of in chosen)
 
     def relief(self, before: Replacement, after: Replacement, excesses: Sequence[float]) -> float:
@@ -70,7 +71,7 @@ def _share(limit: Limit, old: int, new: int) -> float:
     return (limit.coefficients[old] - limit.coefficients[new]) / abs(limit.upper)
 
 
-def greedy(problem: Problem, parent: Sequence[Replacement]) -> tuple[Choice, ...]:
+def greedy(problem: Problem[Replacement], parent: Sequence[Replacement]) -> tuple[Choice[Replacement], ...]:
     """From the parent on, take the replacement with the least score per relief of the limits, until all are kept."""
     blocks, chosen = _Blocks.of(problem), list(parent)
     while any(excesses := blocks.excesses(chosen)):
@@ -86,7 +87,7 @@ def greedy(problem: Problem, parent: Sequence[Replacement]) -> tuple[Choice, ...
     return blocks.choices(chosen)
 
 
-def depth(problem: Problem, parent: Sequence[Replacement]) -> tuple[Choice, ...]:
+def depth(problem: Problem[Replacement], parent: Sequence[Replacement]) -> tuple[Choice[Replacement], ...]:
     """Remove whole blocks, those with the least score first, until all limits are kept."""
     blocks, chosen = _Blocks.of(problem), list(parent)
     removed = [of for of in blocks.index if of.attention.kind == of.ffn.kind == "no_op"]
@@ -99,7 +100,7 @@ def depth(problem: Problem, parent: Sequence[Replacement]) -> tuple[Choice, ...]
     return blocks.choices(chosen)
 
 
-def uniform(problem: Problem, parent: Sequence[Replacement]) -> tuple[Choice, ...]:
+def uniform(problem: Problem[Replacement], parent: Sequence[Replacement]) -> tuple[Choice[Replacement], ...]:
     """One FFN width everywhere, or two adjacent ones; the fewest kv heads in evenly spaced blocks.
 
     First as few blocks with fewer kv heads as let the limits be kept at some width, then the widest FFNs that do.
@@ -130,5 +131,5 @@ def _spaced(number: int, count: int) -> set[int]:
     return {(2 * n + 1) * count // (2 * number) for n in range(number)}
 
 
-def _infeasible(problem: Problem, name: str) -> InfeasibleError:
+def _infeasible(problem: Problem[Replacement], name: str) -> InfeasibleError:
     return InfeasibleError(f"{problem.name}: the baseline {name!r} cannot keep all limits of the target")

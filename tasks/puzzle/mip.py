@@ -1,34 +1,24 @@
-"""The search: the replacements with the smallest sum of scores that cover the parent and keep every limit. No torch.
+"""The solver: the replacements with the smallest sum of scores that cover the parent and keep every limit. No torch.
 
-In: a Problem (choices with scores, limits as linear sums over choices). Out: a Solution with objective, proven bound,
-gap and what binds; or an InfeasibleError that says which limits exclude each other and how far each can be met.
-
-    minimise    sum_c score_c x_c                     (arXiv 2411.19146, section 3.3, with spans: an exact cover)
-    subject to  sum_{c covers block i} x_c = 1        for every block i of the parent
-                sum_c coefficient_lc x_c <= upper_l   for every limit l
-                x_c in {0, 1}
-
-Solved through ortools MathOpt. Limits of the solver are deterministic (nodes, gap, never seconds), one thread, a
-seed: the same problem gives the same answer. The formulation holds joint choices (attention x FFN), so that jointly
-measured scores need nothing else; 80 blocks x 54 choices are 4,320 binaries, solved in about a second.
+In: a Problem and its relaxation, which leaves out most choices; what remains goes to a MIP solver through ortools
+MathOpt. Out: a cover with a proven bound, None where there is none; a Solution says what it uses of each limit. Limits
+of the solver are deterministic (nodes, gap, never seconds), one thread, a seed: the same problem gives the same answer.
 """
 
 import math
-import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Generic, Literal
 
 from ortools.math_opt.python import mathopt
 
 from storage.files import InputError
-from storage.records import Replacement
+from tasks.puzzle.lagrangian import Bounded
+from tasks.puzzle.problem import TOLERANCE, Choice, Limit, P, Problem
 
 Solver = Literal["highs", "scip", "cp-sat"]
-
-TOLERANCE = 1e-9
-"""A sum may exceed its limit by this share: rounding of sums in double precision, far below any unit of cost."""
+Status = Literal["optimal", "node_limit"]
 
 _SOLVERS = {
     "highs": mathopt.SolverType.HIGHS,
@@ -40,64 +30,6 @@ _NO_SOLUTION = (
     mathopt.TerminationReason.INFEASIBLE,
     mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED,  # every variable is bounded
 )
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A replacement that the search may take, and what it costs in quality (nats/token)."""
-
-    replacement: Replacement
-    score: float
-
-
-@dataclass(frozen=True)
-class Limit:
-    """`constant` + the sum of `coefficients` over the chosen replacements must be at most `upper`.
-
-    `coefficients` follow the problem's choices. `text` is the constraint as the user wrote it. For messages the sum is
-    turned into the user's value: total * scale, or scale / total where `inverse` (throughput: at least); `unit`
-    follows the number, e.g. "x the parent's". `upper` holds the user's limit times `tightening` (a safety margin), so
-    that a reachable value divided by it is a limit that the user could set.
-    """
-
-    name: str
-    text: str
-    coefficients: tuple[float, ...]
-    constant: float
-    upper: float
-    scale: float = 1.0
-    inverse: bool = False
-    unit: str = ""
-    tightening: float = 1.0
-
-    def total(self, chosen: Iterable[int]) -> float:
-        """The exact sum over chosen choices (indices), constant included."""
-        return math.fsum([self.constant, *(self.coefficients[index] for index in chosen)])
-
-    def met_by(self, total: float) -> bool:
-        """Whether a sum keeps the limit."""
-        return total <= self.upper + TOLERANCE * abs(self.upper)
-
-    def in_user_units(self, total: float) -> float:
-        """The user's value of a sum."""
-        if self.inverse:
-            return self.scale / total if total else math.inf
-        return total * self.scale
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What to search: `choices` sorted by replacement, each replacement once; `name` is the target's."""
-
-    name: str
-    num_blocks: int
-    choices: tuple[Choice, ...]
-    limits: tuple[Limit, ...]
-
-    def __post_init__(self) -> None:
-        replacements = [choice.replacement for choice in self.choices]
-        assert replacements == sorted(set(replacements)), "choices must be sorted and distinct"
-        assert all(len(limit.coefficients) == len(self.choices) for limit in self.limits)
 
 
 @dataclass(frozen=True)
@@ -131,78 +63,48 @@ class LimitUse:
 
 
 @dataclass(frozen=True)
-class Solution:
+class Solution(Generic[P]):
     """The chosen replacements in order, with the proof: `bound` <= any feasible sum of scores, nats/token.
 
     `gap` = (objective - bound) / |objective|. `status` is "optimal" (gap within the settings') or "node_limit" (the
     best found when the limit was hit).
     """
 
-    chosen: tuple[Choice, ...]
+    chosen: tuple[Choice[P], ...]
     objective: float
     bound: float
-    gap: float
-    status: Literal["optimal", "node_limit"]
+    status: Status
     nodes: int
     seconds: float
     uses: tuple[LimitUse, ...]
 
+    @property
+    def gap(self) -> float:
+        """Of the proof."""
+        return (self.objective - self.bound) / abs(self.objective) if self.objective else 0.0
+
 
 @dataclass(frozen=True)
-class Conflict:
-    """A limit that cannot be met together with others, and the best limit that could be set with them kept.
+class Found:
+    """A feasible choice of indices, checked exactly, with a proven bound of the problem."""
 
-    `best` is in the user's unit, the safety margin allowed for. It is None where the others exclude each other
-    even without this one.
-    """
-
-    limit: Limit
-    best: float | None
-
-    @property
-    def text(self) -> str:
-        """For the message; the value is rounded so that it can be met as printed."""
-        if self.best is None:
-            return f"{self.limit.text}: the other limits cannot be met together either"
-        shown = _rounded(self.best, up=not self.limit.inverse)
-        return f"{self.limit.text}: best reachable {shown}{self.limit.unit} with the others kept"
+    chosen: tuple[int, ...]
+    bound: float
+    nodes: int
+    limit_hit: bool
 
 
-class InfeasibleError(InputError):
-    """No child meets all limits. `conflicts` cannot be met together; without any one of them the others can."""
-
-    exit_code = 3
-
-    def __init__(self, message: str, conflicts: tuple[Conflict, ...] = ()) -> None:
-        """Keep the conflicts beside the message (its only argument, so that runners can copy the error)."""
-        super().__init__(message)
-        self.conflicts = conflicts
-
-
-def solve(problem: Problem, settings: Settings) -> Solution:
-    """The best cover of the parent's blocks that keeps every limit.
-
-    Raises:
-        InfeasibleError: there is none; the limits at fault are named.
-        InputError: some block has no choice, the node limit was hit before a child was found, or the solver failed.
-    """
-    start = time.perf_counter()
-    _check_cover(problem)
-    scores = [choice.score for choice in problem.choices]
-    found = _minimise(problem, scores, settings)
-    if found is None:
-        raise _infeasible(problem, settings)
-    objective = math.fsum(scores[index] for index in found.chosen)
-    bound = min(found.bound, objective)
-    prices = _prices(problem, scores)
+def solution(problem: Problem[P], found: Found, bound: float, seconds: float) -> Solution[P]:
+    """What was found, with what it uses of each limit."""
+    objective = problem.score(found.chosen)
+    prices = _prices(problem)
     return Solution(
         chosen=tuple(problem.choices[index] for index in found.chosen),
         objective=objective,
-        bound=bound,
-        gap=(objective - bound) / abs(objective) if objective else 0.0,
+        bound=min(bound, objective),
         status="node_limit" if found.limit_hit else "optimal",
         nodes=found.nodes,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         uses=tuple(_use(limit, found.chosen, prices[limit.name]) for limit in problem.limits),
     )
 
@@ -218,54 +120,76 @@ def _use(limit: Limit, chosen: Sequence[int], price: float) -> LimitUse:
     )
 
 
-def _check_cover(problem: Problem) -> None:
-    """Raise InputError unless the choices can cover every block of the parent."""
-    starts = defaultdict(list)
-    for choice in problem.choices:
-        starts[choice.replacement.first_block].append(choice.replacement.parent_blocks.stop)
-    reached = {0}
-    for block_index in range(problem.num_blocks):
-        if block_index in reached:
-            reached.update(starts[block_index])
-    if problem.num_blocks not in reached:
-        last = max(index for index in reached if index <= problem.num_blocks)
+def improve(problem: Problem[Any], bounded: Bounded, worth: float, settings: Settings) -> Found | None:
+    """The best cover with a score of at most `worth`, given the problem's relaxation; None where there is none.
+
+    Choices that no such cover can hold are left out before a solver sees the problem.
+    """
+    worth = min(worth, bounded.objective)
+    if bounded.bound == math.inf or bounded.bound > worth + TOLERANCE * abs(worth):
+        return None
+    if bounded.chosen is not None and bounded.objective <= worth and _closes(bounded, settings):
+        return Found(bounded.chosen, bounded.bound, 0, limit_hit=False)
+    kept = [index for index, least in enumerate(bounded.through) if least <= worth + TOLERANCE * abs(worth)]
+    reduced = _only(problem, kept)
+    found, hit = minimise(reduced, [choice.score for choice in reduced.choices], settings)
+    if found is not None:
+        return replace(found, chosen=tuple(kept[index] for index in found.chosen))
+    if hit and bounded.chosen is not None and bounded.objective <= worth:
+        return Found(bounded.chosen, bounded.bound, settings.node_limit, limit_hit=True)
+    if hit:
         raise InputError(
-            f"{problem.name}: no set of replacements covers the parent's {problem.num_blocks} blocks: none that is "
-            f"allowed goes on from block {last}"
+            f"{problem.name}: {settings.solver} found no child within {settings.node_limit} nodes, nor that there is "
+            "none; raise search_architecture.node_limit"
         )
+    return None
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A feasible choice of indices, checked exactly, with the solver's bound."""
-
-    chosen: tuple[int, ...]
-    bound: float
-    nodes: int
-    limit_hit: bool
+def _closes(bounded: Bounded, settings: Settings) -> bool:
+    return bounded.objective - bounded.bound <= settings.relative_gap * abs(bounded.objective)
 
 
-def _minimise(problem: Problem, objective: Sequence[float], settings: Settings) -> _Found | None:
-    """Minimise the sum of `objective` over covers that keep the limits; None when there are none.
+def _only(problem: Problem[P], kept: Sequence[int]) -> Problem[P]:
+    """The problem with these choices (indices) only."""
+    limits = tuple(
+        replace(limit, coefficients=tuple(limit.coefficients[index] for index in kept)) for limit in problem.limits
+    )
+    return replace(problem, choices=tuple(problem.choices[index] for index in kept), limits=limits)
+
+
+def minimise(problem: Problem[Any], objective: Sequence[float], settings: Settings) -> tuple[Found | None, bool]:
+    """Minimise the sum of `objective` over covers that keep the limits.
 
     Solvers work within a tolerance. A solution that exceeds a limit in the exact sum is excluded (by a cut that
     removes it alone) and the problem solved again, so what comes back keeps every limit and the bound stays valid.
+
+    Returns:
+        The best cover, None when there is none or none was found; and whether the node limit was hit.
+
+    Raises:
+        InputError: the solver failed.
     """
     model = _Model(problem, objective)
     nodes = 0
     for _ in range(_MAX_REPAIRS):
         result = model.solve(settings)
         nodes += result.solve_stats.node_count
-        if result.termination.reason in _NO_SOLUTION:
-            return None
+        reason = result.termination.reason
+        if reason in _NO_SOLUTION:
+            return None, False
         if not result.has_primal_feasible_solution():
-            raise _failure(problem, settings, result)
+            if reason == mathopt.TerminationReason.NO_SOLUTION_FOUND:
+                return None, True
+            raise InputError(
+                f"{problem.name}: {settings.solver} ended with {reason.name} ({result.termination.detail}); try "
+                f"another search_architecture.solver ({', '.join(_SOLVERS)})"
+            )
         chosen = model.chosen(result)
-        assert sorted(_covered(problem, chosen)) == list(range(problem.num_blocks)), chosen
-        if all(limit.met_by(limit.total(chosen)) for limit in problem.limits):
-            bound = result.termination.objective_bounds.dual_bound
-            hit = result.termination.reason == mathopt.TerminationReason.FEASIBLE
-            return _Found(chosen, bound, nodes, hit)
+        covered = [block for index in chosen for block in problem.choices[index].replacement.parent_blocks]
+        assert sorted(covered) == list(range(problem.num_blocks)), chosen
+        if problem.kept_by(chosen):
+            hit = reason == mathopt.TerminationReason.FEASIBLE
+            return Found(chosen, result.termination.objective_bounds.dual_bound, nodes, hit), hit
         model.exclude(chosen)
     raise InputError(
         f"{problem.name}: {settings.solver} returned {_MAX_REPAIRS} solutions that exceed a limit by rounding; "
@@ -273,27 +197,25 @@ def _minimise(problem: Problem, objective: Sequence[float], settings: Settings) 
     )
 
 
-def _failure(problem: Problem, settings: Settings, result: mathopt.SolveResult) -> InputError:
-    reason = result.termination.reason
-    if reason == mathopt.TerminationReason.NO_SOLUTION_FOUND:
-        return InputError(
-            f"{problem.name}: {settings.solver} found no child within {settings.node_limit} nodes, nor that there is "
-            "none; raise search_architecture.node_limit"
-        )
-    return InputError(
-        f"{problem.name}: {settings.solver} ended with {reason.name} ({result.termination.detail}); try another "
-        f"search_architecture.solver ({', '.join(_SOLVERS)})"
-    )
-
-
-def _covered(problem: Problem, chosen: Iterable[int]) -> list[int]:
-    return [block for index in chosen for block in problem.choices[index].replacement.parent_blocks]
+def minimise_excess(problem: Problem[Any], settings: Settings) -> Found | None:
+    """The cover that exceeds the limits by least, summed over shares of each limit; None if no cover was found."""
+    model = _Model(problem, [0.0] * len(problem.choices), soft=True)
+    result = model.solve(settings)
+    if not result.has_primal_feasible_solution():
+        return None
+    hit = result.termination.reason == mathopt.TerminationReason.FEASIBLE
+    return Found(model.chosen(result), result.termination.objective_bounds.dual_bound, 0, hit)
 
 
 class _Model:
-    """A MathOpt model of a problem. Rows are scaled by powers of two, which changes no digit of the coefficients."""
+    """A MathOpt model of a problem. Rows are scaled by powers of two, which changes no digit of the coefficients.
 
-    def __init__(self, problem: Problem, objective: Sequence[float], integer: bool = True) -> None:
+    With `soft` limits, the share by which each is exceeded is added to the objective.
+    """
+
+    def __init__(
+        self, problem: Problem[Any], objective: Sequence[float], integer: bool = True, soft: bool = False
+    ) -> None:
         self._model = mathopt.Model(name=problem.name)
         self._variables = [
             self._model.add_variable(lb=0.0, ub=1.0, is_integer=integer, name=str(index))
@@ -305,19 +227,23 @@ class _Model:
                 covering[block].append(variable)
         for block in range(problem.num_blocks):
             self._model.add_linear_constraint(mathopt.fast_sum(covering[block]) == 1.0)
-        self.rows = {limit.name: self._add_limit(limit) for limit in problem.limits}
-        self._model.minimize(self._weighted(objective))
+        self._excesses = [self._model.add_variable(lb=0.0) for _ in problem.limits] if soft else []
+        allowances = self._excesses or [0.0] * len(problem.limits)
+        pairs = zip(problem.limits, allowances, strict=True)
+        self.rows = {limit.name: self._add_limit(limit, allowance) for limit, allowance in pairs}
+        self._model.minimize(self._weighted(objective) + mathopt.fast_sum(self._excesses))
 
     def _weighted(self, coefficients: Sequence[float]) -> mathopt.LinearSum:
         pairs = zip(coefficients, self._variables, strict=True)
         return mathopt.fast_sum(coefficient * variable for coefficient, variable in pairs if coefficient)
 
-    def _add_limit(self, limit: Limit) -> tuple[mathopt.LinearConstraint, float]:
+    def _add_limit(self, limit: Limit, allowance: mathopt.Variable | float) -> tuple[mathopt.LinearConstraint, float]:
         """Add a limit; returns its row and the factor by which it was scaled."""
         scale = _power_of_two_near(limit.upper)
         upper = limit.upper - limit.constant + TOLERANCE * abs(limit.upper)
         row = self._weighted([coefficient / scale for coefficient in limit.coefficients])
-        return self._model.add_linear_constraint(row <= upper / scale), scale
+        more = allowance * (abs(limit.upper) / scale)
+        return self._model.add_linear_constraint(row <= upper / scale + more), scale
 
     def exclude(self, chosen: Sequence[int]) -> None:
         """Forbid exactly this solution."""
@@ -360,46 +286,11 @@ def _parameters(settings: Settings) -> mathopt.SolveParameters:
     return parameters
 
 
-def _infeasible(problem: Problem, settings: Settings) -> InfeasibleError:
-    conflicts = _conflicts(problem, settings)
-    which = "this limit cannot be met" if len(conflicts) == 1 else "these limits cannot be met together"
-    lines = "".join(f"\n  {conflict.text}" for conflict in conflicts)
-    loosen = f"loosen one (targets.{problem.name}.constraints)"
-    return InfeasibleError(f"no child of {problem.name} exists: {which}; {loosen}:{lines}", conflicts)
-
-
-def _conflicts(problem: Problem, settings: Settings) -> tuple[Conflict, ...]:
-    """Limits that exclude each other (a minimal set, by leaving out one at a time), each with its best value."""
-    kept = list(problem.limits)
-    for limit in problem.limits:
-        fewer = [other for other in kept if other is not limit]
-        nothing = [0.0] * len(problem.choices)
-        if _minimise(replace(problem, limits=tuple(fewer)), nothing, settings) is None:
-            kept = fewer
-    return tuple(Conflict(limit, _best(problem, limit, settings)) for limit in kept)
-
-
-def _best(problem: Problem, limit: Limit, settings: Settings) -> float | None:
-    """The best limit that could be set here with all others kept; None when they cannot be kept."""
-    others = tuple(other for other in problem.limits if other is not limit)
-    found = _minimise(replace(problem, limits=others), limit.coefficients, settings)
-    return None if found is None else limit.in_user_units(limit.total(found.chosen)) / limit.tightening
-
-
-def _prices(problem: Problem, scores: Sequence[float]) -> dict[str, float]:
+def _prices(problem: Problem[Any]) -> dict[str, float]:
     """Duals of the LP relaxation: nats/token per whole upper limit, 0 or more, by the limit's name."""
-    model = _Model(problem, scores, integer=False)
+    model = _Model(problem, [choice.score for choice in problem.choices], integer=False)
     result = model.solve_relaxed()
     assert result.termination.reason == mathopt.TerminationReason.OPTIMAL, result.termination
     duals = {name: (result.dual_values(row), scale) for name, (row, scale) in model.rows.items()}
     uppers = {limit.name: limit.upper for limit in problem.limits}
     return {name: abs(dual * uppers[name] / scale) for name, (dual, scale) in duals.items()}
-
-
-def _rounded(value: float, up: bool) -> str:
-    """Three significant digits, rounded towards the side that can be met."""
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}"
-    step = 10.0 ** (math.floor(math.log10(abs(value))) - 2)
-    steps = math.ceil(value / step - TOLERANCE) if up else math.floor(value / step + TOLERANCE)
-    return f"{steps * step:.10g}"

@@ -8,17 +8,20 @@ import pytest
 
 from storage.records import Attention, Ffn, Replacement
 from tasks.puzzle.baselines import depth, greedy, uniform, with_random_scores
-from tasks.puzzle.mip import Choice, InfeasibleError, Limit, Problem, Settings, solve
+from tasks.puzzle.infeasible import InfeasibleError
+from tasks.puzzle.mip import Settings
+from tasks.puzzle.problem import Choice, Limit, Problem
+from tasks.puzzle.search import best_child
 
 ATTENTIONS = (Attention("gqa", 2), Attention("gqa", 1), Attention("no_op"))
 FFNS = (Ffn("gated", 96), Ffn("gated", 48), Ffn("gated", 24), Ffn("no_op"))
 PARENT = tuple(Replacement(block, 1, ATTENTIONS[0], FFNS[0]) for block in range(4))
 KV_TOTAL, WIDTH_TOTAL = 8, 4 * 96
-Baseline = Callable[[Problem, Sequence[Replacement]], tuple[Choice, ...]]
+Baseline = Callable[[Problem[Replacement], Sequence[Replacement]], tuple[Choice[Replacement], ...]]
 BASELINES: tuple[Baseline, ...] = (uniform, greedy, depth)
 
 
-def problem(kv: float, width: float, seed: int = 0) -> Problem:
+def problem(kv: float, width: float, seed: int = 0) -> Problem[Replacement]:
     """4 blocks, all pairs of variants; limits on kv heads and on FFN channels as shares of the parent's."""
     rng = random.Random(seed)
     pairs = list(itertools.product(range(4), ATTENTIONS, FFNS))
@@ -34,11 +37,11 @@ def problem(kv: float, width: float, seed: int = 0) -> Problem:
     return Problem("t", 4, choices, limits)
 
 
-def heads(chosen: tuple[Choice, ...]) -> list[int]:
+def heads(chosen: tuple[Choice[Replacement], ...]) -> list[int]:
     return [choice.replacement.attention.num_kv_heads for choice in chosen]
 
 
-def channels(chosen: tuple[Choice, ...]) -> list[int]:
+def channels(chosen: tuple[Choice[Replacement], ...]) -> list[int]:
     return [choice.replacement.ffn.intermediate_size for choice in chosen]
 
 
@@ -50,7 +53,7 @@ def test_a_baseline_keeps_the_limits_and_is_no_better_than_the_search(baseline: 
     assert [choice.replacement.first_block for choice in chosen] == [0, 1, 2, 3]
     assert sum(heads(chosen)) <= 0.7 * KV_TOTAL
     assert sum(channels(chosen)) <= 0.6 * WIDTH_TOTAL
-    assert sum(choice.score for choice in chosen) >= solve(of, Settings()).objective - 1e-9
+    assert sum(choice.score for choice in chosen) >= best_child(of, Settings()).solution.objective - 1e-9
 
 
 @pytest.mark.parametrize("baseline", BASELINES)

@@ -14,15 +14,17 @@ from hypothesis import strategies as st
 
 from storage.files import InputError
 from storage.records import Attention, Ffn, Replacement
-from tasks.puzzle.mip import (
-    Choice,
-    InfeasibleError,
-    Limit,
-    Problem,
-    Settings,
-    Solver,
-    solve,
-)
+from tasks.puzzle.infeasible import InfeasibleError
+from tasks.puzzle.mip import Settings, Solution, Solver
+from tasks.puzzle.problem import Choice, Limit, Problem
+from tasks.puzzle.search import best_child
+
+Small = Problem[Replacement]
+
+
+def solve(problem: Small, settings: Settings) -> Solution[Replacement]:
+    return best_child(problem, settings).solution
+
 
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 
@@ -33,7 +35,7 @@ def optimum(value: float | None) -> object:
 
 
 @st.composite
-def problems(draw: st.DrawFn, num_limits: int = 2) -> Problem:
+def problems(draw: st.DrawFn, num_limits: int = 2) -> Small:
     """3 or 4 blocks, 1 to 4 choices each, some spans of 2 or 3, limits that are loose, tight, or too tight.
 
     Scores and coefficients are eighths, so that ties and sums that meet a limit exactly are common.
@@ -65,7 +67,7 @@ def problems(draw: st.DrawFn, num_limits: int = 2) -> Problem:
     return Problem("t", num_blocks, choices, limits)
 
 
-def covers(problem: Problem, block: int = 0) -> Iterator[tuple[int, ...]]:
+def covers(problem: Small, block: int = 0) -> Iterator[tuple[int, ...]]:
     """Every exact cover of the blocks from `block` on, as indices of choices."""
     if block == problem.num_blocks:
         yield ()
@@ -75,7 +77,7 @@ def covers(problem: Problem, block: int = 0) -> Iterator[tuple[int, ...]]:
                 yield (index, *rest)
 
 
-def keeps(problem: Problem, cover: tuple[int, ...], without: Limit | None = None) -> bool:
+def keeps(problem: Small, cover: tuple[int, ...], without: Limit | None = None) -> bool:
     """Whether a cover keeps all limits but one; eighths add up exactly, so no tolerance is needed."""
     return all(
         limit.constant + sum(limit.coefficients[index] for index in cover) <= limit.upper
@@ -84,7 +86,7 @@ def keeps(problem: Problem, cover: tuple[int, ...], without: Limit | None = None
     )
 
 
-def brute_force(problem: Problem) -> float | None:
+def brute_force(problem: Small) -> float | None:
     """The smallest sum of scores over covers that keep every limit."""
     scores = [
         sum(problem.choices[index].score for index in cover) for cover in covers(problem) if keeps(problem, cover)
@@ -92,7 +94,7 @@ def brute_force(problem: Problem) -> float | None:
     return min(scores, default=None)
 
 
-def solved(problem: Problem, solver: Solver = "highs") -> float | None:
+def solved(problem: Small, solver: Solver = "highs") -> float | None:
     """The search's objective, after checks of the solution that need no solver; None when infeasible."""
     try:
         solution = solve(problem, Settings(solver))
@@ -108,7 +110,7 @@ def solved(problem: Problem, solver: Solver = "highs") -> float | None:
 
 @given(problems())
 @settings(deadline=None, max_examples=100)
-def test_highs_equals_brute_force(problem: Problem) -> None:
+def test_highs_equals_brute_force(problem: Small) -> None:
     expected = brute_force(problem)
     found = solved(problem)
     assert found == optimum(expected)
@@ -116,7 +118,7 @@ def test_highs_equals_brute_force(problem: Problem) -> None:
 
 @given(problems(), st.sampled_from(["scip", "cp-sat"]))
 @settings(deadline=None, max_examples=60)
-def test_scip_and_cp_sat_equal_brute_force(problem: Problem, solver: Solver) -> None:
+def test_scip_and_cp_sat_equal_brute_force(problem: Small, solver: Solver) -> None:
     expected = brute_force(problem)
     found = solved(problem, solver)
     assert found == optimum(expected)
@@ -124,7 +126,7 @@ def test_scip_and_cp_sat_equal_brute_force(problem: Problem, solver: Solver) -> 
 
 @given(problems(), st.integers(0, 1), st.integers(1, 80))
 @settings(deadline=None, max_examples=40)
-def test_loosening_a_limit_never_worsens_the_optimum(problem: Problem, which: int, eighths: int) -> None:
+def test_loosening_a_limit_never_worsens_the_optimum(problem: Small, which: int, eighths: int) -> None:
     limits = list(problem.limits)
     limits[which] = replace(limits[which], upper=limits[which].upper + eighths / 8)
     before, after = solved(problem), solved(replace(problem, limits=tuple(limits)))
@@ -134,7 +136,7 @@ def test_loosening_a_limit_never_worsens_the_optimum(problem: Problem, which: in
 
 @given(problems(num_limits=3))
 @settings(deadline=None, max_examples=100)
-def test_infeasible_names_a_minimal_conflict_and_the_best_values(problem: Problem) -> None:
+def test_infeasible_names_a_minimal_conflict_and_the_best_values(problem: Small) -> None:
     tight = replace(problem, limits=tuple(replace(limit, upper=limit.upper / 4) for limit in problem.limits))
     if any(True for cover in covers(tight) if keeps(tight, cover)):
         return
@@ -150,7 +152,7 @@ def test_infeasible_names_a_minimal_conflict_and_the_best_values(problem: Proble
         assert conflict.best == optimum(best)
 
 
-def _demo(rng: random.Random, blocks: int, per_block: int) -> Problem:
+def _demo(rng: random.Random, blocks: int, per_block: int) -> Small:
     """A problem with two binding knapsacks whose coefficients have all digits."""
     choices, costs = [], []
     for block, width in itertools.product(range(blocks), range(per_block)):

@@ -20,7 +20,7 @@ from storage.tables import read_costs, write_costs, write_scores
 from tasks.puzzle.cost_model import ENGINE, modelled_rows
 from tasks.puzzle.costs import CostTable, Quantity, measure
 from tasks.puzzle.hardware import device_named
-from tasks.puzzle.mip import InfeasibleError
+from tasks.puzzle.infeasible import InfeasibleError
 from tasks.puzzle.score_rule import Scores
 from tasks.puzzle.variants import attention_variants, ffn_variants, parent_blocks
 from tasks.search_architecture import Found, search
