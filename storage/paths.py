@@ -91,6 +91,10 @@ class Paths:
         """Accuracy of parent and child on the tasks that params name."""
         return self.child(target) / "accuracy.json"
 
+    def frontier(self, target: str) -> Path:
+        """Quality against the metric of one of a target's constraints: a table and a figure, without suffix."""
+        return self.root / "frontier" / target
+
     @property
     def report(self) -> Path:
         """The page about all targets, and its figures."""

@@ -20,8 +20,19 @@ Precision = Literal["float32", "bfloat16", "float16", "fp8", "int4"]
 Phase = Literal["prefill", "decode", "request"]
 Component = Literal["attention", "ffn", "embedding", "head", "step"]
 Metric = Literal[
-    "params", "block_params", "weight_bytes", "kv_bytes", "memory_gib", "throughput", "decode_throughput", "latency_ms"
+    "params",
+    "block_params",
+    "attention_blocks",
+    "weight_bytes",
+    "kv_bytes",
+    "memory_gib",
+    "throughput",
+    "decode_throughput",
+    "latency_ms",
+    "time_to_first_token_ms",
+    "time_per_token_ms",
 ]
+Runtime = Literal["vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx-lm"]
 
 ANY_VARIANT = "parent"
 """`CostRow.variant` of the components that no child changes: embedding, head, step."""

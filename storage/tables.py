@@ -276,7 +276,7 @@ def _read(path: Path, table: _Table[_Row]) -> tuple[_Row, ...]:
     if not path.is_file():
         raise InputError(f"{path} is missing; run `{table.rebuild}`")
     try:
-        found = pq.read_table(path)
+        found = pq.ParquetFile(path).read()  # read_table imports pandas, a second for each stage
     except (pa.ArrowException, OSError) as error:
         raise DamagedFileError(f"{path} is not a Parquet file ({error}); run `{table.rebuild}`") from error
     values = {column.name: _values(found, column, path) for column in table.columns}

@@ -8,6 +8,7 @@ import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from prefect import task
@@ -17,11 +18,12 @@ from tqdm import tqdm
 from storage.checkpoints import Checkpoint, read_blocks
 from storage.files import read_json
 from storage.model_config import ModelConfig
-from storage.params import SPEED_METRICS, Params
+from storage.params import Params
 from storage.parent import Parent
 from storage.paths import TIMINGS, Paths
 from storage.records import Architecture, Attention, Ffn, Precision, Replacement, ThroughputRow
 from storage.tables import read_costs, read_throughput, read_timings, write_throughput
+from storage.targets import SPEED_METRICS
 from tasks.puzzle.child import DeciLMForCausalLM, build
 from tasks.puzzle.costs import ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
@@ -88,21 +90,26 @@ def measure_throughput(target: str, params: Params, paths: Paths) -> list[Throug
     """
     settings, threads = params.benchmark_throughput, params.measure_costs.threads
     device = compute(params.run.device, params.run.dtype, threads)
-    limits = [one for one in params.target(target).constraints.values() if one.metric in SPEED_METRICS]
-    limits = [one for one in limits if one.engine == ENGINE]
-    here = _here(device, threads, limits[0].hardware if limits else None)
+    limits = _speed_limits(target, paths)
+    here = _here(device, threads, limits[0]["hardware"] if limits else None)
     child = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
     models = parent_and_child(Parent(paths.parent), child, device)
     costs, blocks = read_costs(paths.costs), _blocks(target, paths)
     rows: list[ThroughputRow] = []
     points = dict.fromkeys(itertools.product(settings.scenarios, settings.batches))
-    points |= dict.fromkeys((str(one.scenario), one.batch) for one in limits)
+    points |= dict.fromkeys((one["scenario"], one["batch"]) for one in limits)
     for scenario, batch in tqdm(points, desc="measure", unit="setting", disable=None):
         timed = time_models(models, Workload.of(scenario, batch), settings.repeats, device)
         setting = Setting(here.predictor or here.machine, ENGINE, here.precision, 1, scenario, batch)
         for model, rounds in timed.items():
             rows += _measured_rows(here, model, setting, rounds, predict(costs, blocks[model], setting))
     return rows
+
+
+def _speed_limits(target: str, paths: Paths) -> list[dict[str, Any]]:
+    """The limits of the child that can be measured here, with the batch that the search chose."""
+    found = read_json(paths.architecture(target), f"dvc repro search_architecture@{target}")["constraints"]
+    return [one for one in found if one["metric"] in SPEED_METRICS and one["engine"] == ENGINE]
 
 
 def _here(device: Compute, threads: int, predictor: str | None) -> _Here:

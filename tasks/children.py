@@ -87,5 +87,12 @@ def _write_rest(
         "architecture": digest_of(chosen["blocks"]),
         "weights": digest_of(read_json(folder / CHECKSUMS, "dvc repro")),
     }
-    card = model_card(chosen, architecture, parent.info, hashes, refusals(config), training)
+    card = model_card(
+        chosen,
+        architecture,
+        parent.info,
+        hashes,
+        refusals(parent.config, variants),
+        training,
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -6,8 +6,8 @@ sequence, for paired comparisons).
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -24,11 +24,12 @@ from storage.corpus import read_sequences
 from storage.files import read_json, write_json, write_whole
 from storage.library import Library, channel_order_name, entry_name
 from storage.model_config import EMBEDDING, ModelConfig
-from storage.params import SPEED_METRICS, Constraint, Params
+from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.records import Architecture, Attention, Ffn, Replacement, ThroughputRow, Weights
 from storage.tables import read_throughput
+from storage.targets import SPEED_METRICS
 from tasks.puzzle.assembly import Subblock, compose, initial_weights
 from tasks.puzzle.blocks import Block
 from tasks.puzzle.boundaries import boundaries
@@ -38,6 +39,7 @@ from tasks.puzzle.evaluation import SequenceQuality, paired_difference, per_sequ
 from tasks.puzzle.head import Head, compare_with_parent
 from tasks.puzzle.initialise import Tensors
 from tasks.puzzle.rotary import rotary_for
+from tasks.puzzle.variants import parent_attention
 
 Qualities = dict[str, list[SequenceQuality]]
 Models = dict[str, Tensor]
@@ -133,12 +135,15 @@ def write_evaluation(target: str, batches: list[Qualities], params: Params, path
         pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
     chosen = read_json(paths.architecture(target), f"dvc repro search_architecture@{target}")
     parent, child = Parent(paths.parent), Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
-    sizes = {"parent": _sizes(parent.checkpoint, parent.config, parent.config.num_blocks * parent.config.num_kv_heads)}
     config, blocks = read_blocks(child)
-    sizes["assembled"] = _sizes(child, config, sum(attention.num_kv_heads for attention, _ in blocks))
-    timed, limits = read_throughput(paths.throughput(target)), params.target(target).constraints
-    constraints = [{**one, "measured": _measured(limits[one["name"]], sizes, timed)} for one in chosen["constraints"]]
-    speeds = (_speed(limit, timed) for limit in limits.values() if limit.metric in SPEED_METRICS)
+    own = [parent_attention(parent.config)] * parent.config.num_blocks
+    counted = {
+        "parent": _count(parent.checkpoint, parent.config, own),
+        "assembled": _count(child, config, [attention for attention, _ in blocks]),
+    }
+    timed = read_throughput(paths.throughput(target))
+    constraints = [{**one, "measured": _measured(one, counted, timed)} for one in chosen["constraints"]]
+    speeds = (_speed(one, timed) for one in chosen["constraints"] if one["metric"] in SPEED_METRICS)
     write_json(
         paths.evaluation(target),
         {
@@ -164,25 +169,25 @@ def write_evaluation(target: str, batches: list[Qualities], params: Params, path
     )
 
 
-def _speed(limit: Constraint, rows: Sequence[ThroughputRow]) -> dict[str, Any] | None:
-    """What benchmark_throughput measured of parent and child at a speed limit's setting: medians in ms and tokens/s.
+def _speed(limit: Mapping[str, Any], rows: Sequence[ThroughputRow]) -> dict[str, Any] | None:
+    """What benchmark_throughput measured of parent and child where a speed limit holds: medians in ms and tokens/s.
 
     Returns:
-        None where the limit's engine was not measured.
+        None where that was not measured: another engine, several devices, or a mix of scenarios.
     """
-    at = (limit.engine, limit.scenario, limit.batch)
+    at = (limit["engine"], limit["scenario"], limit["batch"], limit["tensor_parallel"])
     found = {
         (row.model, row.phase): row
         for row in rows
-        if row.measured_ms is not None and (row.engine, row.scenario, row.batch) == at
+        if row.measured_ms is not None and (row.engine, row.scenario, row.batch, row.tensor_parallel) == at
     }
-    if not found:
+    if not found or "mix" in limit:
         return None
     one = found["parent", "decode"]
     result: dict[str, Any] = {
-        "hardware": limit.hardware,
+        "hardware": limit["hardware"],
         "machine": one.machine,
-        "is_timed_machine": one.hardware == limit.hardware,
+        "is_timed_machine": one.hardware == limit["hardware"],
         "engine": one.engine,
         "precision": one.precision,
         "scenario": one.scenario,
@@ -200,12 +205,21 @@ def _speed(limit: Constraint, rows: Sequence[ThroughputRow]) -> dict[str, Any] |
             "throughput": speed.throughput,
             "decode_throughput": speed.decode_throughput,
             "latency_ms": speed.latency_ms,
+            "time_to_first_token_ms": prefill,
+            "time_per_token_ms": decode,
         }
     return result
 
 
-def _sizes(checkpoint: Checkpoint, config: ModelConfig, num_kv_heads: int) -> ModelSizes:
-    """Sizes counted on a checkpoint's tensors; `num_kv_heads` over all blocks."""
+@dataclass(frozen=True)
+class _Counted:
+    """Sizes of a checkpoint, counted on its tensors."""
+
+    sizes: ModelSizes
+    attention_blocks: int
+
+
+def _count(checkpoint: Checkpoint, config: ModelConfig, attentions: Sequence[Attention]) -> _Counted:
     params = block_params = weight_bytes = 0
     for name in checkpoint.files:
         tensor = checkpoint.tensor(name)
@@ -213,32 +227,36 @@ def _sizes(checkpoint: Checkpoint, config: ModelConfig, num_kv_heads: int) -> Mo
         weight_bytes += tensor.numel() * tensor.element_size()
         block_params += tensor.numel() * name.startswith("model.layers.")
     element = checkpoint.tensor(EMBEDDING).element_size()
-    return ModelSizes(params, block_params, weight_bytes, 2 * num_kv_heads * config.head_dim * element)
+    kv_bytes = 2 * sum(attention.num_kv_heads for attention in attentions) * config.head_dim * element
+    return _Counted(
+        ModelSizes(params, block_params, weight_bytes, kv_bytes), sum(one.kind == "gqa" for one in attentions)
+    )
 
 
-def _measured(limit: Constraint, sizes: dict[str, ModelSizes], rows: Sequence[ThroughputRow]) -> float | None:
-    """The constraint's value on the assembled child, None where it cannot be had on this machine."""
-    if limit.metric in SPEED_METRICS:
+def _measured(limit: Mapping[str, Any], counted: dict[str, _Counted], rows: Sequence[ThroughputRow]) -> float | None:
+    """A limit's value on the assembled child in the limit's unit, None where it cannot be had on this machine."""
+    if limit["metric"] in SPEED_METRICS:
         speed = _speed(limit, rows)
         if speed is None:
             return None
-        values = {name: float(speed[name][limit.metric]) for name in ("parent", "assembled")}
+        values = {name: float(speed[name][limit["metric"]]) for name in counted}
     else:
-        values = {name: _size(limit, size) for name, size in sizes.items()}
-    relative = limit.at_most_ratio is not None or limit.at_least_ratio is not None
-    return values["assembled"] / values["parent"] if relative else values["assembled"]
+        values = {name: _size(limit, one) for name, one in counted.items()}
+    return values["assembled"] / values["parent"] if limit["relative"] else values["assembled"]
 
 
-def _size(limit: Constraint, sizes: ModelSizes) -> float:
-    match limit.metric:
+def _size(limit: Mapping[str, Any], counted: _Counted) -> float:
+    sizes = counted.sizes
+    match limit["metric"]:
         case "params":
             return sizes.params
         case "block_params":
             return sizes.block_params
+        case "attention_blocks":
+            return counted.attention_blocks
         case "weight_bytes":
             return sizes.weight_bytes
         case "kv_bytes":
             return sizes.kv_bytes_per_token
         case _:
-            assert limit.context is not None
-            return sizes.memory_gib(limit.batch, limit.context)
+            return sizes.memory_gib(limit["batch"], limit["context"], limit["tensor_parallel"])

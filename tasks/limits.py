@@ -1,97 +1,158 @@
-"""A target's constraints as limits of the search, and what the tables predict for a choice of blocks.
+"""A target as limits of the search, and what the tables predict for a choice of blocks.
 
-Shared by search_architecture and search_baselines: the parent's facts, each constraint at its operating point, the
-problem that the solver gets, and the predicted sizes and speeds of an architecture.
+Shared by search_architecture and search_baselines: the parent's facts, which replacements the target allows, each
+constraint at its operating point, the problem that the solver gets, and the predicted sizes and speeds of a child.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
-from storage.files import DamagedFileError, read_json
+from storage.files import DamagedFileError, InputError, read_json
 from storage.model_config import ModelConfig
-from storage.params import SPEED_METRICS, Constraint, Params
+from storage.params import Params, SearchArchitecture
 from storage.paths import Paths
-from storage.records import Metric, Replacement, Weights
+from storage.records import Attention, CostRow, Ffn, Metric, Replacement, ScoreRow, Weights
 from storage.tables import read_costs, read_scores
-from tasks.puzzle.costs import GIB, CostTable, Quantity, Setting, measure, model_sizes
+from storage.targets import SPEED_METRICS, Constraint, Target
+from tasks.puzzle.cost_model import workspace_bytes
+from tasks.puzzle.costs import GIB, CostTable, Setting, model_sizes
+from tasks.puzzle.hardware import DEVICES
+from tasks.puzzle.mip import Settings
+from tasks.puzzle.operating_points import NOWHERE, OperatingPoint, Place, Wish, operating_points
 from tasks.puzzle.problem import Choice, Limit, Problem
+from tasks.puzzle.quantities import Quantity, measure
+from tasks.puzzle.runtimes import reasons_against
 from tasks.puzzle.score_rule import Scores
+from tasks.puzzle.search import Best, Point, alternatives, best_child
 from tasks.puzzle.variants import parent_blocks
 
 UNITS: dict[Metric, str] = {
     "params": "parameters",
     "block_params": "parameters",
+    "attention_blocks": "blocks",
     "weight_bytes": "bytes",
     "kv_bytes": "bytes/token",
     "memory_gib": "GiB",
     "throughput": "tokens/s",
     "decode_throughput": "tokens/s",
     "latency_ms": "ms",
+    "time_to_first_token_ms": "ms",
+    "time_per_token_ms": "ms",
 }
+
+
+WEIGHTS: Weights = "decoupled"
+"""The training whose scores count: the child is assembled from the library's trained variants."""
 
 
 @dataclass(frozen=True)
 class ParentFacts:
-    """The parent of the search: puzzle_parent.json."""
+    """The parent of the search: its blocks as replacements, and its geometry where that is known."""
 
     name: str
     digest: str
-    config: ModelConfig
+    blocks: tuple[Replacement, ...]
+    config: ModelConfig | None
 
-    @property
-    def blocks(self) -> tuple[Replacement, ...]:
-        """The parent as replacements."""
-        return parent_blocks(self.config)
+    @classmethod
+    def of_tables(cls, scores: Sequence[ScoreRow], costs: Sequence[CostRow], config: ModelConfig | None) -> Self:
+        """The parent that tables of a user's are of; without a config, its variants are the largest in the costs.
+
+        Raises:
+            InputError: the costs have no attention or no FFN.
+        """
+        if config is not None:
+            return cls("the parent", "", parent_blocks(config), config)
+        largest: dict[str, str] = {}
+        for component in ("attention", "ffn"):
+            sizes = {row.variant: row.params for row in costs if row.component == component}
+            if not sizes:
+                raise InputError(f"the cost table has no rows of component {component}; a child cannot be costed")
+            largest[component] = max(sizes, key=lambda variant: (sizes[variant], variant))
+        attention, ffn = Attention.parse(largest["attention"]), Ffn.parse(largest["ffn"])
+        count = max(row.first_block + row.span for row in scores)
+        return cls("the parent", "", tuple(Replacement(index, 1, attention, ffn) for index in range(count)), None)
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A constraint with its operating point and its limit in the metric's unit."""
+    """A limit at its operating point: `limit` as the user gave it, a multiple of `parent_value` where `relative`."""
 
     name: str
-    constraint: Constraint
     quantity: Quantity
-    parent_value: float
-
-    @property
-    def relative(self) -> bool:
-        """Whether the limit is a multiple of the parent's value."""
-        return self.constraint.at_most_ratio is not None or self.constraint.at_least_ratio is not None
-
-    @property
-    def limit(self) -> float:
-        """The limit as the user gave it."""
-        given = self.constraint
-        limits = (given.at_most, given.at_least, given.at_most_ratio, given.at_least_ratio)
-        return next(limit for limit in limits if limit is not None)
+    limit: float
+    lower: bool = False
+    relative: bool = False
+    parent_value: float = 1.0
+    margin: float = 0.0
 
     @property
     def per_unit(self) -> float:
         """The metric's value that the user's number 1 stands for."""
         return self.parent_value if self.relative else 1.0
 
-    def text(self, tightening: float) -> str:
-        """The constraint in words."""
-        setting = self.quantity.setting
-        where = f" ({setting.text})" if setting else ""
-        if self.quantity.metric == "memory_gib":
-            where = f" (batch {self.quantity.batch}, context {self.quantity.context}, {self.quantity.precision})"
-        sign = ">=" if self.quantity.inverse else "<="
-        unit = "x the parent's" if self.relative else f" {UNITS[self.quantity.metric]}"
-        margin = f" (with a margin of {abs(tightening - 1):.0%})" if tightening != 1 else ""
-        return f"{self.name}: {self.quantity.metric}{where} {sign} {self.limit:g}{unit}{margin}"
+    @property
+    def tightening(self) -> float:
+        """What the search multiplies the limit with, for its safety margin."""
+        return 1 + self.margin if self.lower else 1 - self.margin
+
+    def measured(self, table: CostTable, blocks: Sequence[Replacement]) -> float:
+        """The child's value, in the user's unit."""
+        return measure(table, blocks, self.quantity) / self.per_unit
+
+    def as_limit(self, table: CostTable, replacements: Sequence[Replacement]) -> Limit:
+        """For the solver: a linear sum that is at most something (throughput >= X is milliseconds <= tokens / X)."""
+        sign = -1.0 if self.lower and not self.quantity.inverse else 1.0
+        total = self.quantity.total_at(self.limit * self.per_unit * self.tightening)
+        return Limit(
+            name=self.name,
+            text=self.text,
+            coefficients=tuple(sign * value for value in self.quantity.of_blocks(table, replacements)),
+            constant=sign * self.quantity.fixed(table),
+            upper=sign * total,
+            scale=sign * self.quantity.scale / self.per_unit,
+            inverse=self.quantity.inverse,
+            unit="x" if self.relative else f" {UNITS[self.quantity.metric]}",
+            tightening=self.tightening,
+        )
+
+    @property
+    def text(self) -> str:
+        """The limit in words."""
+        quantity = self.quantity
+        where = f" ({' + '.join(setting.text for setting, _ in quantity.mix)})" if quantity.mix else ""
+        if quantity.metric == "memory_gib":
+            where = f" (batch {quantity.batch}, context {quantity.context}, {quantity.precision})"
+        unit = "x the parent's" if self.relative else f" {UNITS[quantity.metric]}"
+        margin = f" (with a margin of {self.margin:.0%})" if self.margin else ""
+        return f"{self.name}: {quantity.metric}{where} {'>=' if self.lower else '<='} {self.limit:g}{unit}{margin}"
+
+
+@dataclass(frozen=True)
+class Child:
+    """What a search chose: the blocks, the operating point, and how it went."""
+
+    blocks: tuple[Replacement, ...]
+    point: OperatingPoint
+    best: Best[Replacement]
+
+
+def solver_settings(section: SearchArchitecture, seed: int) -> Settings:
+    """How params ask to solve."""
+    return Settings(section.solver, section.relative_gap, section.node_limit, seed)
 
 
 @dataclass(frozen=True)
 class TargetTables:
-    """A target with all that its search reads: the parent's facts, scores, costs and the constraints on them."""
+    """A target with all that its search reads: the parent's facts, scores, costs, and what the target asks for."""
 
     target: str
+    wanted: Target
     parent: ParentFacts
     scores: Scores
     costs: CostTable
-    bounds: tuple[Bound, ...]
     speed_margin: float
 
     @classmethod
@@ -99,31 +160,220 @@ class TargetTables:
         """Read the tables.
 
         Raises:
-            InputError: a table is missing or wrong, or lacks a row that a constraint needs.
+            InputError: a table is missing or wrong.
         """
-        parent = _read_parent(paths)
-        scores, costs = Scores.of(read_scores(paths.scores), parent.config), CostTable(read_costs(paths.costs))
-        constraints = params.target(target).constraints
-        bounds = tuple(_bound(name, constraint, costs, parent) for name, constraint in constraints.items())
-        return cls(target, parent, scores, costs, bounds, params.search_architecture.speed_margin)
+        found, margin = params.target(target), params.search_architecture.speed_margin
+        return cls.of(target, found, _read_parent(paths), read_scores(paths.scores), read_costs(paths.costs), margin)
 
-    def problem(self, weights: Weights) -> Problem[Replacement]:
-        """All replacements with a score, the parent's own blocks (which score 0), and the limits on them."""
-        replacements = sorted({*self.parent.blocks, *self.scores.replacements(weights)})
+    @classmethod
+    def of(
+        cls,
+        target: str,
+        wanted: Target,
+        parent: ParentFacts,
+        scores: Sequence[ScoreRow],
+        costs: Sequence[CostRow],
+        speed_margin: float,
+    ) -> Self:
+        """Tables from anywhere."""
+        own = parent.blocks[0]
+        return cls(target, wanted, parent, Scores(scores, own.attention, own.ffn), CostTable(costs), speed_margin)
+
+    @cached_property
+    def points(self) -> tuple[OperatingPoint, ...]:
+        """The operating points that the constraints leave open.
+
+        Raises:
+            InputError: the cost table has no setting for one that is to be chosen.
+        """
+        wishes = [
+            Wish(
+                Place(str(of.hardware), of.engine, of.precision, scenario),
+                None if of.batch == "best" else of.batch,
+                None if of.tensor_parallel == "best" else of.tensor_parallel,
+            )
+            for of in self.wanted.constraints.values()
+            if of.is_open
+            for scenario in of.scenarios
+        ]
+        return operating_points(wishes, self.costs) if wishes else (NOWHERE,)
+
+    def bounds(self, point: OperatingPoint) -> tuple[Bound, ...]:
+        """All limits at an operating point: the constraints, and that the model fits into each device it is chosen for.
+
+        Raises:
+            InputError: the cost table lacks a row that a constraint needs.
+        """
+        own = [self._bound(name, of, point) for name, of in self.wanted.constraints.items()]
+        return (*own, *self._fits(point))
+
+    def _bound(self, name: str, of: Constraint, point: OperatingPoint) -> Bound:
+        given = (of.at_most, of.at_least, of.at_most_ratio, of.at_least_ratio)
+        return Bound(
+            name=name,
+            quantity=self._quantity(of, point),
+            limit=next(limit for limit in given if limit is not None),
+            lower=of.at_least is not None or of.at_least_ratio is not None,
+            relative=of.at_most_ratio is not None or of.at_least_ratio is not None,
+            parent_value=self._parent_values[name],
+            margin=self.speed_margin if of.metric in SPEED_METRICS else 0.0,
+        )
+
+    def _quantity(self, of: Constraint, point: OperatingPoint) -> Quantity:
+        places = [Place(str(of.hardware), of.engine, of.precision, scenario) for scenario in of.scenarios]
+        if of.is_open:
+            settings = [point.setting(place) for place in places]
+        else:
+            assert of.batch != "best"
+            assert of.tensor_parallel != "best"
+            settings = [
+                Setting(at.hardware, at.engine, at.precision, of.tensor_parallel, at.scenario, of.batch)
+                for at in places
+            ]
+        if of.metric in SPEED_METRICS:
+            mix = tuple(zip(settings, of.scenarios.values(), strict=True))
+            return Quantity(of.metric, of.precision, of.hardware, of.engine, mix)
+        engine = of.engine if of.hardware else None
+        if of.metric != "memory_gib":
+            return Quantity(of.metric, of.precision, of.hardware, engine)
+        at = settings[0] if settings else None
+        batch, degree = (at.batch, at.tensor_parallel) if at else (of.batch, of.tensor_parallel)
+        context = of.context or (at.input_tokens + at.output_tokens if at else None)
+        assert batch != "best"
+        assert degree != "best"
+        return Quantity(
+            of.metric, of.precision, of.hardware, engine, batch=batch, context=context, tensor_parallel=degree
+        )
+
+    def _fits(self, point: OperatingPoint) -> list[Bound]:
+        """That weights, KV cache at the requests' end and workspace fit into each device that has a data sheet."""
+        bounds = []
+        for place in point.operations:
+            if device := DEVICES.get(place.hardware):
+                at = point.setting(place)
+                held = Quantity(
+                    "memory_gib",
+                    place.precision,
+                    place.hardware,
+                    place.engine,
+                    batch=at.batch,
+                    context=at.input_tokens + at.output_tokens,
+                    tensor_parallel=at.tensor_parallel,
+                    workspace_bytes=workspace_bytes(self.parent.config, at) if self.parent.config else 0.0,
+                )
+                bounds.append(Bound(f"fits {place.hardware} at {place.scenario}", held, device.memory_bytes / GIB))
+        return bounds
+
+    @cached_property
+    def _parent_values(self) -> dict[str, float]:
+        """Each constraint's metric of the parent: where the batch is open, at the parent's own best point."""
+        fitting = [
+            point
+            for point in self.points
+            if all(bound.measured(self.costs, self.parent.blocks) <= bound.limit for bound in self._fits(point))
+        ]
+        values = {}
+        for name, of in self.wanted.constraints.items():
+            points = fitting if of.is_open else self.points[:1]
+            relative = of.at_most_ratio is not None or of.at_least_ratio is not None
+            if not points and relative:
+                raise InputError(
+                    f"{self.target}: {name} is relative to the parent, which fits into {of.hardware} at no batch of "
+                    "the cost table; give an absolute limit"
+                )
+            found = [measure(self.costs, self.parent.blocks, self._quantity(of, point)) for point in points]
+            choose = max if of.metric in ("throughput", "decode_throughput") else min
+            values[name] = choose(found) if found else 1.0
+        return values
+
+    def problem(self, weights: Weights) -> tuple[Problem[Replacement], tuple[Point, ...]]:
+        """All allowed replacements with a score, the parent's own blocks (which score 0), and the limits on them.
+
+        Raises:
+            InputError: the cost table lacks a row that a constraint needs, or a runtime cannot load any child.
+        """
+        scored = sorted({*self.parent.blocks, *self.scores.replacements(weights)})
+        replacements = [of for of in scored if self._is_allowed(of)]
+        self._check_parent()
         choices = tuple(Choice(of, self.scores.score(of, weights).mean) for of in replacements)
-        limits = tuple(_limit(bound, replacements, self.costs, self.speed_margin) for bound in self.bounds)
-        return Problem(self.target, self.parent.config.num_blocks, choices, limits)
+        fixed = {name for name, of in self.wanted.constraints.items() if not of.is_open}
 
-    def predict(self, blocks: Sequence[Replacement], weights: Weights) -> dict[str, Any]:
+        def limits(point: OperatingPoint, always: bool) -> tuple[Limit, ...]:
+            bounds = (bound for bound in self.bounds(point) if (bound.name in fixed) == always)
+            return tuple(bound.as_limit(self.costs, replacements) for bound in bounds)
+
+        where = f"targets.{self.target}.constraints"
+        always = limits(self.points[0], always=True)
+        problem = Problem(self.target, len(self.parent.blocks), choices, always, where)
+        return problem, tuple(Point(point.text, limits(point, always=False)) for point in self.points)
+
+    def search(self, weights: Weights, settings: Settings) -> Child:
+        """The best child.
+
+        Raises:
+            InfeasibleError: no child keeps all constraints.
+            InputError: the cost table lacks a row that a constraint needs, or a runtime cannot load any child.
+        """
+        problem, points = self.problem(weights)
+        best = best_child(problem, settings, points)
+        return Child(tuple(one.replacement for one in best.solution.chosen), self.points[best.point], best)
+
+    def alternatives(
+        self, child: Child, weights: Weights, settings: Settings, count: int, min_distance: float
+    ) -> Iterator[Child]:
+        """Further children, best first, each differing from all before it in a share of the parent's blocks."""
+        problem, points = self.problem(weights)
+        for best in alternatives(problem, settings, points, child.best, count, min_distance):
+            yield Child(tuple(one.replacement for one in best.solution.chosen), self.points[best.point], best)
+
+    def _check_parent(self) -> None:
+        """Raise InputError if a runtime refuses every child, or a pin names a block that the parent does not have."""
+        if self.wanted.runtimes and not self.parent.config:
+            raise InputError(f"targets.{self.target}.runtimes needs the parent's geometry; give --parent CONFIG_JSON")
+        for runtime in self.wanted.runtimes:
+            assert self.parent.config is not None
+            always = reasons_against(runtime, self.parent.config, 1, Attention("no_op"), Ffn("no_op"))
+            if always:
+                raise InputError(
+                    f"{self.target}: no child of {self.parent.name} runs in {runtime}: {'; '.join(always)}; "
+                    f"take it out of targets.{self.target}.runtimes"
+                )
+        last = len(self.parent.blocks) - 1
+        for pin in self.wanted.pins:
+            if max(pin.blocks) > last:
+                raise InputError(
+                    f"targets.{self.target}.pins names block {max(pin.blocks)}; {self.parent.name} has blocks 0 to "
+                    f"{last}"
+                )
+
+    def _is_allowed(self, of: Replacement) -> bool:
+        """Whether pins, kinds and runtimes of the target let a replacement be chosen."""
+        allowed, own = self.wanted.allowed, self.parent.blocks[of.first_block]
+        if of.span > 1 and not allowed.spans:
+            return False
+        for pin in self.wanted.pins:
+            if pinned := set(pin.blocks) & set(of.parent_blocks):
+                kept = {"attention": of.attention == own.attention, "ffn": of.ffn == own.ffn, "block": of == own}
+                if of.span > len(pinned) or of.span > 1 or not kept[pin.keep]:
+                    return False
+        kinds = of.attention == own.attention or of.attention.kind in allowed.attention
+        kinds = kinds and (of.ffn == own.ffn or of.ffn.kind in allowed.ffn)
+        config = self.parent.config
+        return kinds and not any(
+            config and reasons_against(runtime, config, of.first_block, of.attention, of.ffn)
+            for runtime in self.wanted.runtimes
+        )
+
+    def predict(self, blocks: Sequence[Replacement], weights: Weights, point: OperatingPoint) -> dict[str, Any]:
         """What the tables say of a child, absolute and relative to the parent."""
-        score = self.scores.total(blocks, weights)
-        memory = _memory_point(self.bounds, self.parent)
+        score, bounds = self.scores.total(blocks, weights), self.bounds(point)
+        memory = _memory_point(bounds, self.parent)
         child, whole = (
             model_sizes(self.costs, of, memory.precision, memory.hardware, memory.engine)
             for of in (blocks, self.parent.blocks)
         )
         assert memory.context is not None, memory
-        speed = next((bound for bound in self.bounds if bound.quantity.setting), None)
+        speed = next((bound for bound in bounds if bound.quantity.mix), None)
         return {
             "score": score.mean,
             "score_stderr": score.stderr,
@@ -137,53 +387,47 @@ class TargetTables:
             "memory_gib": child.memory_gib(memory.batch, memory.context, memory.tensor_parallel),
             "batch": memory.batch,
             "context": memory.context,
+            "tensor_parallel": memory.tensor_parallel,
             "precision": memory.precision,
             "throughput_ratio": _speed_ratio(speed, blocks, self.costs) if speed else None,
             "speed": _speed_json(speed, blocks, self.costs) if speed else None,
         }
+
+    def constraints_json(self, blocks: Sequence[Replacement], point: OperatingPoint) -> list[dict[str, Any]]:
+        """Every limit with where it holds and what the tables predict."""
+        return [_bound_json(bound, blocks, self.costs) for bound in self.bounds(point)]
 
 
 def _read_parent(paths: Paths) -> ParentFacts:
     path = paths.parent / "puzzle_parent.json"
     found = read_json(path, "dvc repro prepare_parent")
     try:
-        return ParentFacts(found["name"], found["digest"], ModelConfig.from_json(found["config"]))
+        config = ModelConfig.from_json(found["config"])
+        return ParentFacts(found["name"], found["digest"], parent_blocks(config), config)
     except (KeyError, TypeError) as error:
         raise DamagedFileError(f"{path} lacks a field ({error}); run `dvc repro prepare_parent`") from error
 
 
-def _bound(name: str, constraint: Constraint, table: CostTable, parent: ParentFacts) -> Bound:
-    speed = constraint.metric in SPEED_METRICS
-    quantity = Quantity(
-        metric=constraint.metric,
-        precision=constraint.precision,
-        hardware=constraint.hardware,
-        engine=constraint.engine if speed or constraint.hardware else None,
-        scenario=constraint.scenario,
-        batch=constraint.batch,
-        context=constraint.context,
-        tensor_parallel=constraint.tensor_parallel,
-    )
-    return Bound(name, constraint, quantity, measure(table, parent.blocks, quantity))
-
-
-def _limit(bound: Bound, replacements: Sequence[Replacement], table: CostTable, margin: float) -> Limit:
-    """A constraint as a linear limit: throughput >= X is latency <= tokens / X."""
+def _bound_json(bound: Bound, blocks: Sequence[Replacement], table: CostTable) -> dict[str, Any]:
     quantity = bound.quantity
-    tightening = 1.0
-    if quantity.metric in SPEED_METRICS:
-        tightening = 1 + margin if quantity.inverse else 1 - margin
-    return Limit(
-        name=bound.name,
-        text=bound.text(tightening),
-        coefficients=tuple(quantity.of_block(table, replacement) for replacement in replacements),
-        constant=quantity.fixed(table),
-        upper=quantity.total_at(bound.limit * bound.per_unit * tightening),
-        scale=quantity.scale / bound.per_unit,
-        inverse=quantity.inverse,
-        unit="x" if bound.relative else f" {UNITS[quantity.metric]}",
-        tightening=tightening,
-    )
+    where: dict[str, Any] = {}
+    if quantity.setting:
+        where = setting_json(quantity.setting)
+        if len(quantity.mix) > 1:
+            where["mix"] = [{**setting_json(setting), "share": share} for setting, share in quantity.mix]
+    elif quantity.metric == "memory_gib":
+        where = {"batch": quantity.batch, "context": quantity.context, "tensor_parallel": quantity.tensor_parallel}
+        where["workspace_gib"] = quantity.workspace_bytes / GIB
+    return {
+        "name": bound.name,
+        "metric": quantity.metric,
+        "kind": "at_least" if bound.lower else "at_most",
+        "limit": bound.limit,
+        "predicted": bound.measured(table, blocks),
+        "relative": bound.relative,
+        "unit": "x the parent's" if bound.relative else UNITS[quantity.metric],
+        **where,
+    }
 
 
 def _memory_point(bounds: Sequence[Bound], parent: ParentFacts) -> Quantity:
@@ -205,7 +449,7 @@ def _memory_point(bounds: Sequence[Bound], parent: ParentFacts) -> Quantity:
                 tensor_parallel=setting.tensor_parallel,
             )
     precision = quantities[0].precision
-    return Quantity("memory_gib", precision=precision, context=parent.config.context)
+    return Quantity("memory_gib", precision=precision, context=parent.config.context if parent.config else 1)
 
 
 def _speed_ratio(speed: Bound, blocks: Sequence[Replacement], table: CostTable) -> float:

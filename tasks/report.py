@@ -235,7 +235,7 @@ def _bld(run: _Run, paths: Paths) -> Section | None:
     if not index.is_file():
         run.lacks("losses of blockwise local distillation (BLD)", "distill_blocks")
         return None
-    losses = bld_losses(pq.read_table(index).to_pylist())
+    losses = bld_losses(pq.ParquetFile(index).read().to_pylist())
     text = (
         "Held-out loss of every trained variant, measured: MSE between its output and the parent block's, over the "
         "mean square of the parent's, with the initial weights, after the closed-form fit, and with the weights kept."

@@ -5,24 +5,21 @@ Out: children/<target>/architecture.json (what was chosen and what the tables pr
 (how the search went). Nothing is written when no child exists. Run: `python -m flows.search_architecture TARGET`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from prefect import task
 
-from storage.files import write_json
-from storage.params import Params
+from storage.files import read_json, write_json
+from storage.model_config import ModelConfig
+from storage.params import Params, SearchArchitecture, load_target
 from storage.paths import Paths
-from storage.records import Architecture, Replacement, Weights
-from tasks.limits import UNITS, Bound, TargetTables, setting_json
-from tasks.puzzle.costs import CostTable, measure
-from tasks.puzzle.mip import LimitUse, Settings, Solution
+from storage.records import Architecture
+from storage.tables import read_costs, read_scores
+from tasks.limits import WEIGHTS, Child, ParentFacts, TargetTables, setting_json, solver_settings
+from tasks.puzzle.mip import LimitUse, Settings
 from tasks.puzzle.problem import TOLERANCE
-from tasks.puzzle.search import best_child
-
-WEIGHTS: Weights = "decoupled"
-"""The training whose scores count: the child is assembled from the library's trained variants."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +43,47 @@ def search(target: str, params: Params, paths: Paths) -> Found:
         InputError: a table is missing or wrong, or lacks a row that a constraint needs.
     """
     tables = TargetTables.read(target, params, paths)
-    settings = Settings(
-        solver=params.search_architecture.solver,
-        relative_gap=params.search_architecture.relative_gap,
-        node_limit=params.search_architecture.node_limit,
-        seed=params.run.seed,
-    )
-    solution = best_child(tables.problem(WEIGHTS), settings).solution
-    blocks = tuple(choice.replacement for choice in solution.chosen)
-    _recheck(blocks, tables)
-    predicted = tables.predict(blocks, WEIGHTS)
-    write_json(paths.search(target), _search_json(solution, settings))
-    write_json(paths.architecture(target), _architecture_json(tables, params.target(target).label, blocks, predicted))
+    return _search(tables, params.search_architecture, params.run.seed, paths.child(target))
+
+
+@dataclass(frozen=True)
+class OwnTables:
+    """A user's files: scores and costs (Parquet), the target (YAML, as in params.yaml), the parent's config.json."""
+
+    scores: Path
+    costs: Path
+    target: Path
+    parent: Path | None
+
+
+def search_own(tables: OwnTables, section: SearchArchitecture, out: Path) -> Found:
+    """The same search from a user's files alone; architecture.json and search.json go to `out`.
+
+    Raises:
+        InfeasibleError: no child keeps all constraints; nothing is written.
+        InputError: a file is missing or wrong, or lacks a row that a constraint needs.
+    """
+    scores, costs = read_scores(tables.scores), read_costs(tables.costs)
+    config = None
+    if tables.parent is not None:
+        config = ModelConfig.from_hf(read_json(tables.parent, "the download"), str(tables.parent))
+    parent, wanted = ParentFacts.of_tables(scores, costs, config), load_target(tables.target)
+    own = TargetTables.of(tables.target.stem, wanted, parent, scores, costs, section.speed_margin)
+    return _search(own, section, 0, out)
+
+
+def _search(tables: TargetTables, section: SearchArchitecture, seed: int, out: Path) -> Found:
+    settings = solver_settings(section, seed)
+    child = tables.search(WEIGHTS, settings)
+    _recheck(child, tables)
+    others = list(tables.alternatives(child, WEIGHTS, settings, section.alternatives, section.min_distance))
+    predicted = tables.predict(child.blocks, WEIGHTS, child.point)
+    alternatives = [_alternative_json(other, child, tables) for other in others]
+    write_json(out / "search.json", {**_search_json(child, settings), "alternatives": alternatives})
+    write_json(out / "architecture.json", _architecture_json(tables, child, predicted))
+    solution = child.best.solution
     return Found(
-        target,
+        tables.target,
         solution.objective,
         solution.gap,
         predicted["block_params_ratio"],
@@ -68,43 +92,46 @@ def search(target: str, params: Params, paths: Paths) -> Found:
     )
 
 
-def _recheck(blocks: Sequence[Replacement], tables: TargetTables) -> None:
-    """Compare what was chosen with every constraint, by the tables and not by the search's coefficients."""
-    for bound in tables.bounds:
-        value = measure(tables.costs, blocks, bound.quantity) / bound.per_unit
-        slack = value - bound.limit if bound.quantity.inverse else bound.limit - value
+def _alternative_json(other: Child, child: Child, tables: TargetTables) -> dict[str, Any]:
+    """A further child; `tie`: its score is worse by less than the standard error of the difference."""
+    more = tables.scores.difference(other.blocks, child.blocks, WEIGHTS)
+    kept = {*child.blocks} & {*other.blocks}
+    return {
+        "score": other.best.solution.objective,
+        "score_difference": more.mean,
+        "score_difference_stderr": more.stderr,
+        "tie": more.stderr is not None and more.mean < more.stderr,
+        "bound": other.best.solution.bound,
+        "gap": other.best.solution.gap,
+        "status": other.best.solution.status,
+        "distance": 1 - sum(of.span for of in kept) / len(tables.parent.blocks),
+        "operating_points": [setting_json(other.point.setting(place)) for place in other.point.operations],
+        "blocks": Architecture(other.blocks).to_json(),
+    }
+
+
+def _recheck(child: Child, tables: TargetTables) -> None:
+    """Compare what was chosen with every limit, by the tables and not by the search's coefficients."""
+    for bound in tables.bounds(child.point):
+        value = bound.measured(tables.costs, child.blocks)
+        slack = value - bound.limit if bound.lower else bound.limit - value
         assert slack >= -2 * TOLERANCE * bound.limit, (bound.name, value, bound.limit)
 
 
-def _architecture_json(
-    tables: TargetTables, label: str, blocks: tuple[Replacement, ...], predicted: dict[str, Any]
-) -> dict[str, Any]:
+def _architecture_json(tables: TargetTables, child: Child, predicted: dict[str, Any]) -> dict[str, Any]:
     return {
         "target": tables.target,
-        "label": label,
+        "label": tables.wanted.label,
         "parent": {"name": tables.parent.name, "digest": tables.parent.digest},
-        "blocks": Architecture(blocks).to_json(),
+        "blocks": Architecture(child.blocks).to_json(),
+        "operating_points": [setting_json(child.point.setting(place)) for place in child.point.operations],
         "predicted": predicted,
-        "constraints": [_constraint_json(bound, blocks, tables.costs) for bound in tables.bounds],
+        "constraints": tables.constraints_json(child.blocks, child.point),
     }
 
 
-def _constraint_json(bound: Bound, blocks: Sequence[Replacement], table: CostTable) -> dict[str, Any]:
-    setting = bound.quantity.setting
-    memory = {"batch": bound.quantity.batch, "context": bound.quantity.context}
-    where = setting_json(setting) if setting else memory if bound.quantity.metric == "memory_gib" else {}
-    return {
-        "name": bound.name,
-        "metric": bound.quantity.metric,
-        "kind": "at_least" if bound.quantity.inverse else "at_most",
-        "limit": bound.limit,
-        "predicted": measure(table, blocks, bound.quantity) / bound.per_unit,
-        "unit": "x the parent's" if bound.relative else UNITS[bound.quantity.metric],
-        **where,
-    }
-
-
-def _search_json(solution: Solution[Replacement], settings: Settings) -> dict[str, Any]:
+def _search_json(child: Child, settings: Settings) -> dict[str, Any]:
+    solution = child.best.solution
     return {
         "solver": settings.solver,
         "status": solution.status,
@@ -116,6 +143,7 @@ def _search_json(solution: Solution[Replacement], settings: Settings) -> dict[st
         "node_limit": settings.node_limit,
         "binding": [use.name for use in solution.uses if use.binds],
         "limits": [_use_json(use) for use in solution.uses],
+        "operating_points": [asdict(tried) for tried in child.best.tried],
     }
 
 

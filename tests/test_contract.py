@@ -16,18 +16,19 @@ import yaml
 from dvc.utils.serialize import load_yaml, modify_yaml
 from pydantic import BaseModel
 
-from storage.params import Params, Section, load, parse
+from storage.fields import Section
+from storage.params import Params, load, parse
 from storage.pieces import project_imports
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "storage")
 UI = {"compress", "guard", "overrides", "progress", "repro", "reruns", "serve"}
-NOT_STAGES = {"stage", "server", "demo", "closing_table", *UI}
-NOT_STAGE_TASKS = {"children", "limits", "machine", "time_machine"}
+NOT_STAGES = {"stage", "server", "demo", "closing_table", "explain", "frontier", "own_tables", *UI}
+NOT_STAGE_TASKS = {"block_library", "children", "explain", "frontier", "limits", "machine", "time_machine"}
 NOT_SECTIONS = {"run", "targets"}
 
 # The table of docs/architecture.md.
-STORAGE_FOR_FLOWS = {"storage.params", "storage.paths", "storage.records", "storage.files"}
+STORAGE_FOR_FLOWS = {"storage.fields", "storage.params", "storage.paths", "storage.records", "storage.files"}
 STORAGE_FOR_PUZZLE = {"storage.records", "storage.files", "storage.model_config"}
 STORAGE_WITH_TORCH = {"checkpoints", "activations", "library", "parent"}
 PUZZLE_WITHOUT_TORCH = {
@@ -42,6 +43,9 @@ PUZZLE_WITHOUT_TORCH = {
     "mip",
     "search",
     "infeasible",
+    "frontier",
+    "operating_points",
+    "quantities",
     "score_rule",
     "runtimes",
     "model_card",

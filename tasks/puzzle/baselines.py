@@ -47,6 +47,11 @@ class _Blocks:
         index = {choice.replacement: n for n, choice in enumerate(problem.choices) if choice.replacement.span == 1}
         return cls(problem, index)
 
+    def check_parent(self, parent: Iterable[Replacement], name: str) -> None:
+        """Raise InfeasibleError if the target forbids blocks of the parent, with which every baseline begins."""
+        if not self.index.keys() >= set(parent):
+            raise _infeasible(self.problem, name)
+
     def excesses(self, chosen: Iterable[Replacement]) -> list[float]:
         """How far each limit is exceeded, as a share of it; 0 where it is kept."""
         indices = [self.index[of] for of in chosen]
@@ -74,6 +79,7 @@ def _share(limit: Limit, old: int, new: int) -> float:
 def greedy(problem: Problem[Replacement], parent: Sequence[Replacement]) -> tuple[Choice[Replacement], ...]:
     """From the parent on, take the replacement with the least score per relief of the limits, until all are kept."""
     blocks, chosen = _Blocks.of(problem), list(parent)
+    blocks.check_parent(parent, "greedy")
     while any(excesses := blocks.excesses(chosen)):
         moves = []
         for after in blocks.index:
@@ -90,6 +96,7 @@ def greedy(problem: Problem[Replacement], parent: Sequence[Replacement]) -> tupl
 def depth(problem: Problem[Replacement], parent: Sequence[Replacement]) -> tuple[Choice[Replacement], ...]:
     """Remove whole blocks, those with the least score first, until all limits are kept."""
     blocks, chosen = _Blocks.of(problem), list(parent)
+    blocks.check_parent(parent, "depth")
     removed = [of for of in blocks.index if of.attention.kind == of.ffn.kind == "no_op"]
     removed.sort(key=lambda of: blocks.choices([of])[0].score, reverse=True)
     while any(blocks.excesses(chosen)):
@@ -103,9 +110,11 @@ def depth(problem: Problem[Replacement], parent: Sequence[Replacement]) -> tuple
 def uniform(problem: Problem[Replacement], parent: Sequence[Replacement]) -> tuple[Choice[Replacement], ...]:
     """One FFN width everywhere, or two adjacent ones; the fewest kv heads in evenly spaced blocks.
 
-    First as few blocks with fewer kv heads as let the limits be kept at some width, then the widest FFNs that do.
+    First as few blocks with fewer kv heads as let the limits be kept at some width, then the widest FFNs that do. A
+    block stays as it is where a variant is not allowed.
     """
     blocks, count = _Blocks.of(problem), len(parent)
+    blocks.check_parent(parent, "uniform")
     widths = sorted({of.ffn for of in blocks.index if of.ffn.kind == "gated"}, reverse=True)
     fewest = min(of.attention for of in blocks.index if of.attention.kind == "gqa")
 
@@ -113,10 +122,11 @@ def uniform(problem: Problem[Replacement], parent: Sequence[Replacement]) -> tup
         """`steps` counts narrowings by one width, a block at a time, evenly spaced."""
         wide, num_narrow = divmod(steps, count)
         attentions, narrow = _spaced(num_fewest, count), _spaced(num_narrow, count)
-        return [
+        wanted = [
             replace(own, attention=fewest if n in attentions else own.attention, ffn=widths[wide + (n in narrow)])
             for n, own in enumerate(parent)
         ]
+        return [of if of in blocks.index else own for of, own in zip(wanted, parent, strict=True)]
 
     last = (len(widths) - 1) * count
     for num_fewest in range(count + 1):

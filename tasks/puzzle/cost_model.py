@@ -112,3 +112,19 @@ def _work(
     if elements.kv_per_token:  # q k^T and the weighted sum of v: 2 FLOPs per element each
         flops += 4.0 * tokens * work.attended_tokens * config.num_heads * config.head_dim
     return flops, sizes.weight_bytes + work.batch * work.cached_tokens * sizes.kv_bytes_per_token
+
+
+_TOKENS_IN_FLIGHT = 8_192
+
+
+def workspace_bytes(config: ModelConfig, setting: Setting) -> float:
+    """Memory per device beside weights and KV cache: activations of one block for the tokens in flight, and logits.
+
+    Engines read long inputs in chunks: at most 8,192 tokens are in flight at once. The parent's block is the largest
+    that a child can have, so this holds for every child. 16-bit activations, float32 logits of each sequence's last
+    token; what a device shares with others is divided by their number.
+    """
+    tokens = min(setting.batch * setting.input_tokens, _TOKENS_IN_FLIGHT)
+    projected = max(2 * (config.num_heads + config.num_kv_heads) * config.head_dim, 2 * config.intermediate_size)
+    activations = tokens * (2 * config.hidden_size + projected / setting.tensor_parallel) * 2
+    return activations + setting.batch * config.vocab_size * 4 / setting.tensor_parallel

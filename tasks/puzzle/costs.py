@@ -1,7 +1,7 @@
 """What a child takes: parameters, bytes, milliseconds and tokens per second, summed over cost rows. No torch.
 
 In: cost rows (modelled: cost_model.py; timed; or a table that the user brings) and the blocks of an architecture.
-Out: every metric that a constraint can limit, and how much each replacement adds to it. Costs are additive: a child's
+Out: sizes and speeds of whole models (quantities.py: what each replacement adds to them). Costs are additive: a child's
 cost is the sum over its rows exactly, which makes the search a linear program (arXiv 2411.19146, section 3.3).
 """
 
@@ -16,7 +16,6 @@ from storage.records import (
     ANY_VARIANT,
     Component,
     CostRow,
-    Metric,
     Origin,
     Precision,
     Replacement,
@@ -160,6 +159,11 @@ class CostTable:
             )
         return sizes.pop()
 
+    @property
+    def settings(self) -> list[Setting]:
+        """All settings that have a row, sorted."""
+        return sorted({key[0] for key in self._rows})
+
     def origin(self, setting: Setting) -> Origin:
         """Whether the milliseconds of a setting are measured; a mixture counts as modelled."""
         origins = {row.origin for key, row in self._rows.items() if key[0] == setting}
@@ -181,8 +185,7 @@ class CostTable:
         if here:
             has = f"for these the table has {component}: {', '.join(here)}"
         else:
-            settings = sorted({key[0] for key in self._rows})
-            has = "the table has " + ("; ".join(known.text for known in settings) or "no rows")
+            has = "the table has " + ("; ".join(known.text for known in self.settings) or "no rows")
         return InputError(
             f"no cost of {component} {variant!r} on {setting.text}; {has}. Run `dvc repro measure_costs`, or time it "
             f"with `python -m flows.measure_costs --time {setting.hardware}`"
@@ -247,7 +250,7 @@ def model_sizes(
     of_blocks = [
         table.sizes(component, variant, precision, hardware, engine)
         for block in blocks
-        for component, variant in _subblocks(block)
+        for component, variant in subblocks(block)
     ]
     fixed = [table.sizes(component, ANY_VARIANT, precision, hardware, engine) for component in FIXED_COMPONENTS]
     everything = of_blocks + fixed
@@ -264,112 +267,12 @@ def model_speed(table: CostTable, blocks: Sequence[Replacement], setting: Settin
     rows = [
         table.row(setting, component, variant, block.first_block, block.span)
         for block in blocks
-        for component, variant in _subblocks(block)
+        for component, variant in subblocks(block)
     ]
     rows += [table.row(setting, component, ANY_VARIANT) for component in FIXED_COMPONENTS]
     return ModelSpeed(setting, math.fsum(row.prefill_ms for row in rows), math.fsum(row.decode_ms for row in rows))
 
 
-def _subblocks(block: Replacement) -> tuple[tuple[Component, str], tuple[Component, str]]:
+def subblocks(block: Replacement) -> tuple[tuple[Component, str], tuple[Component, str]]:
+    """The components of a child block, with their variants."""
     return ("attention", block.attention.name), ("ffn", block.ffn.name)
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A metric at its operating point: what a constraint limits.
-
-    Units: params and block_params count; weight_bytes bytes; kv_bytes bytes per token; memory_gib GiB per device at
-    (batch, context); throughput and decode_throughput tokens/s; latency_ms of a batch of whole requests. Sizes may
-    leave hardware and engine open (None). Every metric is a linear function of a sum over components, or (the
-    throughputs) a constant divided by one: `total` is that sum, `value` the metric.
-    """
-
-    metric: Metric
-    precision: Precision = "bfloat16"
-    hardware: str | None = None
-    engine: str | None = None
-    scenario: str | None = None
-    batch: int = 1
-    context: int | None = None
-    tensor_parallel: int = 1
-
-    @property
-    def setting(self) -> Setting | None:
-        """Where milliseconds are looked up; None for sizes."""
-        if self.metric not in ("throughput", "decode_throughput", "latency_ms"):
-            return None
-        assert self.hardware is not None and self.engine is not None and self.scenario is not None, self
-        return Setting(self.hardware, self.engine, self.precision, self.tensor_parallel, self.scenario, self.batch)
-
-    @property
-    def scale(self) -> float:
-        """`value(total)` is total * scale, or scale / total for the throughputs."""
-        setting = self.setting
-        if setting is None:
-            return 1 / GIB / self.tensor_parallel if self.metric == "memory_gib" else 1.0
-        tokens = {"throughput": setting.output_tokens, "decode_throughput": 1}
-        return 1e3 * setting.batch * tokens[self.metric] if self.inverse else 1.0
-
-    @property
-    def inverse(self) -> bool:
-        """Whether more is better, so that the sum over components (milliseconds) divides."""
-        return self.metric in ("throughput", "decode_throughput")
-
-    def value(self, total: float) -> float:
-        """The metric, in its unit, of a sum over components."""
-        if self.inverse:
-            return self.scale / total if total else math.inf
-        return total * self.scale
-
-    def total_at(self, value: float) -> float:
-        """Inverse of :meth:`value`: the sum over components at which the metric has this value."""
-        return self.scale / value if self.inverse else value / self.scale
-
-    def of_block(self, table: CostTable, block: Replacement) -> float:
-        """What one replacement adds to the sum."""
-        return math.fsum(
-            self._part(table, component, variant, block.first_block, block.span)
-            for component, variant in _subblocks(block)
-        )
-
-    def fixed(self, table: CostTable) -> float:
-        """What embedding, head and step add to the sum."""
-        if self.metric == "block_params":
-            return 0.0
-        return math.fsum(self._part(table, component, ANY_VARIANT, None, 1) for component in FIXED_COMPONENTS)
-
-    def _part(self, table: CostTable, component: Component, variant: str, first_block: int | None, span: int) -> float:
-        if setting := self.setting:
-            row = table.row(setting, component, variant, first_block, span)
-            steps = {"throughput": setting.output_tokens, "latency_ms": setting.output_tokens, "decode_throughput": 1}
-            read = 0.0 if self.metric == "decode_throughput" else row.prefill_ms
-            return read + steps[self.metric] * row.decode_ms
-        counts_params = self.metric in ("params", "block_params")
-        sizes = table.sizes(component, variant, None if counts_params else self.precision, self.hardware, self.engine)
-        if counts_params:
-            return sizes.params
-        cached_tokens = {"weight_bytes": 0, "kv_bytes": 1}.get(self.metric, self.batch * (self.context or 0))
-        held = 0 if self.metric == "kv_bytes" else sizes.weight_bytes
-        return held + cached_tokens * sizes.kv_bytes_per_token
-
-
-def measure(table: CostTable, blocks: Sequence[Replacement], quantity: Quantity) -> float:
-    """The metric of an architecture in its unit, from the table's rows and not from the search's coefficients."""
-    if setting := quantity.setting:
-        speed = model_speed(table, blocks, setting)
-        return {
-            "throughput": speed.throughput,
-            "decode_throughput": speed.decode_throughput,
-            "latency_ms": speed.latency_ms,
-        }[quantity.metric]
-    precision = None if quantity.metric in ("params", "block_params") else quantity.precision
-    sizes = model_sizes(table, blocks, precision, quantity.hardware, quantity.engine)
-    if quantity.metric == "memory_gib":
-        assert quantity.context is not None, quantity
-        return sizes.memory_gib(quantity.batch, quantity.context, quantity.tensor_parallel)
-    return {
-        "params": sizes.params,
-        "block_params": sizes.block_params,
-        "weight_bytes": sizes.weight_bytes,
-        "kv_bytes": sizes.kv_bytes_per_token,
-    }[quantity.metric]

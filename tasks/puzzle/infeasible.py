@@ -64,7 +64,7 @@ def infeasible(problems: Problems, settings: Settings) -> InfeasibleError:
         limits = {limit.name: limit for limit in problems[0].limits}
         together = ", ".join(f"{key} {_shown(limits[key], value)}" for key, value in nearest.items())
         lines += f"\n  the nearest limits that can be met together: {together}"
-    message = f"no child of {name} exists: {which}; loosen one (targets.{name}.constraints):{lines}"
+    message = f"no child of {name} exists: {which}; loosen one ({problems[0].where}):{lines}"
     return InfeasibleError(message, conflicts, nearest)
 
 

@@ -6,8 +6,11 @@ of the solver are deterministic (nodes, gap, never seconds), one thread, a seed:
 """
 
 import math
+import os
+import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal
 
@@ -131,7 +134,7 @@ def improve(problem: Problem[Any], bounded: Bounded, worth: float, settings: Set
     if bounded.chosen is not None and bounded.objective <= worth and _closes(bounded, settings):
         return Found(bounded.chosen, bounded.bound, 0, limit_hit=False)
     kept = [index for index, least in enumerate(bounded.through) if least <= worth + TOLERANCE * abs(worth)]
-    reduced = _only(problem, kept)
+    reduced = problem.only(kept)
     found, hit = minimise(reduced, [choice.score for choice in reduced.choices], settings)
     if found is not None:
         return replace(found, chosen=tuple(kept[index] for index in found.chosen))
@@ -147,14 +150,6 @@ def improve(problem: Problem[Any], bounded: Bounded, worth: float, settings: Set
 
 def _closes(bounded: Bounded, settings: Settings) -> bool:
     return bounded.objective - bounded.bound <= settings.relative_gap * abs(bounded.objective)
-
-
-def _only(problem: Problem[P], kept: Sequence[int]) -> Problem[P]:
-    """The problem with these choices (indices) only."""
-    limits = tuple(
-        replace(limit, coefficients=tuple(limit.coefficients[index] for index in kept)) for limit in problem.limits
-    )
-    return replace(problem, choices=tuple(problem.choices[index] for index in kept), limits=limits)
 
 
 def minimise(problem: Problem[Any], objective: Sequence[float], settings: Settings) -> tuple[Found | None, bool]:
@@ -253,7 +248,8 @@ class _Model:
 
     def solve(self, settings: Settings) -> mathopt.SolveResult:
         """Run the solver, single-threaded and seeded."""
-        return mathopt.solve(self._model, _SOLVERS[settings.solver], params=_parameters(settings))
+        with _no_output():
+            return mathopt.solve(self._model, _SOLVERS[settings.solver], params=_parameters(settings))
 
     def solve_relaxed(self) -> mathopt.SolveResult:
         """Solve as an LP (the model was built with integer=False)."""
@@ -263,6 +259,21 @@ class _Model:
         """Indices of the chosen choices, in order."""
         values = result.variable_values(self._variables)
         return tuple(index for index, value in enumerate(values) if value > 0.5)
+
+
+@contextmanager
+def _no_output() -> Iterator[None]:
+    """Keep what HiGHS prints to the process's standard output, whatever its options say, out of ours."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _power_of_two_near(value: float) -> float:

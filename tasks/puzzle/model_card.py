@@ -37,7 +37,11 @@ def model_card(
         training: how the weights came about, a sentence.
     """
     predicted = chosen["predicted"]
-    runtimes = [f"- {name}: {'; '.join(reasons) or 'loads it'}" for name, reasons in refusals.items()]
+    loads = {"llama.cpp": "loads it once it is exported to GGUF"}
+    runtimes = [
+        f"- {name}: {'no: ' + '; '.join(reasons) if reasons else loads.get(name, 'loads it')}"
+        for name, reasons in refusals.items()
+    ]
     provenance = [f"- {name}: `{digest}`" for name, digest in hashes.items()]
     licence_files = ", ".join(parent["licence_files"]) or "none came with the parent"
     return "\n".join(

@@ -11,8 +11,8 @@ The formulation holds joint choices (attention x FFN), so that jointly measured 
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from storage.files import InputError
@@ -67,6 +67,10 @@ class Limit:
         """The exact sum over chosen choices (indices), constant included."""
         return math.fsum([self.constant, *(self.coefficients[index] for index in chosen)])
 
+    def only(self, kept: Sequence[int]) -> "Limit":
+        """The limit over these choices (indices) alone."""
+        return replace(self, coefficients=tuple(self.coefficients[index] for index in kept))
+
     def met_by(self, total: float) -> bool:
         """Whether a sum keeps the limit."""
         return total <= self.upper + TOLERANCE * abs(self.upper)
@@ -80,12 +84,16 @@ class Limit:
 
 @dataclass(frozen=True)
 class Problem(Generic[P]):
-    """What to search: `choices` sorted by replacement, each replacement once; `name` is the target's."""
+    """What to search: `choices` sorted by replacement, each replacement once.
+
+    `name` is the target's, and `where` says where its limits are set.
+    """
 
     name: str
     num_blocks: int
     choices: tuple[Choice[P], ...]
     limits: tuple[Limit, ...]
+    where: str = "its limits"
 
     def __post_init__(self) -> None:
         pieces = [choice.replacement for choice in self.choices]
@@ -95,6 +103,14 @@ class Problem(Generic[P]):
     def score(self, chosen: Iterable[int]) -> float:
         """The exact sum of scores over chosen choices (indices)."""
         return math.fsum(self.choices[index].score for index in chosen)
+
+    def only(self, kept: Sequence[int]) -> "Problem[P]":
+        """The problem with these choices (indices) alone."""
+        return replace(
+            self,
+            choices=tuple(self.choices[index] for index in kept),
+            limits=tuple(limit.only(kept) for limit in self.limits),
+        )
 
     def kept_by(self, chosen: Iterable[int]) -> bool:
         """Whether chosen choices (indices) keep every limit."""

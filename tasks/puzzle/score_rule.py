@@ -71,15 +71,17 @@ class Scores:
         The standard error is that of the sum as measured shard by shard, so errors that replacements share
         (a hard passage is hard for all of them) add up as they should; it uses the shards that all terms have.
         """
-        terms = [term for replacement in replacements for term in self._terms(replacement, weights)]
-        if not terms:
-            return Score(0.0, 0.0)
-        common = sorted(set.intersection(*(set(term.shards) for term in terms)))
-        sums = [
-            (terms[0].shards[shard].tokens, math.fsum(term.sign * term.shards[shard].kl for term in terms))
-            for shard in common
-        ]
-        return Score(math.fsum(term.mean for term in terms), _stderr(sums))
+        return _sum([term for replacement in replacements for term in self._terms(replacement, weights)])
+
+    def difference(self, one: Sequence[Replacement], other: Sequence[Replacement], weights: Weights) -> Score:
+        """Score of `one` less that of `other`; what both hold cancels, its error as well.
+
+        Raises:
+            InputError: a row that the rule needs is missing.
+        """
+        more = [term for of in one if of not in other for term in self._terms(of, weights)]
+        less = [term for of in other if of not in one for term in self._terms(of, weights)]
+        return _sum([*more, *(_Term(-term.sign, term.shards) for term in less)])
 
     def replacements(self, weights: Weights) -> tuple[Replacement, ...]:
         """All replacements that have a score by the rule, sorted; the parent's own blocks are not among them."""
@@ -143,6 +145,18 @@ class Scores:
         )
         own_ffn = replacement.ffn.kind != "no_op" and (replacement.span > 1 or replacement.ffn != ffn)
         return own_attention or own_ffn
+
+
+def _sum(terms: Sequence[_Term]) -> Score:
+    """The signed sum of measurements, with its standard error over the shards that all have."""
+    if not terms:
+        return Score(0.0, 0.0)
+    common = sorted(set.intersection(*(set(term.shards) for term in terms)))
+    sums = [
+        (terms[0].shards[shard].tokens, math.fsum(term.sign * term.shards[shard].kl for term in terms))
+        for shard in common
+    ]
+    return Score(math.fsum(term.mean for term in terms), _stderr(sums))
 
 
 def _weighted_mean(values: Sequence[tuple[int, float]]) -> float:

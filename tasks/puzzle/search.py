@@ -24,6 +24,10 @@ class Point:
     name: str
     limits: tuple[Limit, ...]
 
+    def only(self, kept: Sequence[int]) -> "Point":
+        """The point for a problem that has these choices (indices) alone."""
+        return replace(self, limits=tuple(limit.only(kept) for limit in self.limits))
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -54,16 +58,27 @@ def best_child(problem: Problem[P], settings: Settings, points: Sequence[Point] 
         InfeasibleError: no point has a child; the limits at fault are named.
         InputError: some block has no choice, the node limit was hit before a child was found, or the solver failed.
     """
-    start = time.perf_counter()
     check_cover(problem)
-    problems = [replace(problem, limits=(*problem.limits, *point.limits)) for point in points]
+    best = best_child_if_any(problem, settings, points)
+    if best is None:
+        raise infeasible([_at(problem, point) for point in points], settings)
+    return best
+
+
+def best_child_if_any(problem: Problem[P], settings: Settings, points: Sequence[Point] = (ANYWHERE,)) -> Best[P] | None:
+    """As :func:`best_child`, None where no point has a child; why is not asked."""
+    start = time.perf_counter()
+    problems = [_at(problem, point) for point in points]
     found = _best_point(problems, settings)
     if found is None:
-        raise infeasible(problems, settings)
-    best, index, bounds, scores = found
-    bound = min(bounds)
+        return None
+    cover, index, bounds, scores = found
     tried = tuple(Tried(point.name, bounds[number], scores.get(number)) for number, point in enumerate(points))
-    return Best(solution(problems[index], best, bound, time.perf_counter() - start), index, tried)
+    return Best(solution(problems[index], cover, min(bounds), time.perf_counter() - start), index, tried)
+
+
+def _at(problem: Problem[P], point: Point) -> Problem[P]:
+    return replace(problem, limits=(*problem.limits, *point.limits))
 
 
 def _best_point(
@@ -79,9 +94,10 @@ def _best_point(
     for index in sorted(range(len(problems)), key=lambda number: (bounds[number], number)):
         if best is not None and bounds[index] >= worth - settings.relative_gap * abs(worth):
             break
-        found = improve(problems[index], relaxed[index], worth, settings)
+        better_than = worth if best is None else worth - settings.relative_gap * abs(worth)
+        found = improve(problems[index], relaxed[index], better_than, settings)
         if found is None:  # nothing here is better than what another point has
-            bounds[index] = max(bounds[index], worth)
+            bounds[index] = max(bounds[index], better_than)
             continue
         nodes += found.nodes
         score = problems[index].score(found.chosen)
@@ -111,15 +127,11 @@ def alternatives(
     most_alike = problem.num_blocks - math.ceil(min_distance * problem.num_blocks)
     while len(earlier) <= count:
         limits = tuple(_unlike(problem, best.solution.chosen, most_alike, n) for n, best in enumerate(earlier, start=1))
-        problems = [replace(problem, limits=(*problem.limits, *point.limits, *limits)) for point in points]
-        start = time.perf_counter()
-        found = _best_point(problems, settings)
-        if found is None:
+        best = best_child_if_any(replace(problem, limits=(*problem.limits, *limits)), settings, points)
+        if best is None:
             return
-        cover, index, bounds, scores = found
-        tried = tuple(Tried(point.name, bounds[n], scores.get(n)) for n, point in enumerate(points))
-        earlier.append(Best(solution(problems[index], cover, min(bounds), time.perf_counter() - start), index, tried))
-        yield earlier[-1]
+        earlier.append(best)
+        yield best
 
 
 def _unlike(problem: Problem[P], chosen: Sequence[Choice[P]], most_alike: int, number: int) -> Limit:

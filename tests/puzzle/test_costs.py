@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from storage.files import InputError
 from storage.records import Attention, Component, CostRow, Ffn, Metric, Replacement, TimingRow
+from storage.targets import SPEED_METRICS
 from tasks.puzzle.cost_model import ENGINE, modelled_rows
-from tasks.puzzle.costs import CostTable, Quantity, Setting, from_timings, measure, model_sizes, model_speed
+from tasks.puzzle.costs import CostTable, Setting, from_timings, model_sizes, model_speed
 from tasks.puzzle.hardware import DEVICES, Device, device_named
+from tasks.puzzle.quantities import Quantity, measure
 from tasks.puzzle.variants import attention_variants, component_sizes, ffn_variants, parent_blocks
 from tests.puzzle.test_variants import DEMO_RATIOS, LLAMA_70B, SMOLLM2
 
@@ -118,8 +120,9 @@ BLOCKS = st.lists(st.tuples(st.sampled_from(ATTENTIONS), st.sampled_from(FFNS)),
 def test_what_the_search_adds_up_is_what_the_model_costs(blocks: list[Replacement], metric: Metric) -> None:
     """Separability: the linear form of every metric equals its independent evaluation."""
     table = CostTable(_rows(MEMORY_BOUND))
-    quantity = Quantity(metric, "bfloat16", "unit", ENGINE, "128/128", batch=8, context=256)
-    total = quantity.fixed(table) + sum(quantity.of_block(table, block) for block in blocks)
+    mix = ((SETTING, 1.0),) if metric in SPEED_METRICS else ()
+    quantity = Quantity(metric, "bfloat16", "unit", ENGINE, mix, batch=8, context=256, workspace_bytes=12345.0)
+    total = quantity.fixed(table) + sum(quantity.of_blocks(table, blocks))
     value = measure(table, blocks, quantity)
     assert quantity.value(total) == pytest.approx(value, rel=1e-12)
     assert quantity.total_at(value) == pytest.approx(total, rel=1e-12)
@@ -234,6 +237,7 @@ def test_devices_say_where_each_number_is_from_and_unknown_ones_get_a_hint() -> 
 def test_a_span_is_costed_by_its_subblocks() -> None:
     """One child block instead of two parent blocks costs what one block costs."""
     table = CostTable(_rows(COMPUTE_BOUND))
-    quantity = Quantity("latency_ms", "bfloat16", "unit", ENGINE, "128/128", batch=8)
+    quantity = Quantity("latency_ms", "bfloat16", "unit", ENGINE, ((SETTING, 1.0),))
     span = Replacement(0, 2, Attention("gqa", 3), Ffn("gated", 1536))
-    assert quantity.of_block(table, span) == quantity.of_block(table, parent_blocks(SMOLLM2)[0])
+    of_span, of_block = quantity.of_blocks(table, [span, parent_blocks(SMOLLM2)[0]])
+    assert of_span == of_block

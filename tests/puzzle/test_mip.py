@@ -4,7 +4,6 @@ import copy
 import itertools
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import get_args
 
@@ -18,8 +17,7 @@ from tasks.puzzle.infeasible import InfeasibleError
 from tasks.puzzle.mip import Settings, Solution, Solver
 from tasks.puzzle.problem import Choice, Limit, Problem
 from tasks.puzzle.search import best_child
-
-Small = Problem[Replacement]
+from tests.puzzle.problems import Small, brute_force, covers, keeps, problems
 
 
 def solve(problem: Small, settings: Settings) -> Solution[Replacement]:
@@ -32,66 +30,6 @@ SOLVERS: tuple[Solver, ...] = get_args(Solver)
 def optimum(value: float | None) -> object:
     """What compares equal to `value` within `Settings.relative_gap`, 1e-6."""
     return None if value is None else pytest.approx(value, rel=1e-6, abs=1e-9)
-
-
-@st.composite
-def problems(draw: st.DrawFn, num_limits: int = 2) -> Small:
-    """3 or 4 blocks, 1 to 4 choices each, some spans of 2 or 3, limits that are loose, tight, or too tight.
-
-    Scores and coefficients are eighths, so that ties and sums that meet a limit exactly are common.
-    """
-    num_blocks = draw(st.integers(3, 4))
-    replacements = [
-        Replacement(block, 1, Attention("gqa", width + 1), Ffn("no_op"))
-        for block in range(num_blocks)
-        for width in range(draw(st.integers(1, 4)))
-    ]
-    spans = [
-        Replacement(first, span, Attention("no_op"), Ffn("no_op"))
-        for span in (2, 3)
-        for first in range(num_blocks - span + 1)
-    ]
-    replacements += draw(st.lists(st.sampled_from(spans), unique=True, max_size=3))
-    eighths = st.integers(0, 80).map(lambda value: value / 8)
-    choices = tuple(Choice(of, draw(eighths)) for of in sorted(replacements))
-    limits = tuple(
-        Limit(
-            name=f"limit {number}",
-            text=f"limit {number}",
-            coefficients=tuple(draw(eighths) for _ in choices),
-            constant=draw(eighths),
-            upper=draw(st.integers(1, 400)) / 8,
-        )
-        for number in range(num_limits)
-    )
-    return Problem("t", num_blocks, choices, limits)
-
-
-def covers(problem: Small, block: int = 0) -> Iterator[tuple[int, ...]]:
-    """Every exact cover of the blocks from `block` on, as indices of choices."""
-    if block == problem.num_blocks:
-        yield ()
-    for index, choice in enumerate(problem.choices):
-        if choice.replacement.first_block == block and choice.replacement.parent_blocks.stop <= problem.num_blocks:
-            for rest in covers(problem, block + choice.replacement.span):
-                yield (index, *rest)
-
-
-def keeps(problem: Small, cover: tuple[int, ...], without: Limit | None = None) -> bool:
-    """Whether a cover keeps all limits but one; eighths add up exactly, so no tolerance is needed."""
-    return all(
-        limit.constant + sum(limit.coefficients[index] for index in cover) <= limit.upper
-        for limit in problem.limits
-        if limit is not without
-    )
-
-
-def brute_force(problem: Small) -> float | None:
-    """The smallest sum of scores over covers that keep every limit."""
-    scores = [
-        sum(problem.choices[index].score for index in cover) for cover in covers(problem) if keeps(problem, cover)
-    ]
-    return min(scores, default=None)
 
 
 def solved(problem: Small, solver: Solver = "highs") -> float | None:

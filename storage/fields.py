@@ -1,0 +1,17 @@
+"""What the models of params.yaml are made of: the base of all sections, and types that several share."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, StringConstraints
+
+Scenario = Annotated[str, StringConstraints(pattern=r"^[1-9]\d*/[1-9]\d*$")]
+"""Input length / output length, in tokens."""
+
+Best = Literal["best"]
+"""A batch or a tensor-parallel degree that the search chooses."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused, numbers finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -1,0 +1,145 @@
+"""The search against PuLP with CBC on the same made-up problems of a 70B's size: seconds, proven gap, ratio.
+
+Run: `python -m tests.benchmarks.bench_search`. Three sizes, six seeds each, medians: 80 blocks x 54 joint choices with
+two limits that bind; the same with the batch left open (10 batches, which CBC has to solve one by one); an 80 x 16
+library. Everything is solved to a gap of 0.1 %. A table for people and a JSON line for machines.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pulp
+import torch
+
+from tasks.block_library import Named
+from tasks.puzzle.mip import Settings
+from tasks.puzzle.problem import Choice, Limit, Problem
+from tasks.puzzle.search import Point, best_child
+from tasks.puzzle.timing import machine
+
+SEEDS = range(6)
+GAP = 1e-3
+BATCHES = tuple(2**power for power in range(10))
+KV_SHARES = np.array([1.0, 0.5, 0.25, 0.125, 0.05, 0.0])  # 8, 4, 2, 1 kv heads, linear, no-op
+FFN_SHARES = np.array([1.0, 0.875, 0.75, 0.5, 0.25, 0.2, 0.1, 0.05, 0.0])
+GIB_PER_SHARE = (0.28, 1.31, 0.0025)  # 70B in FP8: a block's attention, its FFN, KV of 256 tokens in FP8
+Instance = tuple[Problem[Named], list[Point]]
+
+
+def joint(seed: int, blocks: int = 80, attentions: int = 6, ffns: int = 9) -> Instance:
+    """Scores that rise towards smaller variants, each block of another importance; two limits at about 55 %.
+
+    The points are batches: memory holds weights and the KV cache of the batch, time is per sequence of it.
+    """
+    rng = np.random.default_rng(seed)
+    kv, ffn = KV_SHARES[:attentions], FFN_SHARES[:ffns]
+    size = (blocks, attentions, ffns)
+
+    def rising(count: int) -> np.ndarray:
+        values = np.sort(rng.random((blocks, count)), axis=1) * rng.gamma(1.5, 0.02, (blocks, 1))
+        values[:, 0] = 0.0
+        return values
+
+    scores = (rising(attentions)[:, :, None] + rising(ffns)[:, None, :]).ravel()
+    noise = 1 + 0.02 * rng.random(size)
+    attention_gib, ffn_gib, kv_gib = GIB_PER_SHARE
+    held = (attention_gib * np.sqrt(kv)[:, None] + ffn_gib * ffn[None, :]) * noise
+    cached = np.broadcast_to(kv_gib * kv[:, None], size)
+    names = [
+        Named(block, f"{a:02d}-{f:02d}") for block in range(blocks) for a in range(attentions) for f in range(ffns)
+    ]
+    choices = tuple(Choice(name, float(score)) for name, score in zip(names, scores, strict=True))
+
+    def limits(batch: int) -> tuple[Limit, Limit]:
+        memory = (held + batch * cached).ravel()
+        compute = 0.012 * batch * held  # milliseconds: weights and KV are read once a step, each token computes
+        step = (np.maximum(held, compute) * 0.32 + 0.32 * batch * cached).ravel() / batch
+        room = 0.55 * blocks * (attention_gib + ffn_gib)
+        return (
+            Limit("memory", "memory", tuple(memory.tolist()), 0.0, room),
+            Limit("time", "time", tuple(step.tolist()), 0.0, 0.0),
+        )
+
+    reference = limits(64)[1].coefficients
+    whole = sum(reference[index] for index in range(0, len(reference), attentions * ffns))
+    points = [
+        Point(str(batch), tuple(replace(one, upper=one.upper or 0.52 * whole) for one in limits(batch)))
+        for batch in BATCHES
+    ]
+    return Problem(f"seed {seed}", blocks, choices, ()), points
+
+
+def one_batch(seed: int) -> Instance:
+    """The joint problem at batch 64 alone."""
+    problem, points = joint(seed)
+    return problem, [points[BATCHES.index(64)]]
+
+
+def library(seed: int) -> Instance:
+    """80 x 16, one batch."""
+    problem, points = joint(seed, attentions=2, ffns=8)
+    return problem, [points[BATCHES.index(64)]]
+
+
+def ours(instance: Instance) -> tuple[float, float]:
+    """Objective and proven gap."""
+    best = best_child(instance[0], Settings(relative_gap=GAP), instance[1])
+    return best.solution.objective, best.solution.gap
+
+
+def cbc(instance: Instance) -> tuple[float, float]:
+    """The best objective over all points, each solved to the gap."""
+    return min(_cbc(instance[0], point) for point in instance[1]), GAP
+
+
+def _cbc(problem: Problem[Named], point: Point) -> float:
+    model = pulp.LpProblem("search", pulp.LpMinimize)
+    variables = [pulp.LpVariable(f"x{index}", cat="Binary") for index in range(len(problem.choices))]
+    model += pulp.lpSum(choice.score * variable for choice, variable in zip(problem.choices, variables, strict=True))
+    for block in range(problem.num_blocks):
+        model += (
+            pulp.lpSum(v for c, v in zip(problem.choices, variables, strict=True) if c.replacement.layer == block) == 1
+        )
+    for limit in point.limits:
+        model += pulp.lpSum(a * v for a, v in zip(limit.coefficients, variables, strict=True)) <= limit.upper
+    model.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=GAP, threads=1, timeLimit=60))
+    return float(pulp.value(model.objective)) if pulp.LpStatus[model.status] == "Optimal" else float("inf")
+
+
+def timed(solve: Callable[[Instance], tuple[float, float]], instance: Instance) -> tuple[float, float, float]:
+    """Seconds, objective, gap."""
+    start = time.perf_counter()
+    objective, gap = solve(instance)
+    return time.perf_counter() - start, objective, gap
+
+
+def main() -> None:
+    """Solve, print."""
+    cases: dict[str, Callable[[int], Instance]] = {
+        "80 x 54, one batch": one_batch,
+        f"80 x 54, {len(BATCHES)} batches": joint,
+        "80 x 16, one batch": library,
+    }
+    lines, found = (
+        [f"{'problem':<22} {'ours':>9} {'PuLP+CBC':>9} {'ratio':>7} {'largest gap':>12} {'score ours/CBC':>15}"],
+        {},
+    )
+    for name, make in cases.items():
+        pairs = [(timed(ours, make(seed)), timed(cbc, make(seed))) for seed in SEEDS]
+        own, other = (statistics.median(pair[side][0] for pair in pairs) for side in (0, 1))
+        ratio = statistics.median(b[0] / a[0] for a, b in pairs)
+        gap = max(a[2] for a, _ in pairs)
+        scores = statistics.median(a[1] / b[1] for a, b in pairs)
+        lines.append(f"{name:<22} {own:>7.2f} s {other:>7.2f} s {ratio:>6.1f}x {gap:>12.1e} {scores:>15.5f}")
+        found[name] = {"seconds": own, "cbc_seconds": other, "ratio": ratio, "gap": gap, "scores": scores}
+    lines.append(f"medians over {len(SEEDS)} seeds, one thread, {machine(torch.device('cpu'))}, both in this run")
+    sys.stdout.write("\n".join([*lines, json.dumps(found), ""]))
+
+
+if __name__ == "__main__":
+    main()

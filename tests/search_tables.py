@@ -1,0 +1,117 @@
+"""Made-up tables of a tiny parent for the search: scores, modelled costs, and every child that they allow."""
+
+import functools
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from storage.files import write_json
+from storage.model_config import ModelConfig
+from storage.params import Params, parse
+from storage.paths import Paths
+from storage.records import CostRow, Replacement, ScoreRow
+from storage.tables import write_costs, write_scores
+from tasks.puzzle.cost_model import ENGINE, modelled_rows
+from tasks.puzzle.hardware import device_named
+from tasks.puzzle.score_rule import Scores
+from tasks.puzzle.variants import attention_variants, ffn_variants, parent_blocks
+from tasks.search_architecture import Found, search
+
+TARGET = "like-51b"
+MARGIN = 0.05
+CONFIG = ModelConfig.from_hf(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 256,
+        "vocab_size": 128,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    },
+    "tiny",
+)
+ATTENTIONS = attention_variants(CONFIG)
+FFNS = ffn_variants(CONFIG, (0.5, 0.25), 64)
+SPEED = {"hardware": "h100-sxm", "engine": ENGINE, "scenario": "128/128", "batch": 8}
+
+
+def tiny_search_params(
+    constraints: dict[str, Any], more: dict[str, Any] | None = None, **search_section: Any
+) -> Params:
+    """Params with one target: its constraints, and `more` of it (pins, allowed, runtimes)."""
+    stages = ("run", "prepare_parent", "prepare_corpus", "cache_activations", "distill_blocks", "score_blocks")
+    later = ("measure_costs", "search_baselines", "assemble_child", "distill_child", "evaluate_child")
+    last = ("benchmark_throughput", "measure_accuracy", "report")
+    raw: dict[str, Any] = {stage: {} for stage in (*stages, *later, *last)}
+    raw["search_architecture"] = {"speed_margin": MARGIN, **search_section}
+    raw["targets"] = {"like-51b": {"label": "51B-like", "constraints": constraints, **(more or {})}}
+    return parse(raw, "test")
+
+
+def scores(rng: random.Random) -> list[ScoreRow]:
+    """Two shards of every half, some pairs measured jointly, and a span of blocks 1-2."""
+    parent_attention, parent_ffn = ATTENTIONS[0], FFNS[0]
+    halves = [(attention, parent_ffn) for attention in ATTENTIONS[1:]] + [(parent_attention, ffn) for ffn in FFNS[1:]]
+    replaced = [Replacement(block, 1, *half) for block in range(3) for half in halves]
+    replaced += [Replacement(0, 1, ATTENTIONS[1], FFNS[1]), Replacement(1, 2, parent_attention, parent_ffn)]
+    return [
+        ScoreRow(
+            first_block=of.first_block,
+            span=of.span,
+            attention=of.attention.name,
+            ffn=of.ffn.name,
+            weights="decoupled",
+            weights_hash="w",
+            around="parent",
+            sequence_shard=shard,
+            tokens=512,
+            kl=kl * rng.uniform(0.9, 1.1),
+            lm_loss=3.0,
+            top1_agreement=0.9,
+        )
+        for of in replaced
+        for kl in [rng.uniform(0.01, 0.5)]
+        for shard in (0, 1)
+    ]
+
+
+def costs(scenario: str = "128/128", batch: int = 8) -> tuple[CostRow, ...]:
+    """Modelled milliseconds and sizes of every variant."""
+    return modelled_rows(CONFIG, ATTENTIONS, FFNS, device_named("h100-sxm"), "bfloat16", scenario, batch)
+
+
+def write_tables(paths: Paths) -> None:
+    """Artifacts that the search reads."""
+    write_json(paths.parent / "puzzle_parent.json", {"name": "tiny", "digest": "d1", "config": CONFIG.to_json()})
+    write_scores(paths.scores, scores(random.Random(0)))
+    write_costs(paths.costs, costs())
+
+
+def run_search(
+    constraints: dict[str, Any], paths: Paths, more: dict[str, Any] | None = None, **section: Any
+) -> tuple[Found, dict[str, Any], dict[str, Any]]:
+    """Search; what was found, architecture.json, search.json."""
+    found = search.fn("like-51b", tiny_search_params(constraints, more, **section), paths)
+    architecture = json.loads(paths.architecture("like-51b").read_text())
+    return found, architecture, json.loads(paths.search("like-51b").read_text())
+
+
+def children(of: Scores) -> Iterator[tuple[Replacement, ...]]:
+    """Every child that the tables allow."""
+    scored = [*parent_blocks(CONFIG), *of.replacements("decoupled")]
+    single = [[one for one in scored if one.first_block == block and one.span == 1] for block in range(3)]
+    yield from itertools.product(*single)
+    yield from itertools.product(single[0], [one for one in scored if one.span == 2])
+
+
+@functools.cache
+def all_children() -> tuple[tuple[tuple[Replacement, ...], float], ...]:
+    """Every child with its sum of scores."""
+    found = Scores.of(scores(random.Random(0)), CONFIG)
+    return tuple((child, found.total(child, "decoupled").mean) for child in children(found))

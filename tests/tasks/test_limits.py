@@ -1,0 +1,254 @@
+"""What a target can ask for besides fixed limits: open batches, mixes, pins, kinds, runtimes; and what is explained."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.files import InputError
+from storage.paths import Paths
+from storage.records import Architecture, Attention, Ffn, Replacement
+from storage.tables import write_costs
+from tasks.explain import explain
+from tasks.frontier import frontier
+from tasks.puzzle.cost_model import ENGINE, workspace_bytes
+from tasks.puzzle.costs import GIB, CostTable, Setting, model_sizes, model_speed
+from tasks.puzzle.hardware import DEVICES
+from tasks.puzzle.infeasible import InfeasibleError
+from tasks.puzzle.runtimes import refusals
+from tasks.puzzle.variants import parent_attention, parent_ffn
+from tests.search_tables import (
+    CONFIG,
+    MARGIN,
+    SPEED,
+    TARGET,
+    all_children,
+    costs,
+    run_search,
+    tiny_search_params,
+    write_tables,
+)
+
+SIZE = {"size": {"metric": "block_params", "at_most_ratio": 0.7}}
+BATCHES = (1, 8, 64)
+SCENARIOS = ("128/128", "256/16")
+OPEN = {**SPEED, "batch": "best"}
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    """Artifacts that the search reads, with costs of several scenarios and batches."""
+    paths = Paths(tmp_path / "artifacts")
+    write_tables(paths)
+    write_costs(paths.costs, [row for at in SCENARIOS for batch in BATCHES for row in costs(at, batch)])
+    return paths
+
+
+@functools.cache
+def table() -> CostTable:
+    return CostTable(row for at in SCENARIOS for batch in BATCHES for row in costs(at, batch))
+
+
+def setting(scenario: str, batch: int) -> Setting:
+    return Setting("h100-sxm", ENGINE, "bfloat16", 1, scenario, batch)
+
+
+@functools.cache
+def throughput(blocks: tuple[Replacement, ...], scenario: str, batch: int) -> float:
+    return model_speed(table(), blocks, setting(scenario, batch)).throughput
+
+
+def parent() -> tuple[Replacement, ...]:
+    return tuple(Replacement(index, 1, parent_attention(CONFIG), parent_ffn(CONFIG)) for index in range(3))
+
+
+@pytest.mark.parametrize("ratio", [1.02, 1.2, 1.5])
+def test_the_search_chooses_the_batch(paths: Paths, ratio: float) -> None:
+    """Relative to the parent at its own best batch; brute force over children and batches."""
+    limits = {"speed": {"metric": "throughput", "at_least_ratio": ratio, **OPEN}}
+    least = ratio * (1 + MARGIN) * max(throughput(parent(), "128/128", batch) for batch in BATCHES)
+    expected = min(
+        (
+            score
+            for child, score in all_children()
+            if any(throughput(child, "128/128", batch) >= least for batch in BATCHES)
+        ),
+        default=None,
+    )
+    if expected is None:
+        with pytest.raises(InfeasibleError):
+            run_search(limits, paths)
+        return
+    found, architecture, report = run_search(limits, paths)
+    assert found.score == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    (point,) = architecture["operating_points"]
+    blocks = Architecture.from_json(architecture["blocks"]).blocks
+    assert throughput(blocks, "128/128", point["batch"]) >= least * (1 - 1e-9)
+    assert architecture["predicted"]["batch"] == point["batch"]
+    assert len(report["operating_points"]) == len(BATCHES)
+
+
+def test_the_batch_must_fit_into_the_device(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, the KV cache of whole requests, and the workspace; what does not fit is not chosen."""
+    limits = {"speed": {"metric": "throughput", "at_least_ratio": 0.01, **OPEN}}
+
+    def held(blocks: tuple[Replacement, ...], batch: int) -> float:
+        sizes = model_sizes(table(), blocks, "bfloat16", "h100-sxm", ENGINE)
+        return sizes.memory_gib(batch, 256) + workspace_bytes(CONFIG, setting("128/128", batch)) / GIB
+
+    smallest = min(held(child, 8) for child, _ in all_children())
+    device = DEVICES["h100-sxm"]
+    small = type(device)(**{**vars(device), "memory_bytes": (smallest + held(parent(), 1)) * GIB})
+    monkeypatch.setitem(DEVICES, "h100-sxm", small)
+    _, architecture, _ = run_search(limits, paths)
+    (point,) = architecture["operating_points"]
+    blocks = Architecture.from_json(architecture["blocks"]).blocks
+    assert held(blocks, point["batch"]) <= small.memory_bytes / GIB
+    assert held(parent(), 64) > small.memory_bytes / GIB
+    fits = architecture["constraints"][-1]
+    assert fits["name"] == "fits h100-sxm at 128/128" and fits["predicted"] == pytest.approx(
+        held(blocks, point["batch"])
+    )
+
+
+def test_a_mix_of_scenarios_is_requests_after_each_other(paths: Paths) -> None:
+    """Three requests of one kind and one of the other: tokens over seconds, by hand."""
+    mix = {"128/128": 3.0, "256/16": 1.0}
+    where = {"hardware": "h100-sxm", "engine": ENGINE, "batch": 8}
+    limits = {"speed": {"metric": "throughput", "at_least_ratio": 1.1, "mix": mix, **where}}
+
+    def by_hand(blocks: tuple[Replacement, ...]) -> float:
+        speeds = {at: model_speed(table(), blocks, setting(at, 8)) for at in mix}
+        seconds = sum(share * speeds[at].latency_ms / 1e3 / 8 for at, share in mix.items())
+        return (3 * 128 + 16) / seconds
+
+    least = 1.1 * (1 + MARGIN) * by_hand(parent())
+    expected = min(score for child, score in all_children() if by_hand(child) >= least)
+    found, architecture, _ = run_search(limits, paths)
+    assert found.score == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    blocks = Architecture.from_json(architecture["blocks"]).blocks
+    assert architecture["constraints"][0]["predicted"] == pytest.approx(by_hand(blocks) / by_hand(parent()))
+    assert [part["share"] for part in architecture["constraints"][0]["mix"]] == [0.75, 0.25]
+
+
+def test_scenarios_with_limits_of_their_own_have_batches_of_their_own(paths: Paths) -> None:
+    limits = {
+        name: {"metric": "throughput", "at_least_ratio": 1.05, **OPEN, "scenario": at}
+        for name, at in zip(("chat", "summary"), SCENARIOS, strict=True)
+    }
+    least = {at: 1.05 * (1 + MARGIN) * max(throughput(parent(), at, batch) for batch in BATCHES) for at in SCENARIOS}
+    expected = min(
+        score
+        for child, score in all_children()
+        if all(any(throughput(child, at, batch) >= least[at] for batch in BATCHES) for at in SCENARIOS)
+    )
+    found, architecture, report = run_search(limits, paths)
+    assert found.score == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert [point["scenario"] for point in architecture["operating_points"]] == list(SCENARIOS)
+    assert len(report["operating_points"]) == len(BATCHES) ** 2
+
+
+@pytest.mark.parametrize(
+    ("more", "allowed"),
+    [
+        ({"pins": [{"blocks": [0], "keep": "attention"}]}, lambda of: of.first_block or of.attention.num_kv_heads == 2),
+        ({"pins": [{"blocks": [1, 2]}]}, lambda of: not of.first_block or of in parent()),
+        ({"allowed": {"ffn": ["gated"]}}, lambda of: of.ffn.kind == "gated"),
+        ({"allowed": {"spans": False}}, lambda of: of.span == 1),
+        ({"runtimes": ["vllm", "tensorrt-llm"]}, lambda of: not _refused(of)),
+    ],
+)
+def test_what_is_not_allowed_is_not_chosen(paths: Paths, more: dict[str, Any], allowed: Any) -> None:
+    children = [(child, score) for child, score in all_children() if all(map(allowed, child))]
+    assert 0 < len(children) < len(all_children())
+    size = sum(_params_of(block) for block in parent())
+    expected = min(score for child, score in children if sum(map(_params_of, child)) <= 0.7 * size)
+    found, architecture, _ = run_search(SIZE, paths, more)
+    assert found.score == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert all(map(allowed, Architecture.from_json(architecture["blocks"]).blocks))
+
+
+def _params_of(block: Replacement) -> int:
+    return model_sizes(table(), [block]).block_params
+
+
+def _refused(of: Replacement) -> bool:
+    """vLLM and TensorRT-LLM: no linear layers in vLLM, block 0 keeps its attention, widths are multiples of 256."""
+    odd = of.ffn.kind == "gated" and of.ffn.intermediate_size % 256 != 0
+    linear = "linear" in (of.attention.kind, of.ffn.kind)
+    return odd or linear or (of.first_block == 0 and of.attention.kind == "no_op")
+
+
+@pytest.mark.parametrize(
+    ("limits", "more", "words"),
+    [
+        (SIZE, {"pins": [{"blocks": [3]}]}, "pins names block 3; tiny has blocks 0 to 2"),
+        ({"speed": {"metric": "throughput", "at_least_ratio": 1.1, **OPEN, "scenario": "64/64"}}, {}, "no costs for"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(paths: Paths, limits: Any, more: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        run_search(limits, paths, more)
+
+
+def test_alternatives_differ_and_say_whether_they_tie(paths: Paths) -> None:
+    found, architecture, report = run_search(SIZE, paths, alternatives=3, min_distance=0.6)
+    blocks = Architecture.from_json(architecture["blocks"]).blocks
+    assert len(report["alternatives"]) == 3
+    for other in report["alternatives"]:
+        assert other["distance"] >= 0.6 and other["score"] >= found.score
+        own = Architecture.from_json(other["blocks"]).blocks
+        assert sum(of.span for of in {*own} & {*blocks}) <= 1
+        assert other["score_difference"] == pytest.approx(other["score"] - found.score)
+        assert other["tie"] == (other["score_difference"] < other["score_difference_stderr"])
+
+
+def test_an_explanation_is_the_best_child_with_each_variant(paths: Paths) -> None:
+    _, architecture, _ = run_search(SIZE, paths)
+    blocks = Architecture.from_json(architecture["blocks"]).blocks
+    size = sum(_params_of(block) for block in parent())
+    feasible = [(child, score) for child, score in all_children() if sum(map(_params_of, child)) <= 0.7 * size]
+    for index in range(3):
+        found = explain(TARGET, index, tiny_search_params(SIZE), paths)
+        chosen, *others = found.options
+        assert chosen.is_chosen and chosen.replacement in blocks and index in chosen.replacement.parent_blocks
+        for option in found.options:
+            own = [score for child, score in feasible if option.replacement in child]
+            assert (option.child_score is None) == (not own)
+            assert option.child_score is None or option.child_score == pytest.approx(min(own), rel=1e-6, abs=1e-9)
+            assert option.costs == (_params_of(option.replacement),)
+        assert all(option.child_score is None or option.child_score >= (chosen.child_score or 0) for option in others)
+
+
+def test_no_child_beats_the_frontier_in_quality_and_speed(paths: Paths) -> None:
+    limits = {"speed": {"metric": "throughput", "at_least_ratio": 1.1, **SPEED}, **SIZE}
+    found = frontier(TARGET, "speed", [], 40, tiny_search_params(limits), paths)
+    assert all(Path(file).is_file() for file in found.files)
+    parents = throughput(parent(), "128/128", 8)
+    reached = [(throughput(child, "128/128", 8) / parents, score) for child, score in all_children()]
+    for row in found.rows:
+        better = [score for ratio, score in reached if ratio >= row["value"] * (1 - 1e-9)]
+        assert row["score"] == pytest.approx(min(better), rel=2e-4, abs=1e-9)
+        assert row["status"] == "optimal"
+    assert min(row["score"] for row in found.rows) == 0.0
+
+
+def test_every_runtime_says_which_blocks_it_refuses() -> None:
+    """RUNTIMES.md's table, for one child that breaks every rule of nemotron-nas."""
+    gqa, gated = Attention("gqa", 2), Ffn("gated", 256)
+    blocks = [
+        (Attention("no_op"), gated),
+        (Attention("linear"), gated),
+        (gqa, Ffn("linear")),
+        (gqa, Ffn("gated", 192)),
+    ]
+    found = refusals(CONFIG, blocks)
+    no_linear = ["it has no linear attention: block 1", "it has no linear FFN: block 2"]
+    first = "block 0 must have its attention: block 0"
+    odd = "its FFN widths are multiples of 256 (set distill_blocks.width_multiple to 256): block 3"
+    assert found["vllm"] == [first, *no_linear]
+    assert found["sglang"] == found["mlx-lm"] == [first, *no_linear, odd]
+    assert found["tensorrt-llm"] == [first, odd]
+    assert found["llama.cpp"] == ["it has no linear FFN: block 2"]
+    assert not any(refusals(CONFIG, [(gqa, gated)] * 4).values())
