@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 
 from flows.stage import run_cleanly
 from storage.params import load
@@ -11,30 +12,39 @@ from tasks.explain import Explanation, Option, explain
 
 def explanation_text(found: Explanation) -> str:
     """A line for each variant that the block could have; fits 100 columns with up to three limits."""
-    titles = " ".join(f"{limit:>18.18}" for limit in found.limits)
+    names, units = zip(*(limit.rstrip("]").split(" [") for limit in found.limits), strict=True)
     lines = [
         f"block {found.block} of {found.target}: nats/token of its own, and of the best child that has it (predicted)",
-        f"  {'variant':<20} {'score':>16} {'best child':>11} {titles}",
+        f"  {'variant':<20} {'score':>16} {'best child':>11} {_columns(names)}",
+        f"  {'':<20} {'':>16} {'':>11} {_columns(units)}",
         *(_line(option) for option in found.options),
     ]
     chosen, *others = found.options
     rival = next((option for option in others if option.child_score is not None), None)
     if chosen.child_score is not None and rival is not None and rival.child_score is not None:
-        lines.append(
-            f"chosen: {chosen.replacement.name}; the next best, {rival.replacement.name}, makes the whole child worse "
-            f"by {rival.child_score - chosen.child_score:.4f} nats/token"
-        )
+        worse = rival.child_score - chosen.child_score
+        lines += [
+            f"chosen: {_variant(chosen)}; the next best is {_variant(rival)}, with which the whole child would be",
+            f"worse by {worse:.4f} nats/token",
+        ]
     return "\n".join([*lines, ""])
 
 
-def _line(option: Option) -> str:
+def _columns(texts: Iterable[str]) -> str:
+    return " ".join(f"{text:>15.15}" for text in texts)
+
+
+def _variant(option: Option) -> str:
     of = option.replacement
-    span = f" x{of.span}" if of.span > 1 else ""
+    return f"{of.attention.name} + {of.ffn.name}" + (f" x{of.span}" if of.span > 1 else "")
+
+
+def _line(option: Option) -> str:
     stderr = "" if option.score_stderr is None else f" ± {option.score_stderr:.4f}"
     child = "infeasible" if option.child_score is None else f"{option.child_score:.4f}"
-    costs = " ".join(f"{cost:>18,.4g}" if cost < 1e4 else f"{cost:>18,.0f}" for cost in option.costs)
-    mark, variant = "*" if option.is_chosen else " ", f"{of.attention.name} + {of.ffn.name}{span}"
-    return f"{mark} {variant:<20} {f'{option.score:.4f}{stderr}':>16} {child:>11} {costs}"
+    costs = _columns(f"{cost:,.4g}" if cost < 1e4 else f"{cost:,.0f}" for cost in option.costs)
+    mark = "*" if option.is_chosen else " "
+    return f"{mark} {_variant(option):<20} {f'{option.score:.4f}{stderr}':>16} {child:>11} {costs}"
 
 
 def main() -> None:

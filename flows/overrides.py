@@ -139,6 +139,18 @@ def changes_of(params: Params, targets: list[str], profile: str, constraints: Co
     return changes
 
 
+def with_profile(params: Params, path: Path) -> Params:
+    """The params with a file of overrides.
+
+    Raises:
+        InputError: the file is missing or no mapping, or the params would be refused with it.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is missing; profiles here: {', '.join(profile_names()[1:]) or 'none'}")
+    values = params.model_dump(mode="json", exclude_unset=True)
+    return parse(_changed(values, _leaves(_mapping(path))), f"params.yaml with {path}")
+
+
 def as_arguments(changes: dict[str, Any]) -> list[str]:
     """The changes as arguments of `dvc exp run`; `++` sets a key whether or not params.yaml has it."""
     return [part for key, value in changes.items() for part in ("--set-param", f"++{key}={_hydra(value)}")]
@@ -152,6 +164,10 @@ def _profile(name: str) -> dict[str, Any]:
         raise InputError(
             f"unknown profile {name!r}; known: {', '.join(profile_names())} (files {PROFILES}/<name>.yaml)"
         )
+    return _mapping(path)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold sections like params.yaml, found {type(values).__name__}")

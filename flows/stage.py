@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from flows.progress import PIECES, Shown, span
 from flows.server import ensure
-from storage.files import InputError
+from storage.files import InputError, read_json, write_json
 from storage.params import Params, load
 from storage.paths import Paths
+
+_BEGAN = time.monotonic()
 
 
 def main(stage: Flow[..., Any], *, per_target: bool = False) -> None:
@@ -48,6 +50,14 @@ def _run(stage: Flow[..., Any], params: Params, arguments: dict[str, Any]) -> No
     url, _ = ensure()
     with temporary_settings({PREFECT_API_URL: url}):
         stage.with_options(task_runner=_workers(params.run.workers))(params=params, paths=Paths(), **arguments)
+    name = f"{stage.name}@{arguments['target']}" if "target" in arguments else stage.name
+    _record(name, time.monotonic() - _BEGAN, Paths())
+
+
+def _record(name: str, seconds: float, paths: Paths) -> None:
+    """Keep how long a stage took, for flows/plan.py to show beside its estimates."""
+    earlier = read_json(paths.seconds, "dvc repro") if paths.seconds.is_file() else {}
+    write_json(paths.seconds, {**earlier, name: seconds})
 
 
 def _workers(count: int) -> Any:

@@ -96,6 +96,11 @@ class Paths:
         return self.root / "frontier" / target
 
     @property
+    def seconds(self) -> Path:
+        """How long each stage took here, for flows/plan.py; no stage reads it."""
+        return self.root / "seconds.json"
+
+    @property
     def report(self) -> Path:
         """The page about all targets, and its figures."""
         return self.root / "report"

@@ -97,8 +97,10 @@ _PARTS: dict[Metric, str] = {
     "weight_bytes": "bytes",
     "kv_bytes": "bytes/token",
     "memory_gib": "bytes",
+    "throughput": "ms/request",
+    "decode_throughput": "ms/request",
 }
-"""Unit of what a replacement adds to a metric's sum; speeds add up milliseconds."""
+"""Unit of what a replacement adds to a metric's sum; latencies add up milliseconds."""
 
 
 def _chosen(target: str, block: int, paths: Paths) -> Replacement:

@@ -67,7 +67,7 @@ def frontier(target: str, over: str, keep: Sequence[str], count: int, params: Pa
     rows = tuple(_row(tables, over, point) for point in kept)
     axis = f"{first.quantity.metric}, {'x the parent' if first.relative else UNITS[first.quantity.metric]}"
     axis += f" ({first.quantity.setting.text})" if first.quantity.setting else ""
-    files = _write(target, rows, axis, _marked(tables, over, paths), params.report.png_dpi, paths)
+    files = _write(target, rows, axis, _marked(tables, over, params.targets, paths), params.report.png_dpi, paths)
     return Frontier(len(uppers), rows, axis, files)
 
 
@@ -124,26 +124,23 @@ def _row(tables: TargetTables, over: str, found: FrontierPoint[Replacement]) -> 
     }
 
 
-def _marked(tables: TargetTables, over: str, paths: Paths) -> list[Marked]:
-    """The parent, and the target's child and baselines where they were searched, at the first operating point."""
+def _marked(tables: TargetTables, over: str, targets: Iterable[str], paths: Paths) -> list[Marked]:
+    """The parent, every target's child and this one's baselines where they were searched, at the first point."""
     bound = next(bound for bound in tables.bounds(tables.points[0]) if bound.name == over)
 
-    def mark(name: str, blocks: Iterable[Replacement], score: float, is_baseline: bool = False) -> Marked:
-        return Marked(name, bound.measured(tables.costs, tuple(blocks)), score, is_baseline)
+    def mark(name: str, found: dict[str, Any], is_baseline: bool = False) -> Marked:
+        blocks = Architecture.from_json(found["blocks"]).blocks
+        return Marked(name, bound.measured(tables.costs, blocks), found["predicted"]["score"], is_baseline)
 
-    marked = [mark("parent", tables.parent.blocks, 0.0)]
-    if paths.architecture(tables.target).is_file():
-        chosen = read_json(paths.architecture(tables.target), f"dvc repro search_architecture@{tables.target}")
-        marked.append(
-            mark(chosen["label"], Architecture.from_json(chosen["blocks"]).blocks, chosen["predicted"]["score"])
-        )
+    marked = [Marked("parent", bound.measured(tables.costs, tables.parent.blocks), 0.0, is_baseline=False)]
+    for target in targets:
+        if paths.architecture(target).is_file():
+            chosen = read_json(paths.architecture(target), f"dvc repro search_architecture@{target}")
+            marked.append(mark(chosen["label"], chosen))
     if paths.baselines(tables.target).is_file():
         found = read_json(paths.baselines(tables.target), f"dvc repro search_baselines@{tables.target}")["baselines"]
-        marked += [
-            mark(name, Architecture.from_json(one["blocks"]).blocks, one["predicted"]["score"], is_baseline=True)
-            for name, one in found.items()
-            if "blocks" in one and not name.startswith("random")
-        ]
+        simple = {name: one for name, one in found.items() if "blocks" in one and not name.startswith("random")}
+        marked += [mark(name, one, is_baseline=True) for name, one in simple.items()]
     return marked
 
 

@@ -23,8 +23,8 @@ from storage.pieces import project_imports
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "storage")
 UI = {"compress", "guard", "overrides", "progress", "repro", "reruns", "serve"}
-NOT_STAGES = {"stage", "server", "demo", "closing_table", "explain", "frontier", "own_tables", *UI}
-NOT_STAGE_TASKS = {"block_library", "children", "explain", "frontier", "limits", "machine", "time_machine"}
+NOT_STAGES = {"stage", "server", "demo", "closing_table", "explain", "frontier", "own_tables", "plan", *UI}
+NOT_STAGE_TASKS = {"block_library", "children", "explain", "frontier", "limits", "machine", "plan", "time_machine"}
 NOT_SECTIONS = {"run", "targets"}
 
 # The table of docs/architecture.md.
@@ -46,6 +46,7 @@ PUZZLE_WITHOUT_TORCH = {
     "frontier",
     "operating_points",
     "quantities",
+    "plan",
     "score_rule",
     "runtimes",
     "model_card",

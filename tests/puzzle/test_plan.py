@@ -1,0 +1,107 @@
+"""Estimates of stages: by hand for a tiny parent, and what must grow with what."""
+
+from dataclasses import replace
+
+import pytest
+
+from storage.model_config import ModelConfig
+from storage.records import Attention, Ffn
+from tasks.puzzle.plan import Estimate, Planner, Rates, Work
+
+CONFIG = ModelConfig.from_hf(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 8,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 10,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    },
+    "tiny",
+)
+RATES = Rates(block_flops=1.0, head_flops=1e30, memory_bytes_per_s=1e30, disk_bytes_per_s=1e30, start_seconds=0.0)
+WORK = Work(
+    seq_len=4,
+    train_tokens=16,
+    calibration_tokens=4,
+    validation_tokens=4,
+    cache_bytes=2,
+    compute_bytes=4,
+    workers=1,
+    attentions=(Attention("gqa", 2), Attention("no_op")),
+    ffns=(Ffn("gated", 16), Ffn("gated", 8), Ffn("no_op")),
+    importance_tokens=0,
+    fit_tokens=0,
+    bld_tokens=4,
+    bld_sequences_per_step=1,
+    bld_held_out_tokens=0,
+    score_tokens=4,
+    initial_score_tokens=0,
+    blocks_per_group=3,
+    gkd_tokens=8,
+    gkd_sequences_per_step=1,
+    gkd_held_out_tokens=0,
+    gkd_checkpoint_steps=1,
+    evaluate_tokens=4,
+    baseline_tokens=0,
+    num_baselines=0,
+    benchmark_prefill_tokens=8,
+    benchmark_decode_steps=0,
+)
+ATTEND = 2 * 4 * 8 * 8 + 2 * 4 * 8  # four matrices of 8 x 8; q k^T and its sum of v over half of 4 tokens
+FFN = 2 * 3 * 8 * 16
+BLOCK = ATTEND + FFN
+
+
+def estimates(work: Work = WORK, rates: Rates = RATES, share: float = 1.0) -> dict[str, Estimate]:
+    return {one.stage: one for one in Planner(CONFIG, work, rates).stages({"t": share})}
+
+
+def test_operations_by_hand() -> None:
+    found = {name: one.seconds for name, one in estimates().items()}
+    assert found["cache_activations"] == pytest.approx(3 * 24 * BLOCK)
+    # one narrow FFN and two no-ops from each of three blocks, on 4 tokens, through 3 + 2 + 1 blocks
+    assert found["score_blocks"] == pytest.approx(3 * 4 * 6 * BLOCK)
+    assert found["distill_child@t"] == pytest.approx(3 * 8 * 3 * BLOCK)
+    assert found["evaluate_child@t"] == pytest.approx(2 * 4 * 3 * BLOCK)
+    assert found["benchmark_throughput@t"] == pytest.approx(8 * 6 * BLOCK)
+    assert found["distill_blocks"] == pytest.approx(3 * 4 * (ATTEND + 3.4 * FFN / 2))
+    assert found["report"] == pytest.approx(0.0)
+
+
+def test_bytes_by_hand() -> None:
+    found = estimates()
+    assert found["cache_activations"].disk_bytes == 4 * 24 * 8 * 2  # boundaries, tokens, hidden, bfloat16
+    assert found["distill_blocks"].disk_bytes == 3 * (3 * 8 * 8) * 4
+    params = 3 * (4 * 64 + 3 * 128 + 2 * 8) + 80
+    assert found["prepare_parent"].disk_bytes == 2 * params
+
+
+@pytest.mark.parametrize(
+    ("field", "stages"),
+    [
+        ("train_tokens", {"cache_activations", "prepare_corpus"}),
+        ("bld_tokens", {"distill_blocks"}),
+        ("fit_tokens", {"distill_blocks"}),
+        ("initial_score_tokens", {"score_blocks"}),
+        ("gkd_tokens", {"distill_child@t"}),
+        ("evaluate_tokens", {"evaluate_child@t"}),
+        ("benchmark_decode_steps", {"benchmark_throughput@t"}),
+    ],
+)
+def test_more_tokens_cost_more_where_they_are_used_and_nowhere_else(field: str, stages: set[str]) -> None:
+    rates = Rates(1.0, 1.0, 1.0, 1.0, 1.0)
+    before = estimates(rates=rates)
+    after = estimates(replace(WORK, **{field: getattr(WORK, field) + 400}), rates)
+    assert {name for name in before if after[name] != before[name]} == stages
+    assert all(after[name].seconds >= before[name].seconds for name in stages)
+
+
+def test_a_faster_machine_is_faster_and_a_smaller_child_cheaper() -> None:
+    slow, fast = estimates(), estimates(rates=replace(RATES, block_flops=2.0))
+    assert fast["cache_activations"].seconds == pytest.approx(slow["cache_activations"].seconds / 2)
+    assert estimates(share=0.5)["distill_child@t"].seconds < slow["distill_child@t"].seconds
