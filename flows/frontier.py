@@ -14,7 +14,7 @@ _SHOWN = 12
 def frontier_text(found: Frontier) -> str:
     """A few of the children as a table, the marginal price of more beside each, and where all of them are."""
     lines = [
-        found.axis,
+        found.axis.replace("\n", " "),
         f"{'value':>9} {'score':>8} {'stderr':>8} {'gap':>8} {'price of 1 % more':>18} {'block params':>13} {'KV':>7}",
     ]
     step = max(1, len(found.rows) // _SHOWN)
@@ -37,9 +37,10 @@ def main() -> None:
     parser.add_argument("--target", required=True, help="key of the target in params.yaml, e.g. like-51b")
     parser.add_argument("--over", required=True, help="name of the target's constraint whose limit is swept")
     parser.add_argument("--keep", action="append", default=[], metavar="NAME", help="a constraint that holds as well")
+    parser.add_argument("--to", type=float, help="value to end at (default: twice as good as the target asks for)")
     parser.add_argument("--points", type=int, default=64, help="values to try (default 64)")
     args = parser.parse_args()
-    found = frontier(args.target, args.over, args.keep, args.points, load(), Paths())
+    found = frontier(args.target, args.over, args.keep, args.to, args.points, load(), Paths())
     sys.stdout.write(frontier_text(found))
 
 

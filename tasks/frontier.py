@@ -38,13 +38,16 @@ class Frontier:
     files: tuple[str, ...]
 
 
-def frontier(target: str, over: str, keep: Sequence[str], count: int, params: Params, paths: Paths) -> Frontier:
-    """Sweep the constraint `over` of a target from the parent's value to the best that any child reaches.
+def frontier(
+    target: str, over: str, keep: Sequence[str], to: float | None, count: int, params: Params, paths: Paths
+) -> Frontier:
+    """Sweep the constraint `over` of a target from the parent's value to `to`, or the best that any child reaches.
 
     Args:
         target: whose pins, kinds, runtimes and operating points hold.
         over: name of the constraint whose limit is swept; its margin is left off.
         keep: names of constraints that hold as well.
+        to: the value to end at, in the constraint's unit; None is twice as good as the target asks for.
         count: values to try, evenly spaced as ratios.
         params: for the solver, and the target.
         paths: of the tables.
@@ -59,14 +62,14 @@ def frontier(target: str, over: str, keep: Sequence[str], count: int, params: Pa
     )
     problem, points = tables.problem(WEIGHTS)
     first = next(bound for bound in tables.bounds(tables.points[0]) if bound.name == over)
-    uppers = _grid(problem, points, over, first, count, settings)
+    uppers = _grid(problem, points, over, first, to or _far(first), count, settings)
     found = tqdm(
         sweep(problem, points, over, uppers, settings), total=len(uppers), desc=over, unit="child", disable=None
     )
     kept = undominated([point for point in found if point is not None])
     rows = tuple(_row(tables, over, point) for point in kept)
     axis = f"{first.quantity.metric}, {'x the parent' if first.relative else UNITS[first.quantity.metric]}"
-    axis += f" ({first.quantity.setting.text})" if first.quantity.setting else ""
+    axis += f"\n({first.quantity.setting.text})" if first.quantity.setting else ""
     files = _write(target, rows, axis, _marked(tables, over, params.targets, paths), params.report.png_dpi, paths)
     return Frontier(len(uppers), rows, axis, files)
 
@@ -83,10 +86,21 @@ def _only(tables: TargetTables, names: Sequence[str]) -> TargetTables:
     return replace(tables, wanted=tables.wanted.model_copy(update={"constraints": kept}))
 
 
+def _far(bound: Bound) -> float:
+    """Twice as good as the target asks for."""
+    return bound.limit * 2 if bound.lower else bound.limit / 2
+
+
 def _grid(
-    problem: Problem[Replacement], points: Sequence[Point], over: str, bound: Bound, count: int, settings: Settings
+    problem: Problem[Replacement],
+    points: Sequence[Point],
+    over: str,
+    bound: Bound,
+    to: float,
+    count: int,
+    settings: Settings,
 ) -> list[float]:
-    """Upper limits from the parent's total to the least that any child reaches, evenly spaced as ratios."""
+    """Upper limits from the parent's total to that of `to`, or the least that there is; evenly spaced ratios."""
     most = bound.quantity.total_at(bound.parent_value)
     least = most
     for point in points:
@@ -96,6 +110,7 @@ def _grid(
         found, _ = minimise(replace(problem, limits=others), swept.coefficients, settings)
         if found is not None:
             least = min(least, abs(swept.total(found.chosen)))
+    least = max(least, bound.quantity.total_at(to * bound.per_unit))
     if least >= most:
         raise InputError(f"no child of {problem.name} is better than the parent in {bound.text}")
     return [most * (least / most) ** (number / max(1, count - 1)) for number in range(count)]

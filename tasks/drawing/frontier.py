@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tasks.drawing.style import BLUE, GREY, ORANGE, Drawing, finish, panels, styled
+from tasks.drawing.style import BLUE, GREY, LINE, ORANGE, Drawing, finish, panels, spread, styled
+
+_GAP = 0.05
+"""Least distance of labels, as a share of the axes' height."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,25 @@ def draw_frontier(title: str, axis: str, proven: Sequence[Proven], marked: Seque
     figure, (row,) = panels(1, 2, 4.4)
     values = [point.value for point in proven]
     row[0].plot(values, [point.score for point in proven], ".-", color=BLUE, markersize=4, label="best child, proven")
-    for one in marked:
-        colour, marker = (ORANGE, "s") if one.is_baseline else (GREY if one.name == "parent" else BLUE, "D")
-        row[0].plot(one.value, one.score, marker, color=colour, markersize=7, markerfacecolor="white")
-        row[0].annotate(one.name, (one.value, one.score), xytext=(6, 3), textcoords="offset points", fontsize=8)
-    row[0].set(
-        xlabel=axis, ylabel="sum of replace-1-block scores, nats/token\n(predicted; lower is better)", title=title
-    )
-    row[0].set_ylim(bottom=min(0.0, *(point.score for point in proven)), top=_top(proven, marked))
+    low, high = min(0.0, *(point.score for point in proven)), _top(proven, marked)
+    row[0].set_ylim(low, high)
+    levels = spread([(min(one.score, high) - low) / (high - low) for one in marked], _GAP)
+    for one, level in zip(marked, levels, strict=True):
+        colour = ORANGE if one.is_baseline else GREY if one.name == "parent" else BLUE
+        row[0].plot(
+            one.value, min(one.score, high), "s" if one.is_baseline else "D", color=colour, markerfacecolor="white"
+        )
+        row[0].annotate(
+            f"{one.name} {one.score:.2f}",
+            (one.value, min(one.score, high)),
+            xytext=(1.03, level),
+            textcoords="axes fraction",
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.5, "relpos": (0, 0.5)},
+        )
+    row[0].set(xlabel=axis, title=title)
+    row[0].set_ylabel("sum of replace-1-block scores, nats/token\n(predicted; lower is better)")
     row[1].plot(values, [point.price for point in proven], ".-", color=BLUE, markersize=4)
     row[1].set(xlabel=axis, ylabel="nats/token for 1 % more (predicted)", title="Marginal price")
     for axes in row:

@@ -223,7 +223,7 @@ def test_an_explanation_is_the_best_child_with_each_variant(paths: Paths) -> Non
 
 def test_no_child_beats_the_frontier_in_quality_and_speed(paths: Paths) -> None:
     limits = {"speed": {"metric": "throughput", "at_least_ratio": 1.1, **SPEED}, **SIZE}
-    found = frontier(TARGET, "speed", [], 40, tiny_search_params(limits), paths)
+    found = frontier(TARGET, "speed", [], 100.0, 40, tiny_search_params(limits), paths)
     assert all(Path(file).is_file() for file in found.files)
     parents = throughput(parent(), "128/128", 8)
     reached = [(throughput(child, "128/128", 8) / parents, score) for child, score in all_children()]
