@@ -13,6 +13,7 @@ from storage.paths import Paths
 from tasks import plan as planning
 from tasks.machine import on_this_machine
 from tasks.plan import Plan, plan
+from tasks.puzzle.plan import Rates
 from tests.clone import ROOT
 
 CONFIG_70B = ROOT / "params/llama-3.1-70b.config.json"
@@ -20,8 +21,8 @@ CONFIG_70B = ROOT / "params/llama-3.1-70b.config.json"
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates from a moment: what is checked here does not depend on them."""
-    monkeypatch.setattr(planning, "_SECONDS", 0.05)
+    """Given rates: what is checked here does not depend on them."""
+    monkeypatch.setattr(planning, "calibrate", lambda *_: Rates(1e11, 1e11, 1e10, 1e9, 5.0))
 
 
 def _plan(params: Params, config_json: Path | None, folder: Path) -> Plan:
