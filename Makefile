@@ -38,7 +38,7 @@ serve: $(STAMP)  ## the Prefect UI: start runs from a form, rebuild what a chang
 	@$(BIN)/python -m flows.serve
 
 test: $(DEV)  ## the whole test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(DEV)  ## ruff and mypy --strict
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

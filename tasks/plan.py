@@ -36,8 +36,8 @@ _SECONDS = 6.0
 _CHILDREN = 24
 _OF_PEAK, _OF_BANDWIDTH = 0.4, 0.8
 """What training and scoring in torch reach of a data sheet; a guess that `Plan.machine` names."""
-_LARGEST = 60_000_000
-"""Parameters of the block that is timed: a larger one reaches the same rate."""
+_LARGEST, _LONGEST = 60_000_000, 512
+"""Parameters of the block that is timed, and tokens: larger ones reach the same rate."""
 _BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -162,10 +162,11 @@ def _work(params: Params, config: ModelConfig) -> Work:
 def calibrate(config: ModelConfig, params: Params, device: Compute, folder: Path) -> Rates:
     """Rates of this machine, all workers at once as in a stage; about a minute on two cores."""
     workers, threads = params.run.workers, params.run.threads
+    tokens = min(params.prepare_corpus.seq_len, _LONGEST)
     timed = _small_enough(config)
     vocabulary = min(config.vocab_size, 16_384)
     return Rates(
-        block_flops=_together(workers, threads, lambda: _blocks(timed, params.prepare_corpus.seq_len, device)),
+        block_flops=_together(workers, threads, lambda: _blocks(timed, tokens, device)),
         head_flops=_together(workers, threads, lambda: _heads(timed.hidden_size, vocabulary, device)),
         memory_bytes_per_s=_together(1, threads, lambda: _memory(device)),
         disk_bytes_per_s=_disk(folder),

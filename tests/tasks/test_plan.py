@@ -19,17 +19,14 @@ from tests.clone import ROOT
 CONFIG_70B = ROOT / "params/llama-3.1-70b.config.json"
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given rates: what is checked here does not depend on them."""
-    monkeypatch.setattr(planning, "calibrate", lambda *_: Rates(1e11, 1e11, 1e10, 1e9, 5.0))
-
-
 def _plan(params: Params, config_json: Path | None, folder: Path) -> Plan:
     return plan(on_this_machine(params), config_json, Paths(folder / "artifacts"))
 
 
-def test_every_stage_of_the_demo_is_planned(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_stage_of_the_demo_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From rates that were timed for a moment."""
+    monkeypatch.setattr(planning, "_SECONDS", 0.05)
+    monkeypatch.setattr(planning, "_CHILDREN", 1)
     monkeypatch.chdir(ROOT)
     params = load()
     write_json(tmp_path / "artifacts/seconds.json", {"score_blocks": 100.0})
@@ -45,7 +42,9 @@ def test_every_stage_of_the_demo_is_planned(quick: None, tmp_path: Path, monkeyp
     assert not list((tmp_path / "artifacts").glob(".plan-*"))
 
 
-def test_the_70b_is_planned_from_its_config_alone(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_70b_is_planned_from_its_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From given rates: a laptop without bfloat16 instructions takes minutes for one block in it."""
+    monkeypatch.setattr(planning, "calibrate", lambda *_: Rates(1e11, 1e11, 1e10, 1e9, 5.0))
     monkeypatch.chdir(ROOT)
     params = with_profile(load(), ROOT / "params/llama-3.1-70b.yaml")
     on_cpu = params.model_copy(update={"run": params.run.model_copy(update={"device": "cpu"})})
