@@ -23,7 +23,11 @@ def search_own_tables() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for architecture.json and search.json")
     args = parser.parse_args()
     found = search_own(OwnTables(args.scores, args.costs, args.target, args.parent), _section(args), args.out)
-    sys.stdout.write(f"{found}\nwrote {args.out / 'architecture.json'} and {args.out / 'search.json'}\n")
+    speed = "" if found.throughput_ratio is None else f", {found.throughput_ratio:.3f} times its speed"
+    sys.stdout.write(
+        f"predicted: score {found.score:.4f} nats/token (gap {found.gap:.1e}), {found.block_params_ratio:.1%} of the "
+        f"parent's block parameters{speed}\nwrote {args.out / 'architecture.json'} and {args.out / 'search.json'}\n"
+    )
 
 
 def search_block_library() -> None:

@@ -97,7 +97,7 @@ class Paths:
 
     @property
     def seconds(self) -> Path:
-        """How long each stage took here, for flows/plan.py; no stage reads it."""
+        """How long each stage took here, its imports left out, for flows/plan.py; no stage reads it."""
         return self.root / "seconds.json"
 
     @property

@@ -234,7 +234,12 @@ def _count(checkpoint: Checkpoint, config: ModelConfig, attentions: Sequence[Att
 
 
 def _measured(limit: Mapping[str, Any], counted: dict[str, _Counted], rows: Sequence[ThroughputRow]) -> float | None:
-    """A limit's value on the assembled child in the limit's unit, None where it cannot be had on this machine."""
+    """A limit's value on the assembled child in the limit's unit, None where it cannot be had on this machine.
+
+    A limit that counts a workspace has none: the workspace is modelled.
+    """
+    if limit.get("workspace_gib"):
+        return None
     if limit["metric"] in SPEED_METRICS:
         speed = _speed(limit, rows)
         if speed is None:

@@ -51,14 +51,13 @@ def explain(target: str, block: int, params: Params, paths: Paths) -> Explanatio
     Raises:
         InputError: a table or the architecture is missing, no such block, or the architecture is not of these tables.
     """
-    tables, settings = (
-        TargetTables.read(target, params, paths),
-        solver_settings(params.search_architecture, params.run.seed),
-    )
+    tables = TargetTables.read(target, params, paths)
+    settings = solver_settings(params.search_architecture, params.run.seed)
     last = len(tables.parent.blocks) - 1
     if not 0 <= block <= last:
         raise InputError(f"{tables.parent.name} has blocks 0 to {last}, not {block}")
-    chosen = _chosen(target, block, paths)
+    found = read_json(paths.architecture(target), f"dvc repro search_architecture@{target}")
+    chosen = next(of for of in Architecture.from_json(found["blocks"]).blocks if block in of.parent_blocks)
     problem, points = tables.problem(WEIGHTS)
     here = [number for number, choice in enumerate(problem.choices) if block in choice.replacement.parent_blocks]
     replacements = [problem.choices[number].replacement for number in here]
@@ -67,7 +66,7 @@ def explain(target: str, block: int, params: Params, paths: Paths) -> Explanatio
             f"{paths.architecture(target)} has {chosen.name}, which the tables or the target no longer allow; run "
             f"`dvc repro search_architecture@{target}`"
         )
-    bounds = tables.bounds(tables.points[0])
+    bounds = tables.bounds(tables.point_of(found["operating_points"]))
     columns = [bound.quantity.of_blocks(tables.costs, replacements) for bound in bounds]
     elsewhere = sorted({*range(len(problem.choices))} - {*here})
     options = []
@@ -101,8 +100,3 @@ _PARTS: dict[Metric, str] = {
     "decode_throughput": "ms/request",
 }
 """Unit of what a replacement adds to a metric's sum; latencies add up milliseconds."""
-
-
-def _chosen(target: str, block: int, paths: Paths) -> Replacement:
-    found = read_json(paths.architecture(target), f"dvc repro search_architecture@{target}")
-    return next(of for of in Architecture.from_json(found["blocks"]).blocks if block in of.parent_blocks)

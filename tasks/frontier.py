@@ -19,7 +19,8 @@ from storage.params import Params
 from storage.paths import Paths
 from storage.records import Architecture, Replacement
 from tasks.drawing.frontier import Marked, Proven, draw_frontier
-from tasks.limits import UNITS, WEIGHTS, Bound, TargetTables, solver_settings
+from tasks.limits import WEIGHTS, TargetTables, solver_settings
+from tasks.puzzle.bounds import UNITS, Bound
 from tasks.puzzle.frontier import FrontierPoint, sweep, undominated
 from tasks.puzzle.mip import Settings, minimise
 from tasks.puzzle.problem import Problem
@@ -70,7 +71,7 @@ def frontier(
     rows = tuple(_row(tables, over, point) for point in kept)
     axis = f"{first.quantity.metric}, {'x the parent' if first.relative else UNITS[first.quantity.metric]}"
     axis += f"\n({first.quantity.setting.text})" if first.quantity.setting else ""
-    files = _write(target, rows, axis, _marked(tables, over, params.targets, paths), params.report.png_dpi, paths)
+    files = _write(target, rows, axis, _marked(tables, first, params.targets, paths), params.report.png_dpi, paths)
     return Frontier(len(uppers), rows, axis, files)
 
 
@@ -139,23 +140,25 @@ def _row(tables: TargetTables, over: str, found: FrontierPoint[Replacement]) -> 
     }
 
 
-def _marked(tables: TargetTables, over: str, targets: Iterable[str], paths: Paths) -> list[Marked]:
-    """The parent, every target's child and this one's baselines where they were searched, at the first point."""
-    bound = next(bound for bound in tables.bounds(tables.points[0]) if bound.name == over)
+def _marked(tables: TargetTables, bound: Bound, targets: Iterable[str], paths: Paths) -> list[Marked]:
+    """The parent, every target's child, this one's baselines: those that were searched, each at its own best point."""
+    marked: list[Marked] = []
 
-    def mark(name: str, found: dict[str, Any], is_baseline: bool = False) -> Marked:
-        blocks = Architecture.from_json(found["blocks"]).blocks
-        return Marked(name, bound.measured(tables.costs, blocks), found["predicted"]["score"], is_baseline)
+    def mark(name: str, blocks: Sequence[Replacement], score: float, is_baseline: bool = False) -> None:
+        value = tables.best_value(bound.name, blocks)
+        if value is not None:
+            marked.append(Marked(name, value / bound.per_unit, score, is_baseline))
 
-    marked = [Marked("parent", bound.measured(tables.costs, tables.parent.blocks), 0.0, is_baseline=False)]
+    mark("parent", tables.parent.blocks, 0.0)
     for target in targets:
         if paths.architecture(target).is_file():
-            chosen = read_json(paths.architecture(target), f"dvc repro search_architecture@{target}")
-            marked.append(mark(chosen["label"], chosen))
+            one = read_json(paths.architecture(target), f"dvc repro search_architecture@{target}")
+            mark(one["label"], Architecture.from_json(one["blocks"]).blocks, one["predicted"]["score"])
     if paths.baselines(tables.target).is_file():
         found = read_json(paths.baselines(tables.target), f"dvc repro search_baselines@{tables.target}")["baselines"]
-        simple = {name: one for name, one in found.items() if "blocks" in one and not name.startswith("random")}
-        marked += [mark(name, one, is_baseline=True) for name, one in simple.items()]
+        for name, one in found.items():
+            if "blocks" in one and not name.startswith("random"):
+                mark(name, Architecture.from_json(one["blocks"]).blocks, one["predicted"]["score"], is_baseline=True)
     return marked
 
 

@@ -4,7 +4,7 @@ Shared by search_architecture and search_baselines: the parent's facts, which re
 constraint at its operating point, the problem that the solver gets, and the predicted sizes and speeds of a child.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -13,9 +13,10 @@ from storage.files import DamagedFileError, InputError, read_json
 from storage.model_config import ModelConfig
 from storage.params import Params, SearchArchitecture
 from storage.paths import Paths
-from storage.records import Attention, CostRow, Ffn, Metric, Replacement, ScoreRow, Weights
+from storage.records import Attention, CostRow, Ffn, Replacement, ScoreRow, Weights
 from storage.tables import read_costs, read_scores
 from storage.targets import SPEED_METRICS, Constraint, Target
+from tasks.puzzle.bounds import Bound, setting_json
 from tasks.puzzle.cost_model import workspace_bytes
 from tasks.puzzle.costs import GIB, CostTable, Setting, model_sizes
 from tasks.puzzle.hardware import DEVICES
@@ -27,21 +28,6 @@ from tasks.puzzle.runtimes import reasons_against
 from tasks.puzzle.score_rule import Scores
 from tasks.puzzle.search import Best, Point, alternatives, best_child
 from tasks.puzzle.variants import parent_blocks
-
-UNITS: dict[Metric, str] = {
-    "params": "parameters",
-    "block_params": "parameters",
-    "attention_blocks": "blocks",
-    "weight_bytes": "bytes",
-    "kv_bytes": "bytes/token",
-    "memory_gib": "GiB",
-    "throughput": "tokens/s",
-    "decode_throughput": "tokens/s",
-    "latency_ms": "ms",
-    "time_to_first_token_ms": "ms",
-    "time_per_token_ms": "ms",
-}
-
 
 WEIGHTS: Weights = "decoupled"
 """The training whose scores count: the child is assembled from the library's trained variants."""
@@ -74,60 +60,6 @@ class ParentFacts:
         attention, ffn = Attention.parse(largest["attention"]), Ffn.parse(largest["ffn"])
         count = max(row.first_block + row.span for row in scores)
         return cls("the parent", "", tuple(Replacement(index, 1, attention, ffn) for index in range(count)), None)
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A limit at its operating point: `limit` as the user gave it, a multiple of `parent_value` where `relative`."""
-
-    name: str
-    quantity: Quantity
-    limit: float
-    lower: bool = False
-    relative: bool = False
-    parent_value: float = 1.0
-    margin: float = 0.0
-
-    @property
-    def per_unit(self) -> float:
-        """The metric's value that the user's number 1 stands for."""
-        return self.parent_value if self.relative else 1.0
-
-    @property
-    def tightening(self) -> float:
-        """What the search multiplies the limit with, for its safety margin."""
-        return 1 + self.margin if self.lower else 1 - self.margin
-
-    def measured(self, table: CostTable, blocks: Sequence[Replacement]) -> float:
-        """The child's value, in the user's unit."""
-        return measure(table, blocks, self.quantity) / self.per_unit
-
-    def as_limit(self, table: CostTable, replacements: Sequence[Replacement]) -> Limit:
-        """For the solver: a linear sum that is at most something (throughput >= X is milliseconds <= tokens / X)."""
-        sign = -1.0 if self.lower and not self.quantity.inverse else 1.0
-        total = self.quantity.total_at(self.limit * self.per_unit * self.tightening)
-        return Limit(
-            name=self.name,
-            text=self.text,
-            coefficients=tuple(sign * value for value in self.quantity.of_blocks(table, replacements)),
-            constant=sign * self.quantity.fixed(table),
-            upper=sign * total,
-            scale=sign * self.quantity.scale / self.per_unit,
-            inverse=self.quantity.inverse,
-            unit="x" if self.relative else f" {UNITS[self.quantity.metric]}",
-            tightening=self.tightening,
-        )
-
-    @property
-    def text(self) -> str:
-        """The limit in words."""
-        quantity = self.quantity
-        where = f" ({' + '.join(setting.text for setting, _ in quantity.mix)})" if quantity.mix else ""
-        if quantity.metric == "memory_gib":
-            where = f" (batch {quantity.batch}, context {quantity.context}, {quantity.precision})"
-        unit = "x the parent's" if self.relative else f" {UNITS[quantity.metric]}"
-        margin = f" (with a margin of {self.margin:.0%})" if self.margin else ""
-        return f"{self.name}: {quantity.metric}{where} {'>=' if self.lower else '<='} {self.limit:g}{unit}{margin}"
 
 
 @dataclass(frozen=True)
@@ -198,6 +130,20 @@ class TargetTables:
         ]
         return operating_points(wishes, self.costs) if wishes else (NOWHERE,)
 
+    def point_of(self, settings: Sequence[Mapping[str, Any]]) -> OperatingPoint:
+        """The operating point that architecture.json names.
+
+        Raises:
+            InputError: the constraints no longer leave it open.
+        """
+        for point in self.points:
+            if [setting_json(point.setting(place)) for place in point.operations] == list(settings):
+                return point
+        raise InputError(
+            f"the child of {self.target} has an operating point that its constraints or the cost table no longer have; "
+            f"run `dvc repro search_architecture@{self.target}`"
+        )
+
     def bounds(self, point: OperatingPoint) -> tuple[Bound, ...]:
         """All limits at an operating point: the constraints, and that the model fits into each device it is chosen for.
 
@@ -267,24 +213,27 @@ class TargetTables:
     @cached_property
     def _parent_values(self) -> dict[str, float]:
         """Each constraint's metric of the parent: where the batch is open, at the parent's own best point."""
-        fitting = [
-            point
-            for point in self.points
-            if all(bound.measured(self.costs, self.parent.blocks) <= bound.limit for bound in self._fits(point))
-        ]
         values = {}
         for name, of in self.wanted.constraints.items():
-            points = fitting if of.is_open else self.points[:1]
-            relative = of.at_most_ratio is not None or of.at_least_ratio is not None
-            if not points and relative:
+            best = self.best_value(name, self.parent.blocks)
+            if best is None and (of.at_most_ratio is not None or of.at_least_ratio is not None):
                 raise InputError(
                     f"{self.target}: {name} is relative to the parent, which fits into {of.hardware} at no batch of "
                     "the cost table; give an absolute limit"
                 )
-            found = [measure(self.costs, self.parent.blocks, self._quantity(of, point)) for point in points]
-            choose = max if of.metric in ("throughput", "decode_throughput") else min
-            values[name] = choose(found) if found else 1.0
+            values[name] = 1.0 if best is None else best
         return values
+
+    def best_value(self, name: str, blocks: Sequence[Replacement]) -> float | None:
+        """A constraint's metric of a model at the operating point that suits it best; None if it fits at none."""
+        of, costs = self.wanted.constraints[name], self.costs
+        fitting = (
+            point
+            for point in self.points
+            if not of.is_open or all(bound.measured(costs, blocks) <= bound.limit for bound in self._fits(point))
+        )
+        values = [measure(costs, blocks, self._quantity(of, point)) for point in fitting]
+        return (max if of.metric in ("throughput", "decode_throughput") else min)(values, default=None)
 
     def problem(self, weights: Weights) -> tuple[Problem[Replacement], tuple[Point, ...]]:
         """All allowed replacements with a score, the parent's own blocks (which score 0), and the limits on them.
@@ -352,10 +301,9 @@ class TargetTables:
         if of.span > 1 and not allowed.spans:
             return False
         for pin in self.wanted.pins:
-            if pinned := set(pin.blocks) & set(of.parent_blocks):
-                kept = {"attention": of.attention == own.attention, "ffn": of.ffn == own.ffn, "block": of == own}
-                if of.span > len(pinned) or of.span > 1 or not kept[pin.keep]:
-                    return False
+            kept = {"attention": of.attention == own.attention, "ffn": of.ffn == own.ffn, "block": of == own}
+            if set(pin.blocks) & set(of.parent_blocks) and (of.span > 1 or not kept[pin.keep]):
+                return False
         kinds = of.attention == own.attention or of.attention.kind in allowed.attention
         kinds = kinds and (of.ffn == own.ffn or of.ffn.kind in allowed.ffn)
         config = self.parent.config
@@ -389,13 +337,13 @@ class TargetTables:
             "context": memory.context,
             "tensor_parallel": memory.tensor_parallel,
             "precision": memory.precision,
-            "throughput_ratio": _speed_ratio(speed, blocks, self.costs) if speed else None,
-            "speed": _speed_json(speed, blocks, self.costs) if speed else None,
+            "throughput_ratio": speed.speed_ratio(self.costs, blocks) if speed else None,
+            "speed": speed.speed_json(self.costs, blocks) if speed else None,
         }
 
     def constraints_json(self, blocks: Sequence[Replacement], point: OperatingPoint) -> list[dict[str, Any]]:
         """Every limit with where it holds and what the tables predict."""
-        return [_bound_json(bound, blocks, self.costs) for bound in self.bounds(point)]
+        return [bound.to_json(self.costs, blocks) for bound in self.bounds(point)]
 
 
 def _read_parent(paths: Paths) -> ParentFacts:
@@ -406,28 +354,6 @@ def _read_parent(paths: Paths) -> ParentFacts:
         return ParentFacts(found["name"], found["digest"], parent_blocks(config), config)
     except (KeyError, TypeError) as error:
         raise DamagedFileError(f"{path} lacks a field ({error}); run `dvc repro prepare_parent`") from error
-
-
-def _bound_json(bound: Bound, blocks: Sequence[Replacement], table: CostTable) -> dict[str, Any]:
-    quantity = bound.quantity
-    where: dict[str, Any] = {}
-    if quantity.setting:
-        where = setting_json(quantity.setting)
-        if len(quantity.mix) > 1:
-            where["mix"] = [{**setting_json(setting), "share": share} for setting, share in quantity.mix]
-    elif quantity.metric == "memory_gib":
-        where = {"batch": quantity.batch, "context": quantity.context, "tensor_parallel": quantity.tensor_parallel}
-        where["workspace_gib"] = quantity.workspace_bytes / GIB
-    return {
-        "name": bound.name,
-        "metric": quantity.metric,
-        "kind": "at_least" if bound.lower else "at_most",
-        "limit": bound.limit,
-        "predicted": bound.measured(table, blocks),
-        "relative": bound.relative,
-        "unit": "x the parent's" if bound.relative else UNITS[quantity.metric],
-        **where,
-    }
 
 
 def _memory_point(bounds: Sequence[Bound], parent: ParentFacts) -> Quantity:
@@ -450,35 +376,3 @@ def _memory_point(bounds: Sequence[Bound], parent: ParentFacts) -> Quantity:
             )
     precision = quantities[0].precision
     return Quantity("memory_gib", precision=precision, context=parent.config.context if parent.config else 1)
-
-
-def _speed_ratio(speed: Bound, blocks: Sequence[Replacement], table: CostTable) -> float:
-    """How much faster than the parent: child / parent of a throughput, parent / child of a latency."""
-    child = measure(table, blocks, speed.quantity)
-    return child / speed.parent_value if speed.quantity.inverse else speed.parent_value / child
-
-
-def _speed_json(speed: Bound, blocks: Sequence[Replacement], table: CostTable) -> dict[str, Any]:
-    """Where `throughput_ratio` holds."""
-    setting = speed.quantity.setting
-    assert setting is not None, speed
-    return {
-        "metric": speed.quantity.metric,
-        "unit": UNITS[speed.quantity.metric],
-        "child": measure(table, blocks, speed.quantity),
-        "parent": speed.parent_value,
-        **setting_json(setting),
-        "origin": table.origin(setting),
-    }
-
-
-def setting_json(setting: Setting) -> dict[str, Any]:
-    """Where milliseconds hold, as JSON."""
-    return {
-        "hardware": setting.hardware,
-        "engine": setting.engine,
-        "precision": setting.precision,
-        "tensor_parallel": setting.tensor_parallel,
-        "scenario": setting.scenario,
-        "batch": setting.batch,
-    }

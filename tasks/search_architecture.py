@@ -17,7 +17,8 @@ from storage.params import Params, SearchArchitecture, load_target
 from storage.paths import Paths
 from storage.records import Architecture
 from storage.tables import read_costs, read_scores
-from tasks.limits import WEIGHTS, Child, ParentFacts, TargetTables, setting_json, solver_settings
+from tasks.limits import WEIGHTS, Child, ParentFacts, TargetTables, solver_settings
+from tasks.puzzle.bounds import setting_json
 from tasks.puzzle.mip import LimitUse, Settings
 from tasks.puzzle.problem import TOLERANCE
 

@@ -46,6 +46,7 @@ PUZZLE_WITHOUT_TORCH = {
     "frontier",
     "operating_points",
     "quantities",
+    "bounds",
     "plan",
     "score_rule",
     "runtimes",

@@ -72,6 +72,8 @@ class Relaxation:
         objective, at = math.inf, multipliers
         for _ in range(_ROUNDS):
             cover, length = self._shortest(self._scores + at @ rows)
+            if not cover:
+                return Bounded(math.inf, None, math.inf, np.full(len(self._scores), math.inf))
             value = length - float(at @ room)
             if value > best:
                 best, multipliers = value, at
@@ -90,9 +92,11 @@ class Relaxation:
         return Bounded(bound, chosen, objective, through)
 
     def _shortest(self, weights: Floats) -> tuple[tuple[int, ...], float]:
-        """The cover of least weight, as indices of choices, and its weight."""
+        """The cover of least weight, as indices of choices, and its weight; empty where there is none at all."""
         least = np.minimum.reduceat(weights, self._starts).tolist()
         lengths, came = self._forward(least)
+        if math.isinf(lengths[-1]):
+            return (), math.inf
         path, block = [], self._problem.num_blocks
         while block:
             place = came[block]

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.records import Replacement
+from storage.records import Attention, Ffn, Replacement
 from tasks.puzzle.frontier import sweep, undominated
 from tasks.puzzle.infeasible import InfeasibleError
 from tasks.puzzle.lagrangian import Relaxation
 from tasks.puzzle.mip import Settings
-from tasks.puzzle.problem import Limit
+from tasks.puzzle.problem import Choice, Limit, Problem
 from tasks.puzzle.search import ANYWHERE, Best, Point, alternatives, best_child, best_child_if_any
 from tests.puzzle.problems import Small, brute_force, covers, keeps, limits_of, problems
 
@@ -157,10 +157,16 @@ def test_a_point_that_cannot_win_is_not_solved() -> None:
     assert best.tried[0].score is None and best.tried[0].bound == pytest.approx(3.0)
 
 
-def _two_choices() -> Small:
-    from storage.records import Attention, Ffn
-    from tasks.puzzle.problem import Choice, Problem
+def test_what_leaves_no_cover_is_infeasible_and_not_searched_for_ever() -> None:
+    """A choice whose neighbours no other choice covers."""
+    nothing = Attention("no_op"), Ffn("no_op")
+    places = ((0, 1), (0, 2), (2, 1))
+    problem = Problem("t", 3, tuple(Choice(Replacement(*place, *nothing), 1.0) for place in places), ())
+    assert best_child_if_any(problem, Settings()) is not None
+    assert best_child_if_any(problem.only([0, 2]), Settings()) is None
 
+
+def _two_choices() -> Small:
     choices = [
         Choice(Replacement(block, 1, Attention("gqa", heads), Ffn("no_op")), score)
         for block in range(3)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from flows.explain import explanation_text
 from storage.files import InputError
 from storage.paths import Paths
 from storage.records import Architecture, Attention, Ffn, Replacement
@@ -13,7 +14,7 @@ from storage.tables import write_costs
 from tasks.explain import explain
 from tasks.frontier import frontier
 from tasks.puzzle.cost_model import ENGINE, workspace_bytes
-from tasks.puzzle.costs import GIB, CostTable, Setting, model_sizes, model_speed
+from tasks.puzzle.costs import GIB, CostTable, Setting, model_sizes, model_speed, subblocks
 from tasks.puzzle.hardware import DEVICES
 from tasks.puzzle.infeasible import InfeasibleError
 from tasks.puzzle.runtimes import refusals
@@ -219,6 +220,23 @@ def test_an_explanation_is_the_best_child_with_each_variant(paths: Paths) -> Non
             assert option.child_score is None or option.child_score == pytest.approx(min(own), rel=1e-6, abs=1e-9)
             assert option.costs == (_params_of(option.replacement),)
         assert all(option.child_score is None or option.child_score >= (chosen.child_score or 0) for option in others)
+
+
+def test_an_explanation_is_of_the_batch_that_was_chosen_and_fits_a_terminal(paths: Paths) -> None:
+    limits = {"speed": {"metric": "throughput", "at_least_ratio": 1.2, **OPEN}, **SIZE}
+    _, architecture, _ = run_search(limits, paths)
+    (point,) = architecture["operating_points"]
+    assert point["batch"] != BATCHES[0]
+    found = explain(TARGET, 1, tiny_search_params(limits), paths)
+    speed = found.limits.index("speed [ms/request]")
+    for option in found.options:
+        of = option.replacement
+        rows = [table().row(setting("128/128", point["batch"]), name, variant) for name, variant in subblocks(of)]
+        by_hand = sum(row.prefill_ms + 128 * row.decode_ms for row in rows) / point["batch"]
+        assert option.costs[speed] == pytest.approx(by_hand)
+    text = explanation_text(found)
+    assert max(map(len, text.splitlines())) <= 100
+    assert sum(line.startswith("*") for line in text.splitlines()) == 1
 
 
 def test_no_child_beats_the_frontier_in_quality_and_speed(paths: Paths) -> None:
