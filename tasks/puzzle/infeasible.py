@@ -60,7 +60,7 @@ def infeasible(problems: Problems, settings: Settings) -> InfeasibleError:
     name = problems[0].name
     which = "this limit cannot be met" if len(conflicts) == 1 else "these limits cannot be met together"
     lines = "".join(f"\n  {conflict.text}" for conflict in conflicts)
-    if len(nearest) > 1:
+    if nearest and len(conflicts) > 1:
         limits = {limit.name: limit for limit in problems[0].limits}
         together = ", ".join(f"{key} {_shown(limits[key], value)}" for key, value in nearest.items())
         lines += f"\n  the nearest limits that can be met together: {together}"
