@@ -14,7 +14,6 @@ from flows.stage import main, run_cleanly
 from storage.params import Params, load
 from storage.paths import TIMINGS, Paths
 from tasks import measure_costs as tasks
-from tasks import time_machine as timing
 from tasks.machine import on_this_machine
 
 
@@ -29,6 +28,8 @@ def measure_costs(params: Params, paths: Paths) -> None:
 
 def time_machine(name: str, scratch: bool) -> None:
     """Time this machine; with `scratch` say how far it is from the table of that name."""
+    from tasks import time_machine as timing  # transformers' model classes: seconds, of no use to the stage
+
     params, paths, kept = load(), Paths(), TIMINGS / f"{name}.parquet"
     computes, timed = on_this_machine(params).run.dtype, params.measure_costs.precision
     if scratch and computes != timed:

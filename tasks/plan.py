@@ -34,6 +34,7 @@ from tasks.puzzle.variants import attention_variants, ffn_variants, parent_atten
 _SECONDS = 6.0
 """Of each rate's timing."""
 _CHILDREN = 24
+_STREAMS = 8
 _OF_PEAK, _OF_BANDWIDTH = 0.4, 0.8
 """What training and scoring in torch reach of a data sheet; a guess that `Plan.machine` names."""
 _LARGEST, _LONGEST = 60_000_000, 512
@@ -212,7 +213,7 @@ def _synchronised(device: Compute, value: float) -> float:
 
 
 def _blocks(config: ModelConfig, seq_len: int, device: Compute) -> Iterator[float]:
-    """FLOPs of a parent block on a sequence, forward, over several blocks in turn as in a model."""
+    """FLOPs of a parent block on a sequence, forward, for several candidates in turn before the next block."""
     with torch.device(device.device):
         blocks = [Block(config, parent_attention(config), parent_ffn(config)).to(device.dtype) for _ in range(4)]
     hidden = torch.randn(1, seq_len, config.hidden_size).to(device.device, device.dtype)
@@ -221,7 +222,7 @@ def _blocks(config: ModelConfig, seq_len: int, device: Compute) -> Iterator[floa
     attended = 2.0 * seq_len * config.num_heads * config.head_dim
     with torch.inference_mode():
         while True:
-            for block in blocks:
+            for block in [block for block in blocks for _ in range(_STREAMS)]:
                 block(hidden, rotary)
                 yield _synchronised(device, seq_len * (2.0 * matrices + attended))
 

@@ -6,16 +6,18 @@ A removed subblock (no-op) has no tensors, its norm included.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.cache_utils import Cache
 
 from storage.model_config import ModelConfig
 from storage.records import Attention, Ffn
 from tasks.puzzle.rotary import Rotary, rotate
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -58,7 +60,7 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, num_kv_heads * head_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_heads * head_dim, hidden, bias=config.output_bias)
 
-    def heads(self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def heads(self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: "Cache | None" = None) -> Tensor:
         """The input of o_proj, [batch, tokens, heads * head_dim]."""
         split = (*hidden.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden).view(split).transpose(1, 2)
@@ -69,7 +71,9 @@ class GroupedQueryAttention(nn.Module):
             key, value = cache.update(key, value, self.cache_index)
         return _attend(query, key, value, mask).transpose(1, 2).flatten(2)
 
-    def forward(self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: "Cache | None" = None
+    ) -> Tensor:
         """Attend within each sequence; `mask` is additive or boolean [batch, 1, tokens, keys], None means causal."""
         joined: Tensor = self.o_proj(self.heads(hidden, rotary, mask, cache))
         return joined
@@ -98,7 +102,9 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.linear_attn = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: "Cache | None" = None
+    ) -> Tensor:
         """Map each token; positions, mask and cache play no part."""
         mapped: Tensor = self.linear_attn(hidden)
         return mapped
@@ -172,7 +178,9 @@ class Block(nn.Module):
         block.load_state_dict(dict(tensors), strict=True, assign=True)
         return block.requires_grad_(False)
 
-    def attend(self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def attend(
+        self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: "Cache | None" = None
+    ) -> Tensor:
         """hidden after the attention subblock."""
         if self.attention.kind == "no_op":
             return hidden
@@ -186,6 +194,8 @@ class Block(nn.Module):
         fed: Tensor = self.mlp(self.post_attention_layernorm(hidden))
         return hidden + fed
 
-    def forward(self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: "Cache | None" = None
+    ) -> Tensor:
         """Both subblocks, [batch, tokens, hidden] -> the same shape."""
         return self.feed_forward(self.attend(hidden, rotary, mask, cache))

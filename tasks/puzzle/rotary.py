@@ -1,15 +1,13 @@
 """Rotary positions for every rope scaling that a parent may have.
 
 In: a parent's geometry, positions. Out: cos and sin, and queries and keys turned by them. The frequencies of scaled
-ropes are transformers' own; its model classes are not imported, which would cost every stage seconds.
+ropes are transformers' own, which is imported for them alone: it would cost every stage seconds.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from storage.model_config import ModelConfig
 
@@ -37,6 +35,9 @@ def _frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     if kind == "default":
         pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         return 1.0 / config.rope["rope_theta"] ** pairs, 1.0
+    from transformers.configuration_utils import PreTrainedConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     geometry: dict[str, Any] = {
         "head_dim": config.head_dim,
         "hidden_size": config.hidden_size,
