@@ -124,6 +124,9 @@ class DistillBlocks(Section):
     width_multiple: int = Field(
         64, ge=1, description="FFN widths are rounded to a multiple of this; equal ones are one variant."
     )
+    linear: bool = Field(
+        False, description="Whether one linear layer in place of attention, and of the FFN, is a variant."
+    )
 
     @property
     def used_tokens(self) -> int:

@@ -43,8 +43,8 @@ def trained_variants(params: Params, parent: Parent) -> list[Attention | Ffn]:
     """Variants with weights of their own: all but the parent's and the no-ops."""
     settings, config = params.distill_blocks, parent.config
     everything: list[Attention | Ffn] = [
-        *attention_variants(config),
-        *ffn_variants(config, settings.ffn_ratios, settings.width_multiple),
+        *attention_variants(config, settings.linear),
+        *ffn_variants(config, settings.ffn_ratios, settings.width_multiple, settings.linear),
     ]
     kept = (parent_attention(config), parent_ffn(config))
     return [variant for variant in everything if variant.kind != "no_op" and variant not in kept]
@@ -57,7 +57,7 @@ def plan_blocks(params: Params, paths: Paths) -> list[BlockPlan]:
     seq_len = params.prepare_corpus.seq_len
     train = max(settings.tokens, settings.fit_tokens) // seq_len
     held_start, held_stop = _held_out(params)
-    own = settings.model_dump(exclude={"ffn_ratios", "width_multiple"})
+    own = settings.model_dump(exclude={"ffn_ratios", "width_multiple", "linear"})
     common = {
         "settings": own,
         "run": params.run.model_dump(exclude={"workers"}),

@@ -33,8 +33,9 @@ def write_cost_table(params: Params, paths: Paths) -> None:
                 f"`python -m flows.measure_costs --time {name}`, or take the name out"
             )
         rows += from_timings(read_timings(path), config)
-    attentions = attention_variants(config)
-    ffns = ffn_variants(config, params.distill_blocks.ffn_ratios, params.distill_blocks.width_multiple)
+    variants = params.distill_blocks
+    attentions = attention_variants(config, variants.linear)
+    ffns = ffn_variants(config, variants.ffn_ratios, variants.width_multiple, variants.linear)
     for name in settings.hardware:
         device = device_named(name)
         for scenario in settings.scenarios:

@@ -96,11 +96,12 @@ def _candidates(params: Params, parent: Parent, library: Library) -> Iterator[tu
     """Every replacement with its weights and their hash: no-ops once, others trained and initial."""
     settings, config = params.distill_blocks, parent.config
     attention, ffn = parent_attention(config), parent_ffn(config)
-    widths = ffn_variants(config, settings.ffn_ratios, settings.width_multiple)
+    attentions = attention_variants(config, settings.linear)
+    ffns = ffn_variants(config, settings.ffn_ratios, settings.width_multiple, settings.linear)
     for index in range(config.num_blocks):
         order = library.checksum(channel_order_name(index))
-        halves = [Replacement(index, 1, other, ffn) for other in attention_variants(config) if other != attention]
-        halves += [Replacement(index, 1, attention, other) for other in widths if other != ffn]
+        halves = [Replacement(index, 1, other, ffn) for other in attentions if other != attention]
+        halves += [Replacement(index, 1, attention, other) for other in ffns if other != ffn]
         for replacement in halves:
             changed = _changed(replacement, attention)
             if changed.kind == "no_op":

@@ -61,10 +61,11 @@ def _time_scenario(
 ) -> Iterator[TimingRow]:
     """Rows of one scenario and batch: each subblock variant, embedding, head, and the step's rest."""
     settings, config = params.measure_costs, parent.config
-    widths = ffn_variants(config, params.distill_blocks.ffn_ratios, params.distill_blocks.width_multiple)
+    bld = params.distill_blocks
     variants: list[Attention | Ffn] = [parent_attention(config), parent_ffn(config)]
     if not parent_only:
-        variants = [*attention_variants(config), *widths]
+        ffns = ffn_variants(config, bld.ffn_ratios, bld.width_multiple, linear=True)
+        variants = [*attention_variants(config, linear=True), *ffns]
     copies = min(settings.copies, max(1, config.num_blocks // 2))
     timings: dict[tuple[Component, str], Timing] = {}
     label = f"timing {scenario}, batch {work.batch}"

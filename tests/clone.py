@@ -212,6 +212,7 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             "importance_tokens": 32 * SEQ_LEN,
             "ffn_ratios": [0.5, 0.25],
             "width_multiple": 8,
+            "linear": True,
         },
         "score_blocks": {
             "tokens": 64 * SEQ_LEN,

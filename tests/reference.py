@@ -4,20 +4,36 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from tasks.puzzle.head import TokenLosses
 from tests.tiny import tiny_model
 
 
+class _LinearAttention(nn.Module):
+    """One linear layer where transformers calls attention."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return self.linear_attn(hidden_states), None
+
+
 def replace_block(model: Any, block_index: int, tensors: Mapping[str, Tensor]) -> None:
     """Make block `block_index` of transformers' own model compute what a variant with `tensors` computes.
 
     Full-model replacement without our blocks: what a variant lacks is zero in the parent's shape (no-ops, dropped
-    channels), and a shared kv head is repeated for each of the parent's that it stands for.
+    channels), and a shared kv head is repeated for each of the parent's that it stands for. Linear layers are put in.
     """
-    layer = model.model.layers[block_index]
+    layer, hidden_size = model.model.layers[block_index], model.config.hidden_size
+    if "self_attn.linear_attn.weight" in tensors:
+        layer.self_attn = _LinearAttention(hidden_size)
+    if "mlp.linear_mlp.weight" in tensors:
+        layer.mlp = nn.Sequential()
+        layer.mlp.add_module("linear_mlp", nn.Linear(hidden_size, hidden_size, bias=False))
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             own = tensors.get(name, torch.zeros(0))

@@ -80,15 +80,19 @@ def write_run(paths: Paths, config: ModelConfig = CONFIG, **overrides: dict[str,
 
 def _variants(config: ModelConfig, params: Params) -> list[tuple[str, str]]:
     """(subblock, variant), the parent's own left out."""
-    ffns = ffn_variants(config, params.distill_blocks.ffn_ratios, params.distill_blocks.width_multiple)
-    return [("attention", one.name) for one in attention_variants(config)[1:]] + [("ffn", f.name) for f in ffns[1:]]
+    ffns = ffn_variants(config, params.distill_blocks.ffn_ratios, params.distill_blocks.width_multiple, linear=False)
+    return [("attention", one.name) for one in attention_variants(config, linear=False)[1:]] + [
+        ("ffn", f.name) for f in ffns[1:]
+    ]
 
 
 def _costs(config: ModelConfig, params: Params) -> Iterator[CostRow]:
     """A modelled GPU, and the same ten thousand times slower as if it had been timed."""
-    ffns = ffn_variants(config, params.distill_blocks.ffn_ratios, params.distill_blocks.width_multiple)
+    ffns = ffn_variants(config, params.distill_blocks.ffn_ratios, params.distill_blocks.width_multiple, linear=False)
     device = device_named("h100-sxm")
-    for row in modelled_rows(config, attention_variants(config), ffns, device, "float32", SCENARIO, BATCH):
+    for row in modelled_rows(
+        config, attention_variants(config, linear=False), ffns, device, "float32", SCENARIO, BATCH
+    ):
         yield row
         timed = replace(row, hardware=HARDWARE, engine="torch", origin="measured", how="made up")
         yield replace(timed, prefill_ms=row.prefill_ms * 1e4, decode_ms=row.decode_ms * 1e4)

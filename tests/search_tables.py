@@ -36,8 +36,8 @@ CONFIG = ModelConfig.from_hf(
     },
     "tiny",
 )
-ATTENTIONS = attention_variants(CONFIG)
-FFNS = ffn_variants(CONFIG, (0.5, 0.25), 64)
+ATTENTIONS = attention_variants(CONFIG, linear=False)
+FFNS = ffn_variants(CONFIG, (0.5, 0.25), 64, linear=False)
 SPEED = {"hardware": "h100-sxm", "engine": ENGINE, "scenario": "128/128", "batch": 8}
 
 

@@ -28,9 +28,9 @@ Batch = tuple[Tensor, Tensor]  # input and target, each [sequences, tokens, hidd
 class Trained:
     """A variant after BLD: whichever of initial weights, closed-form start and trained weights has the lowest loss.
 
-    Held-out losses: `loss_before` of the initial weights, `loss_fitted` of the closed-form start, `loss_after` of what
-    is kept. Where training did not help, `improved` is False, the initial weights stay and `loss_after` is what the
-    training came to.
+    Held-out losses: `loss_before` of the initial weights, `loss_fitted` of the closed-form start (steps begin with the
+    better of the two), `loss_after` of what is kept. Where training did not help, `improved` is False, the initial
+    weights stay and `loss_after` is what the training came to.
     """
 
     tensors: Tensors
@@ -92,7 +92,7 @@ def distill_block(
         config: geometry of the parent.
         parent: tensors of the parent's block, in the dtype of compute.
         starts: initial tensors of each variant to train (its own subblock only).
-        fitted: the tensors that its steps begin with: least_squares.fit_outputs, or `starts` again.
+        fitted: another start for each: least_squares.fit_outputs, or `starts` again.
         batches: training batches in order, one per step.
         held_out: batches for the held-out losses; read three times.
         schedule: steps and learning rate.
@@ -102,10 +102,17 @@ def distill_block(
     """
     teacher = Block.load(config, parent_attention(config), parent_ffn(config), parent)
     held = list(held_out)
-    before = _losses(config, teacher, {v: _runner(config, parent, v, start)[1] for v, start in starts.items()}, held)
-    students = {variant: _student(config, parent, variant, fitted[variant], schedule) for variant in starts}
+    before, between = (
+        _losses(config, teacher, {v: _runner(config, parent, v, own)[1] for v, own in of.items()}, held)
+        for of in (starts, fitted)
+    )
+    students = {
+        variant: _student(
+            config, parent, variant, fitted[variant] if between[variant] < before[variant] else start, schedule
+        )
+        for variant, start in starts.items()
+    }
     runs = {variant: student.run for variant, student in students.items()}
-    between = _losses(config, teacher, runs, held)
     for hidden, target in batches:
         rotary = rotary_for(config, hidden.shape[1], hidden)
         with torch.no_grad():

@@ -15,6 +15,7 @@ from storage.records import Attention, Ffn
 Tensors = dict[str, Tensor]
 ATTENTION_PREFIXES = ("input_layernorm.", "self_attn.")
 FFN_PREFIXES = ("post_attention_layernorm.", "mlp.")
+_ATTENTION_NORM, _FFN_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
 
 
 def attention_part(block: Mapping[str, Tensor]) -> Tensors:
@@ -51,15 +52,22 @@ def kept_channels(order: Tensor, variant: Ffn) -> Tensor:
 
 
 def initial_attention(config: ModelConfig, parent: Mapping[str, Tensor], variant: Attention) -> Tensors:
-    """Start of an attention variant: k_proj and v_proj mean-pooled inside each group of kv heads.
+    """Start of an attention variant: k_proj and v_proj mean-pooled inside each group of kv heads; linear is W_o W_v.
 
     Args:
         config: geometry of the parent.
         parent: tensors of the parent's block.
-        variant: gqa with a divisor of the parent's kv heads, or no_op.
+        variant: gqa with a divisor of the parent's kv heads, linear (its bias, if the parent has one, is dropped), or
+            no_op.
     """
     if variant.kind == "no_op":
         return {}
+    if variant.kind == "linear":
+        value = parent["self_attn.v_proj.weight"].float().reshape(config.num_kv_heads, 1, config.head_dim, -1)
+        seen = value.expand(-1, config.num_heads // config.num_kv_heads, -1, -1).flatten(0, 2)  # a token sees itself
+        weight = parent["self_attn.o_proj.weight"]
+        mapped = (weight.float() @ seen).to(weight.dtype)
+        return {_ATTENTION_NORM: parent[_ATTENTION_NORM], "self_attn.linear_attn.weight": mapped}
     assert variant.kind == "gqa" and config.num_kv_heads % variant.num_kv_heads == 0, variant
     start = attention_part(parent)
     for name in (
@@ -76,15 +84,19 @@ def initial_attention(config: ModelConfig, parent: Mapping[str, Tensor], variant
 
 
 def initial_ffn(parent: Mapping[str, Tensor], variant: Ffn, order: Tensor) -> Tensors:
-    """Start of a narrower FFN: the most important channels, kept in the parent's order of channels.
+    """Start of a narrower FFN: the most important channels, in the parent's order of channels; linear is W_down W_up.
 
     Args:
         parent: tensors of the parent's block.
-        variant: gated with at most the parent's width, or no_op.
+        variant: gated with at most the parent's width, linear, or no_op.
         order: channels from the most to the least important, from :func:`channel_order`.
     """
     if variant.kind == "no_op":
         return {}
+    if variant.kind == "linear":
+        down, up = parent["mlp.down_proj.weight"], parent["mlp.up_proj.weight"]
+        mapped = (down.float() @ up.float()).to(down.dtype)
+        return {_FFN_NORM: parent[_FFN_NORM], "mlp.linear_mlp.weight": mapped}
     assert variant.kind == "gated" and variant.intermediate_size <= len(order), variant
     kept = kept_channels(order, variant)
     start = ffn_part(parent)

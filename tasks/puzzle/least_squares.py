@@ -1,10 +1,10 @@
 """The closed-form start of BLD: the output projection that minimises a variant's squared error exactly.
 
 In: a parent block, the initial tensors of its variants, hidden states at the block's input. Out: the same tensors with
-the last matrix (down_proj, o_proj) fitted by ridge regression, so that the smaller subblock reproduces the parent's
-output as well as its features allow; gradient steps then train everything. The loss of BLD (METHOD.md, BLD) is
-quadratic in down_proj, so for FFN variants this is its minimum over that matrix; for attention variants it is the
-minimum of the error before the parent's FFN. Ours, not the paper's.
+the last matrix (down_proj, o_proj, the whole of a linear variant) fitted by ridge regression, so that the smaller
+subblock reproduces the parent's output as well as its features allow; gradient steps then train everything. The loss of
+BLD (METHOD.md, BLD) is quadratic in that matrix for FFN variants, so this is its minimum; for attention variants it is
+the minimum of the error before the parent's FFN. For linear variants METHOD.md asks for it, for the others it is ours.
 """
 
 from collections.abc import Iterable, Mapping
@@ -46,8 +46,9 @@ def fit_outputs(
     assert isinstance(teacher.mlp, GatedFfn)
     down = _joined(parent, "mlp.down_proj")
     channels = _zeros(down, len(down))
-    heads = {
-        variant: _HeadMoments(config, variant, start, parent)
+    sums = {v: _Moments(_joined(start, _output(v))) for v, start in starts.items() if v.kind != "gated"}
+    attentions = {
+        variant: Block.load(config, variant, parent_ffn(config), {**start, **ffn_part(parent)})
         for variant, start in starts.items()
         if isinstance(variant, Attention)
     }
@@ -55,45 +56,58 @@ def fit_outputs(
         for hidden in inputs:
             rotary = rotary_for(config, hidden.shape[1], hidden)
             attended = teacher.attend(hidden, rotary)
-            for moments in heads.values():
-                moments.add(hidden, attended)
-            if len(heads) < len(starts):
-                features = teacher.mlp.channels(teacher.post_attention_layernorm(attended))
-                channels += _gram(features, config.mlp_bias)
+            for attention, block in attentions.items():
+                sums[attention].add(_attention_features(config, block, hidden), _flat(attended - hidden))
+            if len(attentions) < len(starts):
+                normed = teacher.post_attention_layernorm(attended)
+                features = teacher.mlp.channels(normed)
+                channels += _gram(_flat(features, config.mlp_bias))
+                if Ffn("linear") in sums:
+                    sums[Ffn("linear")].add(_flat(normed), _flat(teacher.mlp.down_proj(features)))
     fitted: dict[Attention | Ffn, Tensors] = {}
     for variant, start in starts.items():
-        if isinstance(variant, Attention):
-            fitted[variant] = _with(start, "self_attn.o_proj", heads[variant].solve())
+        if variant in sums:
+            solution = sums[variant].solve()
         else:
+            assert isinstance(variant, Ffn)
             kept = kept_channels(order, variant)
             if config.mlp_bias:  # the constant feature stands last
                 kept = torch.cat([kept, kept.new_tensor([config.intermediate_size])])
             solution = _solve(channels[kept][:, kept], channels[kept] @ down)
-            fitted[variant] = _with(start, "mlp.down_proj", solution)
+        fitted[variant] = _with(start, _output(variant), solution)
     return fitted
 
 
-class _HeadMoments:
-    """Sums over tokens for one attention variant: its heads' outputs x themselves and x the parent's attention."""
+def _output(variant: Attention | Ffn) -> str:
+    """The linear layer of a variant that is fitted."""
+    if isinstance(variant, Attention):
+        return "self_attn.linear_attn" if variant.kind == "linear" else "self_attn.o_proj"
+    return "mlp.linear_mlp" if variant.kind == "linear" else "mlp.down_proj"
 
-    def __init__(self, config: ModelConfig, variant: Attention, start: Tensors, parent: Mapping[str, Tensor]) -> None:
-        self._config = config
-        self._block = Block.load(config, variant, parent_ffn(config), {**start, **ffn_part(parent)})
-        output = _joined(start, "self_attn.o_proj")
-        self._gram = _zeros(output, len(output))
-        self._cross = _zeros(output, output.shape[1])
 
-    def add(self, hidden: Tensor, attended: Tensor) -> None:
-        """Add a batch: the block's input and the parent's hidden states after attention."""
-        attention = self._block.self_attn
-        assert isinstance(attention, GroupedQueryAttention)
-        rotary = rotary_for(self._config, hidden.shape[1], hidden)
-        features = _flat(attention.heads(self._block.input_layernorm(hidden), rotary), self._config.output_bias)
-        self._gram += features.T @ features
-        self._cross += features.T @ _flat(attended - hidden)
+def _attention_features(config: ModelConfig, block: Block, hidden: Tensor) -> Tensor:
+    """What the fitted layer of an attention variant reads, [sequences x tokens, features]."""
+    normed = block.input_layernorm(hidden)
+    if isinstance(block.self_attn, GroupedQueryAttention):
+        heads = block.self_attn.heads(normed, rotary_for(config, hidden.shape[1], hidden))
+        return _flat(heads, config.output_bias)
+    return _flat(normed)
+
+
+class _Moments:
+    """Sums over tokens for one linear layer: its inputs x themselves and x what it is to give."""
+
+    def __init__(self, layer: Tensor) -> None:
+        self._gram = _zeros(layer, len(layer))
+        self._cross = _zeros(layer, layer.shape[1])
+
+    def add(self, features: Tensor, target: Tensor) -> None:
+        """Add a batch, [tokens, inputs] and [tokens, outputs]."""
+        self._gram += _gram(features)
+        self._cross += features.T @ target
 
     def solve(self) -> Tensor:
-        """The fitted o_proj, [features, hidden]."""
+        """The layer, [inputs, outputs]."""
         return _solve(self._gram, self._cross)
 
 
@@ -124,9 +138,8 @@ def _flat(hidden: Tensor, with_one: bool = False) -> Tensor:
     return torch.nn.functional.pad(flat, (0, 1), value=1.0) if with_one else flat
 
 
-def _gram(features: Tensor, with_one: bool) -> Tensor:
-    flat = _flat(features, with_one)
-    return flat.T @ flat
+def _gram(features: Tensor) -> Tensor:
+    return features.T @ features
 
 
 def _solve(gram: Tensor, cross: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Which variants a parent's block has, and how large each is. No torch.
 
 In: the parent's geometry and the FFN ratios of params.yaml. Out: variants in a fixed order (the parent's own first),
-and for each its parameters, weight bytes and KV bytes per token. The space is Puzzle's (arXiv 2411.19146, section 2);
-`linear` has sizes here and joins the lists with its training.
+and for each its parameters, weight bytes and KV bytes per token. The space is Puzzle's (arXiv 2411.19146, section 2).
 """
 
 import math
@@ -56,27 +55,29 @@ def parent_blocks(config: ModelConfig) -> tuple[Replacement, ...]:
     return tuple(Replacement(index, 1, attention, ffn) for index in range(config.num_blocks))
 
 
-def attention_variants(config: ModelConfig) -> tuple[Attention, ...]:
-    """Attention variants of a block: the parent's kv heads, every proper divisor of them (descending), no-op."""
+def attention_variants(config: ModelConfig, linear: bool) -> tuple[Attention, ...]:
+    """Attention variants of a block: the parent's kv heads, their proper divisors (descending), linear if so, no-op."""
     heads = config.num_kv_heads
-    divisors = [count for count in range(heads, 0, -1) if heads % count == 0]
-    return (*(Attention("gqa", count) for count in divisors), Attention("no_op"))
+    divisors = [Attention("gqa", count) for count in range(heads, 0, -1) if heads % count == 0]
+    return (*divisors, *([Attention("linear")] if linear else []), Attention("no_op"))
 
 
-def ffn_variants(config: ModelConfig, ratios: Sequence[float], width_multiple: int) -> tuple[Ffn, ...]:
-    """FFN variants of a block: the parent's width, narrower ones (descending), no-op.
+def ffn_variants(config: ModelConfig, ratios: Sequence[float], width_multiple: int, linear: bool) -> tuple[Ffn, ...]:
+    """FFN variants of a block: the parent's width, narrower ones (descending), one linear layer if asked for, no-op.
 
     Args:
         config: the parent.
         ratios: widths relative to the parent's.
         width_multiple: widths are rounded to the nearest multiple (halves up), at least one multiple. Equal ones are
             one variant; one that reaches the parent's width is left out.
+        linear: whether one linear layer is among them.
     """
     parent = config.intermediate_size
     multiples = (max(1, math.floor(ratio * parent / width_multiple + 0.5)) for ratio in ratios)
     widths = {multiple * width_multiple for multiple in multiples}
     narrower = sorted((width for width in widths if width < parent), reverse=True)
-    return (*(Ffn("gated", width) for width in (parent, *narrower)), Ffn("no_op"))
+    gated = [Ffn("gated", width) for width in (parent, *narrower)]
+    return (*gated, *([Ffn("linear")] if linear else []), Ffn("no_op"))
 
 
 def attention_elements(config: ModelConfig, attention: Attention) -> Elements:

@@ -22,7 +22,13 @@ from tasks.puzzle.variants import parent_attention, parent_ffn
 from tests.tiny import FAMILIES, save_tiny
 
 CPU = torch.device("cpu")
-VARIANTS: tuple[Attention | Ffn, ...] = (Attention("gqa", 1), Ffn("gated", 48), Ffn("gated", 24))
+VARIANTS: tuple[Attention | Ffn, ...] = (
+    Attention("gqa", 1),
+    Attention("linear"),
+    Ffn("gated", 48),
+    Ffn("gated", 24),
+    Ffn("linear"),
+)
 SCHEDULE = Schedule(num_steps=12, learning_rate=3e-3, warmup=0.25, weight_decay=0.1)
 
 
@@ -151,6 +157,19 @@ def test_the_parent_and_the_starts_are_left_as_they_were(tmp_path: Path) -> None
     assert all(torch.equal(tensor, case.block[name]) for name, tensor in parent.items())
     assert all(torch.equal(t, starts[variant][name]) for variant, copy in copies.items() for name, t in copy.items())
     assert not any(tensor.requires_grad for result in trained.values() for tensor in result.tensors.values())
+
+
+def test_steps_begin_with_the_better_start(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    starts = case.starts(*VARIANTS)
+    worse = {v: {name: tensor * 1.5 for name, tensor in start.items()} for v, start in starts.items()}
+    expected = distill(case, *VARIANTS)
+    for initial, fitted in ((starts, worse), (worse, starts)):
+        trained = distill_block(case.config, case.block, initial, fitted, case.train, case.held_out, SCHEDULE)
+        for variant, result in trained.items():
+            assert (result.loss_before < result.loss_fitted) == (initial is starts)
+            assert min(result.loss_before, result.loss_fitted) == expected[variant].loss_before
+            assert result.loss_after == expected[variant].loss_after
 
 
 def assert_kept(case: Case, train: list[Batch], schedule: Schedule) -> dict[Attention | Ffn, float]:

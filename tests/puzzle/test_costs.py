@@ -19,8 +19,8 @@ from tasks.puzzle.quantities import Quantity, measure
 from tasks.puzzle.variants import attention_variants, component_sizes, ffn_variants, parent_blocks
 from tests.puzzle.test_variants import DEMO_RATIOS, LLAMA_70B, SMOLLM2
 
-ATTENTIONS = attention_variants(SMOLLM2)
-FFNS = ffn_variants(SMOLLM2, DEMO_RATIOS, 64)
+ATTENTIONS = attention_variants(SMOLLM2, linear=True)
+FFNS = ffn_variants(SMOLLM2, DEMO_RATIOS, 64, linear=True)
 SETTING = Setting("unit", ENGINE, "bfloat16", 1, "128/128", 8)
 
 
@@ -106,8 +106,8 @@ def test_time_grows_with_batch_and_with_every_size(scenario: str, batch: int, mo
         assert one.prefill_ms <= other.prefill_ms and one.decode_ms <= other.decode_ms
     for component, variants in (("attention", ATTENTIONS), ("ffn", FFNS)):
         rows = [row for row in small if row.component == component]
-        assert len(rows) == len(variants)  # descending sizes, no-op last
-        for wide, narrow in itertools.pairwise(rows):
+        assert len(rows) == len(variants)
+        for wide, narrow in itertools.pairwise(sorted(rows, key=lambda row: row.params, reverse=True)):
             assert narrow.prefill_ms <= wide.prefill_ms and narrow.decode_ms <= wide.decode_ms
 
 

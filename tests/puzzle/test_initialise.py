@@ -82,6 +82,38 @@ def test_rows_of_one_head_stay_apart() -> None:
     assert start["self_attn.k_proj.weight"].tolist() == [[2.0], [200.0]]
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "llama3-untied-head_dim-bias"])
+def test_linear_attention_starts_as_what_a_lone_token_sees(family: str, tmp_path: Path) -> None:
+    """W_o W_v: with one token attention's weights are 1, whatever its keys; biases of v and o are left out."""
+    _, config, block = read(tmp_path, family)
+    for name in [name for name in block if name.startswith("self_attn.") and name.endswith(".bias")]:
+        block[name].zero_()
+    start = initial_attention(config, block, Attention("linear"))
+    hidden = torch.randn(7, 1, config.hidden_size, generator=torch.Generator().manual_seed(2))
+    rotary = rotary_for(config, 1, hidden)
+    parent = Block.load(config, parent_attention(config), parent_ffn(config), block)
+    linear = Block.load(config, Attention("linear"), Ffn("no_op"), start)
+    torch.testing.assert_close(linear(hidden, rotary), parent.attend(hidden, rotary), atol=1e-5, rtol=1e-5)
+
+
+def test_linear_starts_by_hand() -> None:
+    config = replace(_geometry(), num_heads=4, num_kv_heads=2, head_dim=1, hidden_size=2)
+    block = {
+        "input_layernorm.weight": torch.ones(2),
+        "post_attention_layernorm.weight": torch.tensor([2.0, 3.0]),
+        "self_attn.v_proj.weight": torch.tensor([[1.0, 2.0], [10.0, 20.0]]),  # heads 0, 1 read row 0; heads 2, 3 row 1
+        "self_attn.o_proj.weight": torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 1.0]]),
+        "mlp.up_proj.weight": torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
+        "mlp.down_proj.weight": torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
+    }
+    attention = initial_attention(config, block, Attention("linear"))
+    assert attention["self_attn.linear_attn.weight"].tolist() == [[73.0, 146.0], [10.0, 20.0]]  # 3 x row 0 + 7 x row 1
+    assert attention.keys() == {"input_layernorm.weight", "self_attn.linear_attn.weight"}
+    ffn = initial_ffn(block, Ffn("linear"), torch.arange(3))
+    assert ffn["mlp.linear_mlp.weight"].tolist() == [[4.0, 5.0], [10.0, 11.0]]
+    assert ffn["post_attention_layernorm.weight"].tolist() == [2.0, 3.0]
+
+
 def test_kept_channels_stay_in_the_parents_order() -> None:
     block = {f"mlp.{name}_proj.weight": torch.arange(8.0).view(4, 2) for name in ("gate", "up")}
     block |= {"mlp.gate_proj.bias": torch.arange(4.0), "mlp.up_proj.bias": -torch.arange(4.0)}

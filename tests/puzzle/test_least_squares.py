@@ -29,14 +29,16 @@ def subblock(case: Case, variant: Attention | Ffn, own: Tensors) -> tuple[Tensor
     rotary = rotary_for(case.config, hidden.shape[1], hidden)
     if isinstance(variant, Attention):
         block = Block.load(case.config, variant, parent_ffn(case.config), own | ffn_part(case.block))
-        assert isinstance(block.self_attn, GroupedQueryAttention)
-        features = block.self_attn.heads(block.input_layernorm(hidden), rotary)
-        output = block.self_attn.o_proj(features)
+        normed = block.input_layernorm(hidden)
+        features = normed
+        if isinstance(block.self_attn, GroupedQueryAttention):
+            features = block.self_attn.heads(normed, rotary)
+        output = block.self_attn(normed, rotary)
     else:
         block = Block.load(case.config, parent_attention(case.config), variant, attention_part(case.block) | own)
-        assert isinstance(block.mlp, GatedFfn)
-        features = block.mlp.channels(block.post_attention_layernorm(block.attend(hidden, rotary)))
-        output = block.mlp.down_proj(features)
+        normed = block.post_attention_layernorm(block.attend(hidden, rotary))
+        features = block.mlp.channels(normed) if isinstance(block.mlp, GatedFfn) else normed
+        output = block.mlp(normed)
     return features.flatten(0, 1), output.flatten(0, 1)
 
 
@@ -65,8 +67,12 @@ def test_only_the_output_projection_changes(tmp_path: Path) -> None:
         start = case.start(variant)
         assert fitted.keys() == start.keys()
         changed = {name for name, tensor in fitted.items() if not torch.equal(tensor, start[name])}
-        own = "self_attn.o_proj" if isinstance(variant, Attention) else "mlp.down_proj"
-        assert changed == {f"{own}.weight", f"{own}.bias"}
+        if variant.kind == "linear":
+            assert {name.rpartition(".")[0] for name in changed} <= {"self_attn.linear_attn", "mlp.linear_mlp"}
+            assert len(changed) == 1
+        else:
+            own = "self_attn.o_proj" if isinstance(variant, Attention) else "mlp.down_proj"
+            assert changed == {f"{own}.weight", f"{own}.bias"}
 
 
 def test_the_parents_own_subblock_is_its_own_fit(tmp_path: Path) -> None:
@@ -93,6 +99,11 @@ def test_steps_go_on_from_the_fit(tmp_path: Path) -> None:
     starts, fitted = case.starts(*VARIANTS), fit(case, *VARIANTS)
     schedule = Schedule(num_steps=12, learning_rate=1e-3, warmup=0.25, weight_decay=0.0)
     trained = distill_block(case.config, case.block, starts, fitted, case.train, case.held_out, schedule)
-    for result in trained.values():
+    for variant, result in trained.items():
         assert result.loss_fitted != result.loss_before
-        assert result.loss_after < result.loss_fitted
+        best = min(result.loss_fitted, result.loss_before)
+        if variant.kind == "linear":  # the fit is its minimum: what steps add is noise
+            assert result.loss_fitted < result.loss_before
+            assert result.loss_after <= best
+        else:
+            assert result.loss_after < best

@@ -70,8 +70,10 @@ class Setting:
         own = parent_attention(self.config), parent_ffn(self.config)
         found = []
         for index in reversed(range(self.config.num_blocks)):
-            found += [self.candidate(index, other, own[1]) for other in attention_variants(self.config)]
-            found += [self.candidate(index, own[0], other) for other in ffn_variants(self.config, (0.5, 0.25), 8)]
+            found += [self.candidate(index, other, own[1]) for other in attention_variants(self.config, linear=True)]
+            found += [
+                self.candidate(index, own[0], other) for other in ffn_variants(self.config, (0.5, 0.25), 8, linear=True)
+            ]
             found.append(self.candidate(index, Attention("gqa", 1), Ffn("no_op")))
         return found
 

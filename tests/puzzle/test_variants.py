@@ -121,13 +121,24 @@ def test_sizes_equal_transformers(architecture: str, extra: dict[str, Any]) -> N
 
 
 def test_the_demo_space() -> None:
-    assert [variant.name for variant in attention_variants(SMOLLM2)] == ["kv_3", "kv_1", "no_op"]
-    widths = [variant.name for variant in ffn_variants(SMOLLM2, DEMO_RATIOS, 64)]
+    assert [variant.name for variant in attention_variants(SMOLLM2, linear=False)] == ["kv_3", "kv_1", "no_op"]
+    widths = [variant.name for variant in ffn_variants(SMOLLM2, DEMO_RATIOS, 64, linear=False)]
     assert widths == ["ffn_1536", "ffn_1344", "ffn_1152", "ffn_768", "ffn_384", "ffn_320", "ffn_128", "no_op"]
 
 
+def test_linear_variants_stand_before_the_no_op() -> None:
+    assert [variant.name for variant in attention_variants(SMOLLM2, linear=True)] == ["kv_3", "kv_1", "linear", "no_op"]
+    assert [variant.name for variant in ffn_variants(SMOLLM2, (0.5,), 64, linear=True)][1:] == [
+        "ffn_768",
+        "linear",
+        "no_op",
+    ]
+
+
 def test_every_proper_divisor_of_the_kv_heads() -> None:
-    names = [variant.name for variant in attention_variants(replace(SMOLLM2, num_heads=12, num_kv_heads=12))]
+    names = [
+        variant.name for variant in attention_variants(replace(SMOLLM2, num_heads=12, num_kv_heads=12), linear=False)
+    ]
     assert names == ["kv_12", "kv_6", "kv_4", "kv_3", "kv_2", "kv_1", "no_op"]
 
 
@@ -137,7 +148,7 @@ def test_every_proper_divisor_of_the_kv_heads() -> None:
     st.integers(1, 512),
 )
 def test_ffn_widths_are_distinct_multiples_below_the_parents(width: int, ratios: list[float], multiple: int) -> None:
-    variants = ffn_variants(replace(SMOLLM2, intermediate_size=width), ratios, multiple)
+    variants = ffn_variants(replace(SMOLLM2, intermediate_size=width), ratios, multiple, linear=False)
     widths = [variant.intermediate_size for variant in variants[:-1]]
     assert widths[0] == width
     assert variants[-1] == Ffn("no_op")

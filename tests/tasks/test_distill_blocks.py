@@ -158,6 +158,22 @@ def test_one_more_width_trains_only_that(finished: tuple[Params, Paths]) -> None
     assert len(index_rows(paths)) == 12
 
 
+def test_linear_layers_train_only_themselves_and_are_an_own_variant_of_both_halves(
+    finished: tuple[Params, Paths],
+) -> None:
+    _, paths = finished
+    before = checksums(paths.library)
+    names = [f"block_{index:03d}.{half}_linear" for index in range(3) for half in ("attention", "ffn")]
+    assert sorted(distill(tiny_params(distill_blocks={"linear": True}), paths)) == names
+    after = checksums(paths.library)
+    assert all(after[name] == before[name] for name in before if name != "index.parquet")
+    rows = [row for row in index_rows(paths) if row["variant"] == "linear"]
+    assert {(row["first_block"], row["subblock"]) for row in rows} == {
+        (i, s) for i in range(3) for s in ("attention", "ffn")
+    }
+    assert all(row["loss_after"] <= min(row["loss_before"], row["loss_fitted"]) for row in rows)
+
+
 def test_one_width_less_removes_only_that(finished: tuple[Params, Paths]) -> None:
     _, paths = finished
     before = checksums(paths.library)
