@@ -2,8 +2,9 @@
 
 `block_<i>/kv_<heads>.safetensors`, `block_<i>/ffn_<channels>.safetensors` hold a subblock's tensors under the names of
 a Llama layer (linear ones are `attention_linear`, `ffn_linear`). `block_<i>/channel_order.safetensors` ranks the FFN's
-channels: the initial weights of a narrower FFN are that slice of the parent. The index tells the losses before and
-after training.
+channels: the initial weights of a narrower FFN are that slice of the parent. `span_<i>_<n>/` holds the same for a child
+block in place of n parent blocks, and `whole.safetensors`, the block of the parent's own kind whose halves its variants
+are trained beside. The index tells the losses before and after training.
 """
 
 from dataclasses import dataclass
@@ -19,14 +20,15 @@ from storage.files import DamagedFileError, verify, write_whole
 from storage.pieces import Pieces
 from storage.records import Attention, Ffn
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 REBUILD = "dvc repro distill_blocks"
+WHOLE = "whole"
 
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("first_block", pa.int32(), nullable=False),
         pa.field("span", pa.int32(), nullable=False),
-        pa.field("subblock", pa.string(), nullable=False),
+        pa.field("subblock", pa.string(), nullable=False),  # attention, ffn; whole: both, of a span
         pa.field("variant", pa.string(), nullable=False),
         pa.field("weights", pa.string(), nullable=False),  # decoupled, or initial where training did not improve
         pa.field("loss_before", pa.float64(), nullable=False),  # normalised MSE on held-out tokens
@@ -44,15 +46,24 @@ def subblock_of(variant: Attention | Ffn) -> str:
     return "attention" if isinstance(variant, Attention) else "ffn"
 
 
-def entry_name(block_index: int, variant: Attention | Ffn) -> str:
-    """Name of a library entry's piece: `block_007.ffn_768`, `block_007.kv_1`, `block_007.attention_linear`."""
+def entry_name(first_block: int, variant: Attention | Ffn, span: int = 1) -> str:
+    """Name of an entry's piece: `block_007.ffn_768`, `block_007.attention_linear`, `span_007_2.kv_1`."""
     own = variant.name if variant.name[-1].isdigit() else f"{subblock_of(variant)}_{variant.name}"
-    return f"block_{block_index:03d}.{own}"
+    return f"{_place(first_block, span)}.{own}"
 
 
-def channel_order_name(block_index: int) -> str:
-    """Name of the piece that ranks a block's FFN channels."""
-    return f"block_{block_index:03d}.channel_order"
+def whole_name(first_block: int, span: int) -> str:
+    """Name of the piece that holds a span's block of the parent's own kind, both halves trained."""
+    return f"{_place(first_block, span)}.{WHOLE}"
+
+
+def channel_order_name(first_block: int, span: int = 1) -> str:
+    """Name of the piece that ranks the FFN channels of a block, or of a span's whole block."""
+    return f"{_place(first_block, span)}.channel_order"
+
+
+def _place(first_block: int, span: int) -> str:
+    return f"block_{first_block:03d}" if span == 1 else f"span_{first_block:03d}_{span}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,10 @@ class Library:
         files: dict[str, str] = self.pieces.get(name)["files"]
         return files[str(self.path(name).relative_to(self.folder))]
 
+    def start_of(self, first_block: int, span: int) -> int:
+        """The parent's block that a replacement's weights were taken from before any training."""
+        return first_block if span == 1 else int(self.pieces.get(whole_name(first_block, span))["facts"]["start"])
+
     def read(self, name: str) -> dict[str, Tensor]:
         """An entry's tensors, verified.
 
@@ -109,6 +124,7 @@ class Library:
             record = self.pieces.get(name)
             for file, checksum in record["files"].items():
                 if "variant" in record["facts"]:
-                    rows.append({**record["facts"], "file": file, "sha256": checksum})
+                    facts = {key: value for key, value in record["facts"].items() if key in INDEX_SCHEMA.names}
+                    rows.append({**facts, "file": file, "sha256": checksum})
         with write_whole(self.index_path) as temporary:
             pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), temporary, compression="zstd")

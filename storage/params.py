@@ -128,6 +128,10 @@ class DistillBlocks(Section):
         False, description="Whether one linear layer in place of attention, and of the FFN, is a variant."
     )
 
+    spans: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (), description="Numbers of consecutive parent blocks that one child block may stand for."
+    )
+
     @property
     def used_tokens(self) -> int:
         """Train tokens that BLD has seen: the split's first ones."""

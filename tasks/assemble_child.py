@@ -8,14 +8,14 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 from tqdm import tqdm
 
-from storage.library import Library, entry_name
+from storage.library import Library
 from storage.model_config import EMBEDDING
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import Architecture, Attention, Ffn
+from storage.records import Architecture
 from tasks.children import publish, read_architecture
-from tasks.puzzle.assembly import compose
+from tasks.replacements import Replacements
 
 TRAINING = "Weights: the parent's, and variants trained by blockwise local distillation (BLD); no global distillation."
 
@@ -39,8 +39,4 @@ def _blocks(architecture: Architecture, parent: Parent, library: Library) -> Ite
     """Tensors of each block, from the parent and the library."""
     dtype, cpu = parent.checkpoint.tensor(EMBEDDING).dtype, torch.device("cpu")
     for replacement in tqdm(architecture.blocks, desc="assemble", unit="block", disable=None):
-
-        def trained(variant: Attention | Ffn, first_block: int = replacement.first_block) -> dict[str, Tensor]:
-            return library.read(entry_name(first_block, variant))
-
-        yield compose(parent.config, parent.block(replacement.first_block, cpu, dtype), replacement, trained)
+        yield Replacements(parent, library, cpu, dtype).tensors(replacement, "decoupled")

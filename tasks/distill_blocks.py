@@ -1,8 +1,10 @@
 """distill_blocks: decoupled BLD of every variant of every block -> artifacts/library/, a (block, variant) a piece.
 
-Variants of a block that are still to train do so together, from one pass over the block's two boundaries.
+Variants of a block that are still to train do so together, from one pass over the block's two boundaries. A span has
+two boundaries as well, and a whole block of its own that is trained first and takes the parent's place.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,16 +13,17 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from storage.activations import BoundaryReader
-from storage.files import digest_of
-from storage.library import FORMAT_VERSION, Library, channel_order_name, entry_name, subblock_of
+from storage.files import InputError, digest_of
+from storage.library import FORMAT_VERSION, WHOLE, Library, channel_order_name, entry_name, subblock_of, whole_name
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.pieces import code_digest
 from storage.records import Attention, Ffn
 from tasks.puzzle.assembly import initial_weights
-from tasks.puzzle.bld import Batch, distill_block, rank_channels
-from tasks.puzzle.device import compute
+from tasks.puzzle.bld import Batch, Trained, distill_block, distill_whole, rank_channels
+from tasks.puzzle.device import Compute, compute
+from tasks.puzzle.initialise import Tensors
 from tasks.puzzle.least_squares import fit_outputs
 from tasks.puzzle.optimizer import Schedule
 from tasks.puzzle.variants import attention_variants, ffn_variants, parent_attention, parent_ffn
@@ -31,12 +34,21 @@ FIT_SEQUENCES = 8
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What is still to make of one block: piece name -> key; the channel order is a piece of its own."""
+    """What is still to make in place of `span` parent blocks: piece name -> key. The channel order is a piece too."""
 
-    block_index: int
-    channel_order_key: str
-    order_missing: bool
-    variants: dict[str, str]
+    first_block: int
+    span: int
+    missing: dict[str, str]
+
+    @property
+    def order_name(self) -> str:
+        """The piece that ranks FFN channels."""
+        return channel_order_name(self.first_block, self.span)
+
+    @property
+    def whole_name(self) -> str:
+        """The piece that takes the parent's place in a span."""
+        return whole_name(self.first_block, self.span)
 
 
 def trained_variants(params: Params, parent: Parent) -> list[Attention | Ffn]:
@@ -54,44 +66,47 @@ def trained_variants(params: Params, parent: Parent) -> list[Attention | Ffn]:
 def plan_blocks(params: Params, paths: Paths) -> list[BlockPlan]:
     """Blocks with something to make; finished entries stay, strangers are deleted."""
     parent, library, settings = Parent(paths.parent), Library(paths.library), params.distill_blocks
-    seq_len = params.prepare_corpus.seq_len
+    seq_len, config = params.prepare_corpus.seq_len, parent.config
     train = max(settings.tokens, settings.fit_tokens) // seq_len
     held_start, held_stop = _held_out(params)
-    own = settings.model_dump(exclude={"ffn_ratios", "width_multiple", "linear"})
     common = {
-        "settings": own,
+        "settings": settings.model_dump(exclude={"ffn_ratios", "width_multiple", "linear", "spans"}),
         "run": params.run.model_dump(exclude={"workers"}),
-        "config": parent.config.to_json(),
+        "config": config.to_json(),
         "code": code_digest("tasks.distill_blocks"),
         "format": FORMAT_VERSION,
     }
-    orders: dict[int, str] = {}
-    entries: dict[int, dict[str, str]] = {}
-    for index in range(parent.config.num_blocks):
+    wanted: dict[tuple[int, int], dict[str, str]] = {}
+    for first, span in _places(params, parent):
         data = [
             BoundaryReader(paths.activations, split, boundary).digest(start, stop)
-            for boundary in (index, index + 1)
+            for boundary in (first, first + span)
             for split, start, stop in (("train", 0, train), ("calibration", held_start, held_stop))
         ]
-        inputs = {**common, "activations": data, "block": parent.checkpoint.block_digest(index)}
-        orders[index] = digest_of(inputs)
-        entries[index] = {
-            entry_name(index, variant): digest_of({**inputs, "variant": variant.name})
-            for variant in trained_variants(params, parent)
+        blocks = [parent.checkpoint.block_digest(index) for index in range(first, first + span)]
+        inputs = {**common, "activations": data, "blocks": blocks}
+        plan = BlockPlan(first, span, {})
+        names = [plan.order_name, *([plan.whole_name] if span > 1 else [])]
+        own = {entry_name(first, variant, span): variant.name for variant in trained_variants(params, parent)}
+        wanted[first, span] = {
+            **dict.fromkeys(names, digest_of(inputs)),
+            **{name: digest_of({**inputs, "variant": variant}) for name, variant in own.items()},
         }
-    order_names = {channel_order_name(index): key for index, key in orders.items()}
-    wanted = {name: key for names in entries.values() for name, key in names.items()}
-    missing = set(library.pieces.keep_only({**order_names, **wanted}))
+    missing = set(library.pieces.keep_only({name: key for of in wanted.values() for name, key in of.items()}))
     plans = [
-        BlockPlan(
-            index,
-            orders[index],
-            channel_order_name(index) in missing,
-            {name: key for name, key in entries[index].items() if name in missing},
-        )
-        for index in orders
+        BlockPlan(first, span, {name: key for name, key in of.items() if name in missing})
+        for (first, span), of in wanted.items()
     ]
-    return [plan for plan in plans if plan.order_missing or plan.variants]
+    return [plan for plan in plans if plan.missing]
+
+
+def _places(params: Params, parent: Parent) -> list[tuple[int, int]]:
+    """First block and length of everything that one child block may stand for: single blocks, then spans."""
+    count = parent.config.num_blocks
+    for span in params.distill_blocks.spans:
+        if span > count:
+            raise InputError(f"distill_blocks.spans has {span}, {parent.info['name']} has {count} blocks; leave it out")
+    return [(first, span) for span in (1, *params.distill_blocks.spans) for first in range(count - span + 1)]
 
 
 def _held_out(params: Params) -> tuple[int, int]:
@@ -103,68 +118,82 @@ def _held_out(params: Params) -> tuple[int, int]:
 
 @task(cache_policy=NO_CACHE)
 def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
-    """Rank the channels of one block and train its missing variants."""
+    """Rank the channels of one block (of a span: train its whole block first) and train its missing variants."""
     run, settings, parent, library = params.run, params.distill_blocks, Parent(paths.parent), Library(paths.library)
     device = compute(run.device, run.dtype, run.threads)
-    index, config, seq_len = plan.block_index, parent.config, params.prepare_corpus.seq_len
-    block = parent.block(index, device.device, device.dtype)
+    first, span, config, seq_len = plan.first_block, plan.span, parent.config, params.prepare_corpus.seq_len
     data = {
         (split, at): BoundaryReader(paths.activations, split, at)
         for split in ("train", "calibration")
-        for at in (index, index + 1)
+        for at in (first, first + span)
     }
+    steps = _groups(_shuffled(params, first, span), settings.sequences_per_step)
+    held_out = _groups(list(range(*_held_out(params))), settings.sequences_per_step)
+    schedule = Schedule(len(steps), settings.learning_rate, settings.warmup, settings.weight_decay)
 
     def hidden(split: str, boundary: int, sequences: list[int]) -> Tensor:
         return data[split, boundary].read(sequences).to(device.device, device.dtype)
 
-    def batch(split: str, sequences: list[int]) -> Batch:
-        return hidden(split, index, sequences), hidden(split, index + 1, sequences)
+    def batches(split: str, groups: list[list[int]]) -> Iterator[Batch]:
+        return ((hidden(split, first, group), hidden(split, first + span, group)) for group in groups)
 
-    order_name = channel_order_name(index)
-    if plan.order_missing:
-        ranked = range(min(-(-settings.importance_tokens // seq_len), settings.tokens // seq_len))
-        groups = _groups(list(ranked), settings.sequences_per_step)
-        order = rank_channels(config, block, (hidden("train", index, group) for group in groups))
-        file = library.write(order_name, {"order": order})
-        library.pieces.finish(order_name, plan.channel_order_key, [file])
-    order = library.read(order_name)["order"].to(device.device)
-    by_name = {entry_name(index, variant): variant for variant in trained_variants(params, parent)}
-    initial = initial_weights(config, block, order)
-    starts = {by_name[name]: initial(by_name[name]) for name in plan.variants}
-    fit = _groups(list(range(settings.fit_tokens // seq_len)), FIT_SEQUENCES)
-    inputs = (hidden("train", index, group) for group in fit)
-    steps = _groups(_shuffled(params, index), settings.sequences_per_step)
-    trained = distill_block(
-        config,
-        block,
-        starts,
-        fit_outputs(config, block, starts, order, inputs) if fit else starts,
-        (batch("train", group) for group in steps),
-        (
-            batch("calibration", group)
-            for group in _groups(list(range(*_held_out(params))), settings.sequences_per_step)
-        ),
-        Schedule(len(steps), settings.learning_rate, settings.warmup, settings.weight_decay),
-    )
-    for name, key in plan.variants.items():
-        variant, result = by_name[name], trained[by_name[name]]
-        facts = {
-            "first_block": index,
-            "span": 1,
-            "subblock": subblock_of(variant),
-            "variant": variant.name,
+    def finish(name: str, subblock: str, variant: str, result: Trained, **facts: int) -> None:
+        row = {
+            "first_block": first,
+            "span": span,
+            "subblock": subblock,
+            "variant": variant,
             "weights": "decoupled" if result.improved else "initial",
             "loss_before": result.loss_before,
             "loss_fitted": result.loss_fitted,
             "loss_after": result.loss_after,
             "tokens": len(steps) * settings.sequences_per_step * seq_len,
         }
-        library.pieces.finish(name, key, [library.write(name, result.tensors)], facts)
+        library.pieces.finish(name, plan.missing[name], [library.write(name, result.tensors)], {**row, **facts})
+
+    if plan.whole_name in plan.missing:
+        blocks = [parent.block(index, device.device, device.dtype) for index in range(first, first + span)]
+        whole, start = distill_whole(
+            config, blocks, batches("train", steps), batches("calibration", held_out), schedule
+        )
+        finish(plan.whole_name, WHOLE, WHOLE, whole, start=first + start)
+    block = _teacher(plan, parent, library, device)
+    if plan.order_name in plan.missing:
+        ranked = range(min(-(-settings.importance_tokens // seq_len), settings.tokens // seq_len))
+        groups = _groups(list(ranked), settings.sequences_per_step)
+        order = rank_channels(config, block, (hidden("train", first, group) for group in groups))
+        file = library.write(plan.order_name, {"order": order})
+        library.pieces.finish(plan.order_name, plan.missing[plan.order_name], [file])
+    order = library.read(plan.order_name)["order"].to(device.device)
+    initial = initial_weights(config, block, order)
+    names = {variant: entry_name(first, variant, span) for variant in trained_variants(params, parent)}
+    starts = {variant: initial(variant) for variant, name in names.items() if name in plan.missing}
+    fit = _groups(list(range(settings.fit_tokens // seq_len)), FIT_SEQUENCES)
+    inputs = (hidden("train", first, group) for group in fit)
+    trained = distill_block(
+        config,
+        block,
+        starts,
+        fit_outputs(config, block, starts, order, inputs) if fit else starts,
+        batches("train", steps),
+        batches("calibration", held_out),
+        schedule,
+    )
+    for variant, result in trained.items():
+        finish(names[variant], subblock_of(variant), variant.name, result)
 
 
-def _shuffled(params: Params, block_index: int) -> list[int]:
+def _teacher(plan: BlockPlan, parent: Parent, library: Library, device: Compute) -> Tensors:
+    """The block whose halves stay beside a variant: the parent's, or a span's whole block."""
+    if plan.span == 1:
+        return parent.block(plan.first_block, device.device, device.dtype)
+    tensors = library.read(plan.whole_name)
+    return {name: tensor.to(device.device, device.dtype) for name, tensor in tensors.items()}
+
+
+def _shuffled(params: Params, first_block: int, span: int) -> list[int]:
     """Train sequences of BLD in a seeded order of the block's own."""
-    generator = torch.Generator().manual_seed(params.run.seed * 100_003 + block_index)
+    generator = torch.Generator().manual_seed(params.run.seed * 100_003 + first_block + 1_009 * (span - 1))
     count = params.distill_blocks.tokens // params.prepare_corpus.seq_len
     order: list[int] = torch.randperm(count, generator=generator).tolist()
     return order

@@ -22,24 +22,23 @@ from storage.activations import BoundaryReader
 from storage.checkpoints import Checkpoint, read_blocks
 from storage.corpus import read_sequences
 from storage.files import read_json, write_json, write_whole
-from storage.library import Library, channel_order_name, entry_name
+from storage.library import Library
 from storage.model_config import EMBEDDING, ModelConfig
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import Architecture, Attention, Ffn, Replacement, ThroughputRow, Weights
+from storage.records import Architecture, Attention, Replacement, ThroughputRow, Weights
 from storage.tables import read_throughput
 from storage.targets import SPEED_METRICS
-from tasks.puzzle.assembly import Subblock, compose, initial_weights
 from tasks.puzzle.blocks import Block
 from tasks.puzzle.boundaries import boundaries
 from tasks.puzzle.costs import ModelSizes, ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
 from tasks.puzzle.evaluation import SequenceQuality, paired_difference, per_sequence, summarise
 from tasks.puzzle.head import Head, compare_with_parent
-from tasks.puzzle.initialise import Tensors
 from tasks.puzzle.rotary import rotary_for
 from tasks.puzzle.variants import parent_attention
+from tasks.replacements import Replacements
 
 Qualities = dict[str, list[SequenceQuality]]
 Models = dict[str, Tensor]
@@ -96,19 +95,12 @@ def _baselines(target: str, tokens: Tensor, device: Compute, paths: Paths) -> Mo
     embedding, _, _ = parent.outside(device.device, device.dtype)
     streams = dict.fromkeys(chosen, functional.embedding(tokens.to(device.device), embedding))
     for index in range(config.num_blocks):
-        own = parent.block(index, device.device, device.dtype)
-        order = library.read(channel_order_name(index))["order"].to(device.device)
-
-        def trained(variant: Attention | Ffn, first_block: int = index) -> Tensors:
-            tensors = library.read(entry_name(first_block, variant))
-            return {name: tensor.to(device.device, device.dtype) for name, tensor in tensors.items()}
-
-        sources: dict[Weights, Subblock] = {"decoupled": trained, "initial": initial_weights(config, own, order)}
+        read = Replacements(parent, library, device.device, device.dtype)
         for name, (blocks, weights) in chosen.items():
-            of = blocks[index]
-            block = Block.load(config, of.attention, of.ffn, compose(config, own, of, sources[weights]))
-            with torch.inference_mode():
-                streams[name] = block(streams[name], rotary_for(config, tokens.shape[1], streams[name]))
+            if of := next((block for block in blocks if block.first_block == index), None):  # none inside of a span
+                block = Block.load(config, of.attention, of.ffn, read.tensors(of, weights))
+                with torch.inference_mode():
+                    streams[name] = block(streams[name], rotary_for(config, tokens.shape[1], streams[name]))
     return streams
 
 

@@ -140,6 +140,7 @@ def _work(params: Params, config: ModelConfig) -> Work:
         workers=params.run.workers,
         attentions=attention_variants(config, bld.linear),
         ffns=ffn_variants(config, bld.ffn_ratios, bld.width_multiple, bld.linear),
+        spans=bld.spans,
         importance_tokens=min(bld.importance_tokens, bld.tokens),
         fit_tokens=bld.fit_tokens,
         bld_tokens=bld.tokens,

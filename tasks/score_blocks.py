@@ -5,7 +5,7 @@ sequences), so more tokens or another variant add rows and never recompute the o
 on one batch) that goes through the parent together is scheduling only.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from storage.activations import BoundaryReader
 from storage.corpus import Tokens, read_sequences
 from storage.files import digest_of
-from storage.library import Library, channel_order_name, entry_name
+from storage.library import Library, channel_order_name, entry_name, whole_name
 from storage.model_config import ModelConfig
 from storage.params import Params
 from storage.parent import Parent
@@ -24,13 +24,13 @@ from storage.paths import Paths
 from storage.pieces import Pieces, code_digest
 from storage.records import Attention, Ffn, Replacement, ScoreRow, Weights
 from storage.tables import write_scores
-from tasks.puzzle.assembly import compose, initial_weights
-from tasks.puzzle.device import Compute, compute
+from tasks.puzzle.device import compute
 from tasks.puzzle.evaluation import per_sequence
 from tasks.puzzle.head import Head, TokenLosses
 from tasks.puzzle.initialise import Tensors
 from tasks.puzzle.scoring import Candidate, score_group
 from tasks.puzzle.variants import attention_variants, ffn_variants, parent_attention, parent_ffn
+from tasks.replacements import Replacements
 
 REBUILD = "dvc repro score_blocks"
 AROUND = "parent"
@@ -93,27 +93,50 @@ def _jobs(params: Params, paths: Paths) -> Iterator[Job]:
 
 
 def _candidates(params: Params, parent: Parent, library: Library) -> Iterator[tuple[Replacement, Weights, str]]:
-    """Every replacement with its weights and their hash: no-ops once, others trained and initial."""
+    """Every replacement with one half changed, its weights and their hash; of a span the whole block as well."""
     settings, config = params.distill_blocks, parent.config
     attention, ffn = parent_attention(config), parent_ffn(config)
     attentions = attention_variants(config, settings.linear)
     ffns = ffn_variants(config, settings.ffn_ratios, settings.width_multiple, settings.linear)
-    for index in range(config.num_blocks):
+    for span in (1, *settings.spans):
+        for first in range(config.num_blocks - span + 1):
+            halves = [Replacement(first, span, other, ffn) for other in attentions if other != attention]
+            halves += [Replacement(first, span, attention, other) for other in ffns if other != ffn]
+            if span == 1:
+                yield from _of_block(halves, parent, library)
+            else:
+                yield from _of_span([Replacement(first, span, attention, ffn), *halves], parent, library)
+
+
+def _of_block(
+    halves: list[Replacement], parent: Parent, library: Library
+) -> Iterator[tuple[Replacement, Weights, str]]:
+    """No-ops once, others trained and initial."""
+    for replacement in halves:
+        index, changed = replacement.first_block, _changed(replacement, parent.config)
+        if changed is None or changed.kind == "no_op":
+            yield replacement, "initial", ""
+            continue
         order = library.checksum(channel_order_name(index))
-        halves = [Replacement(index, 1, other, ffn) for other in attentions if other != attention]
-        halves += [Replacement(index, 1, attention, other) for other in ffns if other != ffn]
-        for replacement in halves:
-            changed = _changed(replacement, attention)
-            if changed.kind == "no_op":
-                yield replacement, "initial", ""
-                continue
-            yield replacement, "decoupled", library.checksum(entry_name(index, changed))
-            yield replacement, "initial", digest_of([parent.checkpoint.block_digest(index), order, changed.name])
+        yield replacement, "decoupled", library.checksum(entry_name(index, changed))
+        yield replacement, "initial", digest_of([parent.checkpoint.block_digest(index), order, changed.name])
 
 
-def _changed(replacement: Replacement, parent: Attention) -> Attention | Ffn:
-    """The half that is not the parent's."""
-    return replacement.attention if replacement.attention != parent else replacement.ffn
+def _of_span(of: list[Replacement], parent: Parent, library: Library) -> Iterator[tuple[Replacement, Weights, str]]:
+    """All trained: the half that stays is the span's own."""
+    for replacement in of:
+        first, span = replacement.first_block, replacement.span
+        own, changed = [library.checksum(whole_name(first, span))], _changed(replacement, parent.config)
+        if changed is not None and changed.kind != "no_op":
+            own.append(library.checksum(entry_name(first, changed, span)))
+        yield replacement, "decoupled", digest_of(own)
+
+
+def _changed(replacement: Replacement, config: ModelConfig) -> Attention | Ffn | None:
+    """The half that is not of the parent's kind."""
+    if replacement.attention != parent_attention(config):
+        return replacement.attention
+    return replacement.ffn if replacement.ffn != parent_ffn(config) else None
 
 
 def _tokens(params: Params, paths: Paths, batch: int) -> Tokens:
@@ -138,20 +161,14 @@ def score_jobs(group: Group, params: Params, paths: Paths) -> None:
         reader = BoundaryReader(paths.activations, "calibration", index)
         return reader.read(sequences).to(device.device, device.dtype)
 
-    replaced = {index: block(index) for index in {job.replacement.first_block for job in group.jobs}}
+    read = Replacements(parent, Library(paths.library), device.device, device.dtype)
     losses = score_group(
         parent.config,
         block,
         boundary,
         Head(norm, lm_head, parent.config.rms_norm_eps),
         torch.from_numpy(_tokens(params, paths, group.batch)).long().to(device.device),
-        [
-            Candidate(
-                job.replacement,
-                _tensors(job, replaced[job.replacement.first_block], parent.config, Library(paths.library), device),
-            )
-            for job in group.jobs
-        ],
+        [Candidate(job.replacement, read.tensors(job.replacement, job.weights)) for job in group.jobs],
     )
     pieces = Pieces(paths.score_pieces, REBUILD)
     for name in sorted({job.record for job in group.jobs}):
@@ -162,20 +179,6 @@ def score_jobs(group: Group, params: Params, paths: Paths) -> None:
             if job.record == name
         }
         pieces.finish(name, "", [], {**(earlier["facts"] if earlier else {}), **rows})
-
-
-def _tensors(job: Job, block: Mapping[str, Tensor], config: ModelConfig, library: Library, device: Compute) -> Tensors:
-    """Tensors of the replaced block; the half that stays shares the memory of the parent's `block`."""
-    index = job.replacement.first_block
-    if job.weights == "decoupled":
-        return compose(config, block, job.replacement, lambda variant: _trained(library, index, variant, device))
-    order = library.read(channel_order_name(index))["order"].to(device.device)
-    return compose(config, block, job.replacement, initial_weights(config, block, order))
-
-
-def _trained(library: Library, block_index: int, variant: Attention | Ffn, device: Compute) -> Tensors:
-    tensors = library.read(entry_name(block_index, variant))
-    return {name: tensor.to(device.device, device.dtype) for name, tensor in tensors.items()}
 
 
 def _rows(job: Job, losses: TokenLosses, sequences: range) -> Iterator[ScoreRow]:

@@ -35,7 +35,12 @@ def cache(params: Params, paths: Paths) -> list[str]:
 
 def planned_variants(params: Params, paths: Paths) -> list[str]:
     """Entries of the library that distill_blocks would train."""
-    return [name for plan in distill_blocks.plan_blocks.fn(params, paths) for name in plan.variants]
+    return [
+        name
+        for plan in distill_blocks.plan_blocks.fn(params, paths)
+        for name in plan.missing
+        if not name.endswith("channel_order")
+    ]
 
 
 def distill(params: Params, paths: Paths) -> list[str]:
@@ -44,7 +49,7 @@ def distill(params: Params, paths: Paths) -> list[str]:
     for plan in plans:
         distill_blocks.train_block.fn(plan, params, paths)
     distill_blocks.write_library_index.fn(paths)
-    return [name for plan in plans for name in plan.variants]
+    return [name for plan in plans for name in plan.missing if not name.endswith("channel_order")]
 
 
 def assemble(params: Params, paths: Paths, variants: list[tuple[str, str]]) -> None:

@@ -24,7 +24,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "storage")
 UI = {"compress", "guard", "overrides", "progress", "repro", "reruns", "serve"}
 NOT_STAGES = {"stage", "server", "demo", "closing_table", "explain", "frontier", "own_tables", "plan", *UI}
-NOT_STAGE_TASKS = {"block_library", "children", "explain", "frontier", "limits", "machine", "plan", "time_machine"}
+NOT_STAGE_TASKS = {
+    "block_library",
+    "children",
+    "explain",
+    "frontier",
+    "limits",
+    "machine",
+    "plan",
+    "replacements",
+    "time_machine",
+}
 NOT_SECTIONS = {"run", "targets"}
 
 # The table of docs/architecture.md.

@@ -215,8 +215,8 @@ def bld_losses(index: Iterable[dict[str, Any]]) -> list[BldLoss]:
 
 
 def _rank(variant: str) -> int:
-    """Large variants before small ones, a linear layer after them, a no-op last."""
-    return {"linear": 1, "no_op": 2}.get(variant) or -int(variant.rpartition("_")[2])
+    """A whole block first, large variants before small ones, a linear layer after them, a no-op last."""
+    return {"whole": -(1 << 40), "linear": 1, "no_op": 2}.get(variant) or -int(variant.rpartition("_")[2])
 
 
 def score_cells(scores: Scores, config: ModelConfig) -> list[ScoreCell]:

@@ -7,8 +7,9 @@ with the parent's attention frozen, so the parent's attention output is computed
 the parent's: their weight is a diagonal factor of the matrices that follow, which train.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from tasks.puzzle.optimizer import MasterWeights, Schedule
 from tasks.puzzle.rotary import Rotary, rotary_for
 from tasks.puzzle.variants import parent_attention, parent_ffn
 
+K = TypeVar("K", bound=Hashable)
 Batch = tuple[Tensor, Tensor]  # input and target, each [sequences, tokens, hidden]
 
 
@@ -90,7 +92,7 @@ def distill_block(
 
     Args:
         config: geometry of the parent.
-        parent: tensors of the parent's block, in the dtype of compute.
+        parent: tensors of the parent's block (a span's whole block), in the dtype of compute.
         starts: initial tensors of each variant to train (its own subblock only).
         fitted: another start for each: least_squares.fit_outputs, or `starts` again.
         batches: training batches in order, one per step.
@@ -113,19 +115,65 @@ def distill_block(
         for variant, start in starts.items()
     }
     runs = {variant: student.run for variant, student in students.items()}
-    for hidden, target in batches:
-        rotary = rotary_for(config, hidden.shape[1], hidden)
-        with torch.no_grad():
-            attended = teacher.attend(hidden, rotary)
-        for student in students.values():
-            loss = normalised_mse(student.run(hidden, attended, rotary), target)
-            torch.autograd.backward(loss)
-            student.masters.step()
+    _train(config, teacher, list(students.values()), batches)
     after = _losses(config, teacher, runs, held)
     return {
         variant: _best(start, students[variant], before[variant], between[variant], after[variant])
         for variant, start in starts.items()
     }
+
+
+def distill_whole(
+    config: ModelConfig,
+    blocks: Sequence[Mapping[str, Tensor]],
+    batches: Iterable[Batch],
+    held_out: Iterable[Batch],
+    schedule: Schedule,
+) -> tuple[Trained, int]:
+    """Train one block in place of several, both halves together.
+
+    Args:
+        config: geometry of the parent.
+        blocks: tensors of the parent's blocks that it stands for. It starts as the one that alone comes closest.
+        batches: training batches in order: hidden states before the first block and behind the last one.
+        held_out: the same for the held-out losses.
+        schedule: steps and learning rate.
+
+    Returns:
+        The block, and the index in `blocks` of its start.
+    """
+    kind, held = (parent_attention(config), parent_ffn(config)), list(held_out)
+
+    def runner(tensors: Mapping[str, Tensor]) -> Block:
+        return Block.load(config, *kind, tensors)
+
+    teacher = runner(blocks[0])
+    alone = _losses(config, teacher, {index: _alone(runner(of)) for index, of in enumerate(blocks)}, held)
+    start = min(alone, key=lambda index: (alone[index], index))
+    own = dict(blocks[start])
+    block = runner({name: tensor.clone() for name, tensor in own.items()})
+    block.self_attn.requires_grad_(True)
+    block.mlp.requires_grad_(True)
+    student = _Student(block, MasterWeights(block, schedule), own, _alone(block))
+    _train(config, teacher, [student], batches)
+    after = _losses(config, teacher, {start: student.run}, held)[start]
+    return _best(own, student, alone[start], alone[start], after), start
+
+
+def _alone(block: Block) -> Run:
+    return lambda hidden, _, rotary: block(hidden, rotary)
+
+
+def _train(config: ModelConfig, teacher: Block, students: Sequence[_Student], batches: Iterable[Batch]) -> None:
+    """One step of every student per batch; what they share, the teacher's attention, is computed once."""
+    for hidden, target in batches:
+        rotary = rotary_for(config, hidden.shape[1], hidden)
+        with torch.no_grad():
+            attended = teacher.attend(hidden, rotary)
+        for student in students:
+            loss = normalised_mse(student.run(hidden, attended, rotary), target)
+            torch.autograd.backward(loss)
+            student.masters.step()
 
 
 def _student(
@@ -143,14 +191,12 @@ def _runner(
     """A block with one half replaced, frozen, and how it runs: an FFN variant takes the parent's attention as given."""
     if isinstance(variant, Attention):
         whole = Block.load(config, variant, parent_ffn(config), {**own, **ffn_part(parent)})
-        return whole, lambda hidden, _, rotary: whole(hidden, rotary)
+        return whole, _alone(whole)
     half = Block.load(config, parent_attention(config), variant, {**attention_part(parent), **own})
     return half, lambda _, attended, __: half.feed_forward(attended)
 
 
-def _losses(
-    config: ModelConfig, teacher: Block, runs: Mapping[Attention | Ffn, Run], held_out: list[Batch]
-) -> dict[Attention | Ffn, float]:
+def _losses(config: ModelConfig, teacher: Block, runs: Mapping[K, Run], held_out: list[Batch]) -> dict[K, float]:
     """Mean held-out loss of each variant."""
     totals = dict.fromkeys(runs, 0.0)
     with torch.inference_mode():

@@ -40,6 +40,7 @@ class Work:
     workers: int
     attentions: tuple[Attention, ...]
     ffns: tuple[Ffn, ...]
+    spans: tuple[int, ...]
     importance_tokens: int
     fit_tokens: int
     bld_tokens: int
@@ -199,11 +200,14 @@ class Planner:
         params = sum(ffn_elements(config, of).matrix for of in ffns)
         params += sum(attention_elements(config, of).matrix for of in attentions)
         steps = work.bld_tokens / (work.seq_len * work.bld_sequences_per_step)
-        library = config.num_blocks * params * work.compute_bytes
+        spans = sum(config.num_blocks - span + 1 for span in work.spans)
+        places = config.num_blocks + spans
+        whole = work.bld_tokens * ((1 + backward) * self._block + self._attend)
+        library = (places * params + spans * self._block_params) * work.compute_bytes
         return self._estimate(
             "distill_blocks",
-            blocks=config.num_blocks * flops,
-            streamed=config.num_blocks * steps * params * 3 * _MASTER_BYTES,
+            blocks=places * flops + spans * whole,
+            streamed=places * steps * params * 3 * _MASTER_BYTES,
             moved=3 * library,
             memory=work.workers * (params * (_MASTER_BYTES + 3 * work.compute_bytes) + 3 * 8.0 * width**2),
             disk=library,
@@ -215,12 +219,16 @@ class Planner:
         attentions, ffns = self._trained()
         trained, no_ops = len(attentions) + len(ffns), 2
         scored = (trained + no_ops) * work.score_tokens + trained * work.initial_score_tokens
-        suffix = sum(range(1, config.num_blocks + 1)) * self._block
+        suffix = scored * sum(range(1, config.num_blocks + 1))
         groups = -(-config.num_blocks // work.blocks_per_group)
         heads = config.num_blocks * scored + 2 * groups * work.score_tokens
+        for span in work.spans:
+            places, of_span = config.num_blocks - span + 1, (1 + trained + no_ops) * work.score_tokens
+            suffix += of_span * sum(range(1, places + 1))
+            heads += places * of_span
         return self._estimate(
             "score_blocks",
-            blocks=scored * suffix,
+            blocks=suffix * self._block,
             head=heads * self._head,
             memory=work.compute_bytes * (self._outside + work.workers * 4 * self._block_params),
             moved=2 * config.num_blocks * trained * self._block_params * work.compute_bytes,

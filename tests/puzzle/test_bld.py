@@ -12,7 +12,7 @@ from storage.checkpoints import Checkpoint
 from storage.model_config import EMBEDDING
 from storage.records import Attention, Ffn
 from tasks.puzzle.assembly import initial_weights
-from tasks.puzzle.bld import Batch, Trained, distill_block, normalised_mse, rank_channels
+from tasks.puzzle.bld import Batch, Trained, distill_block, distill_whole, normalised_mse, rank_channels
 from tasks.puzzle.blocks import Block
 from tasks.puzzle.boundaries import boundaries
 from tasks.puzzle.initialise import Tensors, attention_part, ffn_part
@@ -170,6 +170,51 @@ def test_steps_begin_with_the_better_start(tmp_path: Path) -> None:
             assert (result.loss_before < result.loss_fitted) == (initial is starts)
             assert min(result.loss_before, result.loss_fitted) == expected[variant].loss_before
             assert result.loss_after == expected[variant].loss_after
+
+
+def test_a_span_of_one_block_is_that_block(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    other = {name: tensor + 0.01 for name, tensor in case.block.items()}
+    for blocks, start in (([case.block, other], 0), ([other, case.block], 1)):
+        trained, found = distill_whole(case.config, blocks, case.train, case.held_out, SCHEDULE)
+        assert found == start
+        assert trained.loss_before == 0
+        assert not trained.improved
+        assert all(torch.equal(trained.tensors[name], tensor) for name, tensor in case.block.items())
+
+
+def test_a_whole_block_learns_two_as_a_plain_loop_teaches_it(tmp_path: Path) -> None:
+    """From the parent's two blocks: which of them it starts as is what their losses alone say."""
+    case = Case(tmp_path, "qwen2")
+    checkpoint = Checkpoint(tmp_path, "the test")
+    kind = parent_attention(case.config), parent_ffn(case.config)
+    pair = [case.block, checkpoint.block(2, CPU, torch.float32)]
+    second = Block.load(case.config, *kind, pair[1])
+    rotary = rotary_for(case.config, 16, case.train[0][0])
+    with torch.no_grad():
+        train, held_out = (
+            [(source, second(middle, rotary)) for source, middle in of] for of in (case.train, case.held_out)
+        )
+
+    def loss(block: Block) -> float:
+        with torch.no_grad():
+            return float(sum(normalised_mse(block(x, rotary), y) for x, y in held_out) / len(held_out))
+
+    alone = [loss(Block.load(case.config, *kind, of)) for of in pair]
+    trained, start = distill_whole(case.config, pair, train, held_out, SCHEDULE)
+    assert start == alone.index(min(alone))
+    assert trained.loss_before == pytest.approx(min(alone), rel=1e-5)
+    assert trained.loss_after < 0.98 * trained.loss_before
+    student = Block(case.config, *kind)
+    student.load_state_dict(pair[start])
+    parameters = [*student.self_attn.parameters(), *student.mlp.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=SCHEDULE.learning_rate, betas=BETAS, weight_decay=0.1)
+    for step, (source, target) in enumerate(train):
+        optimizer.param_groups[0]["lr"] = SCHEDULE.rate(step)
+        optimizer.zero_grad()
+        torch.autograd.backward(((student(source, rotary) - target) ** 2).sum() / (target**2).sum())
+        optimizer.step()
+    assert trained.loss_after == pytest.approx(loss(student), rel=1e-3)
 
 
 def assert_kept(case: Case, train: list[Batch], schedule: Schedule) -> dict[Attention | Ffn, float]:

@@ -34,6 +34,7 @@ WORK = Work(
     workers=1,
     attentions=(Attention("gqa", 2), Attention("no_op")),
     ffns=(Ffn("gated", 16), Ffn("gated", 8), Ffn("no_op")),
+    spans=(),
     importance_tokens=0,
     fit_tokens=0,
     bld_tokens=4,
@@ -71,6 +72,18 @@ def test_operations_by_hand() -> None:
     assert found["benchmark_throughput@t"] == pytest.approx(8 * 6 * BLOCK)
     assert found["distill_blocks"] == pytest.approx(3 * 4 * (ATTEND + 3.4 * FFN / 2))
     assert found["report"] == pytest.approx(0.0)
+
+
+def test_spans_by_hand() -> None:
+    before, after = estimates(), estimates(replace(WORK, spans=(2,)))
+    # two spans: the whole block, one narrow FFN and two no-ops of each, on 4 tokens, through 2 + 1 blocks
+    more = after["score_blocks"].seconds - before["score_blocks"].seconds
+    assert more == pytest.approx(4 * 4 * 3 * BLOCK)
+    more = after["distill_blocks"].seconds - before["distill_blocks"].seconds
+    assert more == pytest.approx(2 * 4 * (ATTEND + 3.4 * FFN / 2 + ATTEND + 3.4 * BLOCK))
+    disk = after["distill_blocks"].disk_bytes - before["distill_blocks"].disk_bytes
+    assert disk == 2 * (3 * 8 * 8 + 4 * 64 + 3 * 128 + 2 * 8) * 4
+    assert {name for name in before if before[name] != after[name]} == {"distill_blocks", "score_blocks"}
 
 
 def test_bytes_by_hand() -> None:

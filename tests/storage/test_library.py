@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from storage.files import DamagedFileError, InputError, sha256
-from storage.library import INDEX_SCHEMA, Library, channel_order_name, entry_name
+from storage.library import INDEX_SCHEMA, Library, channel_order_name, entry_name, whole_name
 from storage.records import Attention, Ffn
 from tests.tiny import flip_byte
 
@@ -45,6 +45,13 @@ def add(library: Library, subblock: str, variant: str) -> Path:
 def test_an_entrys_name_says_where_it_lies(subblock: str, variant: str, name: str, file: str, tmp_path: Path) -> None:
     assert entry_name(2, parsed(subblock, variant)) == name
     assert Library(tmp_path).path(name) == tmp_path / file
+
+
+def test_a_span_lies_beside_the_blocks() -> None:
+    library = Library(Path("library"))
+    assert entry_name(2, Attention("linear"), 3) == "span_002_3.attention_linear"
+    assert library.path(whole_name(2, 3)) == Path("library/span_002_3/whole.safetensors")
+    assert channel_order_name(2, 3) == "span_002_3.channel_order"
 
 
 def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:

@@ -9,14 +9,15 @@ import torch
 
 from storage.activations import BoundaryReader
 from storage.checkpoints import CheckpointWriter
-from storage.files import DamagedFileError
-from storage.library import INDEX_SCHEMA, Library, channel_order_name, entry_name
+from storage.files import DamagedFileError, InputError
+from storage.library import INDEX_SCHEMA, Library, channel_order_name, entry_name, whole_name
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.records import Attention
 from tasks.cache_activations import plan_shards
 from tasks.distill_blocks import plan_blocks, train_block, trained_variants
+from tasks.puzzle.bld import normalised_mse
 from tasks.puzzle.blocks import Block
 from tasks.puzzle.rotary import rotary_for
 from tasks.puzzle.variants import parent_attention, parent_ffn
@@ -174,6 +175,49 @@ def test_linear_layers_train_only_themselves_and_are_an_own_variant_of_both_halv
     assert all(row["loss_after"] <= min(row["loss_before"], row["loss_fitted"]) for row in rows)
 
 
+def test_spans_train_only_themselves_towards_the_boundary_behind_their_last_block(
+    finished: tuple[Params, Paths],
+) -> None:
+    _, paths = finished
+    before = checksums(paths.library)
+    params = tiny_params(distill_blocks={"spans": [2]})
+    names = [f"span_{index:03d}_2.{name}" for index in range(2) for name in ("whole", *VARIANTS)]
+    assert distill(params, paths) == names
+    after, library, parent = checksums(paths.library), Library(paths.library), Parent(paths.parent)
+    assert all(after[name] == before[name] for name in before if name != "index.parquet")
+    rows = [row for row in index_rows(paths) if row["span"] == 2]
+    assert {(row["first_block"], row["variant"]) for row in rows} == {
+        (i, v) for i in (0, 1) for v in ("whole", *VARIANTS)
+    }
+    kind = parent_attention(parent.config), parent_ffn(parent.config)
+    for row in rows:
+        if row["variant"] == "whole":
+            first = row["first_block"]
+            source, target = (
+                BoundaryReader(paths.activations, "calibration", at).read(range(11, 16)) for at in (first, first + 2)
+            )
+            rotary = rotary_for(parent.config, SEQ_LEN, source)
+            losses = []
+            for tensors in (
+                parent.block(library.start_of(first, 2), CPU, torch.float32),
+                library.read(whole_name(first, 2)),
+            ):
+                output = Block.load(parent.config, *kind, tensors)(source, rotary)
+                parts = (slice(4), slice(4, 5))
+                losses.append(sum(float(normalised_mse(output[part], target[part])) for part in parts) / 2)
+            assert losses == pytest.approx([row["loss_before"], row["loss_after"]], rel=1e-4)
+    assert distill(params, paths) == []
+    Library(paths.library).path("span_001_2.whole").unlink()
+    assert distill(params, paths) == ["span_001_2.whole"]
+    assert checksums(paths.library) == after
+
+
+def test_a_span_longer_than_the_parent_is_refused(finished: tuple[Params, Paths]) -> None:
+    _, paths = finished
+    with pytest.raises(InputError, match=r"distill_blocks\.spans has 4, .* has 3 blocks"):
+        plan_blocks.fn(tiny_params(distill_blocks={"spans": [2, 4]}), paths)
+
+
 def test_one_width_less_removes_only_that(finished: tuple[Params, Paths]) -> None:
     _, paths = finished
     before = checksums(paths.library)
@@ -200,7 +244,7 @@ def test_a_damaged_channel_order_is_ranked_anew_without_training(finished: tuple
     whole = checksums(paths.library)
     flip_byte(paths.library / "block_002" / "channel_order.safetensors")
     [plan] = plan_blocks.fn(params, paths)
-    assert (plan.block_index, plan.order_missing, plan.variants) == (2, True, {})
+    assert (plan.first_block, plan.span, list(plan.missing)) == (2, 1, [plan.order_name])
     assert distill(params, paths) == []
     assert checksums(paths.library) == whole
 

@@ -17,6 +17,8 @@ from storage.records import ScoreRow
 from storage.tables import read_scores
 from tasks.puzzle.assembly import compose, initial_weights
 from tasks.puzzle.initialise import Tensors
+from tasks.puzzle.score_rule import Scores
+from tasks.replacements import Replacements
 from tasks.score_blocks import plan_groups, score_jobs
 from tests.reference import full_replacement
 from tests.settings import SEQ_LEN, tiny_params
@@ -57,6 +59,29 @@ def test_the_table_equals_full_model_replacement(family: str, tmp_path: Path) ->
         assert row.kl == pytest.approx(float(losses.kl[sequence].mean()), abs=TOLERANCE)
         assert row.lm_loss == pytest.approx(float(losses.lm_loss[sequence].mean()), abs=TOLERANCE)
         assert row.top1_agreement == pytest.approx(float(losses.top1[sequence].mean()))
+
+
+def test_a_span_is_scored_as_the_full_model_without_its_blocks(tmp_path: Path) -> None:
+    params, paths = prepare("llama", tmp_path, distill_blocks={"spans": [2], "linear": True})
+    cache(params, paths)
+    distill(params, paths)
+    score(params, paths)
+    rows = [row for row in read_scores(paths.scores) if row.span == 2]
+    # 2 spans x (whole, kv_1, 2 widths, 2 linear, 2 no-ops) on 4 sequences
+    assert len(rows) == 2 * 8 * 4
+    assert {row.weights for row in rows} == {"decoupled"}
+    tokens = torch.from_numpy(read_sequences(paths.corpus, "calibration", 0, 4)).long()
+    read = Replacements(Parent(paths.parent), Library(paths.library), CPU, torch.float32)
+    expected = {}
+    for row in rows:
+        if row.replacement not in expected:
+            tensors = read.tensors(row.replacement, "decoupled")
+            changes = {row.first_block: tensors, row.first_block + 1: {}}
+            expected[row.replacement] = full_replacement("llama", tokens, changes)
+        assert row.kl == pytest.approx(float(expected[row.replacement].kl[row.sequence_shard].mean()), abs=TOLERANCE)
+    scores = Scores.of(read_scores(paths.scores), Parent(paths.parent).config)
+    spans = [of for of in scores.replacements("decoupled") if of.span == 2]
+    assert len(spans) == 2 * 4 * 5  # every attention with every FFN
 
 
 def test_no_ops_are_scored_once_and_have_no_weights(finished: tuple[Params, Paths]) -> None:
