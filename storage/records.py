@@ -166,7 +166,8 @@ class ScoreRow:
     `weights` says how far the replacement was trained and `weights_hash` names the very tensors ("" where it has none
     of its own: no-ops). `around` is "parent" or the hash of the architecture in which the block was replaced.
     `tokens` counts the scored positions; `kl` (parent || child) and `lm_loss` are means over them in nats per token,
-    `top1_agreement` is the share of them on which parent and child rank the same token first.
+    `top1_agreement` is the share of them on which parent and child rank the same token first, `cosine` the mean cosine
+    of their last hidden states (before the final norm).
     """
 
     first_block: int
@@ -181,6 +182,7 @@ class ScoreRow:
     kl: float
     lm_loss: float
     top1_agreement: float
+    cosine: float
 
     @property
     def replacement(self) -> Replacement:

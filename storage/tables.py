@@ -34,6 +34,8 @@ from storage.records import (
 )
 
 _log = logging.getLogger(__name__)
+_LARGEST_COSINE = 1 + 1e-4
+"""Of float32 vectors: 1 and its rounding."""
 _SMALLEST_KL = -1e-3
 """KL is never negative in exact arithmetic; rounding of a replacement that changes nothing stays far above this."""
 
@@ -158,6 +160,7 @@ _SCORE_COLUMNS = (
     _number("kl", "nats/token", _SMALLEST_KL),
     _number("lm_loss", "nats/token", 0),
     _number("top1_agreement", "share of tokens", 0, 1),
+    _number("cosine", "cosine", -_LARGEST_COSINE, _LARGEST_COSINE),
 )
 _SETTING_COLUMNS = (
     _text("hardware", "name"),

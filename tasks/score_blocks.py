@@ -197,6 +197,7 @@ def _rows(job: Job, losses: TokenLosses, sequences: range) -> Iterator[ScoreRow]
             kl=quality.kl,
             lm_loss=quality.lm_loss,
             top1_agreement=quality.top1_agreement,
+            cosine=quality.cosine,
         )
 
 

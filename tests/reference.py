@@ -52,10 +52,14 @@ def full_replacement(family: str, tokens: Tensor, changes: Mapping[int, Mapping[
     for index, tensors in changes.items():
         replace_block(child, index, tensors)
     with torch.no_grad():
-        parent_logits, child_logits = (model(tokens).logits[:, :-1].double() for model in (tiny_model(family), child))
+        both = [model(tokens, output_hidden_states=True) for model in (tiny_model(family), child)]
+        parent_logits, child_logits = (one.logits[:, :-1].double() for one in both)
+        # transformers gives the last hidden states behind the final norm; but for its weight that scales each of them
+        last = [(one.hidden_states[-1] / child.model.norm.weight)[:, :-1] for one in both]
     parent_log, child_log = parent_logits.log_softmax(-1), child_logits.log_softmax(-1)
     return TokenLosses(
         kl=functional.kl_div(child_log, parent_log, reduction="none", log_target=True).sum(-1).float(),
         lm_loss=functional.cross_entropy(child_logits.mT, tokens[:, 1:], reduction="none").float(),
         top1=(parent_logits.argmax(-1) == child_logits.argmax(-1)).float(),
+        cosine=functional.cosine_similarity(last[0], last[1], dim=-1),
     )

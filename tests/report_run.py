@@ -107,7 +107,19 @@ def _scores(config: ModelConfig, params: Params) -> Iterator[ScoreRow]:
         kl = _harm(config, index, variant) * (1 + 0.1 * shard)
         weights_hash = "" if variant == "no_op" else "hash"
         yield ScoreRow(
-            index, 1, names["attention"], names["ffn"], "decoupled", weights_hash, "parent", shard, 64, kl, 3 + kl, 0.9
+            index,
+            1,
+            names["attention"],
+            names["ffn"],
+            "decoupled",
+            weights_hash,
+            "parent",
+            shard,
+            64,
+            kl,
+            3 + kl,
+            0.9,
+            0.9,
         )
 
 

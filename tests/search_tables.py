@@ -74,6 +74,7 @@ def scores(rng: random.Random) -> list[ScoreRow]:
             kl=kl * rng.uniform(0.9, 1.1),
             lm_loss=3.0,
             top1_agreement=0.9,
+            cosine=0.9,
         )
         for of in replaced
         for kl in [rng.uniform(0.01, 0.5)]

@@ -10,11 +10,12 @@ from tasks.puzzle.head import TokenLosses
 
 @dataclass(frozen=True)
 class SequenceQuality:
-    """Means over one sequence's positions; kl and lm_loss in nats per token."""
+    """Means over one sequence's positions; kl and lm_loss in nats per token, cosine of the last hidden states."""
 
     kl: float
     lm_loss: float
     top1_agreement: float
+    cosine: float
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Quality:
 
 def per_sequence(losses: TokenLosses) -> list[SequenceQuality]:
     """Means over the positions of each sequence; a KL of rounding size below 0 (float32 sums) counts as 0."""
-    means = (field.double().mean(1).tolist() for field in (losses.kl, losses.lm_loss, losses.top1))
-    return [SequenceQuality(max(0.0, kl), lm_loss, top1) for kl, lm_loss, top1 in zip(*means, strict=True)]
+    fields = (losses.kl, losses.lm_loss, losses.top1, losses.cosine)
+    means = (field.double().mean(1).tolist() for field in fields)
+    return [SequenceQuality(max(0.0, kl), *others) for kl, *others in zip(*means, strict=True)]
 
 
 def summarise(sequences: Sequence[SequenceQuality]) -> Quality:

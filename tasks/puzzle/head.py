@@ -40,11 +40,13 @@ class TokenLosses:
     kl: KL(parent || child) of the next-token distribution, nats (METHOD.md, Scoring).
     lm_loss: negative log-likelihood of the next token, nats.
     top1: 1 where parent and child put the same token first.
+    cosine: of the last hidden states, before the final norm.
     """
 
     kl: Tensor
     lm_loss: Tensor
     top1: Tensor
+    cosine: Tensor
 
 
 def compare_with_parent(head: Head, tokens: Tensor, parent: Tensor, children: Sequence[Tensor]) -> list[TokenLosses]:
@@ -68,7 +70,9 @@ def compare_with_parent(head: Head, tokens: Tensor, parent: Tensor, children: Se
         for chunk in (slice(start, start + CHUNK_TOKENS) for start in range(0, len(target), CHUNK_TOKENS))
     ]
     losses = torch.cat(chunks, dim=-1).cpu().view(len(children), 3, *shape)
-    return [TokenLosses(kl=one[0], lm_loss=one[1], top1=one[2]) for one in losses]
+    wide = parent[:, :-1].float()
+    cosines = [functional.cosine_similarity(child[:, :-1].float(), wide, dim=-1).cpu() for child in children]
+    return [TokenLosses(one[0], one[1], one[2], cosine) for one, cosine in zip(losses, cosines, strict=True)]
 
 
 def _compare_chunk(weight: Tensor, target: Tensor, rows: Sequence[Tensor]) -> Tensor:

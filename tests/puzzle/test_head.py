@@ -40,7 +40,9 @@ def reference(head: Head, ids: Tensor, parent: Tensor, child: Tensor) -> TokenLo
     ours, theirs = logits(parent), logits(child)
     kl = functional.kl_div(theirs.log_softmax(-1), ours.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     lm_loss = functional.cross_entropy(theirs.mT, ids[:, 1:], reduction="none")
-    return TokenLosses(kl, lm_loss, (ours.argmax(-1) == theirs.argmax(-1)).double())
+    dots = (parent.double() * child.double()).sum(-1)
+    cosine = dots / (parent.double().norm(dim=-1) * child.double().norm(dim=-1))
+    return TokenLosses(kl, lm_loss, (ours.argmax(-1) == theirs.argmax(-1)).double(), cosine[:, :-1])
 
 
 @pytest.mark.parametrize(("sequences", "tokens"), SHAPES)
@@ -54,6 +56,7 @@ def test_losses_equal_torchs_over_full_logits(sequences: int, tokens: int) -> No
         torch.testing.assert_close(found.kl.double(), expected.kl, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found.lm_loss.double(), expected.lm_loss, atol=1e-5, rtol=1e-5)
         assert torch.equal(found.top1.double(), expected.top1)
+        torch.testing.assert_close(found.cosine.double(), expected.cosine, atol=1e-6, rtol=1e-6)
 
 
 def test_large_logits_do_not_overflow() -> None:

@@ -27,7 +27,19 @@ def _row(
     around: str = "parent",
 ) -> ScoreRow:
     return ScoreRow(
-        block, span, attention.name, ffn.name, weights, "", around, shard, tokens, kl, lm_loss=3.0, top1_agreement=0.9
+        block,
+        span,
+        attention.name,
+        ffn.name,
+        weights,
+        "",
+        around,
+        shard,
+        tokens,
+        kl,
+        lm_loss=3.0,
+        top1_agreement=0.9,
+        cosine=0.9,
     )
 
 

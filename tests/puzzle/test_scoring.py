@@ -94,6 +94,7 @@ def assert_same(found: TokenLosses, expected: TokenLosses) -> None:
     torch.testing.assert_close(found.kl, expected.kl, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(found.lm_loss, expected.lm_loss, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(found.top1, expected.top1, atol=0, rtol=0)
+    torch.testing.assert_close(found.cosine, expected.cosine, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -36,6 +36,7 @@ SCORE = ScoreRow(
     kl=0.02,
     lm_loss=2.9,
     top1_agreement=0.93,
+    cosine=0.98,
 )
 COST = CostRow(
     component="ffn",
@@ -199,6 +200,7 @@ def test_a_fault_in_a_cost_table_is_one_clear_error(
         ([replace(SCORE, kl=float("nan"))], ["row 0", "kl", "nats/token"]),
         ([replace(SCORE, kl=-0.5)], ["row 0", "kl", "-0.5"]),
         ([replace(SCORE, top1_agreement=1.5)], ["row 0", "top1_agreement", "at most 1"]),
+        ([replace(SCORE, cosine=-1.5)], ["row 0", "cosine", "-1.5"]),
         ([replace(SCORE, tokens=0)], ["row 0", "tokens"]),
         ([replace(SCORE, attention="kv_0")], ["row 0", "kv_0", "kv_<heads>"]),
         ([SCORE, SCORE], ["rows 0 and 1", "sequence_shard=0"]),

@@ -59,6 +59,7 @@ def test_the_table_equals_full_model_replacement(family: str, tmp_path: Path) ->
         assert row.kl == pytest.approx(float(losses.kl[sequence].mean()), abs=TOLERANCE)
         assert row.lm_loss == pytest.approx(float(losses.lm_loss[sequence].mean()), abs=TOLERANCE)
         assert row.top1_agreement == pytest.approx(float(losses.top1[sequence].mean()))
+        assert row.cosine == pytest.approx(float(losses.cosine[sequence].mean()), abs=TOLERANCE)
 
 
 def test_a_span_is_scored_as_the_full_model_without_its_blocks(tmp_path: Path) -> None:
