@@ -213,6 +213,7 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             "ffn_ratios": [0.5, 0.25],
             "width_multiple": 8,
             "linear": True,
+            "spans": [],
         },
         "score_blocks": {
             "tokens": 64 * SEQ_LEN,

@@ -5,7 +5,6 @@ way; in the end both must hold the same bytes. Tests below the fixtures look at 
 further, in the order of the file.
 """
 
-import functools
 import json
 import re
 import socket
@@ -27,13 +26,13 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from storage.corpus import read_sequences
-from storage.library import Library, channel_order_name, entry_name
+from storage.library import Library
 from storage.parent import Parent
-from storage.records import Architecture, Attention, Ffn
+from storage.records import Architecture
 from storage.tables import read_throughput
-from tasks.puzzle.assembly import compose, initial_weights
 from tasks.puzzle.child import DeciLMForCausalLM, build  # importing it is what makes children load
 from tasks.puzzle.device import Compute
+from tasks.replacements import Replacements
 from tests.clone import NUM_BLOCKS, TIMINGS, Clone, Ended, make_clone, tiny_documents, tiny_parent, tiny_run_params
 from tests.reference import replace_block
 from tests.stages import checksums
@@ -257,7 +256,7 @@ def test_architecture_and_search_say_what_the_issue_asks_for(built: Built, targe
     assert chosen["target"] == target
     asked = {"score", "params", "params_ratio", "block_params_ratio", "kv_ratio", "memory_gib", "batch"}
     assert asked | {"throughput_ratio"} <= chosen["predicted"].keys()
-    assert [block["parent_blocks"] for block in chosen["blocks"]] == [[index] for index in range(NUM_BLOCKS)]
+    assert [index for block in chosen["blocks"] for index in block["parent_blocks"]] == list(range(NUM_BLOCKS))
     for block in chosen["blocks"]:
         assert {"kind", "num_kv_heads"} <= block["attention"].keys()
         assert {"kind", "intermediate_size"} <= block["ffn"].keys()
@@ -300,20 +299,28 @@ def _reference_child(built: Built, target: str) -> Any:
     """The child put together by hand in transformers' own Llama, from the parent's source and the library's files."""
     model = _source_parent(built)
     library = built.one.artifacts / "library"
-    for index, block in enumerate(built.one.json(f"children/{target}/architecture.json")["blocks"]):
-        own = {name: value.clone() for name, value in model.model.layers[index].state_dict().items()}
+    for block in built.one.json(f"children/{target}/architecture.json")["blocks"]:
+        first, *others = block["parent_blocks"]
+        folder = library / (f"span_{first:03d}_{1 + len(others)}" if others else f"block_{first:03d}")
+        own = {name: value.clone() for name, value in model.model.layers[first].state_dict().items()}
+        if others:
+            own = load_file(folder / "whole.safetensors")
         heads, width = block["attention"]["num_kv_heads"], block["ffn"]["intermediate_size"]
         changed = {
-            ("self_attn", "input_layernorm"): (heads, SIZES["num_key_value_heads"], f"kv_{heads}"),
-            ("mlp", "post_attention_layernorm"): (width, SIZES["intermediate_size"], f"ffn_{width}"),
+            ("self_attn", "input_layernorm"): ("attention", heads, SIZES["num_key_value_heads"], f"kv_{heads}"),
+            ("mlp", "post_attention_layernorm"): ("ffn", width, SIZES["intermediate_size"], f"ffn_{width}"),
         }
         tensors: dict[str, Tensor] = {}
-        for prefixes, (size, parents, name) in changed.items():
+        for prefixes, (half, size, parents, name) in changed.items():
             if size == parents:
                 tensors |= {key: value for key, value in own.items() if key.startswith(prefixes)}
+            elif block[half]["kind"] == "linear":
+                tensors |= load_file(folder / f"{half}_linear.safetensors")
             elif size:
-                tensors |= load_file(library / f"block_{index:03d}" / f"{name}.safetensors")
-        replace_block(model, index, tensors)
+                tensors |= load_file(folder / f"{name}.safetensors")
+        replace_block(model, first, tensors)
+        for index in others:
+            replace_block(model, index, {})
     return model
 
 
@@ -435,11 +442,9 @@ def test_a_baseline_is_measured_as_its_whole_model_would_be(built: Built, name: 
     parent, library = Parent(built.one.artifacts / "parent"), Library(built.one.artifacts / "library")
     blocks, cpu = Architecture.from_json(chosen["blocks"]).blocks, torch.device("cpu")
     tensors = {key: parent.checkpoint.tensor(key) for key in parent.checkpoint.files if "layers" not in key}
+    read = Replacements(parent, library, cpu, torch.float32)
     for index, of in enumerate(blocks):
-        own, order = parent.block(index, cpu, torch.float32), library.read(channel_order_name(index))["order"]
-        initial = initial_weights(parent.config, own, order)
-        trained = functools.partial(_of_library, library, index)
-        block = compose(parent.config, own, of, initial if name == "untrained" else trained)
+        block = read.tensors(of, "initial" if name == "untrained" else "decoupled")
         tensors |= {f"model.layers.{index}.{short}": tensor for short, tensor in block.items()}
     variants = [(block.attention, block.ffn) for block in blocks]
     model = build(parent.config, variants, tensors, Compute(cpu, torch.float32))
@@ -456,10 +461,6 @@ def test_a_baseline_is_measured_as_its_whole_model_would_be(built: Built, name: 
     paired = evaluation["paired"][name]
     assert paired["kl_difference"] == pytest.approx(fmean(difference), rel=1e-2, abs=1e-5)
     assert paired["stderr"] == pytest.approx(stdev(difference) / 6**0.5, rel=1e-2, abs=1e-5)
-
-
-def _of_library(library: Library, block_index: int, variant: Attention | Ffn) -> dict[str, Tensor]:
-    return library.read(entry_name(block_index, variant))
 
 
 @pytest.mark.parametrize("target", TARGETS)
