@@ -1,24 +1,32 @@
 """What a target can ask for besides fixed limits: open batches, mixes, pins, kinds, runtimes; and what is explained."""
 
 import functools
+import json
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flows.explain import explanation_text
+from flows.overrides import with_profile
 from storage.files import InputError
+from storage.model_config import ModelConfig
+from storage.params import load
 from storage.paths import Paths
-from storage.records import Architecture, Attention, Ffn, Replacement
+from storage.records import Architecture, Attention, Ffn, Replacement, ScoreRow
 from storage.tables import write_costs
 from tasks.explain import explain
 from tasks.frontier import frontier
-from tasks.puzzle.cost_model import ENGINE, workspace_bytes
+from tasks.limits import ParentFacts, TargetTables, solver_settings
+from tasks.puzzle.cost_model import ENGINE, modelled_rows, workspace_bytes
 from tasks.puzzle.costs import GIB, CostTable, Setting, model_sizes, model_speed, subblocks
 from tasks.puzzle.hardware import DEVICES
 from tasks.puzzle.infeasible import InfeasibleError
 from tasks.puzzle.runtimes import refusals
-from tasks.puzzle.variants import parent_attention, parent_ffn
+from tasks.puzzle.variants import attention_variants, ffn_variants, parent_attention, parent_ffn
+from tests.clone import ROOT
 from tests.search_tables import (
     CONFIG,
     MARGIN,
@@ -270,3 +278,55 @@ def test_every_runtime_says_which_blocks_it_refuses() -> None:
     assert found["tensorrt-llm"] == [first, odd]
     assert found["llama.cpp"] == ["it has no linear FFN: block 2"]
     assert not any(refusals(CONFIG, [(gqa, gated)] * 4).values())
+
+
+# --- the real case ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["like-51b", "like-40b"])
+def test_the_70b_profile_is_searched_on_given_tables(target: str) -> None:
+    """Made-up scores, a modelled H100, every batch of the profile: 80 blocks x 54 choices, no weights."""
+    params = with_profile(load(ROOT / "params.yaml"), ROOT / "params/llama-3.1-70b.yaml")
+    config = ModelConfig.from_hf(json.loads((ROOT / "params/llama-3.1-70b.config.json").read_text()), "the profile")
+    bld, settings = params.distill_blocks, params.measure_costs
+    attentions = attention_variants(config, bld.linear)
+    ffns = ffn_variants(config, bld.ffn_ratios, bld.width_multiple, bld.linear)
+    assert (config.num_blocks, len(attentions) * len(ffns)) == (80, 54)
+    rows = [
+        row
+        for batch in settings.batches
+        for row in modelled_rows(config, attentions, ffns, DEVICES["h100-sxm"], settings.precision, "128/1024", batch)
+    ]
+    halves = [(other, ffns[0]) for other in attentions[1:]] + [(attentions[0], other) for other in ffns[1:]]
+    rng = random.Random(0)
+    scores = [
+        ScoreRow(block, 1, attention.name, ffn.name, "decoupled", "w", "parent", 0, 512, kl, 3.0, 0.9, 0.9)
+        for block in range(80)
+        for importance in [rng.gammavariate(1.5, 0.02)]
+        for attention, ffn in halves
+        for kl in [importance * (attentions.index(attention) / 6 + ffns.index(ffn) / 9) * rng.uniform(0.9, 1.1)]
+    ]
+    wanted = params.targets[target]
+    parent = ParentFacts.of_tables(scores, rows, config)
+    tables = TargetTables.of(target, wanted, parent, scores, rows, params.search_architecture.speed_margin)
+    child = tables.search("decoupled", solver_settings(params.search_architecture, 0))
+    solution, table = child.best.solution, CostTable(rows)
+    assert solution.gap <= params.search_architecture.relative_gap
+    whole, own = (model_sizes(table, blocks, "fp8") for blocks in (parent.blocks, child.blocks))
+    size, cached = (wanted.constraints[name].at_most_ratio for name in ("block_params", "kv"))
+    faster = wanted.constraints["decode"].at_least_ratio
+    assert size and cached and faster
+    assert own.block_params <= size * whole.block_params
+    assert own.kv_bytes_per_token <= cached * whole.kv_bytes_per_token
+    [at] = [child.point.setting(place) for place in child.point.operations]
+    workspace = workspace_bytes(config, at) / GIB
+    usable = DEVICES["h100-sxm"].memory_bytes / GIB
+    assert own.memory_gib(at.batch, 128 + 1024, 1) + workspace <= usable
+    fastest = max(
+        model_speed(table, parent.blocks, replace(at, batch=batch)).throughput
+        for batch in settings.batches
+        if whole.memory_gib(batch, 128 + 1024, 1) + workspace_bytes(config, replace(at, batch=batch)) / GIB <= usable
+    )
+    assert model_speed(table, child.blocks, at).throughput >= faster * fastest
+    assert at.batch > 1
+    assert refusals(config, [(block.attention, block.ffn) for block in child.blocks])["tensorrt-llm"] == []
