@@ -28,7 +28,9 @@ def measure_costs(params: Params, paths: Paths) -> None:
 
 def time_machine(name: str, scratch: bool) -> None:
     """Time this machine; with `scratch` say how far it is from the table of that name."""
-    from tasks import time_machine as timing  # transformers' model classes: seconds, of no use to the stage
+    from tasks import (
+        time_machine as timing,
+    )  # here: it imports transformers' model classes, which the stage does not need
 
     params, paths, kept = load(), Paths(), TIMINGS / f"{name}.parquet"
     computes, timed = on_this_machine(params).run.dtype, params.measure_costs.precision

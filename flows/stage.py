@@ -33,7 +33,7 @@ def main(stage: Flow[..., Any], *, per_target: bool = False) -> None:
         parser.add_argument("--target", required=True, help="key of the target in params.yaml, e.g. like-51b")
     arguments = vars(parser.parse_args())
     run_cleanly(lambda: _run(stage, load(), arguments))
-    gc.freeze()  # the process ends here: nothing for it to collect, which would take most of a second
+    gc.freeze()  # the process ends here: what torch and prefect made need not be looked through once more
 
 
 def run_cleanly(action: Callable[[], object]) -> None:

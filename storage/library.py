@@ -3,8 +3,8 @@
 `block_<i>/kv_<heads>.safetensors`, `block_<i>/ffn_<channels>.safetensors` hold a subblock's tensors under the names of
 a Llama layer (linear ones are `attention_linear`, `ffn_linear`). `block_<i>/channel_order.safetensors` ranks the FFN's
 channels: the initial weights of a narrower FFN are that slice of the parent. `span_<i>_<n>/` holds the same for a child
-block in place of n parent blocks, and `whole.safetensors`, the block of the parent's own kind whose halves its variants
-are trained beside. The index tells the losses before and after training.
+block in place of n parent blocks, and `whole.safetensors`, the block of the parent's own kind whose subblocks its
+variants are trained beside. The index tells the losses before and after training.
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def entry_name(first_block: int, variant: Attention | Ffn, span: int = 1) -> str
 
 
 def whole_name(first_block: int, span: int) -> str:
-    """Name of the piece that holds a span's block of the parent's own kind, both halves trained."""
+    """Name of the piece that holds a span's block of the parent's own kind, both subblocks trained."""
     return f"{_place(first_block, span)}.{WHOLE}"
 
 

@@ -6,6 +6,7 @@ two boundaries as well, and a whole block of its own that is trained first and t
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from prefect import task
@@ -19,14 +20,14 @@ from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.pieces import code_digest
-from storage.records import Attention, Ffn
+from storage.records import Attention, Ffn, Replacement
 from tasks.puzzle.assembly import initial_weights
 from tasks.puzzle.bld import Batch, Trained, distill_block, distill_whole, rank_channels
-from tasks.puzzle.device import Compute, compute
-from tasks.puzzle.initialise import Tensors
+from tasks.puzzle.device import compute
 from tasks.puzzle.least_squares import fit_outputs
 from tasks.puzzle.optimizer import Schedule
 from tasks.puzzle.variants import attention_variants, ffn_variants, parent_attention, parent_ffn
+from tasks.replacements import Replacements
 
 FIT_SEQUENCES = 8
 """Sequences at once in the closed-form start; the sums are over all of them."""
@@ -73,7 +74,7 @@ def plan_blocks(params: Params, paths: Paths) -> list[BlockPlan]:
         "settings": settings.model_dump(exclude={"ffn_ratios", "width_multiple", "linear", "spans"}),
         "run": params.run.model_dump(exclude={"workers"}),
         "config": config.to_json(),
-        "code": code_digest("tasks.distill_blocks"),
+        "code": code_digest("tasks.distill_blocks", "tasks.replacements"),
         "format": FORMAT_VERSION,
     }
     wanted: dict[tuple[int, int], dict[str, str]] = {}
@@ -138,17 +139,7 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
         return ((hidden(split, first, group), hidden(split, first + span, group)) for group in groups)
 
     def finish(name: str, subblock: str, variant: str, result: Trained, **facts: int) -> None:
-        row = {
-            "first_block": first,
-            "span": span,
-            "subblock": subblock,
-            "variant": variant,
-            "weights": "decoupled" if result.improved else "initial",
-            "loss_before": result.loss_before,
-            "loss_fitted": result.loss_fitted,
-            "loss_after": result.loss_after,
-            "tokens": len(steps) * settings.sequences_per_step * seq_len,
-        }
+        row = _index_row(plan, subblock, variant, result, len(steps) * settings.sequences_per_step * seq_len)
         library.pieces.finish(name, plan.missing[name], [library.write(name, result.tensors)], {**row, **facts})
 
     if plan.whole_name in plan.missing:
@@ -157,7 +148,8 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
             config, blocks, batches("train", steps), batches("calibration", held_out), schedule
         )
         finish(plan.whole_name, WHOLE, WHOLE, whole, start=first + start)
-    block = _teacher(plan, parent, library, device)
+    own = Replacement(first, span, parent_attention(config), parent_ffn(config))
+    block = Replacements(parent, library, device.device, device.dtype).tensors(own, "decoupled")
     if plan.order_name in plan.missing:
         ranked = range(min(-(-settings.importance_tokens // seq_len), settings.tokens // seq_len))
         groups = _groups(list(ranked), settings.sequences_per_step)
@@ -183,12 +175,18 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
         finish(names[variant], subblock_of(variant), variant.name, result)
 
 
-def _teacher(plan: BlockPlan, parent: Parent, library: Library, device: Compute) -> Tensors:
-    """The block whose halves stay beside a variant: the parent's, or a span's whole block."""
-    if plan.span == 1:
-        return parent.block(plan.first_block, device.device, device.dtype)
-    tensors = library.read(plan.whole_name)
-    return {name: tensor.to(device.device, device.dtype) for name, tensor in tensors.items()}
+def _index_row(plan: BlockPlan, subblock: str, variant: str, result: Trained, tokens: int) -> dict[str, Any]:
+    return {
+        "first_block": plan.first_block,
+        "span": plan.span,
+        "subblock": subblock,
+        "variant": variant,
+        "weights": "decoupled" if result.improved else "initial",
+        "loss_before": result.loss_before,
+        "loss_fitted": result.loss_fitted,
+        "loss_after": result.loss_after,
+        "tokens": tokens,
+    }
 
 
 def _shuffled(params: Params, first_block: int, span: int) -> list[int]:

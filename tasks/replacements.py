@@ -1,7 +1,7 @@
 """Tensors of any replacement: from the parent, the replacement library, or initial weights.
 
-A span's halves are those of one *whole* block that was trained in the span's place; what a single block's replacement
-takes from the parent, a span's takes from there.
+A span has one *whole* block that was trained in its place: the subblock that a single block's replacement takes from
+the parent, a span's takes from there.
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class Replacements:
     _blocks: dict[tuple[str, int, int], Tensors] = field(default_factory=dict)
 
     def tensors(self, of: Replacement, weights: Weights) -> Tensors:
-        """Tensors of one child block, named as within a Llama layer; halves that stay share memory."""
+        """Tensors of one child block, named as within a Llama layer; subblocks that stay share memory."""
         if weights == "decoupled":
             base = self._whole(of) if of.span > 1 else self._parents(of.first_block)
             return compose(self.parent.config, base, of, lambda variant: self._trained(of, variant))

@@ -84,7 +84,7 @@ def _jobs(params: Params, paths: Paths) -> Iterator[Job]:
     common = {
         "parent": parent.digest,
         "run": params.run.model_dump(include={"dtype", "device", "threads"}),
-        "code": code_digest("tasks.score_blocks"),
+        "code": code_digest("tasks.score_blocks", "tasks.replacements"),
     }
     for replacement, weights, weights_hash in _candidates(params, parent, library):
         for batch in range(num_batches[weights if weights_hash else "decoupled"]):
@@ -93,7 +93,7 @@ def _jobs(params: Params, paths: Paths) -> Iterator[Job]:
 
 
 def _candidates(params: Params, parent: Parent, library: Library) -> Iterator[tuple[Replacement, Weights, str]]:
-    """Every replacement with one half changed, its weights and their hash; of a span the whole block as well."""
+    """Every replacement with one subblock changed, its weights and their hash; of a span the whole block as well."""
     settings, config = params.distill_blocks, parent.config
     attention, ffn = parent_attention(config), parent_ffn(config)
     attentions = attention_variants(config, settings.linear)
@@ -123,7 +123,7 @@ def _of_block(
 
 
 def _of_span(of: list[Replacement], parent: Parent, library: Library) -> Iterator[tuple[Replacement, Weights, str]]:
-    """All trained: the half that stays is the span's own."""
+    """All trained: the subblock that stays is the span's own."""
     for replacement in of:
         first, span = replacement.first_block, replacement.span
         own, changed = [library.checksum(whole_name(first, span))], _changed(replacement, parent.config)
@@ -133,7 +133,7 @@ def _of_span(of: list[Replacement], parent: Parent, library: Library) -> Iterato
 
 
 def _changed(replacement: Replacement, config: ModelConfig) -> Attention | Ffn | None:
-    """The half that is not of the parent's kind."""
+    """The subblock that is not of the parent's kind."""
     if replacement.attention != parent_attention(config):
         return replacement.attention
     return replacement.ffn if replacement.ffn != parent_ffn(config) else None

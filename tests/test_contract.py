@@ -278,6 +278,17 @@ def test_a_stage_depends_on_the_code_behind_it(name: str) -> None:
     assert not [path for path in deps[: -len(code)] if path.endswith(".py")]
 
 
+def test_pieces_that_are_made_of_replacements_are_keyed_by_their_code() -> None:
+    """Else an edit of what a replacement's tensors are would leave old scores valid."""
+    keyed = {stage for stage in STAGES if "code_digest(" in (ROOT / f"tasks/{stage}.py").read_text(encoding="utf-8")}
+    shared = ROOT / "tasks/replacements.py"
+    users = {stage for stage in keyed if shared in project_imports(f"tasks.{stage}")}
+    assert users == {"distill_blocks", "score_blocks"}
+    for stage in users:
+        source = (ROOT / f"tasks/{stage}.py").read_text(encoding="utf-8")
+        assert f'code_digest("tasks.{stage}", "tasks.replacements")' in source
+
+
 def test_editing_the_search_does_not_retrain_blocks() -> None:
     with_search = {name for name in STAGES if "tasks/puzzle/mip.py" in _stage(name)["deps"]}
     assert with_search == {"search_architecture", "search_baselines"}

@@ -130,7 +130,7 @@ def distill_whole(
     held_out: Iterable[Batch],
     schedule: Schedule,
 ) -> tuple[Trained, int]:
-    """Train one block in place of several, both halves together.
+    """Train one block in place of several, both subblocks together.
 
     Args:
         config: geometry of the parent.
@@ -147,16 +147,15 @@ def distill_whole(
     def runner(tensors: Mapping[str, Tensor]) -> Block:
         return Block.load(config, *kind, tensors)
 
-    teacher = runner(blocks[0])
-    alone = _losses(config, teacher, {index: _alone(runner(of)) for index, of in enumerate(blocks)}, held)
+    alone = _losses(config, None, {index: _alone(runner(of)) for index, of in enumerate(blocks)}, held)
     start = min(alone, key=lambda index: (alone[index], index))
     own = dict(blocks[start])
     block = runner({name: tensor.clone() for name, tensor in own.items()})
     block.self_attn.requires_grad_(True)
     block.mlp.requires_grad_(True)
     student = _Student(block, MasterWeights(block, schedule), own, _alone(block))
-    _train(config, teacher, [student], batches)
-    after = _losses(config, teacher, {start: student.run}, held)[start]
+    _train(config, None, [student], batches)
+    after = _losses(config, None, {start: student.run}, held)[start]
     return _best(own, student, alone[start], alone[start], after), start
 
 
@@ -164,12 +163,11 @@ def _alone(block: Block) -> Run:
     return lambda hidden, _, rotary: block(hidden, rotary)
 
 
-def _train(config: ModelConfig, teacher: Block, students: Sequence[_Student], batches: Iterable[Batch]) -> None:
+def _train(config: ModelConfig, teacher: Block | None, students: Sequence[_Student], batches: Iterable[Batch]) -> None:
     """One step of every student per batch; what they share, the teacher's attention, is computed once."""
     for hidden, target in batches:
         rotary = rotary_for(config, hidden.shape[1], hidden)
-        with torch.no_grad():
-            attended = teacher.attend(hidden, rotary)
+        attended = _attended(teacher, hidden, rotary)
         for student in students:
             loss = normalised_mse(student.run(hidden, attended, rotary), target)
             torch.autograd.backward(loss)
@@ -196,13 +194,19 @@ def _runner(
     return half, lambda _, attended, __: half.feed_forward(attended)
 
 
-def _losses(config: ModelConfig, teacher: Block, runs: Mapping[K, Run], held_out: list[Batch]) -> dict[K, float]:
+def _attended(teacher: Block | None, hidden: Tensor, rotary: Rotary) -> Tensor:
+    """The teacher's hidden states after attention; without a teacher nobody reads them."""
+    with torch.no_grad():
+        return hidden if teacher is None else teacher.attend(hidden, rotary)
+
+
+def _losses(config: ModelConfig, teacher: Block | None, runs: Mapping[K, Run], held_out: list[Batch]) -> dict[K, float]:
     """Mean held-out loss of each variant."""
     totals = dict.fromkeys(runs, 0.0)
     with torch.inference_mode():
         for hidden, target in held_out:
             rotary = rotary_for(config, hidden.shape[1], hidden)
-            attended = teacher.attend(hidden, rotary)
+            attended = _attended(teacher, hidden, rotary)
             for variant, run in runs.items():
                 totals[variant] += float(normalised_mse(run(hidden, attended, rotary), target))
     return {variant: total / len(held_out) for variant, total in totals.items()}

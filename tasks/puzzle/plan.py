@@ -222,16 +222,18 @@ class Planner:
         suffix = scored * sum(range(1, config.num_blocks + 1))
         groups = -(-config.num_blocks // work.blocks_per_group)
         heads = config.num_blocks * scored + 2 * groups * work.score_tokens
+        read = config.num_blocks * trained
         for span in work.spans:
             places, of_span = config.num_blocks - span + 1, (1 + trained + no_ops) * work.score_tokens
             suffix += of_span * sum(range(1, places + 1))
             heads += places * of_span
+            read += places * (1 + trained)
         return self._estimate(
             "score_blocks",
             blocks=suffix * self._block,
             head=heads * self._head,
             memory=work.compute_bytes * (self._outside + work.workers * 4 * self._block_params),
-            moved=2 * config.num_blocks * trained * self._block_params * work.compute_bytes,
+            moved=2 * read * self._block_params * work.compute_bytes,
         )
 
     def _gkd(self, target: str, share: float) -> Estimate:
