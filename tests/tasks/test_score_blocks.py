@@ -83,6 +83,8 @@ def test_a_span_is_scored_as_the_full_model_without_its_blocks(tmp_path: Path) -
     scores = Scores.of(read_scores(paths.scores), Parent(paths.parent).config)
     spans = [of for of in scores.replacements("decoupled") if of.span == 2]
     assert len(spans) == 2 * 4 * 5  # every attention with every FFN
+    hashes = {(row.first_block, row.weights_hash) for row in rows}
+    assert len(hashes) == 2 * 6  # each trained variant's own; the whole block's alone where nothing else is trained
 
 
 def test_no_ops_are_scored_once_and_have_no_weights(finished: tuple[Params, Paths]) -> None:
