@@ -215,7 +215,7 @@ def bld_losses(index: Iterable[dict[str, Any]]) -> list[BldLoss]:
 
 
 def _rank(variant: str) -> int:
-    """A whole block first, large variants before small ones, a linear layer after them, a no-op last."""
+    """A whole block and large variants before small ones, a linear layer after them, a no-op last."""
     return {"whole": -(1 << 40), "linear": 1, "no_op": 2}.get(variant) or -int(variant.rpartition("_")[2])
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from tasks.drawing.style import BLUE, GREY, LINE, ORANGE, PALE_BLUE, Drawing, finish, panels, styled
 
@@ -26,6 +27,7 @@ class BldLoss:
     def title(self) -> str:
         """The variant's name, with its subblock where the name does not tell it."""
         own = self.variant if self.variant[-1].isdigit() else f"{self.subblock} {self.variant}"
+        own = "whole block" if self.subblock == "whole" else own
         return own if self.span == 1 else f"{own}, for {self.span} blocks"
 
 
@@ -59,6 +61,7 @@ def _variant(axes: Axes, title: str, losses: Sequence[BldLoss]) -> None:
     axes.plot([f.first_block for f in fits], [f.fitted for f in fits], "_", color=GREY, ms=6, label="closed-form fit")
     axes.plot(blocks, [loss.after for loss in losses], "o", color=BLUE, ms=4, label="after BLD (kept)")
     axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, fontsize=9)
     axes.grid(axis="y")
 

@@ -23,7 +23,7 @@ from storage.pipeline import read_pipeline
 from storage.records import ANY_VARIANT, Architecture, Attention, Ffn, Replacement
 from storage.tables import read_costs, read_throughput
 from tasks.drawing.blocks import Model, architectures
-from tasks.drawing.facts import Child, runtime
+from tasks.drawing.facts import Child, bld_losses, runtime
 from tasks.drawing.pipeline import BOX_HEIGHT, BOX_WIDTH, position, route
 from tasks.drawing.quality import Panel, Point, quality_throughput
 from tasks.drawing.style import spread
@@ -266,6 +266,14 @@ def test_spans_and_linear_layers_are_drawn() -> None:
     svg = architectures([Model("Parent", "parent", parent_blocks(CONFIG)), Model("Child", "child", blocks)], 50).svg
     assert set(cells(svg, "child")) == expected_cells(blocks)
     assert "1 of 3 replace several blocks" in svg
+
+
+def test_a_spans_whole_block_has_a_panel_of_its_own() -> None:
+    row = {"first_block": 0, "span": 2, "loss_before": 0.2, "loss_fitted": 0.1, "loss_after": 0.05}
+    kinds = [("whole", "whole"), ("ffn", "linear"), ("ffn", "ffn_24"), ("attention", "kv_1")]
+    rows = [{**row, "subblock": subblock, "variant": variant} for subblock, variant in kinds]
+    titles = [f"{own}, for 2 blocks" for own in ("kv_1", "ffn_24", "ffn linear", "whole block")]
+    assert [loss.title for loss in bld_losses(rows)] == titles
 
 
 @pytest.mark.parametrize("target", TARGETS)
