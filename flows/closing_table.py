@@ -52,7 +52,8 @@ def _constraints(evaluation: dict[str, Any]) -> list[str]:
     speed = evaluation["speed"]
     if speed:
         where = "the timed machine" if speed["is_timed_machine"] else f"NOT the timed machine {speed['hardware']}"
-        lines.append(f"  speed measured on {speed['machine']}, {where}: {speed['scenario']}, batch {speed['batch']}")
+        lines.append(f"  speed measured at {speed['scenario']}, batch {speed['batch']}, on {where}:")
+        lines.append(f"    {speed['machine']}")
     return lines
 
 
