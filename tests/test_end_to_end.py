@@ -579,7 +579,9 @@ def test_an_infeasible_target_stops_nobody_else(built: Built) -> None:
     assert {path: path.read_bytes() for path in kept} == kept
     limits = built.one.json("children/fast/architecture.json")["constraints"]
     assert [one["limit"] for one in limits if one["name"] == "memory"] == [0.7]
-    child, parent = (_sizes(built, folder) for folder in (built.one.child("fast") / "assembled", built.one.artifacts / "parent"))
+    child, parent = (
+        _sizes(built, folder) for folder in (built.one.child("fast") / "assembled", built.one.artifacts / "parent")
+    )
     assert (child[1] + 64 * 128 * child[2]) / (parent[1] + 64 * 128 * parent[2]) <= 0.7
 
 
