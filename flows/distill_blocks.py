@@ -14,7 +14,8 @@ def distill_blocks(params: Params, paths: Paths) -> None:
     """Train the variants that are missing, then index the library."""
     params = on_this_machine(params)
     blocks = tasks.plan_blocks(params, paths)
-    run_pieces(tasks.train_block, blocks, params, paths, unit="block")
+    in_order = params.cache_activations.rolling
+    run_pieces(tasks.train_block, blocks, params, paths, unit="block", in_order=in_order)
     tasks.write_library_index(paths)
 
 

@@ -14,7 +14,8 @@ def score_blocks(params: Params, paths: Paths) -> None:
     """Score what is missing, then write the table."""
     params = on_this_machine(params)
     groups = tasks.plan_groups(params, paths)
-    run_pieces(tasks.score_jobs, groups, params, paths, unit="group")
+    in_order = params.cache_activations.rolling
+    run_pieces(tasks.score_jobs, groups, params, paths, unit="group", in_order=in_order)
     tasks.write_score_table(params, paths)
 
 

@@ -5,7 +5,7 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from prefect import Flow, Task
@@ -67,18 +67,30 @@ def _workers(count: int) -> Any:
     return ThreadPoolTaskRunner(max_workers=count)
 
 
-def run_pieces(work: Task[..., Any], pieces: Sequence[Any], *common: Any, unit: str) -> list[Any]:
+def run_pieces(
+    work: Task[..., Any], pieces: Sequence[Any], *common: Any, unit: str, in_order: bool = False
+) -> list[Any]:
     """Run `work(piece, *common)` for every piece on the flow's workers, with done/total and time left.
 
-    A terminal shows them as a bar, the UI as an artifact of the stage's run.
+    A terminal shows them as a bar, the UI as an artifact of the stage's run. `in_order` starts a piece when the one
+    before it has ended.
 
     Returns the results in the order of the pieces.
     The first failure ends the stage; pieces that were finished stay, and the next run takes them.
     """
-    futures = [work.submit(piece, *common) for piece in pieces]
-    began, shown, total = time.monotonic(), Shown(PIECES), len(futures)
-    ended = tqdm(as_completed(futures), total=total, desc=work.name, unit=unit, disable=None)
-    for done, future in enumerate(ended, start=1):
+    futures: list[Any] = []
+    began, shown, total = time.monotonic(), Shown(PIECES), len(pieces)
+
+    def ended() -> Iterator[Any]:
+        for piece in pieces:
+            futures.append(work.submit(piece, *common))
+            if in_order:
+                yield futures[-1]
+        if not in_order:
+            yield from as_completed(futures)
+
+    bar = tqdm(ended(), total=total, desc=work.name, unit=unit, disable=None)
+    for done, future in enumerate(bar, start=1):
         future.result()
         if shown.is_due() or done == total:
             left = (time.monotonic() - began) * (total - done) / done

@@ -71,13 +71,13 @@ def write_shard(path: Path, hidden: Tensor, metadata: dict[str, str]) -> None:
         writer.write_batch(pa.record_batch([column], schema=schema))
 
 
-def _map_shard(path: Path) -> NDArray[Any]:
+def _map_shard(path: Path, rebuild: str) -> NDArray[Any]:
     """A shard as a read-only array over the mapped file, [sequences, tokens, hidden]."""
     try:
         with pa.memory_map(str(path)) as source:
             batch = pa.ipc.open_file(source).get_batch(0)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DamagedFileError(f"{path} is not a whole Arrow file ({error}); run `{REBUILD}`") from error
+        raise DamagedFileError(f"{path} is not a whole Arrow file ({error}); run `{rebuild}`") from error
     metadata = {key.decode(): value.decode() for key, value in batch.schema.metadata.items()}
     kind, _ = _NUMPY[metadata["dtype"]]
     flat = np.frombuffer(batch.column(0).flatten().buffers()[1], dtype=kind)
@@ -91,11 +91,13 @@ class BoundaryReader:
     folder: Path
     split: str
     boundary: int
+    rebuild: str = REBUILD
+    rounded_to: torch.dtype | None = None  # None: as stored
     _shards: dict[int, NDArray[Any]] = field(default_factory=dict)
 
     def digest(self, start: int, stop: int) -> list[str]:
         """Checksums of the files that hold sequences start .. stop-1: the input part of a later stage's keys."""
-        pieces = Pieces(self.folder, REBUILD)
+        pieces = Pieces(self.folder, self.rebuild)
         size = self._shard_size(pieces)
         return [self._checksum(pieces, shard) for shard in range(start // size, -(-stop // size))]
 
@@ -108,7 +110,7 @@ class BoundaryReader:
         name = str(path.relative_to(self.folder))
         if name not in files:
             raise InputError(
-                f"{self.folder} does not keep boundary {self.boundary} of split {self.split}; run `{REBUILD}`"
+                f"{self.folder} does not keep boundary {self.boundary} of split {self.split}; run `{self.rebuild}`"
             )
         return files[name]
 
@@ -118,15 +120,16 @@ class BoundaryReader:
         Raises:
             DamagedFileError: a shard's bytes differ from those that were written.
         """
-        pieces = Pieces(self.folder, REBUILD)
+        pieces = Pieces(self.folder, self.rebuild)
         size = self._shard_size(pieces)
         rows = []
         for sequence in sequences:
             shard = sequence // size
             if shard not in self._shards:
                 path = shard_path(self.folder, self.split, self.boundary, shard)
-                verify(path, self._checksum(pieces, shard), REBUILD)
-                self._shards[shard] = _map_shard(path)
+                verify(path, self._checksum(pieces, shard), self.rebuild)
+                self._shards[shard] = _map_shard(path, self.rebuild)
             rows.append(self._shards[shard][sequence - shard * size])
         stacked = torch.from_numpy(np.stack(rows))
-        return stacked.view(torch.bfloat16) if stacked.dtype == torch.uint16 else stacked
+        hidden = stacked.view(torch.bfloat16) if stacked.dtype == torch.uint16 else stacked
+        return hidden if self.rounded_to is None else hidden.to(self.rounded_to)

@@ -95,12 +95,24 @@ class PrepareCorpus(Section):
 class CacheActivations(Section):
     """Hidden states of the parent at block boundaries."""
 
-    mode: Literal["materialised"] = Field("materialised", description="materialised keeps all boundaries.")
+    mode: Literal["materialised", "rolling"] = Field(
+        "materialised",
+        description="materialised keeps all boundaries; rolling at most longest span + 1 of them at a time, block "
+        "after block on one worker, with the first and the last kept for GKD. Library and scores are the same bytes.",
+    )
+    keep: tuple[int, ...] = Field(
+        (), description="Boundaries that rolling mode keeps as well; GKD's cosine loss is taken where one is kept."
+    )
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Precision of the stored hidden states; float32 doubles the disk."
     )
     sequences_per_shard: int = Field(32, ge=1, description="Sequences in a shard: the unit of resuming.")
     sequences_per_batch: int = Field(8, ge=1, description="Sequences in one forward pass.")
+
+    @property
+    def rolling(self) -> bool:
+        """Whether stages walk through the parent with a window of boundaries."""
+        return self.mode == "rolling"
 
 
 class DistillBlocks(Section):

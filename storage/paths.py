@@ -28,6 +28,11 @@ class Paths:
         return self.root / "activations"
 
     @property
+    def rolling(self) -> Path:
+        """Boundaries that a stage holds at the moment in rolling mode, a folder each; gone when it has ended."""
+        return self.root / "rolling"
+
+    @property
     def library(self) -> Path:
         """Replacement library."""
         return self.root / "library"

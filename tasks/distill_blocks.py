@@ -13,7 +13,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
-from storage.activations import BoundaryReader
+from storage.corpus import SplitName
 from storage.files import InputError, digest_of
 from storage.library import FORMAT_VERSION, WHOLE, Library, channel_order_name, entry_name, subblock_of, whole_name
 from storage.params import Params
@@ -21,6 +21,7 @@ from storage.parent import Parent
 from storage.paths import Paths
 from storage.pieces import code_digest
 from storage.records import Attention, Ffn, Replacement
+from tasks.activations import Activations, clear
 from tasks.puzzle.assembly import initial_weights
 from tasks.puzzle.bld import Batch, Trained, distill_block, distill_whole, rank_channels
 from tasks.puzzle.device import compute
@@ -65,24 +66,22 @@ def trained_variants(params: Params, parent: Parent) -> list[Attention | Ffn]:
 
 @task(cache_policy=NO_CACHE)
 def plan_blocks(params: Params, paths: Paths) -> list[BlockPlan]:
-    """Blocks with something to make; finished entries stay, strangers are deleted."""
+    """Blocks and spans with something to make, in the parent's order; finished entries stay, strangers are deleted."""
     parent, library, settings = Parent(paths.parent), Library(paths.library), params.distill_blocks
-    seq_len, config = params.prepare_corpus.seq_len, parent.config
-    train = max(settings.tokens, settings.fit_tokens) // seq_len
-    held_start, held_stop = _held_out(params)
+    config, activations = parent.config, _activations(params, paths)
+    train, held_out = _train_sequences(params), _held_out(params)
     common = {
         "settings": settings.model_dump(exclude={"ffn_ratios", "width_multiple", "linear", "spans"}),
         "run": params.run.model_dump(exclude={"workers"}),
         "config": config.to_json(),
-        "code": code_digest("tasks.distill_blocks", "tasks.replacements"),
+        "code": code_digest("tasks.distill_blocks", "tasks.replacements", "tasks.activations"),
         "format": FORMAT_VERSION,
     }
     wanted: dict[tuple[int, int], dict[str, str]] = {}
     for first, span in _places(params, parent):
         data = [
-            BoundaryReader(paths.activations, split, boundary).digest(start, stop)
+            [*activations.keys("train", boundary, 0, train), *activations.keys("calibration", boundary, *held_out)]
             for boundary in (first, first + span)
-            for split, start, stop in (("train", 0, train), ("calibration", held_start, held_stop))
         ]
         blocks = [parent.checkpoint.block_digest(index) for index in range(first, first + span)]
         inputs = {**common, "activations": data, "blocks": blocks}
@@ -96,7 +95,7 @@ def plan_blocks(params: Params, paths: Paths) -> list[BlockPlan]:
     missing = set(library.pieces.keep_only({name: key for of in wanted.values() for name, key in of.items()}))
     plans = [
         BlockPlan(first, span, {name: key for name, key in of.items() if name in missing})
-        for (first, span), of in wanted.items()
+        for (first, span), of in sorted(wanted.items())
     ]
     return [plan for plan in plans if plan.missing]
 
@@ -108,6 +107,17 @@ def _places(params: Params, parent: Parent) -> list[tuple[int, int]]:
         if span > count:
             raise InputError(f"distill_blocks.spans has {span}, {parent.info['name']} has {count} blocks; leave it out")
     return [(first, span) for span in (1, *params.distill_blocks.spans) for first in range(count - span + 1)]
+
+
+def _train_sequences(params: Params) -> int:
+    """Train sequences that BLD reads, from the split's beginning."""
+    return max(params.distill_blocks.tokens, params.distill_blocks.fit_tokens) // params.prepare_corpus.seq_len
+
+
+def _activations(params: Params, paths: Paths) -> Activations:
+    """What BLD reads of the cache."""
+    _, stop = _held_out(params)
+    return Activations(params, paths, {"train": _train_sequences(params), "calibration": stop}, "distill_blocks")
 
 
 def _held_out(params: Params) -> tuple[int, int]:
@@ -123,19 +133,18 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
     run, settings, parent, library = params.run, params.distill_blocks, Parent(paths.parent), Library(paths.library)
     device = compute(run.device, run.dtype, run.threads)
     first, span, config, seq_len = plan.first_block, plan.span, parent.config, params.prepare_corpus.seq_len
-    data = {
-        (split, at): BoundaryReader(paths.activations, split, at)
-        for split in ("train", "calibration")
-        for at in (first, first + span)
-    }
+    activations = _activations(params, paths)
+    activations.hold(first)
+    splits: tuple[SplitName, ...] = ("train", "calibration")
+    data = {(split, at): activations.reader(split, at) for split in splits for at in (first, first + span)}
     steps = _groups(_shuffled(params, first, span), settings.sequences_per_step)
     held_out = _groups(list(range(*_held_out(params))), settings.sequences_per_step)
     schedule = Schedule(len(steps), settings.learning_rate, settings.warmup, settings.weight_decay)
 
-    def hidden(split: str, boundary: int, sequences: list[int]) -> Tensor:
+    def hidden(split: SplitName, boundary: int, sequences: list[int]) -> Tensor:
         return data[split, boundary].read(sequences).to(device.device, device.dtype)
 
-    def batches(split: str, groups: list[list[int]]) -> Iterator[Batch]:
+    def batches(split: SplitName, groups: list[list[int]]) -> Iterator[Batch]:
         return ((hidden(split, first, group), hidden(split, first + span, group)) for group in groups)
 
     def finish(name: str, subblock: str, variant: str, result: Trained, **facts: int) -> None:
@@ -203,5 +212,6 @@ def _groups(sequences: list[int], size: int) -> list[list[int]]:
 
 @task(cache_policy=NO_CACHE)
 def write_library_index(paths: Paths) -> None:
-    """Write index.parquet, last: a library with an index is whole."""
+    """Write index.parquet, last: a library with an index is whole. A window of boundaries goes."""
     Library(paths.library).write_index()
+    clear(paths)

@@ -1,6 +1,7 @@
 """distill_child: the assembled child + cached activations -> children/<target>/distilled/ and gkd.json (GKD).
 
-Targets come from the activation cache: the train sequences behind those that BLD used, each once. A step adds up the
+Targets come from the activation cache: the train sequences behind those that BLD used, each once; the cosine loss is
+taken at the boundaries that it keeps (rolling mode: the last one and those that params name). A step adds up the
 gradients of its sequences in their order, however many workers computed them. Every few steps the held-out KL is
 measured, and masters, moments, position and the best weights so far go to a checkpoint; a run that was killed goes on
 from it and ends with the bytes of one that was not.
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from storage.activations import BoundaryReader
+from storage.activations import REBUILD, BoundaryReader, shard_name
 from storage.checkpoints import Checkpoint, read_blocks
 from storage.files import digest_of, write_json, write_whole
 from storage.params import Params
@@ -85,7 +86,9 @@ class _Training:
         assembled = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
         config, variants = read_blocks(assembled)
         blocks = [Block.load(config, *variant, assembled.block(i, *place)) for i, variant in enumerate(variants)]
-        self._child = Child(config, blocks, [block.parent_blocks.stop for block in architecture.blocks])
+        kept = Pieces(paths.activations, REBUILD).get(shard_name("train", 0))["facts"]["kept"]
+        ends = [block.parent_blocks.stop for block in architecture.blocks]
+        self._child = Child(config, blocks, [end if end in kept else None for end in ends])
         _, norm, lm_head = parent.outside(*place)
         self._head = Head(norm, lm_head, config.rms_norm_eps)
         self._groups = _steps(params)
@@ -97,7 +100,7 @@ class _Training:
         self._readers = {
             (split, boundary): BoundaryReader(paths.activations, split, boundary)
             for split in ("train", "calibration")
-            for boundary in (0, *self._child.ends)
+            for boundary in (0, *(end for end in self._child.ends if end is not None))
         }
         self._key = digest_of(
             {

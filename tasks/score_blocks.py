@@ -13,7 +13,6 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
-from storage.activations import BoundaryReader
 from storage.corpus import Tokens, read_sequences
 from storage.files import digest_of
 from storage.library import Library, channel_order_name, entry_name, whole_name
@@ -24,6 +23,7 @@ from storage.paths import Paths
 from storage.pieces import Pieces, code_digest
 from storage.records import Attention, Ffn, Replacement, ScoreRow, Weights
 from storage.tables import write_scores
+from tasks.activations import Activations, clear
 from tasks.puzzle.device import compute
 from tasks.puzzle.evaluation import per_sequence
 from tasks.puzzle.head import Head, TokenLosses
@@ -54,25 +54,29 @@ class Job:
 
 @dataclass(frozen=True)
 class Group:
-    """Jobs of neighbouring blocks on one batch: they go through the parent together."""
+    """Jobs of neighbouring blocks, from `first_block` on, on one batch: they go through the parent together."""
 
+    first_block: int
     batch: int
     jobs: tuple[Job, ...]
 
 
 @task(cache_policy=NO_CACHE)
 def plan_groups(params: Params, paths: Paths) -> list[Group]:
-    """Groups with rows still to compute; finished rows stay, strangers are deleted."""
+    """Groups with rows still to compute, in the parent's order; finished rows stay, strangers are deleted."""
     jobs = list(_jobs(params, paths))
     pieces = Pieces(paths.score_pieces, REBUILD)
     pieces.keep_only(dict.fromkeys((job.record for job in jobs), ""))
     done = {(name, key) for name in pieces.names() for key in pieces.get(name)["facts"]}
+    size = params.score_blocks.blocks_per_group
+    if params.cache_activations.rolling:  # a group starts at boundaries that are on disk together
+        size = min(size, 1 + max((1, *params.distill_blocks.spans)))
     groups: dict[tuple[int, int], list[Job]] = {}
     for job in jobs:
         if (job.record, job.key) not in done:
-            place = job.replacement.first_block // params.score_blocks.blocks_per_group, job.batch
+            place = job.replacement.first_block // size * size, job.batch
             groups.setdefault(place, []).append(job)
-    return [Group(batch, tuple(members)) for (_, batch), members in groups.items()]
+    return [Group(*place, tuple(members)) for place, members in sorted(groups.items())]
 
 
 def _jobs(params: Params, paths: Paths) -> Iterator[Job]:
@@ -84,7 +88,8 @@ def _jobs(params: Params, paths: Paths) -> Iterator[Job]:
     common = {
         "parent": parent.digest,
         "run": params.run.model_dump(include={"dtype", "device", "threads"}),
-        "code": code_digest("tasks.score_blocks", "tasks.replacements"),
+        "activations": _activations(params, paths).how,
+        "code": code_digest("tasks.score_blocks", "tasks.replacements", "tasks.activations"),
     }
     for replacement, weights, weights_hash in _candidates(params, parent, library):
         for batch in range(num_batches[weights if weights_hash else "decoupled"]):
@@ -139,10 +144,22 @@ def _changed(replacement: Replacement, config: ModelConfig) -> Attention | Ffn |
     return replacement.ffn if replacement.ffn != parent_ffn(config) else None
 
 
+def _sequences(params: Params, batch: int) -> tuple[int, int]:
+    """First and behind the last calibration sequence of a batch."""
+    size = params.score_blocks.sequences_per_batch
+    return batch * size, (batch + 1) * size
+
+
 def _tokens(params: Params, paths: Paths, batch: int) -> Tokens:
     """Calibration tokens of a batch, [sequences, seq_len]."""
-    size = params.score_blocks.sequences_per_batch
-    return read_sequences(paths.corpus, "calibration", batch * size, (batch + 1) * size)
+    return read_sequences(paths.corpus, "calibration", *_sequences(params, batch))
+
+
+def _activations(params: Params, paths: Paths) -> Activations:
+    """What scoring reads of the cache: batches from the calibration split's beginning."""
+    size, seq_len = params.score_blocks.sequences_per_batch, params.prepare_corpus.seq_len
+    sequences = params.score_blocks.tokens // (size * seq_len) * size
+    return Activations(params, paths, {"calibration": sequences}, "score_blocks")
 
 
 @task(cache_policy=NO_CACHE)
@@ -151,15 +168,14 @@ def score_jobs(group: Group, params: Params, paths: Paths) -> None:
     run, parent = params.run, Parent(paths.parent)
     device = compute(run.device, run.dtype, run.threads)
     _, norm, lm_head = parent.outside(device.device, device.dtype)
-    size = params.score_blocks.sequences_per_batch
-    sequences = range(group.batch * size, (group.batch + 1) * size)
+    sequences, activations = range(*_sequences(params, group.batch)), _activations(params, paths)
+    activations.hold(group.first_block)
 
     def block(index: int) -> Tensors:
         return parent.block(index, device.device, device.dtype)
 
     def boundary(index: int) -> Tensor:
-        reader = BoundaryReader(paths.activations, "calibration", index)
-        return reader.read(sequences).to(device.device, device.dtype)
+        return activations.reader("calibration", index).read(sequences).to(device.device, device.dtype)
 
     read = Replacements(parent, Library(paths.library), device.device, device.dtype)
     losses = score_group(
@@ -203,7 +219,7 @@ def _rows(job: Job, losses: TokenLosses, sequences: range) -> Iterator[ScoreRow]
 
 @task(cache_policy=NO_CACHE)
 def write_score_table(params: Params, paths: Paths) -> None:
-    """Write scores.parquet from the records, in the order of blocks and variants."""
+    """Write scores.parquet from the records, in the order of blocks and variants. A window of boundaries goes."""
     pieces = Pieces(paths.score_pieces, REBUILD)
     rows = []
     for job in _jobs(params, paths):
@@ -211,3 +227,4 @@ def write_score_table(params: Params, paths: Paths) -> None:
         assert found is not None, job
         rows += [ScoreRow(**row) for row in found]
     write_scores(paths.scores, rows)
+    clear(paths)

@@ -25,6 +25,7 @@ PACKAGES = ("flows", "tasks", "storage")
 UI = {"compress", "guard", "overrides", "progress", "repro", "reruns", "serve"}
 NOT_STAGES = {"stage", "server", "demo", "closing_table", "explain", "frontier", "own_tables", "plan", *UI}
 NOT_STAGE_TASKS = {
+    "activations",
     "block_library",
     "children",
     "explain",
@@ -278,15 +279,21 @@ def test_a_stage_depends_on_the_code_behind_it(name: str) -> None:
     assert not [path for path in deps[: -len(code)] if path.endswith(".py")]
 
 
-def test_pieces_that_are_made_of_replacements_are_keyed_by_their_code() -> None:
-    """Else an edit of what a replacement's tensors are would leave old scores valid."""
-    keyed = {stage for stage in STAGES if "code_digest(" in (ROOT / f"tasks/{stage}.py").read_text(encoding="utf-8")}
-    shared = ROOT / "tasks/replacements.py"
-    users = {stage for stage in keyed if shared in project_imports(f"tasks.{stage}")}
-    assert users == {"distill_blocks", "score_blocks"}
-    for stage in users:
-        source = (ROOT / f"tasks/{stage}.py").read_text(encoding="utf-8")
-        assert f'code_digest("tasks.{stage}", "tasks.replacements")' in source
+@pytest.mark.parametrize(
+    ("helper", "stages"),
+    [
+        ("replacements", {"distill_blocks", "score_blocks"}),
+        ("activations", {"cache_activations", "distill_blocks", "score_blocks"}),
+    ],
+)
+def test_pieces_are_keyed_by_the_code_that_stages_share(helper: str, stages: set[str]) -> None:
+    """Else an edit of what a replacement's tensors or a boundary's states are would leave old pieces valid."""
+    sources = {stage: (ROOT / f"tasks/{stage}.py").read_text(encoding="utf-8") for stage in STAGES}
+    keyed = {stage: found[1] for stage, text in sources.items() if (found := re.search(r"code_digest\((.*)\)", text))}
+    shared = ROOT / f"tasks/{helper}.py"
+    assert {stage for stage in keyed if shared in project_imports(f"tasks.{stage}")} == stages
+    for stage in stages:
+        assert f'"tasks.{helper}"' in keyed[stage]
 
 
 def test_editing_the_search_does_not_retrain_blocks() -> None:

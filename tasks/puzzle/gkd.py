@@ -44,13 +44,15 @@ class Losses:
 
 
 class Child(nn.Module):
-    """A child's blocks, trainable; `ends[i]` is the parent's boundary that block i's output answers to."""
+    """A child's blocks, trainable; `ends[i]` is the parent's boundary that block i's output answers to, if any."""
 
-    def __init__(self, config: ModelConfig, blocks: Sequence[Block], ends: Sequence[int]) -> None:
+    def __init__(self, config: ModelConfig, blocks: Sequence[Block], ends: Sequence[int | None]) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(blocks).requires_grad_(True)
         self.ends = list(ends)
+        assert ends[-1] is not None  # the KL needs the parent's last boundary
+        self.last = ends[-1]
 
     def hidden_states(self, hidden: Tensor) -> list[Tensor]:
         """Outputs of all blocks, each [sequences, tokens, hidden]."""
@@ -72,11 +74,12 @@ def gradients(child: Child, states: States, head: Head, weights: LossWeights) ->
     distances = [
         1 - functional.cosine_similarity(output.float(), states(end).float(), dim=-1).mean()
         for output, end in zip(outputs, child.ends, strict=True)
+        if end is not None
     ]
     cosine = torch.stack(distances).mean()
     rows = head.normalise(outputs[-1]).flatten(0, 1)
     with torch.no_grad():
-        parent = head.normalise(states(child.ends[-1])).flatten(0, 1)
+        parent = head.normalise(states(child.last)).flatten(0, 1)
         kl, of_rows = _kl_and_gradient(rows, parent, head.weight, with_gradient=True)
     found = torch.autograd.grad(
         [rows, cosine], list(child.parameters()), [weights.kl * of_rows, torch.full_like(cosine, weights.cosine)]
@@ -89,7 +92,7 @@ def kl_to_parent(child: Child, states: States, head: Head) -> float:
     """KL(parent || child) of one sequence, nats per token."""
     with torch.inference_mode():
         rows = head.normalise(child.hidden_states(states(0))[-1]).flatten(0, 1)
-        parent = head.normalise(states(child.ends[-1])).flatten(0, 1)
+        parent = head.normalise(states(child.last)).flatten(0, 1)
         kl, _ = _kl_and_gradient(rows, parent, head.weight, with_gradient=False)
     return float(kl)
 

@@ -1,5 +1,6 @@
 """Global distillation against torch's own losses over full logits, differentiated by autograd."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +28,9 @@ WEIGHTS = LossWeights(kl=0.7, cosine=1.9)
 class Case:
     """A tiny parent's states on one sequence, and a child of it: narrower, without attention, without FFN."""
 
-    def __init__(self, folder: Path, family: str, as_parent: bool = False) -> None:
+    def __init__(
+        self, folder: Path, family: str, as_parent: bool = False, ends: Sequence[int | None] = (1, 2, 3)
+    ) -> None:
         _, config = save_tiny(family, folder)
         checkpoint = Checkpoint(folder, "the test")
         tokens = torch.randint(0, config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(3))
@@ -45,7 +48,7 @@ class Case:
             start = initial_weights(config, tensors, torch.arange(config.intermediate_size))
             composed = compose(config, tensors, replacement, start)
             blocks.append(Block.load(config, replacement.attention, replacement.ffn, composed))
-        self.child = Child(config, blocks, [1, 2, 3])
+        self.child = Child(config, blocks, ends)
         lm_head = embedding if config.tie_embeddings else checkpoint.tensor(LM_HEAD)
         self.head = Head(checkpoint.tensor(NORM), lm_head, config.rms_norm_eps)
 
@@ -56,17 +59,22 @@ class Case:
         """KL and 1 - cosine by torch, over all logits at once."""
         outputs = self.child.hidden_states(self.states[0])
         distances = [
-            1 - functional.cosine_similarity(output, state, dim=-1)
-            for output, state in zip(outputs, self.states[1:], strict=True)
+            1 - functional.cosine_similarity(output, self.states[end], dim=-1)
+            for output, end in zip(outputs, self.child.ends, strict=True)
+            if end is not None
         ]
         ours, theirs = (self.head.normalise(hidden) @ self.head.weight.T for hidden in (outputs[-1], self.states[-1]))
         kl = functional.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none").sum(-1)
         return kl.mean(), torch.stack(distances).mean()
 
 
+@pytest.mark.parametrize("ends", [(1, 2, 3), (None, 2, 3), (None, None, 3)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_equal_autograds_over_full_logits(family: str, tmp_path: Path) -> None:
-    case = Case(tmp_path, family)
+def test_loss_and_gradients_equal_autograds_over_full_logits(
+    family: str, ends: tuple[int | None, ...], tmp_path: Path
+) -> None:
+    """Blocks whose end the cache does not keep have the other blocks' losses only."""
+    case = Case(tmp_path, family, ends=ends)
     kl, cosine = case.plain_loss()
     expected = torch.autograd.grad(WEIGHTS.kl * kl + WEIGHTS.cosine * cosine, list(case.child.parameters()))
     found, losses = gradients(case.child, case.state, case.head, WEIGHTS)

@@ -102,6 +102,25 @@ def test_workers_change_no_byte(case: tuple[Params, Paths]) -> None:
     assert run(tiny_params(run={"workers": 3}, prepare_parent=params.prepare_parent.model_dump()), paths) == one
 
 
+@pytest.mark.parametrize(("keep", "held"), [([], 1), ([1], 2)])
+def test_a_rolling_cache_holds_the_child_to_what_it_keeps(
+    keep: list[int], held: int, assembled: tuple[Params, Paths], tmp_path: Path
+) -> None:
+    """The KL is the same; the cosine loss of the first step is a mean over fewer blocks."""
+    params, paths = prepare("llama", tmp_path, cache_activations={"mode": "rolling", "keep": keep})
+    cache(params, paths)
+    distill(params, paths)
+    assemble(params, paths, CHILD)
+    curve, _ = run(params, paths)
+    shutil.copytree(assembled[1].root, tmp_path / "materialised")
+    whole, _ = run(assembled[0], Paths(tmp_path / "materialised"))
+    assert len(list((paths.activations / "train").iterdir())) == held + 1
+    assert curve["held_out"][0] == whole["held_out"][0]
+    assert curve["steps"][0]["kl"] == whole["steps"][0]["kl"]
+    assert curve["steps"][0]["cosine"] != whole["steps"][0]["cosine"]
+    assert min(row["kl"] for row in curve["held_out"]) < curve["held_out"][0]["kl"]
+
+
 def interrupt(case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Distil until gradients were computed `after` times."""
     calls = iter(range(after))

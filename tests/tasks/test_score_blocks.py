@@ -187,6 +187,16 @@ def test_sequences_at_once_are_part_of_what_was_measured(finished: tuple[Params,
         assert other.kl == pytest.approx(one.kl, abs=TOLERANCE)
 
 
+def test_boundaries_of_another_precision_are_scored_anew(finished: tuple[Params, Paths]) -> None:
+    """Library entries that come out the same do not keep the old rows: initial weights were once kept so."""
+    _, paths = finished
+    old, params = read_scores(paths.scores), tiny_params(cache_activations={"dtype": "bfloat16"})
+    cache(params, paths)
+    distill(params, paths)
+    assert len(score(params, paths)) == len(old) // 2  # two rows a job
+    assert not {row.kl for row in read_scores(paths.scores)} & {row.kl for row in old}
+
+
 def test_a_batch_that_repeats_another_has_rows_of_its_own(finished: tuple[Params, Paths]) -> None:
     """Rows were once looked up by key alone, and the table failed for want of the repeated batch's."""
     params, paths = finished

@@ -1,0 +1,134 @@
+"""The activation cache as BLD and scoring read it: all boundaries, or a window of them that walks through the parent.
+
+In rolling mode the cache itself keeps the first and the last boundary and those named in params. A stage then goes
+through the parent in order and holds boundaries first .. first + longest span in `artifacts/rolling`; a boundary is
+dropped before another is written. A window's shards hold the unrounded hidden states of the same batches, and are
+rounded as they are read, so that both modes give the same bytes.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from storage.activations import REBUILD, BoundaryReader, shard_name, shard_path, write_shard
+from storage.corpus import SplitName, read_sequences
+from storage.files import digest_of
+from storage.params import Params
+from storage.parent import Parent
+from storage.paths import Paths
+from storage.pieces import Pieces
+from tasks.puzzle.boundaries import advance, embed
+from tasks.puzzle.device import compute
+from tasks.puzzle.variants import parent_attention, parent_ffn
+
+STORED = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Activations:
+    """Boundaries of the parent for a stage that reads the first `sequences` of each split."""
+
+    def __init__(self, params: Params, paths: Paths, sequences: Mapping[SplitName, int], stage: str) -> None:
+        self._params, self._paths, self._parent = params, paths, Parent(paths.parent)
+        self._rebuild = f"rm -r {paths.rolling} && dvc repro {stage}"
+        pieces, self._size = Pieces(paths.activations, REBUILD), params.cache_activations.sequences_per_shard
+        self._facts = {
+            (split, shard): pieces.get(shard_name(split, shard))["facts"]
+            for split, count in sequences.items()
+            for shard in range(-(-count // self._size))
+        }
+
+    @property
+    def how(self) -> str:
+        """Digest of all that goes into hidden states but tokens and the parent's blocks."""
+        return str(next(iter(self._facts.values()))["how"])
+
+    def keys(self, split: SplitName, boundary: int, start: int, stop: int) -> list[str]:
+        """Content keys of the shards that hold sequences start .. stop-1 of a boundary; the mode is no part of them."""
+        return [self._key(split, shard, boundary) for shard in range(start // self._size, -(-stop // self._size))]
+
+    def _key(self, split: SplitName, shard: int, boundary: int) -> str:
+        blocks = [self._parent.checkpoint.block_digest(index) for index in range(boundary)]
+        return digest_of([self._facts[split, shard]["content"], blocks])
+
+    def reader(self, split: SplitName, boundary: int) -> BoundaryReader:
+        """Reads a boundary, which in rolling mode is the last one or in the window."""
+        if not self._params.cache_activations.rolling or boundary == self._parent.config.num_blocks:
+            return BoundaryReader(self._paths.activations, split, boundary)
+        rounded_to = STORED[self._params.cache_activations.dtype]
+        return BoundaryReader(self._folder(boundary), split, boundary, self._rebuild, rounded_to)
+
+    def hold(self, first: int) -> None:
+        """In rolling mode have boundaries first .. first + longest span on disk, and no others.
+
+        The walk starts from the nearest one before them that is whole, else from the tokens.
+        """
+        if not self._params.cache_activations.rolling:
+            return
+        longest = max((1, *self._params.distill_blocks.spans))
+        last = min(first + longest, self._parent.config.num_blocks - 1)  # the cache keeps the one behind the last block
+        top = first - 1
+        while top < last and self._is_whole(top + 1):
+            top += 1
+        if top < first:
+            top = max((one for one in range(first) if self._is_whole(one)), default=-1)
+        kept = range(min(first, top), min(top + 1, last) + 1)
+        for folder in self._paths.rolling.glob("[0-9]*"):
+            if int(folder.name) not in kept:
+                shutil.rmtree(folder)
+        while top < last:
+            self._write(top + 1)
+            if 0 <= top < first:
+                shutil.rmtree(self._folder(top))
+            top += 1
+
+    def _folder(self, boundary: int) -> Path:
+        return self._paths.rolling / f"{boundary:03d}"
+
+    def _is_whole(self, boundary: int) -> bool:
+        return all(self._is_there(boundary, split, shard) for split, shard in self._facts)
+
+    def _is_there(self, boundary: int, split: SplitName, shard: int) -> bool:
+        """Whether a shard was finished; its bytes are compared with their checksum when they are read."""
+        record = Pieces(self._folder(boundary), self._rebuild).record(shard_name(split, shard))
+        return record is not None and record["key"] == self._key(split, shard, boundary)
+
+    def _write(self, boundary: int) -> None:
+        """A boundary from the one before it, shard by shard."""
+        pieces, forward = Pieces(self._folder(boundary), self._rebuild), self._forward(boundary)
+        for (split, shard), facts in self._facts.items():
+            if not self._is_there(boundary, split, shard):
+                start, path = shard * self._size, shard_path(pieces.folder, split, boundary, shard)
+                hidden = forward(split, range(start, start + facts["sequences"]))
+                write_shard(path, hidden.cpu(), {"boundary": str(boundary)})
+                pieces.finish(shard_name(split, shard), self._key(split, shard, boundary), [path], facts)
+
+    def _forward(self, boundary: int) -> Callable[[SplitName, range], Tensor]:
+        """Computes a boundary of some sequences: from their tokens, or from the boundary before it."""
+        run, config = self._params.run, self._parent.config
+        device = compute(run.device, run.dtype, run.threads)
+        place = device.device, device.dtype
+        if boundary == 0:
+            embedding, _, _ = self._parent.outside(*place)
+            return lambda split, of: embed(embedding, read_tokens(self._paths, split, of))
+        block = parent_attention(config), parent_ffn(config), self._parent.block(boundary - 1, *place)
+        batch = self._params.cache_activations.sequences_per_batch
+
+        def behind(split: SplitName, of: range) -> Tensor:
+            before = BoundaryReader(self._folder(boundary - 1), split, boundary - 1, self._rebuild)
+            return advance(config, block, before.read(of).to(*place), batch)
+
+        return behind
+
+
+def read_tokens(paths: Paths, split: SplitName, sequences: range) -> Tensor:
+    """Token ids of some sequences, [sequences, tokens] int64."""
+    return torch.from_numpy(read_sequences(paths.corpus, split, sequences.start, sequences.stop)).long()
+
+
+def clear(paths: Paths) -> None:
+    """Delete the window."""
+    if paths.rolling.is_dir():
+        shutil.rmtree(paths.rolling)
