@@ -38,16 +38,23 @@ def plan_text(found: Plan) -> str:
 
 
 def _cache(found: Plan) -> list[str]:
-    """Materialised or rolling."""
-    whole, rolling = found.num_boundaries * found.boundary_bytes, 3 * found.boundary_bytes
-    free = found.free_disk_bytes
+    """Both modes against the free disk, and what params ask for."""
     # twice: DVC's cache holds a copy where the file system cannot share blocks
-    fits = "materialised fits" if 2 * whole < free else "materialised does not fit, rolling would be needed"
-    return [
-        f"activation cache: {whole / _GIB:,.1f} GiB materialised, {rolling / _GIB:,.1f} GiB rolling (spans of 2), "
-        f"{free / _GIB:,.0f} GiB free:",
-        f"  {fits}",
+    fits = {
+        mode: "fits" if 2 * size < found.free_disk_bytes else "does not fit"
+        for mode, size in (("materialised", found.materialised_bytes), ("rolling", found.rolling_bytes))
+    }
+    asked = "rolling" if found.rolling else "materialised"
+    lines = [
+        f"activation cache: {found.materialised_bytes / _GIB:,.1f} GiB materialised ({fits['materialised']}), "
+        f"{found.rolling_bytes / _GIB:,.1f} GiB rolling ({fits['rolling']});",
+        f"  {found.free_disk_bytes / _GIB:,.0f} GiB are free; params ask for {asked}",
     ]
+    if fits[asked] != "fits":
+        other = "materialised" if found.rolling else "rolling"
+        advice = f"cache_activations.mode: {other}" if fits[other] == "fits" else "fewer tokens or a larger disk"
+        lines.append(f"  {asked} needs more than there is: set {advice}")
+    return lines
 
 
 def main() -> None:

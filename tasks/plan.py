@@ -44,15 +44,16 @@ _BYTES = {"bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimates of all stages; `boundary_bytes` of the activation cache, of which there are blocks + 1."""
+    """Estimates of all stages; bytes of the activation cache in both modes, and whether params ask for rolling."""
 
     parent: str
     machine: str
     device: str
     stages: tuple[Estimate, ...]
     took: dict[str, float]
-    boundary_bytes: float
-    num_boundaries: int
+    materialised_bytes: float
+    rolling_bytes: float
+    rolling: bool
     free_disk_bytes: float
 
 
@@ -80,8 +81,9 @@ def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
         device=params.run.device,
         stages=tuple(planner.stages(shares)),
         took=read_json(paths.seconds, "dvc repro") if paths.seconds.is_file() else {},
-        boundary_bytes=planner.boundary_bytes,
-        num_boundaries=config.num_blocks + 1,
+        materialised_bytes=planner.materialised_bytes,
+        rolling_bytes=planner.rolling_bytes,
+        rolling=work.rolling,
         free_disk_bytes=float(status.f_bavail * status.f_frsize),
     )
 
@@ -137,6 +139,8 @@ def _work(params: Params, config: ModelConfig) -> Work:
         validation_tokens=corpus.validation_tokens,
         cache_bytes=_BYTES[params.cache_activations.dtype],
         compute_bytes=_BYTES[params.run.dtype],
+        rolling=params.cache_activations.rolling,
+        kept_boundaries=len({0, config.num_blocks, *params.cache_activations.keep}),
         workers=params.run.workers,
         attentions=attention_variants(config, bld.linear),
         ffns=ffn_variants(config, bld.ffn_ratios, bld.width_multiple, bld.linear),

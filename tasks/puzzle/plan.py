@@ -29,7 +29,10 @@ class Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens of each stage, and how the work is cut: params.yaml, flattened. Bytes are per element of each dtype."""
+    """Tokens of each stage, and how the work is cut: params.yaml, flattened. Bytes are per element of each dtype.
+
+    `kept_boundaries` is how many the cache keeps in rolling mode.
+    """
 
     seq_len: int
     train_tokens: int
@@ -37,6 +40,8 @@ class Work:
     validation_tokens: int
     cache_bytes: int
     compute_bytes: int
+    rolling: bool
+    kept_boundaries: int
     workers: int
     attentions: tuple[Attention, ...]
     ffns: tuple[Ffn, ...]
@@ -115,9 +120,25 @@ class Planner:
         yield self._estimate("report", starts=2.5)
 
     @property
-    def boundary_bytes(self) -> float:
-        """Bytes of one boundary of the activation cache."""
+    def materialised_bytes(self) -> float:
+        """Bytes of the activation cache with all boundaries."""
+        return (self._config.num_blocks + 1) * self._boundary_bytes
+
+    @property
+    def rolling_bytes(self) -> float:
+        """Bytes of the activation cache in rolling mode, with the window that BLD holds."""
+        longest = max((1, *self._work.spans))
+        window = (longest + 1) * self._bld_read * self._config.hidden_size * self._work.compute_bytes
+        return self._work.kept_boundaries * self._boundary_bytes + window
+
+    @property
+    def _boundary_bytes(self) -> float:
         return float(self._tokens * self._config.hidden_size * self._work.cache_bytes)
+
+    @property
+    def _bld_read(self) -> int:
+        """Tokens of a boundary that BLD reads."""
+        return max(self._work.bld_tokens, self._work.fit_tokens) + self._work.calibration_tokens
 
     @property
     def _tokens(self) -> int:
@@ -164,7 +185,7 @@ class Planner:
         )
 
     def _cache(self) -> Estimate:
-        held = (self._config.num_blocks + 1) * self.boundary_bytes
+        held = self.rolling_bytes if self._work.rolling else self.materialised_bytes
         return self._estimate(
             "cache_activations",
             blocks=self._config.num_blocks * self._tokens * self._block,
@@ -206,7 +227,7 @@ class Planner:
         library = (places * params + spans * self._block_params) * work.compute_bytes
         return self._estimate(
             "distill_blocks",
-            blocks=places * flops + spans * whole,
+            blocks=self._in_order(places * flops + spans * whole, self._bld_read),
             streamed=places * steps * params * 3 * _MASTER_BYTES,
             moved=3 * library,
             memory=work.workers * (params * (_MASTER_BYTES + 3 * work.compute_bytes) + 3 * 8.0 * width**2),
@@ -230,11 +251,17 @@ class Planner:
             read += places * (1 + trained)
         return self._estimate(
             "score_blocks",
-            blocks=suffix * self._block,
+            blocks=self._in_order(suffix * self._block, work.score_tokens),
             head=heads * self._head,
             memory=work.compute_bytes * (self._outside + work.workers * 4 * self._block_params),
             moved=2 * read * self._block_params * work.compute_bytes,
         )
+
+    def _in_order(self, flops: float, tokens: float) -> float:
+        """In rolling mode one worker does all of it, and takes the tokens through the parent."""
+        if not self._work.rolling:
+            return flops
+        return self._work.workers * (flops + tokens * self._config.num_blocks * self._block)
 
     def _gkd(self, target: str, share: float) -> Estimate:
         config, work = self._config, self._work

@@ -31,6 +31,8 @@ WORK = Work(
     validation_tokens=4,
     cache_bytes=2,
     compute_bytes=4,
+    rolling=False,
+    kept_boundaries=2,
     workers=1,
     attentions=(Attention("gqa", 2), Attention("no_op")),
     ffns=(Ffn("gated", 16), Ffn("gated", 8), Ffn("no_op")),
@@ -84,6 +86,17 @@ def test_spans_by_hand() -> None:
     disk = after["distill_blocks"].disk_bytes - before["distill_blocks"].disk_bytes
     assert disk == 2 * (3 * 8 * 8 + 4 * 64 + 3 * 128 + 2 * 8) * 4
     assert {name for name in before if before[name] != after[name]} == {"distill_blocks", "score_blocks"}
+
+
+def test_rolling_by_hand() -> None:
+    """The first and the last boundary of 24 tokens in bfloat16, two of 4 + 4 tokens in float32; one worker of two."""
+    work = replace(WORK, workers=2)
+    before, after = estimates(work), estimates(replace(work, rolling=True))
+    assert after["cache_activations"].disk_bytes == 2 * 24 * 8 * 2 + 2 * (4 + 4) * 8 * 4
+    for stage, tokens in (("distill_blocks", 8), ("score_blocks", 4)):
+        assert after[stage].seconds == pytest.approx(2 * (before[stage].seconds + tokens * 3 * BLOCK))
+    changed = {"cache_activations", "distill_blocks", "score_blocks"}
+    assert {name for name in before if before[name] != after[name]} == changed
 
 
 def test_bytes_by_hand() -> None:

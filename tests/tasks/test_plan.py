@@ -1,6 +1,7 @@
 """The plan of this repository's own params and of the 70B profile, without weights; what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_every_stage_of_the_demo_is_planned(tmp_path: Path, monkeypatch: pytest.
     names = {one.stage.partition("@")[0] for one in found.stages}
     assert names == set(Params.model_fields) - {"run", "targets"}
     assert all(one.seconds > 0 and one.memory_bytes > 0 for one in found.stages)
-    assert found.boundary_bytes == (20_480 + 2_048 + 4_096) * 576 * 2
+    assert found.materialised_bytes == 31 * (20_480 + 2_048 + 4_096) * 576 * 2
     text = plan_text(found)
     assert max(map(len, text.splitlines())) <= 100
     (line,) = (line for line in text.splitlines() if line.startswith("score_blocks"))
@@ -52,8 +53,13 @@ def test_the_70b_is_planned_from_its_config_alone(tmp_path: Path, monkeypatch: p
     parent = next(one for one in found.stages if one.stage == "prepare_parent")
     assert parent.disk_bytes == pytest.approx(2 * 70.55e9, rel=1e-3)  # 70.55 billion parameters in 16 bit
     tokens = params.prepare_corpus.train_tokens + 2 * 1_048_576
-    assert found.boundary_bytes == 2.0 * 8192 * tokens and found.num_boundaries == 81
-    assert "materialised does not fit, rolling would be needed" in plan_text(found)
+    assert found.materialised_bytes == 81 * 2.0 * 8192 * tokens
+    window = 2 * (params.distill_blocks.tokens + params.prepare_corpus.calibration_tokens)
+    assert found.rolling and found.rolling_bytes == 2.0 * 8192 * (2 * tokens + window)
+    assert "needs more than there is: set fewer tokens or a larger disk" in plan_text(found)
+    roomy = replace(found, rolling=False, free_disk_bytes=3 * found.rolling_bytes)
+    assert "materialised needs more than there is: set cache_activations.mode: rolling" in plan_text(roomy)
+    assert "needs more" not in plan_text(replace(roomy, rolling=True))
 
 
 def test_without_a_geometry_it_says_what_to_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
