@@ -4,6 +4,9 @@ Timings are input data: this stage reads storage/timings/<hardware>.parquet and 
 params give the same children. tasks/time_machine.py takes them.
 """
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -11,7 +14,7 @@ from storage.files import InputError
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import TIMINGS, Paths
-from storage.records import CostRow
+from storage.records import Attention, CostRow, Ffn, TimingRow
 from storage.tables import read_timings, write_costs
 from tasks.puzzle.cost_model import modelled_rows
 from tasks.puzzle.costs import from_timings
@@ -22,7 +25,9 @@ from tasks.puzzle.variants import attention_variants, ffn_variants
 @task(cache_policy=NO_CACHE)
 def write_cost_table(params: Params, paths: Paths) -> None:
     """Join the named timings with the modelled hardware and write costs.parquet."""
-    settings, config = params.measure_costs, Parent(paths.parent).config
+    settings, variants, config = params.measure_costs, params.distill_blocks, Parent(paths.parent).config
+    attentions = attention_variants(config, variants.linear)
+    ffns = ffn_variants(config, variants.ffn_ratios, variants.width_multiple, variants.linear)
     rows: list[CostRow] = []
     for name in settings.timings:
         path = TIMINGS / f"{name}.parquet"
@@ -32,13 +37,30 @@ def write_cost_table(params: Params, paths: Paths) -> None:
                 f"measure_costs.timings names {name!r}, but {path} is missing (has: {has}); time that machine with "
                 f"`python -m flows.measure_costs --time {name}`, or take the name out"
             )
-        rows += from_timings(read_timings(path), config)
-    variants = params.distill_blocks
-    attentions = attention_variants(config, variants.linear)
-    ffns = ffn_variants(config, variants.ffn_ratios, variants.width_multiple, variants.linear)
+        timings = read_timings(path)
+        _check_that_all_are_timed(timings, {"attention": attentions, "ffn": ffns}, name, path)
+        rows += from_timings(timings, config)
     for name in settings.hardware:
         device = device_named(name)
         for scenario in settings.scenarios:
             for batch in settings.batches:
                 rows += modelled_rows(config, attentions, ffns, device, settings.precision, scenario, batch)
     write_costs(paths.costs, rows)
+
+
+def _check_that_all_are_timed(
+    rows: Sequence[TimingRow], wanted: Mapping[str, Sequence[Attention | Ffn]], name: str, path: Path
+) -> None:
+    """A variant without a cost would end the search, hours later: DVC runs this stage before any long one."""
+    there: dict[tuple[str, int, str], set[tuple[str, str]]] = {}
+    for row in rows:
+        there.setdefault((row.scenario, row.batch, row.precision), set()).add((row.component, row.variant))
+    for (scenario, batch, precision), timed in there.items():
+        for component, variants in wanted.items():
+            missing = [of.name for of in variants if (component, of.name) not in timed]
+            if missing:
+                raise InputError(
+                    f"{path} has no {component} {', '.join(missing)} at {scenario}, batch {batch}, in {precision}, but "
+                    f"distill_blocks makes it; time it with `python -m flows.measure_costs --time {name}` on that "
+                    "machine, or leave it out of distill_blocks (linear, ffn_ratios)"
+                )

@@ -204,6 +204,8 @@ def _one_error(ended: Ended, code: int, *words: str) -> None:
 
 def test_every_stage_ran_once(built: Built) -> None:
     assert sorted(built.first_run) == sorted(ALL_STAGES)
+    early, *_ = (stage for stage in built.first_run if stage != "prepare_parent")
+    assert early == "measure_costs"  # it refuses timings that lack a variant before anything is trained
 
 
 def test_a_second_repro_runs_nothing(built: Built) -> None:

@@ -1,0 +1,97 @@
+"""measure_costs: timings in git joined with a modelled GPU; a table that lacks a variant is refused at once."""
+
+from pathlib import Path
+
+import pytest
+
+from storage.files import InputError
+from storage.params import Params
+from storage.parent import Parent
+from storage.paths import TIMINGS, Paths
+from storage.records import ANY_VARIANT, Component, TimingRow
+from storage.tables import read_costs, write_timings
+from tasks.measure_costs import write_cost_table
+from tasks.puzzle.variants import attention_variants, component_sizes, ffn_variants
+from tests.settings import tiny_params
+
+
+def timings(params: Params, paths: Paths, *, linear: bool) -> list[TimingRow]:
+    """Made-up timings of every component of the parent at 8/8, batch 1."""
+    config, bld = Parent(paths.parent).config, params.distill_blocks
+    names: list[tuple[Component, str]] = [("attention", of.name) for of in attention_variants(config, linear)]
+    names += [("ffn", of.name) for of in ffn_variants(config, bld.ffn_ratios, bld.width_multiple, linear)]
+    names += [("embedding", ANY_VARIANT), ("head", ANY_VARIANT), ("step", ANY_VARIANT)]
+    rows = []
+    for number, (component, variant) in enumerate(names):
+        sizes = component_sizes(config, component, variant, "float32")
+        rows.append(
+            TimingRow(
+                component=component,
+                variant=variant,
+                first_block=None,
+                span=1,
+                hardware="laptop",
+                engine="torch",
+                precision="float32",
+                tensor_parallel=1,
+                scenario="8/8",
+                batch=1,
+                prefill_ms=0.0 if variant == "no_op" else 1.0 + number,
+                decode_ms=0.0 if variant == "no_op" else 0.1 + number,
+                weight_bytes=sizes.weight_bytes,
+                kv_bytes_per_token=sizes.kv_bytes_per_token,
+                params=sizes.params,
+                origin="measured",
+                how="made up",
+                machine="laptop",
+                versions="none",
+                dtype="float32",
+                threads=1,
+                repeats=1,
+                spread=0.0,
+            )
+        )
+    return rows
+
+
+@pytest.fixture
+def case(finished: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch) -> tuple[Params, Paths]:
+    """Params that name the timings of `laptop`, in a folder that has no such table yet."""
+    _, paths = finished
+    monkeypatch.chdir(paths.root)
+    return tiny_params(
+        measure_costs={"timings": ["laptop"], "scenarios": ["8/8"], "batches": [1], "hardware": ["h100-sxm"]}
+    ), paths
+
+
+def test_timed_and_modelled_rows_stand_side_by_side(case: tuple[Params, Paths]) -> None:
+    params, paths = case
+    rows = timings(params, paths, linear=True)  # more than the params ask for
+    write_timings(TIMINGS / "laptop.parquet", rows)
+    write_cost_table.fn(params, paths)
+    table = read_costs(paths.costs)
+    timed = {(row.component, row.variant): row.decode_ms for row in table if row.hardware == "laptop"}
+    assert timed == {(row.component, row.variant): row.decode_ms for row in rows}
+    assert {(row.hardware, row.origin) for row in table} == {("laptop", "measured"), ("h100-sxm", "modelled")}
+    modelled = {(row.component, row.variant) for row in table if row.origin == "modelled"}
+    assert timed.keys() - modelled == {("attention", "linear"), ("ffn", "linear")}
+
+
+def test_timings_without_a_variant_are_refused(case: tuple[Params, Paths]) -> None:
+    params, paths = case
+    with_linear = params.model_copy(
+        update={"distill_blocks": params.distill_blocks.model_copy(update={"linear": True})}
+    )
+    write_timings(TIMINGS / "laptop.parquet", timings(params, paths, linear=False))
+    write_cost_table.fn(params, paths)
+    before = paths.costs.read_bytes()
+    with pytest.raises(InputError, match=r"laptop\.parquet has no attention linear at 8/8, batch 1.*--time laptop"):
+        write_cost_table.fn(with_linear, paths)
+    assert paths.costs.read_bytes() == before
+
+
+def test_timings_that_are_not_there_are_named(case: tuple[Params, Paths]) -> None:
+    params, paths = case
+    with pytest.raises(InputError, match=r"names 'laptop', but storage/timings/laptop\.parquet is missing"):
+        write_cost_table.fn(params, paths)
+    assert not Path(paths.costs).exists()
