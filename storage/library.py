@@ -48,8 +48,12 @@ def subblock_of(variant: Attention | Ffn) -> str:
 
 def entry_name(first_block: int, variant: Attention | Ffn, span: int = 1) -> str:
     """Name of an entry's piece: `block_007.ffn_768`, `block_007.attention_linear`, `span_007_2.kv_1`."""
-    own = variant.name if variant.name[-1].isdigit() else f"{subblock_of(variant)}_{variant.name}"
-    return f"{_place(first_block, span)}.{own}"
+    return f"{_place(first_block, span)}.{name_of(variant)}"
+
+
+def name_of(variant: Attention | Ffn) -> str:
+    """Name of a variant within its block: `kv_1`, `ffn_768`, `attention_linear`."""
+    return variant.name if variant.name[-1].isdigit() else f"{subblock_of(variant)}_{variant.name}"
 
 
 def whole_name(first_block: int, span: int) -> str:

@@ -122,10 +122,27 @@ class DistillBlocks(Section):
         32_768, ge=0, description="Train tokens of the closed-form start, before the first step; 0 skips it."
     )
     tokens: int = Field(32_768, ge=1, description="Tokens that each variant's steps train on, once.")
+    variant_tokens: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="Other numbers of tokens: kv_1, ffn_768, attention_linear, ..., whole (a span's block)."
+    )
     sequences_per_step: int = Field(2, ge=1, description="Sequences in an optimizer step.")
+    loss: Literal["normalised_mse", "token_mse", "cosine"] = Field(
+        "normalised_mse",
+        description="Of a child block's output: mean squared error over the target's mean square, the same token by "
+        "token, or 1 - cosine (tasks/puzzle/losses.py).",
+    )
     learning_rate: float = Field(2e-3, gt=0, le=1, description="Peak learning rate of AdamW.")
+    learning_rates: dict[Literal["gqa", "gated", "linear", "whole"], Annotated[float, Field(gt=0, le=1)]] = Field(
+        {}, description="Other peaks for a kind of subblock, or for a span's whole block."
+    )
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising learning rate; then cosine to 0.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    check_steps: int = Field(
+        0, ge=0, description="Steps between held-out losses while a variant trains; 0: only before and after."
+    )
+    patience: int = Field(
+        2, ge=1, description="A variant stops after so many checks in a row without a new lowest held-out loss."
+    )
     held_out_tokens: int = Field(
         2_048, ge=1, description="Calibration tokens for the losses before and after, taken from the split's end."
     )
@@ -144,10 +161,23 @@ class DistillBlocks(Section):
         (), description="Numbers of consecutive parent blocks that one child block may stand for."
     )
 
+    def tokens_of(self, variant: str) -> int:
+        """Tokens of a variant's steps, by its name in the library."""
+        return self.variant_tokens.get(variant, self.tokens)
+
+    def rate_of(self, kind: str) -> float:
+        """Peak learning rate of a kind of subblock."""
+        return next((rate for of, rate in self.learning_rates.items() if of == kind), self.learning_rate)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the variant that trains longest."""
+        return max(self.tokens, *self.variant_tokens.values(), 0)
+
     @property
     def used_tokens(self) -> int:
         """Train tokens that BLD has seen: the split's first ones."""
-        return max(self.fit_tokens, self.tokens)
+        return max(self.fit_tokens, self.most_tokens)
 
 
 class ScoreBlocks(Section):
@@ -341,6 +371,10 @@ class Params(Section):
             "prepare_corpus.validation_tokens": (corpus.validation_tokens, seq_len),
             "distill_blocks.fit_tokens": (self.distill_blocks.fit_tokens, seq_len),
             "distill_blocks.tokens": (self.distill_blocks.tokens, step),
+            **{
+                f"distill_blocks.variant_tokens.{name}": (tokens, step)
+                for name, tokens in self.distill_blocks.variant_tokens.items()
+            },
             "score_blocks.tokens": (self.score_blocks.tokens, batch),
             "score_blocks.initial_tokens": (self.score_blocks.initial_tokens, batch),
             "distill_child.tokens": (

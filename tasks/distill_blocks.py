@@ -15,7 +15,16 @@ from torch import Tensor
 
 from storage.corpus import SplitName
 from storage.files import InputError, digest_of
-from storage.library import FORMAT_VERSION, WHOLE, Library, channel_order_name, entry_name, subblock_of, whole_name
+from storage.library import (
+    FORMAT_VERSION,
+    WHOLE,
+    Library,
+    channel_order_name,
+    entry_name,
+    name_of,
+    subblock_of,
+    whole_name,
+)
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
@@ -23,9 +32,10 @@ from storage.pieces import code_digest
 from storage.records import Attention, Ffn, Replacement
 from tasks.activations import Activations, clear
 from tasks.puzzle.assembly import initial_weights
-from tasks.puzzle.bld import Batch, Trained, distill_block, distill_whole, rank_channels
+from tasks.puzzle.bld import Batch, Recipe, Trained, distill_block, distill_whole, rank_channels
 from tasks.puzzle.device import compute
 from tasks.puzzle.least_squares import fit_outputs
+from tasks.puzzle.losses import LOSSES
 from tasks.puzzle.optimizer import Schedule
 from tasks.puzzle.variants import attention_variants, ffn_variants, parent_attention, parent_ffn
 from tasks.replacements import Replacements
@@ -64,33 +74,66 @@ def trained_variants(params: Params, parent: Parent) -> list[Attention | Ffn]:
     return [variant for variant in everything if variant.kind != "no_op" and variant not in kept]
 
 
+_OF_ALL_VARIANTS = {
+    *("loss", "warmup", "weight_decay", "sequences_per_step", "held_out_tokens", "check_steps", "patience"),
+    *("fit_tokens", "importance_tokens"),
+}
+"""Settings that go into every entry of the library; tokens and learning rate are a variant's own."""
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Content keys of what is made between two boundaries, `ends`; `inputs` is what goes into all of it."""
+
+    params: Params
+    activations: Activations
+    ends: tuple[int, int]
+    inputs: dict[str, Any]
+
+    def of(self, sequences: int, **more: Any) -> str:
+        """What reads so many train sequences."""
+        held_out = _held_out(self.params)
+        read = [
+            [*self.activations.keys("train", at, 0, sequences), *self.activations.keys("calibration", at, *held_out)]
+            for at in self.ends
+        ]
+        return digest_of({**self.inputs, **more, "activations": read})
+
+    def trained(self, name: str, kind: str, **more: Any) -> str:
+        """A variant, by its name in the library."""
+        settings, seq_len = self.params.distill_blocks, self.params.prepare_corpus.seq_len
+        tokens, rate = settings.tokens_of(name), settings.rate_of(kind)
+        read = max(tokens, settings.fit_tokens) // seq_len
+        return self.of(read, variant=name, tokens=tokens, learning_rate=rate, **more)
+
+
 @task(cache_policy=NO_CACHE)
 def plan_blocks(params: Params, paths: Paths) -> list[BlockPlan]:
     """Blocks and spans with something to make, in the parent's order; finished entries stay, strangers are deleted."""
     parent, library, settings = Parent(paths.parent), Library(paths.library), params.distill_blocks
-    config, activations = parent.config, _activations(params, paths)
-    train, held_out = _train_sequences(params), _held_out(params)
+    names = [name_of(variant) for variant in trained_variants(params, parent)]
+    for name in settings.variant_tokens.keys() - {*names, WHOLE}:
+        raise InputError(f"distill_blocks.variant_tokens names {name!r}, the library has {', '.join([*names, WHOLE])}")
     common = {
-        "settings": settings.model_dump(exclude={"ffn_ratios", "width_multiple", "linear", "spans"}),
+        "settings": settings.model_dump(include=_OF_ALL_VARIANTS),
         "run": params.run.model_dump(exclude={"workers"}),
-        "config": config.to_json(),
+        "config": parent.config.to_json(),
         "code": code_digest("tasks.distill_blocks", "tasks.replacements", "tasks.activations"),
         "format": FORMAT_VERSION,
     }
     wanted: dict[tuple[int, int], dict[str, str]] = {}
     for first, span in _places(params, parent):
-        data = [
-            [*activations.keys("train", boundary, 0, train), *activations.keys("calibration", boundary, *held_out)]
-            for boundary in (first, first + span)
-        ]
         blocks = [parent.checkpoint.block_digest(index) for index in range(first, first + span)]
-        inputs = {**common, "activations": data, "blocks": blocks}
+        keys = _Keys(params, _activations(params, paths), (first, first + span), {**common, "blocks": blocks})
+        whole = keys.trained(WHOLE, WHOLE) if span > 1 else ""
         plan = BlockPlan(first, span, {})
-        names = [plan.order_name, *([plan.whole_name] if span > 1 else [])]
-        own = {entry_name(first, variant, span): variant.name for variant in trained_variants(params, parent)}
         wanted[first, span] = {
-            **dict.fromkeys(names, digest_of(inputs)),
-            **{name: digest_of({**inputs, "variant": variant}) for name, variant in own.items()},
+            plan.order_name: keys.of(_ranked(params), whole=whole),
+            **({plan.whole_name: whole} if whole else {}),
+            **{
+                entry_name(first, variant, span): keys.trained(name_of(variant), variant.kind, whole=whole)
+                for variant in trained_variants(params, parent)
+            },
         }
     missing = set(library.pieces.keep_only({name: key for of in wanted.values() for name, key in of.items()}))
     plans = [
@@ -111,7 +154,12 @@ def _places(params: Params, parent: Parent) -> list[tuple[int, int]]:
 
 def _train_sequences(params: Params) -> int:
     """Train sequences that BLD reads, from the split's beginning."""
-    return max(params.distill_blocks.tokens, params.distill_blocks.fit_tokens) // params.prepare_corpus.seq_len
+    return params.distill_blocks.used_tokens // params.prepare_corpus.seq_len
+
+
+def _ranked(params: Params) -> int:
+    """Train sequences that rank the FFN channels."""
+    return min(-(-params.distill_blocks.importance_tokens // params.prepare_corpus.seq_len), _train_sequences(params))
 
 
 def _activations(params: Params, paths: Paths) -> Activations:
@@ -139,7 +187,11 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
     data = {(split, at): activations.reader(split, at) for split in splits for at in (first, first + span)}
     steps = _groups(_shuffled(params, first, span), settings.sequences_per_step)
     held_out = _groups(list(range(*_held_out(params))), settings.sequences_per_step)
-    schedule = Schedule(len(steps), settings.learning_rate, settings.warmup, settings.weight_decay)
+
+    def recipe(name: str, kind: str) -> Recipe:
+        count = settings.tokens_of(name) // (settings.sequences_per_step * seq_len)
+        schedule = Schedule(count, settings.rate_of(kind), settings.warmup, settings.weight_decay)
+        return Recipe(schedule, LOSSES[settings.loss], settings.check_steps, settings.patience)
 
     def hidden(split: SplitName, boundary: int, sequences: list[int]) -> Tensor:
         return data[split, boundary].read(sequences).to(device.device, device.dtype)
@@ -148,20 +200,19 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
         return ((hidden(split, first, group), hidden(split, first + span, group)) for group in groups)
 
     def finish(name: str, subblock: str, variant: str, result: Trained, **facts: int) -> None:
-        row = _index_row(plan, subblock, variant, result, len(steps) * settings.sequences_per_step * seq_len)
+        row = _index_row(plan, subblock, variant, result, result.steps * settings.sequences_per_step * seq_len)
         library.pieces.finish(name, plan.missing[name], [library.write(name, result.tensors)], {**row, **facts})
 
     if plan.whole_name in plan.missing:
         blocks = [parent.block(index, device.device, device.dtype) for index in range(first, first + span)]
         whole, start = distill_whole(
-            config, blocks, batches("train", steps), batches("calibration", held_out), schedule
+            config, blocks, batches("train", steps), batches("calibration", held_out), recipe(WHOLE, WHOLE)
         )
         finish(plan.whole_name, WHOLE, WHOLE, whole, start=first + start)
     own = Replacement(first, span, parent_attention(config), parent_ffn(config))
     block = Replacements(parent, library, device.device, device.dtype).tensors(own, "decoupled")
     if plan.order_name in plan.missing:
-        ranked = range(min(-(-settings.importance_tokens // seq_len), settings.tokens // seq_len))
-        groups = _groups(list(ranked), settings.sequences_per_step)
+        groups = _groups(list(range(_ranked(params))), settings.sequences_per_step)
         order = rank_channels(config, block, (hidden("train", first, group) for group in groups))
         file = library.write(plan.order_name, {"order": order})
         library.pieces.finish(plan.order_name, plan.missing[plan.order_name], [file])
@@ -178,7 +229,7 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
         fit_outputs(config, block, starts, order, inputs) if fit else starts,
         batches("train", steps),
         batches("calibration", held_out),
-        schedule,
+        {variant: recipe(name_of(variant), variant.kind) for variant in starts},
     )
     for variant, result in trained.items():
         finish(names[variant], subblock_of(variant), variant.name, result)
@@ -199,10 +250,12 @@ def _index_row(plan: BlockPlan, subblock: str, variant: str, result: Trained, to
 
 
 def _shuffled(params: Params, first_block: int, span: int) -> list[int]:
-    """Train sequences of BLD in a seeded order of the block's own."""
+    """Train sequences of BLD in a seeded order of the block's own; those that only some variants take come last."""
     generator = torch.Generator().manual_seed(params.run.seed * 100_003 + first_block + 1_009 * (span - 1))
-    count = params.distill_blocks.tokens // params.prepare_corpus.seq_len
-    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    settings, seq_len = params.distill_blocks, params.prepare_corpus.seq_len
+    count, most = settings.tokens // seq_len, settings.most_tokens // seq_len
+    first, more = (torch.randperm(size, generator=generator) for size in (count, most - count))
+    order: list[int] = [*first.tolist(), *(count + more).tolist()]
     return order
 
 

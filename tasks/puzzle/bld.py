@@ -1,10 +1,10 @@
 """Blockwise local distillation (BLD), decoupled: all variants of one block from one pass over its activations.
 
 In: a parent block's tensors, hidden states at its two boundaries. Out: trained tensors of every variant with the
-losses before and after. Loss (METHOD.md, BLD; arXiv 2411.19146, 3.2): MSE(child_out, parent_out) / mean(parent_out^2),
-the child fed with the parent's activations. The attention variant trains with the parent's FFN frozen, the FFN variant
-with the parent's attention frozen, so the parent's attention output is computed once for all FFN variants. Norms stay
-the parent's: their weight is a diagonal factor of the matrices that follow, which train.
+losses before and after. The child is fed with the parent's activations (METHOD.md, BLD; arXiv 2411.19146, 3.2). The
+attention variant trains with the parent's FFN frozen, the FFN variant with the parent's attention frozen, so the
+parent's attention output is computed once for all FFN variants. Norms stay the parent's: their weight is a diagonal
+factor of the matrices that follow, which train.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -18,6 +18,7 @@ from storage.model_config import ModelConfig
 from storage.records import Attention, Ffn
 from tasks.puzzle.blocks import Block, GatedFfn
 from tasks.puzzle.initialise import Tensors, attention_part, channel_contribution, channel_order, ffn_part
+from tasks.puzzle.losses import Loss, normalised_mse
 from tasks.puzzle.optimizer import MasterWeights, Schedule
 from tasks.puzzle.rotary import Rotary, rotary_for
 from tasks.puzzle.variants import parent_attention, parent_ffn
@@ -30,9 +31,10 @@ Batch = tuple[Tensor, Tensor]  # input and target, each [sequences, tokens, hidd
 class Trained:
     """A variant after BLD: whichever of initial weights, closed-form start and trained weights has the lowest loss.
 
-    Held-out losses: `loss_before` of the initial weights, `loss_fitted` of the closed-form start (steps begin with the
-    better of the two), `loss_after` of what is kept. Where training did not help, `improved` is False, the initial
-    weights stay and `loss_after` is what the training came to.
+    Held-out losses, of the kind that was trained: `loss_before` of the initial weights, `loss_fitted` of the
+    closed-form start (steps begin with the better of the two), `loss_after` of what is kept. Where training did not
+    help, `improved` is False, the initial weights stay and `loss_after` is what the training came to. `steps` were
+    taken until it ended or stopped early.
     """
 
     tensors: Tensors
@@ -40,12 +42,21 @@ class Trained:
     loss_fitted: float
     loss_after: float
     improved: bool
+    steps: int
 
 
-def normalised_mse(output: Tensor, target: Tensor) -> Tensor:
-    """mean((output - target)^2) / mean(target^2) in float32 (METHOD.md, BLD), a scalar."""
-    wide = target.float()
-    return (output.float() - wide).square().mean() / wide.square().mean()
+@dataclass(frozen=True)
+class Recipe:
+    """How a variant is trained: steps and learning rate, the loss, and when to stop early.
+
+    Every `check_steps` steps (0: never) the held-out loss is taken; after `patience` checks in a row without a new
+    lowest one the variant stops. The weights of the lowest are kept.
+    """
+
+    schedule: Schedule
+    loss: Loss = normalised_mse
+    check_steps: int = 0
+    patience: int = 1
 
 
 def rank_channels(config: ModelConfig, parent: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> Tensor:
@@ -66,17 +77,36 @@ Run = Callable[[Tensor, Tensor, Rotary], Tensor]
 """(block input, parent's hidden states after attention, rotary) -> the block's output."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Student:
-    """One variant in training."""
+    """One variant in training: how it runs, steps so far, and the weights with the lowest loss, at first its start."""
 
     block: Block
-    masters: MasterWeights
-    start: Tensors
+    recipe: Recipe
+    kept: Tensors
+    lowest: float
     run: Run
+    steps: int = 0
+    checks_since: int = 0
+
+    def __post_init__(self) -> None:
+        self.masters = MasterWeights(self.block, self.recipe.schedule)
 
     def tensors(self) -> Tensors:
-        return {name: self.block.state_dict()[name].clone() for name in self.start}
+        return {name: self.block.state_dict()[name].clone() for name in self.kept}
+
+    @property
+    def has_ended(self) -> bool:
+        return self.steps == self.recipe.schedule.num_steps or self.checks_since == self.recipe.patience
+
+    @property
+    def is_due(self) -> bool:
+        return self.recipe.check_steps > 0 and self.steps % self.recipe.check_steps == 0
+
+    def check(self, loss: float) -> None:
+        self.checks_since += 1
+        if loss < self.lowest:
+            self.lowest, self.kept, self.checks_since = loss, self.tensors(), 0
 
 
 def distill_block(
@@ -86,7 +116,7 @@ def distill_block(
     fitted: Mapping[Attention | Ffn, Tensors],
     batches: Iterable[Batch],
     held_out: Iterable[Batch],
-    schedule: Schedule,
+    recipes: Mapping[Attention | Ffn, Recipe],
 ) -> dict[Attention | Ffn, Trained]:
     """Train every variant of one block.
 
@@ -95,28 +125,27 @@ def distill_block(
         parent: tensors of the parent's block (a span's whole block), in the dtype of compute.
         starts: initial tensors of each variant to train (its own subblock only).
         fitted: another start for each: least_squares.fit_outputs, or `starts` again.
-        batches: training batches in order, one per step.
-        held_out: batches for the held-out losses; read three times.
-        schedule: steps and learning rate.
+        batches: training batches in order, one per step, as many as the longest schedule has.
+        held_out: batches for the held-out losses.
+        recipes: how each is trained; the loss is the same for all.
 
     Returns:
         For each variant the weights to keep. Each variant's bytes are independent of which others train beside it.
     """
     teacher = Block.load(config, parent_attention(config), parent_ffn(config), parent)
-    held = list(held_out)
+    loss = next((recipe.loss for recipe in recipes.values()), normalised_mse)
+    held = _HeldOut(config, teacher, list(held_out), loss)
     before, between = (
-        _losses(config, teacher, {v: _runner(config, parent, v, own)[1] for v, own in of.items()}, held)
-        for of in (starts, fitted)
+        held.losses({v: _runner(config, parent, v, own)[1] for v, own in of.items()}) for of in (starts, fitted)
     )
-    students = {
-        variant: _student(
-            config, parent, variant, fitted[variant] if between[variant] < before[variant] else start, schedule
-        )
-        for variant, start in starts.items()
-    }
-    runs = {variant: student.run for variant, student in students.items()}
-    _train(config, teacher, list(students.values()), batches)
-    after = _losses(config, teacher, runs, held)
+    students = {}
+    for variant, start in starts.items():
+        better, lowest = start, before[variant]
+        if between[variant] < lowest:
+            better, lowest = fitted[variant], between[variant]
+        students[variant] = _student(config, parent, variant, better, lowest, recipes[variant])
+    _train(students, batches, held)
+    after = held.losses({variant: student.run for variant, student in students.items()})
     return {
         variant: _best(start, students[variant], before[variant], between[variant], after[variant])
         for variant, start in starts.items()
@@ -128,7 +157,7 @@ def distill_whole(
     blocks: Sequence[Mapping[str, Tensor]],
     batches: Iterable[Batch],
     held_out: Iterable[Batch],
-    schedule: Schedule,
+    recipe: Recipe,
 ) -> tuple[Trained, int]:
     """Train one block in place of several, both subblocks together.
 
@@ -137,25 +166,26 @@ def distill_whole(
         blocks: tensors of the parent's blocks that it stands for. It starts as the one that alone comes closest.
         batches: training batches in order: hidden states before the first block and behind the last one.
         held_out: the same for the held-out losses.
-        schedule: steps and learning rate.
+        recipe: how it is trained.
 
     Returns:
         The block, and the index in `blocks` of its start.
     """
-    kind, held = (parent_attention(config), parent_ffn(config)), list(held_out)
+    kind = parent_attention(config), parent_ffn(config)
+    held = _HeldOut(config, None, list(held_out), recipe.loss)
 
     def runner(tensors: Mapping[str, Tensor]) -> Block:
         return Block.load(config, *kind, tensors)
 
-    alone = _losses(config, None, {index: _alone(runner(of)) for index, of in enumerate(blocks)}, held)
+    alone = held.losses({index: _alone(runner(of)) for index, of in enumerate(blocks)})
     start = min(alone, key=lambda index: (alone[index], index))
     own = dict(blocks[start])
     block = runner({name: tensor.clone() for name, tensor in own.items()})
     block.self_attn.requires_grad_(True)
     block.mlp.requires_grad_(True)
-    student = _Student(block, MasterWeights(block, schedule), own, _alone(block))
-    _train(config, None, [student], batches)
-    after = _losses(config, None, {start: student.run}, held)[start]
+    student = _Student(block, recipe, own, alone[start], _alone(block))
+    _train({start: student}, batches, held)
+    after = held.losses({start: student.run})[start]
     return _best(own, student, alone[start], alone[start], after), start
 
 
@@ -163,24 +193,37 @@ def _alone(block: Block) -> Run:
     return lambda hidden, _, rotary: block(hidden, rotary)
 
 
-def _train(config: ModelConfig, teacher: Block | None, students: Sequence[_Student], batches: Iterable[Batch]) -> None:
+def _train(students: Mapping[K, _Student], batches: Iterable[Batch], held_out: "_HeldOut") -> None:
     """One step of every student per batch; what they share, the teacher's attention, is computed once."""
+    config, teacher = held_out.config, held_out.teacher
     for hidden, target in batches:
         rotary = rotary_for(config, hidden.shape[1], hidden)
         attended = _attended(teacher, hidden, rotary)
-        for student in students:
-            loss = normalised_mse(student.run(hidden, attended, rotary), target)
+        training = {key: student for key, student in students.items() if not student.has_ended}
+        for student in training.values():
+            loss = student.recipe.loss(student.run(hidden, attended, rotary), target)
             torch.autograd.backward(loss)
             student.masters.step()
+            student.steps += 1
+        due = {key: student.run for key, student in training.items() if student.is_due}
+        for key, loss_now in held_out.losses(due).items():
+            students[key].check(loss_now)
+        if all(student.has_ended for student in students.values()):
+            return
 
 
 def _student(
-    config: ModelConfig, parent: Mapping[str, Tensor], variant: Attention | Ffn, start: Tensors, schedule: Schedule
+    config: ModelConfig,
+    parent: Mapping[str, Tensor],
+    variant: Attention | Ffn,
+    start: Tensors,
+    loss: float,
+    recipe: Recipe,
 ) -> _Student:
     block, run = _runner(config, parent, variant, {name: tensor.clone() for name, tensor in start.items()})
     trainable = block.self_attn if isinstance(variant, Attention) else block.mlp
     trainable.requires_grad_(True)
-    return _Student(block, MasterWeights(block, schedule), start, run)
+    return _Student(block, recipe, start, loss, run)
 
 
 def _runner(
@@ -200,24 +243,32 @@ def _attended(teacher: Block | None, hidden: Tensor, rotary: Rotary) -> Tensor:
         return hidden if teacher is None else teacher.attend(hidden, rotary)
 
 
-def _losses(config: ModelConfig, teacher: Block | None, runs: Mapping[K, Run], held_out: list[Batch]) -> dict[K, float]:
-    """Mean held-out loss of each variant."""
-    totals = dict.fromkeys(runs, 0.0)
-    with torch.inference_mode():
-        for hidden, target in held_out:
-            rotary = rotary_for(config, hidden.shape[1], hidden)
-            attended = _attended(teacher, hidden, rotary)
-            for variant, run in runs.items():
-                totals[variant] += float(normalised_mse(run(hidden, attended, rotary), target))
-    return {variant: total / len(held_out) for variant, total in totals.items()}
+@dataclass(frozen=True)
+class _HeldOut:
+    """Batches for held-out losses, and the teacher whose attention the FFN variants take."""
+
+    config: ModelConfig
+    teacher: Block | None
+    batches: list[Batch]
+    loss: Loss
+
+    def losses(self, runs: Mapping[K, Run]) -> dict[K, float]:
+        """Mean loss of each variant."""
+        totals = dict.fromkeys(runs, 0.0)
+        with torch.inference_mode():
+            for hidden, target in self.batches if runs else []:
+                rotary = rotary_for(self.config, hidden.shape[1], hidden)
+                attended = _attended(self.teacher, hidden, rotary)
+                for variant, run in runs.items():
+                    totals[variant] += float(self.loss(run(hidden, attended, rotary), target))
+        return {variant: total / len(self.batches) for variant, total in totals.items()}
 
 
 def _best(initial: Tensors, student: _Student, before: float, fitted: float, after: float) -> Trained:
     """The weights with the lowest held-out loss; nan is lower than nothing, so a variant that diverged falls back."""
-    tensors, best = dict(initial), before
-    if fitted < best:
-        tensors, best = dict(student.start), fitted
+    tensors, best = dict(student.kept), student.lowest
     if after < best:
         tensors, best = student.tensors(), after
-    improved = best < before
-    return Trained(tensors, before, fitted, best if improved else after, improved)
+    if not best < before:
+        return Trained(dict(initial), before, fitted, after, improved=False, steps=student.steps)
+    return Trained(tensors, before, fitted, best, improved=True, steps=student.steps)

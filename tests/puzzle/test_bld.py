@@ -12,10 +12,11 @@ from storage.checkpoints import Checkpoint
 from storage.model_config import EMBEDDING
 from storage.records import Attention, Ffn
 from tasks.puzzle.assembly import initial_weights
-from tasks.puzzle.bld import Batch, Trained, distill_block, distill_whole, normalised_mse, rank_channels
+from tasks.puzzle.bld import Batch, Recipe, Trained, distill_block, distill_whole, rank_channels
 from tasks.puzzle.blocks import Block
 from tasks.puzzle.boundaries import boundaries
 from tasks.puzzle.initialise import Tensors, attention_part, ffn_part
+from tasks.puzzle.losses import LOSSES, cosine, normalised_mse, token_mse
 from tasks.puzzle.optimizer import BETAS, MasterWeights, Schedule
 from tasks.puzzle.rotary import rotary_for
 from tasks.puzzle.variants import parent_attention, parent_ffn
@@ -56,13 +57,88 @@ class Case:
 def distill(case: Case, *variants: Attention | Ffn) -> dict[Attention | Ffn, Trained]:
     """The variants trained from their initial weights."""
     starts = case.starts(*variants)
-    return distill_block(case.config, case.block, starts, starts, case.train, case.held_out, SCHEDULE)
+    return distill_block(
+        case.config, case.block, starts, starts, case.train, case.held_out, dict.fromkeys(starts, Recipe(SCHEDULE))
+    )
 
 
 def test_normalised_mse_by_hand() -> None:
     output, target = torch.tensor([[1.0, 2.0], [0.0, 4.0]]), torch.tensor([[1.0, 0.0], [2.0, 4.0]])
     assert float(normalised_mse(output, target)) == pytest.approx((0 + 4 + 4 + 0) / (1 + 0 + 4 + 16), rel=1e-6)
     assert float(normalised_mse(target, target)) == 0
+
+
+def test_losses_that_weigh_tokens_alike_by_hand() -> None:
+    """The second token is ten times as long, and as wrong in relation."""
+    output, target = torch.tensor([[3.0, 4.0], [0.0, 10.0]]), torch.tensor([[4.0, 3.0], [10.0, 0.0]])
+    assert float(token_mse(output, target)) == pytest.approx((2 / 25 + 200 / 100) / 2)
+    assert float(cosine(output, target)) == pytest.approx(((1 - 24 / 25) + 1) / 2)
+    for loss in (token_mse, cosine):
+        assert float(loss(target, target)) == pytest.approx(0, abs=1e-6)
+        scale = torch.tensor([[1.0], [100.0]])
+        assert float(loss(scale * output, scale * target)) == pytest.approx(float(loss(output, target)))
+    zero = torch.zeros(1, 2)
+    assert float(token_mse(zero, zero)) == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_is_what_training_lowers(name: str, tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    starts, loss = case.starts(*VARIANTS), LOSSES[name]
+    recipes = dict.fromkeys(starts, Recipe(SCHEDULE, loss))
+    trained = distill_block(case.config, case.block, starts, starts, case.train, case.held_out, recipes)
+    for variant, result in trained.items():
+        assert result.improved and result.loss_after < 0.99 * result.loss_before
+        student = whole_block(case, variant, result.tensors)
+        losses = [float(loss(student(x, rotary_for(case.config, 16, x)), y)) for x, y in case.held_out]
+        assert result.loss_after == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_a_variant_has_its_own_steps_and_rate_whatever_trains_beside_it(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    starts = case.starts(*VARIANTS)
+    short = Recipe(Schedule(num_steps=5, learning_rate=1e-3, warmup=0.25, weight_decay=0.0))
+    recipes = {variant: short if variant.kind == "linear" else Recipe(SCHEDULE) for variant in starts}
+    mixed = distill_block(case.config, case.block, starts, starts, case.train, case.held_out, recipes)
+    assert [result.steps for result in mixed.values()] == [5 if v.kind == "linear" else 12 for v in mixed]
+    for variant, result in mixed.items():
+        own, recipe = {variant: starts[variant]}, {variant: recipes[variant]}
+        alone = distill_block(case.config, case.block, own, own, case.train, case.held_out, recipe)[variant]
+        assert all(torch.equal(result.tensors[name], tensor) for name, tensor in alone.tensors.items())
+        assert alone.loss_after == result.loss_after
+
+
+def test_a_variant_stops_when_its_held_out_loss_no_longer_falls(tmp_path: Path) -> None:
+    """A rate so high that it only gets worse: two checks without a new lowest one end it; a calm one goes on."""
+    case = Case(tmp_path)
+    wild, calm = Attention("gqa", 1), Ffn("gated", 48)
+    starts = case.starts(wild, calm)
+    recipes: dict[Attention | Ffn, Recipe] = {
+        wild: Recipe(Schedule(12, 1.0, 0.0, 0.0), check_steps=2, patience=2),
+        calm: Recipe(SCHEDULE, check_steps=2, patience=2),
+    }
+    trained = distill_block(case.config, case.block, starts, starts, case.train, case.held_out, recipes)
+    assert trained[wild].steps < 12 and not trained[wild].improved
+    assert trained[calm].steps == 12
+    plain = distill_block(
+        case.config, case.block, starts, starts, case.train, case.held_out, dict.fromkeys(starts, Recipe(SCHEDULE))
+    )
+    assert trained[calm].loss_after <= plain[calm].loss_after
+
+
+def test_the_weights_of_the_lowest_check_are_kept(tmp_path: Path) -> None:
+    """A training that falls apart after its best check ends with that check's weights."""
+    case = Case(tmp_path)
+    variant = Ffn("gated", 48)
+    starts = case.starts(variant)
+    batches = [*case.train[:4], *((x, -50 * y) for x, y in case.train[4:])]  # what follows teaches nonsense
+    recipe = Recipe(Schedule(12, 3e-3, 0.0, 0.0), check_steps=4, patience=9)
+    kept = distill_block(case.config, case.block, starts, starts, batches, case.held_out, {variant: recipe})[variant]
+    assert kept.improved and kept.steps == 12
+    short = Recipe(Schedule(12, 3e-3, 0.0, 0.0))
+    four = distill_block(case.config, case.block, starts, starts, batches[:4], case.held_out, {variant: short})[variant]
+    assert kept.loss_after == four.loss_after
+    assert all(torch.equal(kept.tensors[name], tensor) for name, tensor in four.tensors.items())
 
 
 def test_normalised_mse_of_bf16_is_summed_in_float32() -> None:
@@ -89,7 +165,7 @@ def test_training_lowers_the_held_out_loss_of_every_variant(family: str, tmp_pat
     assert trained.keys() == set(VARIANTS)
     for variant, result in trained.items():
         assert result.improved, variant
-        assert result.loss_after < 0.98 * result.loss_before
+        assert result.loss_after < 0.99 * result.loss_before
         assert result.tensors.keys() == case.start(variant).keys()
         for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
             assert norm not in result.tensors or torch.equal(result.tensors[norm], case.block[norm])
@@ -109,17 +185,20 @@ def test_training_equals_a_plain_loop_over_a_whole_block(family: str, variant: A
         torch.testing.assert_close(tensor, expected[name], atol=0.01 * SCHEDULE.learning_rate, rtol=1e-4)
 
 
+def whole_block(case: Case, variant: Attention | Ffn, own: Tensors) -> Block:
+    """The parent's block with one half replaced."""
+    if isinstance(variant, Attention):
+        block, rest = Block(case.config, variant, parent_ffn(case.config)), ffn_part(case.block)
+    else:
+        block, rest = Block(case.config, parent_attention(case.config), variant), attention_part(case.block)
+    block.load_state_dict({**own, **rest})
+    return block
+
+
 def plain_loop(case: Case, variant: Attention | Ffn) -> tuple[Mapping[str, Tensor], float]:
     """One variant in a whole block, trained by torch.optim.AdamW alone; its tensors and held-out loss."""
-    attention, ffn = parent_attention(case.config), parent_ffn(case.config)
-    trainable: nn.Module
-    if isinstance(variant, Attention):
-        student = Block(case.config, variant, ffn)
-        tensors, trainable = case.start(variant) | ffn_part(case.block), student.self_attn
-    else:
-        student = Block(case.config, attention, variant)
-        tensors, trainable = attention_part(case.block) | case.start(variant), student.mlp
-    student.load_state_dict(tensors)
+    student = whole_block(case, variant, case.start(variant))
+    trainable: nn.Module = student.self_attn if isinstance(variant, Attention) else student.mlp
     optimizer = torch.optim.AdamW(
         list(trainable.parameters()), lr=SCHEDULE.learning_rate, betas=BETAS, weight_decay=0.1
     )
@@ -153,7 +232,9 @@ def test_the_parent_and_the_starts_are_left_as_they_were(tmp_path: Path) -> None
     starts = case.starts(*VARIANTS)
     copies = {variant: {name: tensor.clone() for name, tensor in start.items()} for variant, start in starts.items()}
     parent = {name: tensor.clone() for name, tensor in case.block.items()}
-    trained = distill_block(case.config, case.block, starts, starts, case.train, case.held_out, SCHEDULE)
+    trained = distill_block(
+        case.config, case.block, starts, starts, case.train, case.held_out, dict.fromkeys(starts, Recipe(SCHEDULE))
+    )
     assert all(torch.equal(tensor, case.block[name]) for name, tensor in parent.items())
     assert all(torch.equal(t, starts[variant][name]) for variant, copy in copies.items() for name, t in copy.items())
     assert not any(tensor.requires_grad for result in trained.values() for tensor in result.tensors.values())
@@ -165,7 +246,15 @@ def test_steps_begin_with_the_better_start(tmp_path: Path) -> None:
     worse = {v: {name: tensor * 1.5 for name, tensor in start.items()} for v, start in starts.items()}
     expected = distill(case, *VARIANTS)
     for initial, fitted in ((starts, worse), (worse, starts)):
-        trained = distill_block(case.config, case.block, initial, fitted, case.train, case.held_out, SCHEDULE)
+        trained = distill_block(
+            case.config,
+            case.block,
+            initial,
+            fitted,
+            case.train,
+            case.held_out,
+            dict.fromkeys(initial, Recipe(SCHEDULE)),
+        )
         for variant, result in trained.items():
             assert (result.loss_before < result.loss_fitted) == (initial is starts)
             assert min(result.loss_before, result.loss_fitted) == expected[variant].loss_before
@@ -176,7 +265,7 @@ def test_a_span_of_one_block_is_that_block(tmp_path: Path) -> None:
     case = Case(tmp_path)
     other = {name: tensor + 0.01 for name, tensor in case.block.items()}
     for blocks, start in (([case.block, other], 0), ([other, case.block], 1)):
-        trained, found = distill_whole(case.config, blocks, case.train, case.held_out, SCHEDULE)
+        trained, found = distill_whole(case.config, blocks, case.train, case.held_out, Recipe(SCHEDULE))
         assert found == start
         assert trained.loss_before == 0
         assert not trained.improved
@@ -201,7 +290,7 @@ def test_a_whole_block_learns_two_as_a_plain_loop_teaches_it(tmp_path: Path) -> 
             return float(sum(normalised_mse(block(x, rotary), y) for x, y in held_out) / len(held_out))
 
     alone = [loss(Block.load(case.config, *kind, of)) for of in pair]
-    trained, start = distill_whole(case.config, pair, train, held_out, SCHEDULE)
+    trained, start = distill_whole(case.config, pair, train, held_out, Recipe(SCHEDULE))
     assert start == alone.index(min(alone))
     assert trained.loss_before == pytest.approx(min(alone), rel=1e-5)
     assert trained.loss_after < 0.98 * trained.loss_before
@@ -220,7 +309,9 @@ def test_a_whole_block_learns_two_as_a_plain_loop_teaches_it(tmp_path: Path) -> 
 def assert_kept(case: Case, train: list[Batch], schedule: Schedule) -> dict[Attention | Ffn, float]:
     """Every variant keeps its start and says so; their losses after training."""
     starts = case.starts(*VARIANTS)
-    trained = distill_block(case.config, case.block, starts, starts, train, case.held_out, schedule)
+    trained = distill_block(
+        case.config, case.block, starts, starts, train, case.held_out, dict.fromkeys(starts, Recipe(schedule))
+    )
     for variant, result in trained.items():
         assert not result.improved
         assert not result.loss_after < result.loss_before
@@ -276,7 +367,9 @@ def test_masters_train_only_what_is_trainable() -> None:
 def test_a_variant_that_is_the_parent_has_nothing_to_gain(tmp_path: Path) -> None:
     case = Case(tmp_path)
     starts = case.starts(parent_attention(case.config), parent_ffn(case.config))
-    trained = distill_block(case.config, case.block, starts, starts, case.train, case.held_out, SCHEDULE)
+    trained = distill_block(
+        case.config, case.block, starts, starts, case.train, case.held_out, dict.fromkeys(starts, Recipe(SCHEDULE))
+    )
     for result in trained.values():
         assert result.loss_before < 1e-12  # squares of float32 rounding
         assert not result.improved or result.loss_after < result.loss_before
@@ -287,12 +380,16 @@ def test_the_best_of_start_fit_and_steps_is_kept(tmp_path: Path) -> None:
     case = Case(tmp_path)
     good = {variant: result.tensors for variant, result in distill(case, *VARIANTS).items()}
     starts, diverging = case.starts(*VARIANTS), Schedule(12, learning_rate=1.0, warmup=0, weight_decay=0)
-    results = distill_block(case.config, case.block, starts, good, case.train, case.held_out, diverging)
+    results = distill_block(
+        case.config, case.block, starts, good, case.train, case.held_out, dict.fromkeys(starts, Recipe(diverging))
+    )
     for variant, result in results.items():
         assert result.improved
         assert result.loss_after == result.loss_fitted < result.loss_before
         assert all(torch.equal(result.tensors[name], tensor) for name, tensor in good[variant].items())
-    results = distill_block(case.config, case.block, good, starts, case.train, case.held_out, diverging)
+    results = distill_block(
+        case.config, case.block, good, starts, case.train, case.held_out, dict.fromkeys(good, Recipe(diverging))
+    )
     for variant, result in results.items():
         assert not result.improved
         assert result.loss_before < result.loss_fitted

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from storage.records import Attention, Ffn
-from tasks.puzzle.bld import distill_block
+from tasks.puzzle.bld import Recipe, distill_block
 from tasks.puzzle.blocks import Block, GatedFfn, GroupedQueryAttention
 from tasks.puzzle.initialise import Tensors, attention_part, ffn_part
 from tasks.puzzle.least_squares import fit_outputs
@@ -98,7 +98,9 @@ def test_steps_go_on_from_the_fit(tmp_path: Path) -> None:
     case = Case(tmp_path)
     starts, fitted = case.starts(*VARIANTS), fit(case, *VARIANTS)
     schedule = Schedule(num_steps=12, learning_rate=1e-3, warmup=0.25, weight_decay=0.0)
-    trained = distill_block(case.config, case.block, starts, fitted, case.train, case.held_out, schedule)
+    trained = distill_block(
+        case.config, case.block, starts, fitted, case.train, case.held_out, dict.fromkeys(starts, Recipe(schedule))
+    )
     for variant, result in trained.items():
         assert result.loss_fitted != result.loss_before
         best = min(result.loss_fitted, result.loss_before)

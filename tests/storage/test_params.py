@@ -118,7 +118,10 @@ def test_a_key_like_no_other_lists_the_known_ones() -> None:
         ({"distill_blocks": {"ffn_ratios": 0.5}}, "distill_blocks.ffn_ratios: Input should be a valid tuple"),
         ({"measure_costs": {"batches": [8, 0]}}, "measure_costs.batches.1: Input should be greater than or equal to 1"),
         ({"measure_costs": {"scenarios": ["128x128"]}}, "measure_costs.scenarios.0: String should match pattern"),
-        ({"cache_activations": {"mode": "rolling"}}, "cache_activations.mode: Input should be 'materialised'"),
+        (
+            {"cache_activations": {"mode": "roling"}},
+            "cache_activations.mode: Input should be 'materialised' or 'rolling'",
+        ),
         ({"prepare_corpus": {"sources": []}}, "prepare_corpus.sources: Tuple should have at least 1 item"),
         (
             {"measure_accuracy": {"tasks": [{"name": "own", "prompt": "{question"}]}},

@@ -17,8 +17,8 @@ from storage.paths import Paths
 from storage.records import Attention
 from tasks.cache_activations import plan_shards
 from tasks.distill_blocks import plan_blocks, train_block, trained_variants
-from tasks.puzzle.bld import normalised_mse
 from tasks.puzzle.blocks import Block
+from tasks.puzzle.losses import normalised_mse
 from tasks.puzzle.rotary import rotary_for
 from tasks.puzzle.variants import parent_attention, parent_ffn
 from tests.settings import SEQ_LEN, tiny_params
@@ -126,7 +126,55 @@ def test_another_learning_rate_retrains_all_but_caches_nothing(finished: tuple[P
     params = tiny_params(distill_blocks={"learning_rate": 3e-3})
     assert plan_shards.fn(params, paths) == []
     assert planned_variants(params, paths) == ALL_ENTRIES
-    assert checksums(paths.library) == {}, "nothing stale stays"
+    left = {Path(name).name for name in checksums(paths.library)}
+    assert left == {"channel_order.safetensors", *(f"block_{i:03d}.channel_order.json" for i in range(3))}
+
+
+@pytest.mark.parametrize(
+    ("override", "retrained"),
+    [
+        ({"learning_rates": {"gqa": 3e-3}}, {"kv_1"}),
+        ({"learning_rates": {"linear": 3e-3, "whole": 3e-3}}, set()),
+        ({"variant_tokens": {"ffn_48": 16 * SEQ_LEN}}, {"ffn_48"}),
+        ({"variant_tokens": {"ffn_24": 40 * SEQ_LEN}}, {"ffn_24"}),
+        ({"loss": "token_mse"}, set(VARIANTS)),
+        ({"check_steps": 2}, set(VARIANTS)),
+    ],
+)
+def test_a_recipe_retrains_what_it_is_for(
+    override: dict[str, Any], retrained: set[str], finished: tuple[Params, Paths]
+) -> None:
+    """And leaves every other byte as it was, though the longest variant decides which batches there are."""
+    _, paths = finished
+    before = checksums(paths.library)
+    params = tiny_params(distill_blocks=override, distill_child={"tokens": 8 * SEQ_LEN})
+    assert set(distill(params, paths)) == {name for name in ALL_ENTRIES if name.partition(".")[2] in retrained}
+    after = checksums(paths.library)
+    same = {name for name in before if before[name] == after[name]}
+    assert len(before) - len(same) >= 3 * len(retrained)
+    of_others = {
+        f"block_{i:03d}/{name}.safetensors" for i in range(3) for name in {*VARIANTS, "channel_order"} - retrained
+    }
+    assert of_others <= same
+    tokens = {row["variant"]: row["tokens"] for row in index_rows(paths)}
+    for variant in VARIANTS:
+        assert tokens[variant] == override.get("variant_tokens", {}).get(variant, 32 * SEQ_LEN)
+
+
+def test_a_variant_that_stopped_early_has_fewer_tokens_in_the_index(finished: tuple[Params, Paths]) -> None:
+    _, paths = finished
+    params = tiny_params(distill_blocks={"check_steps": 1, "patience": 1, "learning_rates": {"gqa": 1.0}})
+    distill(params, paths)
+    rows = [row for row in index_rows(paths) if row["variant"] == "kv_1"]
+    assert {row["tokens"] for row in rows} == {4 * SEQ_LEN}
+    assert all(row["loss_after"] == row["loss_fitted"] for row in rows if row["weights"] == "decoupled")
+
+
+def test_tokens_of_a_variant_that_is_none_are_refused(finished: tuple[Params, Paths]) -> None:
+    _, paths = finished
+    params = tiny_params(distill_blocks={"variant_tokens": {"kv_3": 16 * SEQ_LEN}})
+    with pytest.raises(InputError, match="variant_tokens names 'kv_3', the library has kv_1, ffn_48, ffn_24, whole"):
+        plan_blocks.fn(params, paths)
 
 
 @pytest.mark.parametrize(
