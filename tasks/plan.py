@@ -93,7 +93,8 @@ def _rates(config: ModelConfig, params: Params, folder: Path) -> tuple[Rates, st
     if params.run.device.startswith("cuda") and not torch.cuda.is_available():
         device = device_named(params.benchmark_throughput.hardware)
         flops = _OF_PEAK * device.peak_flops["bfloat16"]
-        rates = Rates(flops, flops, _OF_BANDWIDTH * device.memory_bandwidth, _disk(folder), _start())
+        float32 = _OF_PEAK * device.peak_flops["float32"]
+        rates = Rates(flops, flops, float32, _OF_BANDWIDTH * device.memory_bandwidth, _disk(folder), _start())
         return rates, f"{device.description} ({_OF_PEAK:.0%} of the data sheet's bfloat16 peak, assumed, not timed)"
     device_here = compute(params.run.device, params.run.dtype, params.run.threads)
     return calibrate(config, params, device_here, folder), f"{machine(device_here.device)}, rates timed just now"
@@ -174,6 +175,7 @@ def calibrate(config: ModelConfig, params: Params, device: Compute, folder: Path
     return Rates(
         block_flops=_together(workers, threads, lambda: _blocks(timed, tokens, device)),
         head_flops=_together(workers, threads, lambda: _heads(timed.hidden_size, vocabulary, device)),
+        float32_flops=_together(workers, threads, lambda: _products(timed.intermediate_size, device)),
         memory_bytes_per_s=_together(1, threads, lambda: _memory(device)),
         disk_bytes_per_s=_disk(folder),
         start_seconds=_start(),
@@ -246,6 +248,14 @@ def _heads(hidden_size: int, vocabulary: int, device: Compute) -> Iterator[float
         while True:
             compare_with_parent(head, tokens, parent, children)
             yield _synchronised(device, (2 + _CHILDREN) * 256 * 2.0 * hidden_size * vocabulary)
+
+
+def _products(width: int, device: Compute) -> Iterator[float]:
+    """FLOPs of a Gram matrix in float32, as the closed-form start sums them up."""
+    features = torch.randn(2_048, width, device=device.device)
+    while True:
+        features.T @ features
+        yield _synchronised(device, 2.0 * 2_048 * width**2)
 
 
 def _memory(device: Compute) -> Iterator[float]:

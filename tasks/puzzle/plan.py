@@ -18,10 +18,11 @@ _CHECKPOINTED = 4 * _MASTER_BYTES // 3  # and the best weights so far
 
 @dataclass(frozen=True)
 class Rates:
-    """A machine: FLOP/s of all workers together in blocks and in the head, bytes/s of memory and of disk, seconds."""
+    """A machine: FLOP/s of all workers together in blocks, in the head and in float32 products, bytes/s, seconds."""
 
     block_flops: float
     head_flops: float
+    float32_flops: float
     memory_bytes_per_s: float
     disk_bytes_per_s: float
     start_seconds: float
@@ -151,15 +152,17 @@ class Planner:
         *,
         blocks: float = 0.0,
         head: float = 0.0,
+        float32: float = 0.0,
         streamed: float = 0.0,
         moved: float = 0.0,
         memory: float = 0.4e9,
         disk: float = 0.0,
         starts: float = 1.0,
     ) -> Estimate:
-        """From operations in blocks and head, bytes through memory, bytes through the disk."""
+        """From operations in blocks, head and float32 products, bytes through memory, bytes through the disk."""
         rates = self._rates
-        seconds = blocks / rates.block_flops + head / rates.head_flops + streamed / rates.memory_bytes_per_s
+        seconds = blocks / rates.block_flops + head / rates.head_flops + float32 / rates.float32_flops
+        seconds += streamed / rates.memory_bytes_per_s
         seconds += moved / rates.disk_bytes_per_s + starts * rates.start_seconds
         return Estimate(stage, seconds, memory + 0.6e9, disk)
 
@@ -207,14 +210,14 @@ class Planner:
         up = 2.0 * self._ffn / 3  # gate and up projections
         all_ffns = sum(map(self._ffn_flops, ffns))
         all_attentions = sum(self._attention_flops(of) + self._ffn for of in attentions)
-        flops = work.importance_tokens * (self._attend + up)
+        flops, float32 = work.importance_tokens * (self._attend + up), 0.0
         if work.fit_tokens:
-            moments = sum(self._attention_flops(of) + 2.0 * heads * (heads + config.hidden_size) for of in attentions)
-            flops += work.fit_tokens * (self._attend + moments + up + 2.0 * width**2)
+            flops += work.fit_tokens * (self._attend + sum(map(self._attention_flops, attentions)) + up)
+            moments = len(attentions) * 2.0 * heads * (heads + config.hidden_size) + 2.0 * width**2
             solved = (
                 w**3 / 3 + 2.0 * w * config.hidden_size * (w + width) for w in (of.intermediate_size for of in ffns)
             )
-            flops += 2.0 * sum(solved)  # float64 runs at half the rate
+            float32 = work.fit_tokens * moments + 2.0 * sum(solved)  # float64 runs at half the rate
         backward = 2.4  # of the forward: gradients of weights, and of inputs where something before them trains
         flops += work.bld_tokens * (self._attend + (1 + backward) * (all_ffns + 0.8 * all_attentions))
         flops += 3 * work.bld_held_out_tokens * (self._attend + all_ffns + all_attentions)
@@ -228,6 +231,7 @@ class Planner:
         return self._estimate(
             "distill_blocks",
             blocks=self._in_order(places * flops + spans * whole, self._bld_read),
+            float32=places * float32 * (work.workers if work.rolling else 1),
             streamed=places * steps * params * 3 * _MASTER_BYTES,
             moved=3 * library,
             memory=work.workers * (params * (_MASTER_BYTES + 3 * work.compute_bytes) + 3 * 8.0 * width**2),

@@ -23,7 +23,14 @@ CONFIG = ModelConfig.from_hf(
     },
     "tiny",
 )
-RATES = Rates(block_flops=1.0, head_flops=1e30, memory_bytes_per_s=1e30, disk_bytes_per_s=1e30, start_seconds=0.0)
+RATES = Rates(
+    block_flops=1.0,
+    head_flops=1e30,
+    float32_flops=1e30,
+    memory_bytes_per_s=1e30,
+    disk_bytes_per_s=1e30,
+    start_seconds=0.0,
+)
 WORK = Work(
     seq_len=4,
     train_tokens=16,
@@ -76,6 +83,14 @@ def test_operations_by_hand() -> None:
     assert found["report"] == pytest.approx(0.0)
 
 
+def test_the_closed_form_start_by_hand() -> None:
+    """In float32 the FFN's Gram matrix of 16 channels; at half that rate its solution for width 8 and 8 outputs."""
+    rates = replace(RATES, block_flops=1e30, float32_flops=1.0)
+    found = estimates(replace(WORK, fit_tokens=4), rates)["distill_blocks"].seconds
+    assert found == pytest.approx(3 * (4 * 2 * 16**2 + 2 * (8**3 / 3 + 2 * 8 * 8 * (8 + 16))))
+    assert estimates(rates=rates)["distill_blocks"].seconds == pytest.approx(0)
+
+
 def test_spans_by_hand() -> None:
     before, after = estimates(), estimates(replace(WORK, spans=(2,)))
     # two spans: the whole block, one narrow FFN and two no-ops of each, on 4 tokens, through 2 + 1 blocks
@@ -120,7 +135,7 @@ def test_bytes_by_hand() -> None:
     ],
 )
 def test_more_tokens_cost_more_where_they_are_used_and_nowhere_else(field: str, stages: set[str]) -> None:
-    rates = Rates(1.0, 1.0, 1.0, 1.0, 1.0)
+    rates = Rates(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
     before = estimates(rates=rates)
     after = estimates(replace(WORK, **{field: getattr(WORK, field) + 400}), rates)
     assert {name for name in before if after[name] != before[name]} == stages

@@ -45,7 +45,7 @@ def test_every_stage_of_the_demo_is_planned(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_70b_is_planned_from_its_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From given rates: a laptop without bfloat16 instructions takes minutes for one block in it."""
-    monkeypatch.setattr(planning, "calibrate", lambda *_: Rates(1e11, 1e11, 1e10, 1e9, 5.0))
+    monkeypatch.setattr(planning, "calibrate", lambda *_: Rates(1e11, 1e11, 1e11, 1e10, 1e9, 5.0))
     monkeypatch.chdir(ROOT)
     params = with_profile(load(), ROOT / "params/llama-3.1-70b.yaml")
     on_cpu = params.model_copy(update={"run": params.run.model_copy(update={"device": "cpu"})})
