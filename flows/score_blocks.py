@@ -13,9 +13,8 @@ from tasks.machine import on_this_machine
 def score_blocks(params: Params, paths: Paths) -> None:
     """Score what is missing, then write the table."""
     params = on_this_machine(params)
-    groups = tasks.plan_groups(params, paths)
-    in_order = params.cache_activations.rolling
-    run_pieces(tasks.score_jobs, groups, params, paths, unit="group", in_order=in_order)
+    while groups := tasks.plan_groups(params, paths):  # more than once where tokens adapt
+        run_pieces(tasks.score_jobs, groups, params, paths, unit="group", in_order=params.cache_activations.rolling)
     tasks.write_score_table(params, paths)
 
 

@@ -185,8 +185,25 @@ class ScoreBlocks(Section):
 
     tokens: int = Field(2_048, ge=1, description="Calibration tokens for trained weights.")
     initial_tokens: int = Field(1_024, ge=0, description="Calibration tokens for initial weights; 0 skips them.")
+    relative_error: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="A replacement needs no more tokens once the standard error of its KL is at most this share of it; "
+        "0: all take all tokens.",
+    )
+    drop_dominated: bool = Field(
+        False,
+        description="Whether a variant needs no more tokens once another of its subblock, no larger, has a KL that is "
+        "lower by more than two standard errors of the difference.",
+    )
     blocks_per_group: int = Field(3, ge=1, description="Blocks whose replacements go through the parent together.")
     sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether some replacements take fewer tokens than others."""
+        return self.relative_error > 0 or self.drop_dominated
 
 
 class MeasureCosts(Section):

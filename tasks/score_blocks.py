@@ -3,6 +3,9 @@
 A row is (replacement, weights, sequence). Rows are kept under keys of content in one record for each (block, batch of
 sequences), so more tokens or another variant add rows and never recompute the others. The *group* (neighbouring blocks
 on one batch) that goes through the parent together is scheduling only.
+
+Where params let tokens adapt, batches are scored in turn, and a replacement whose score is settled or beaten
+(tasks/puzzle/stopping.py) takes part in no further one; the table has the rows that were asked for until then.
 """
 
 from collections.abc import Iterator
@@ -17,11 +20,11 @@ from storage.corpus import Tokens, read_sequences
 from storage.files import digest_of
 from storage.library import Library, channel_order_name, entry_name, whole_name
 from storage.model_config import ModelConfig
-from storage.params import Params
+from storage.params import Params, ScoreBlocks
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.pieces import Pieces, code_digest
-from storage.records import Attention, Ffn, Replacement, ScoreRow, Weights
+from storage.records import Attention, Component, Ffn, Replacement, ScoreRow, Weights
 from storage.tables import write_scores
 from tasks.activations import Activations, clear
 from tasks.puzzle.device import compute
@@ -29,7 +32,14 @@ from tasks.puzzle.evaluation import per_sequence
 from tasks.puzzle.head import Head, TokenLosses
 from tasks.puzzle.initialise import Tensors
 from tasks.puzzle.scoring import Candidate, score_group
-from tasks.puzzle.variants import attention_variants, ffn_variants, parent_attention, parent_ffn
+from tasks.puzzle.stopping import Contender, is_dominated, is_settled
+from tasks.puzzle.variants import (
+    attention_variants,
+    component_sizes,
+    ffn_variants,
+    parent_attention,
+    parent_ffn,
+)
 from tasks.replacements import Replacements
 
 REBUILD = "dvc repro score_blocks"
@@ -63,20 +73,74 @@ class Group:
 
 @task(cache_policy=NO_CACHE)
 def plan_groups(params: Params, paths: Paths) -> list[Group]:
-    """Groups with rows still to compute, in the parent's order; finished rows stay, strangers are deleted."""
+    """Groups to compute next, in the parent's order, none when the table is complete; strangers are deleted.
+
+    Where tokens adapt, these are of one batch: what it tells decides who takes part in the one behind it.
+    """
     jobs = list(_jobs(params, paths))
     pieces = Pieces(paths.score_pieces, REBUILD)
     pieces.keep_only(dict.fromkeys((job.record for job in jobs), ""))
-    done = {(name, key) for name in pieces.names() for key in pieces.get(name)["facts"]}
     size = params.score_blocks.blocks_per_group
     if params.cache_activations.rolling:  # a group starts at boundaries that are on disk together
         size = min(size, 1 + max((1, *params.distill_blocks.spans)))
     groups: dict[tuple[int, int], list[Job]] = {}
-    for job in jobs:
-        if (job.record, job.key) not in done:
+    for job, rows in _wanted(jobs, params, paths):
+        if rows is None:
             place = job.replacement.first_block // size * size, job.batch
             groups.setdefault(place, []).append(job)
     return [Group(*place, tuple(members)) for place, members in sorted(groups.items())]
+
+
+def _wanted(jobs: list[Job], params: Params, paths: Paths) -> list[tuple[Job, list[ScoreRow] | None]]:
+    """Jobs that take part and their rows, None where they are still to compute, up to the first batch that decides."""
+    pieces, settings = Pieces(paths.score_pieces, REBUILD), params.score_blocks
+    found = {
+        (name, key): [ScoreRow(**row) for row in rows]
+        for name in pieces.names()
+        for key, rows in pieces.get(name)["facts"].items()
+    }
+    told = {job: found.get((job.record, job.key)) for job in jobs}
+    if not settings.adapts:
+        return list(told.items())
+    race, wanted = _Race(Parent(paths.parent).config, settings), set()
+    for batch in sorted({job.batch for job in jobs}):
+        running = [job for job in jobs if job.batch == batch and (job.replacement, job.weights) not in race.stopped]
+        wanted.update(running)
+        if any(told[job] is None for job in running):
+            break
+        race.go_on({(job.replacement, job.weights): told[job] or [] for job in running})
+    return [(job, rows) for job, rows in told.items() if job in wanted]
+
+
+class _Race:
+    """Replacements batch after batch: which have been scored enough."""
+
+    def __init__(self, config: ModelConfig, settings: ScoreBlocks) -> None:
+        self._config, self._settings = config, settings
+        self._kl: dict[tuple[Replacement, Weights], tuple[float, ...]] = {}
+        self.stopped: set[tuple[Replacement, Weights]] = set()
+
+    def go_on(self, rows: dict[tuple[Replacement, Weights], list[ScoreRow]]) -> None:
+        """Take the rows of a batch, and see who need not go on."""
+        for of, new in rows.items():
+            self._kl[of] = (*self._kl.get(of, ()), *(row.kl for row in new))
+        settled = {of for of, kl in self._kl.items() if is_settled(kl, self._settings.relative_error)}
+        self.stopped |= settled | (self._dominated() if self._settings.drop_dominated else set())
+
+    def _dominated(self) -> set[tuple[Replacement, Weights]]:
+        """Of the variants that a child may get: trained ones, and no-ops."""
+        found: set[tuple[Replacement, Weights]] = set()
+        groups: dict[tuple[int, int, bool], dict[tuple[Replacement, Weights], Contender]] = {}
+        for (replacement, weights), kl in self._kl.items():
+            changed = _changed(replacement, self._config)
+            if changed is not None and (weights == "decoupled" or changed.kind == "no_op"):
+                component: Component = "attention" if isinstance(changed, Attention) else "ffn"
+                sizes = component_sizes(self._config, component, changed.name, "bfloat16")
+                group = groups.setdefault((replacement.first_block, replacement.span, component == "ffn"), {})
+                group[replacement, weights] = Contender(sizes.params, sizes.kv_bytes_per_token, kl)
+        for group in groups.values():
+            found |= {of for of, contender in group.items() if is_dominated(contender, group.values())}
+        return found
 
 
 def _jobs(params: Params, paths: Paths) -> Iterator[Job]:
@@ -220,11 +284,9 @@ def _rows(job: Job, losses: TokenLosses, sequences: range) -> Iterator[ScoreRow]
 @task(cache_policy=NO_CACHE)
 def write_score_table(params: Params, paths: Paths) -> None:
     """Write scores.parquet from the records, in the order of blocks and variants. A window of boundaries goes."""
-    pieces = Pieces(paths.score_pieces, REBUILD)
-    rows = []
-    for job in _jobs(params, paths):
-        found = pieces.get(job.record)["facts"].get(job.key)
-        assert found is not None, job
-        rows += [ScoreRow(**row) for row in found]
-    write_scores(paths.scores, rows)
+    table = []
+    for job, rows in _wanted(list(_jobs(params, paths)), params, paths):
+        assert rows is not None, job
+        table += rows
+    write_scores(paths.scores, table)
     clear(paths)

@@ -74,11 +74,13 @@ def assemble(params: Params, paths: Paths, variants: list[tuple[str, str]]) -> N
 
 def score(params: Params, paths: Paths) -> list[score_blocks.Job]:
     """Run score_blocks; the jobs that it computed."""
-    groups = score_blocks.plan_groups.fn(params, paths)
-    for group in groups:
-        score_blocks.score_jobs.fn(group, params, paths)
+    jobs: list[score_blocks.Job] = []
+    while groups := score_blocks.plan_groups.fn(params, paths):
+        for group in groups:
+            score_blocks.score_jobs.fn(group, params, paths)
+            jobs += group.jobs
     score_blocks.write_score_table.fn(params, paths)
-    return [job for group in groups for job in group.jobs]
+    return jobs
 
 
 def benchmark(params: Params, paths: Paths, target: str) -> None:

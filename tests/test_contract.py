@@ -60,6 +60,7 @@ PUZZLE_WITHOUT_TORCH = {
     "bounds",
     "plan",
     "score_rule",
+    "stopping",
     "runtimes",
     "model_card",
     "corpora",

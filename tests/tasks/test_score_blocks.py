@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from storage.library import Library, channel_order_name, entry_name
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import ScoreRow
+from storage.records import Attention, Ffn, Replacement, ScoreRow
 from storage.tables import read_scores
 from tasks.puzzle.assembly import compose, initial_weights
 from tasks.puzzle.initialise import Tensors
@@ -151,6 +152,79 @@ def test_more_tokens_append_and_leave_the_old_rows_as_they_are(finished: tuple[P
     new = read_scores(paths.scores)
     assert [row for row in new if row in set(old)] == list(old)
     assert len(new) == 3 * (3 * 8 + 3 * 4 + 2 * 8)
+
+
+ALL = {"tokens": 10 * SEQ_LEN, "initial_tokens": 10 * SEQ_LEN}
+
+
+def by_replacement(paths: Paths) -> dict[tuple[Replacement, str], list[ScoreRow]]:
+    """Rows of each replacement and weights, in the order of sequences."""
+    found: dict[tuple[Replacement, str], list[ScoreRow]] = {}
+    for row in sorted(read_scores(paths.scores), key=lambda row: row.sequence_shard):
+        found.setdefault((row.replacement, row.weights), []).append(row)
+    return found
+
+
+@pytest.mark.parametrize("relative_error", [0.9, 0.2, 0.05])
+def test_settled_replacements_take_no_more_tokens(relative_error: float, finished: tuple[Params, Paths]) -> None:
+    """Against the table on all tokens: each stops at the first pair of sequences where its error is small enough."""
+    _, paths = finished
+    score(tiny_params(score_blocks=ALL), paths)
+    whole = by_replacement(paths)
+    params = tiny_params(score_blocks={**ALL, "relative_error": relative_error})
+    assert score(params, paths) == []  # all of it is there already
+    for key, rows in by_replacement(paths).items():
+        kl = [row.kl for row in whole[key]]
+        enough = [n for n in (4, 6, 8) if stdev(kl[:n]) / n**0.5 <= relative_error * fmean(kl[:n])]
+        assert rows == whole[key][: enough[0] if enough else 10]
+    adapted = paths.scores.read_bytes()
+    shutil.rmtree(paths.score_pieces)
+    assert len(score(params, paths)) == len(read_scores(paths.scores)) / 2  # nothing else was computed
+    assert paths.scores.read_bytes() == adapted
+
+
+def test_beaten_variants_take_no_more_tokens(finished: tuple[Params, Paths]) -> None:
+    """A wider FFN that a narrower one beats, say: here initial weights in place of the trained wide ones."""
+    _, paths = finished
+    params = tiny_params(score_blocks={**ALL, "drop_dominated": True})
+    library = Library(paths.library)
+    spoilt = entry_name(1, Ffn("gated", 48))
+    tensors = {name: 3 * tensor for name, tensor in library.read(spoilt).items()}
+    library.pieces.finish(spoilt, "", [library.write(spoilt, tensors)], library.pieces.get(spoilt)["facts"])
+    score(params, paths)
+    taken = {(key[0].name, key[1]): len(rows) for key, rows in by_replacement(paths).items()}
+    ended = {name for (name, weights), count in taken.items() if count < 10 and weights == "decoupled"}
+    assert Replacement(1, 1, Attention("gqa", 2), Ffn("gated", 48)).name in ended
+    assert all(count == 10 for (name, weights), count in taken.items() if weights == "initial" and "no_op" not in name)
+    _assert_dominated_ones_are_beaten(by_replacement(paths))
+
+
+def _assert_dominated_ones_are_beaten(rows: dict[tuple[Replacement, str], list[ScoreRow]]) -> None:
+    """Whoever stopped has a narrower rival with a lower mean on the same sequences."""
+    for (of, weights), own in rows.items():
+        if len(own) == 10 or weights != "decoupled":
+            continue
+        rivals = [
+            other
+            for (rival, _), other in rows.items()
+            if (rival.first_block, rival != of) == (of.first_block, True)
+            and rival.attention.num_kv_heads <= of.attention.num_kv_heads
+            and rival.ffn.intermediate_size <= of.ffn.intermediate_size
+        ]
+        assert any(fmean(r.kl for r in own) > fmean(r.kl for r in other[: len(own)]) for other in rivals), of
+
+
+def test_a_killed_adaptive_run_ends_with_the_same_table(finished: tuple[Params, Paths]) -> None:
+    _, paths = finished
+    params = tiny_params(score_blocks={**ALL, "relative_error": 0.2, "drop_dominated": True})
+    score(params, paths)
+    whole = paths.scores.read_bytes()
+    shutil.rmtree(paths.score_pieces)
+    paths.scores.unlink()
+    for group in plan_groups.fn(params, paths)[:2]:
+        score_jobs.fn(group, params, paths)
+    score(params, paths)
+    assert paths.scores.read_bytes() == whole
 
 
 def test_fewer_tokens_are_a_part_of_the_table(finished: tuple[Params, Paths]) -> None:
