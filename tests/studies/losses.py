@@ -1,0 +1,84 @@
+"""What BLD should lower: three losses, three seeds, judged by the scores that their variants get.
+
+Run: `python -m tests.studies.losses` where artifacts/ holds a parent, its corpus and its cache. For each loss and
+seed the whole library is trained as params say, in a scratch folder, and scored on the tokens that params give to
+trained weights. A row per loss: the mean score over blocks and seeds of attention and of FFN variants, and the sum of
+all scores as a mean over seeds with its standard deviation; then the loss with the lower score, block by block.
+"""
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from storage.params import Params, load
+from storage.parent import Parent
+from storage.paths import Paths
+from storage.records import Replacement
+from storage.tables import read_scores
+from tasks import distill_blocks, score_blocks
+from tasks.machine import on_this_machine
+from tasks.puzzle.losses import LOSSES
+from tasks.puzzle.score_rule import Scores
+from tasks.puzzle.variants import parent_attention
+
+SEEDS = (0, 1, 2)
+
+
+def scores_of(loss: str, seed: int, params: Params, paths: Paths) -> dict[Replacement, float]:
+    """Score of every trained variant, nats/token."""
+    bld = params.distill_blocks.model_copy(update={"loss": loss})
+    score = params.score_blocks.model_copy(update={"initial_tokens": 0})
+    run = params.run.model_copy(update={"seed": seed})
+    params = params.model_copy(update={"distill_blocks": bld, "score_blocks": score, "run": run})
+    _all(distill_blocks.train_block.fn, distill_blocks.plan_blocks.fn(params, paths), params, paths)
+    _all(score_blocks.score_jobs.fn, score_blocks.plan_groups.fn(params, paths), params, paths)
+    score_blocks.write_score_table.fn(params, paths)
+    rows = [row for row in read_scores(paths.scores) if row.weights_hash]
+    scores = Scores.of(rows, Parent(paths.parent).config)
+    return {of: scores.score(of, "decoupled").mean for of in {row.replacement for row in rows}}
+
+
+def _all(work: Callable[..., Any], pieces: Sequence[Any], params: Params, paths: Paths) -> None:
+    with ThreadPoolExecutor(params.run.workers) as pool:
+        list(pool.map(lambda piece: work(piece, params, paths), pieces))
+
+
+def main() -> None:
+    """Train, score, print."""
+    params, whole = on_this_machine(load()), Paths()
+    own = parent_attention(Parent(whole.parent).config)
+    found: dict[str, list[dict[Replacement, float]]] = {loss: [] for loss in LOSSES}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = Paths(Path(folder))
+        for name in ("parent", "corpus", "activations"):
+            (paths.root / name).symlink_to((whole.root / name).resolve())
+        for loss in LOSSES:
+            for seed in SEEDS:
+                found[loss].append(scores_of(loss, seed, params, paths))
+                sys.stdout.write(f"{loss}, seed {seed}: sum of scores {sum(found[loss][-1].values()):.3f}\n")
+                sys.stdout.flush()
+    sys.stdout.write(f"{'loss':<16} {'attention':>10} {'FFN':>8} {'sum of scores':>20}\n")
+    for loss, runs in found.items():
+        halves = [
+            statistics.fmean(kl for run in runs for of, kl in run.items() if (of.attention != own) is changed)
+            for changed in (True, False)
+        ]
+        sums = [sum(run.values()) for run in runs]
+        sums_text = f"{statistics.fmean(sums):.3f} ± {statistics.stdev(sums):.3f}"
+        sys.stdout.write(f"{loss:<16} {halves[0]:>10.4f} {halves[1]:>8.4f} {sums_text:>20}\n")
+    first, *others = LOSSES
+    for other in others:
+        wins = [
+            theirs < ours
+            for run, rival in zip(found[first], found[other], strict=True)
+            for ours, theirs in ((run[of], rival[of]) for of in run)
+        ]
+        sys.stdout.write(f"{other} is better than {first} for {statistics.fmean(wins):.0%} of the variants\n")
+
+
+if __name__ == "__main__":
+    main()
