@@ -54,11 +54,16 @@ def distill(params: Params, paths: Paths) -> list[str]:
 
 def assemble(params: Params, paths: Paths, variants: list[tuple[str, str]]) -> None:
     """Assemble target `small` from these attention and FFN variants, a pair for each block of the parent."""
-    parent = Parent(paths.parent)
     blocks = [
         Replacement(index, 1, Attention.parse(attention), Ffn.parse(ffn))
         for index, (attention, ffn) in enumerate(variants)
     ]
+    assemble_blocks(params, paths, blocks)
+
+
+def assemble_blocks(params: Params, paths: Paths, blocks: list[Replacement]) -> None:
+    """Assemble target `small` from these blocks."""
+    parent = Parent(paths.parent)
     predicted = {"params": 1, "params_ratio": 1.0, "block_params_ratio": 1.0, "kv_ratio": 1.0}
     chosen = {
         "target": "small",
