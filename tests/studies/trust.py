@@ -3,7 +3,7 @@
 Run: `python -m tests.studies.trust [--children 48] [--tokens 2048]` where artifacts/ holds a parent, its corpus,
 library and scores. Children are random draws of the library, with few to all blocks replaced, and searched ones of
 several sizes; each is composed block by block and measured on validation sequences. Prints tables, writes
-docs/trust.svg. At the end a pre-score: the held-out loss of BLD, which needs no model, against the measured scores.
+docs/trust.svg. At the end pre-scores, which need no model: how far a variant's output is from the parent's.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from storage.library import Library
 from storage.model_config import ModelConfig
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import Attention, Ffn, Replacement
+from storage.records import Replacement
 from storage.tables import read_scores
 from tasks.drawing.style import BLUE, GREY, LINE, ORANGE, finish, panels, styled
 from tasks.puzzle.blocks import Block
@@ -32,6 +31,7 @@ from tasks.puzzle.costs import subblocks
 from tasks.puzzle.device import Compute, compute, resolve
 from tasks.puzzle.evaluation import per_sequence, standard_error
 from tasks.puzzle.head import Head, compare_with_parent
+from tasks.puzzle.losses import LOSSES
 from tasks.puzzle.mip import Settings
 from tasks.puzzle.problem import Choice, Limit, Problem
 from tasks.puzzle.rotary import rotary_for
@@ -172,26 +172,34 @@ def picture(children: Sequence[Child], kls: Sequence[list[float]]) -> str:
 
 
 def pre_score(scores: Scores, config: ModelConfig, paths: Paths) -> None:
-    """Rank correlation of BLD's held-out loss with the scores: over all single blocks, and within each variant."""
-    own = parent_attention(config), parent_ffn(config)
-    pairs: dict[str, list[tuple[float, float]]] = {}
-    for row in pq.read_table(Library(paths.library).index_path).to_pylist():
-        if row["span"] == 1:
-            of = (
-                (Attention.parse(row["variant"]), own[1])
-                if row["subblock"] == "attention"
-                else (own[0], Ffn.parse(row["variant"]))
-            )
-            score = scores.score(Replacement(row["first_block"], 1, *of), "decoupled").mean
-            pairs.setdefault(f"{row['subblock']} {row['variant']}", []).append((row["loss_after"], score))
-    say("\nrank correlation of BLD's held-out loss with the scores")
-    for name, of_variant in pairs.items():
-        say(f"  {name:<20} {rank_correlation(*zip(*of_variant, strict=True)):.2f} over {len(of_variant)} blocks")
-    everything = [pair for of_variant in pairs.values() for pair in of_variant]
-    say(f"  {'all':<20} {rank_correlation(*zip(*everything, strict=True)):.2f} over {len(everything)}")
-    by_block = list(zip(*pairs.values(), strict=True))
-    within = [rank_correlation(*zip(*of_block, strict=True)) for of_block in by_block]
-    say(f"  within a block       {statistics.median(within):.2f} (median), {min(within):.2f} at least")
+    """Rank correlation with the scores of how far a variant's output is from the parent's, on two sequences."""
+    pairs: dict[str, list[tuple[int, float, float]]] = {name: [] for name in LOSSES}
+    device_name, dtype = resolve("auto", "auto")
+    device = compute(device_name, dtype, 2)
+    found = [of for of in scores.replacements("decoupled") if of.span == 1 and _changes_one_half(of, config)]
+    read = Replacements(Parent(paths.parent), Library(paths.library), device.device, device.dtype)
+    for of in tqdm(found, desc="pre-score", unit="variant"):
+        source, target = (
+            BoundaryReader(paths.activations, "calibration", at).read([0, 1]).to(device.device, device.dtype)
+            for at in (of.first_block, of.first_block + 1)
+        )
+        with torch.inference_mode():
+            block = Block.load(config, of.attention, of.ffn, read.tensors(of, "decoupled"))
+            output = block(source, rotary_for(config, source.shape[1], source))
+        for name, loss in LOSSES.items():
+            pairs[name].append((of.first_block, float(loss(output, target)), scores.score(of, "decoupled").mean))
+    say(f"\nrank correlation with the scores of {len(found)} variants of single blocks; within a block (median)")
+    for name, rows in pairs.items():
+        everything = rank_correlation(*([row[at] for row in rows] for at in (1, 2)))
+        within = [
+            rank_correlation(*([row[at] for row in rows if row[0] == index] for at in (1, 2)))
+            for index in range(config.num_blocks)
+        ]
+        say(f"  {name:<16} {everything:.3f} {statistics.median(within):>8.3f}")
+
+
+def _changes_one_half(of: Replacement, config: ModelConfig) -> bool:
+    return (of.attention == parent_attention(config)) != (of.ffn == parent_ffn(config))
 
 
 def main() -> None:

@@ -1,0 +1,108 @@
+"""Peak memory of caching, BLD and scoring over parents of one width and 8 to 64 blocks; a parent larger than memory.
+
+Run: `python -m tests.benchmarks.bench_memory`. Parents are synthetic, in float32. Each stage runs in a process of its
+own, whose peak resident memory is read from the kernel; ratios are to the parent of 8 blocks. Last, a parent whose
+weights are larger than the data that the processes may have (RLIMIT_DATA) goes through all three.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from storage.params import Params
+from storage.paths import Paths
+from tasks.prepare_parent import prepare_parent
+from tasks.puzzle.timing import machine
+from tests.settings import SEQ_LEN, tiny_params
+from tests.stages import STAGES
+from tests.tiny import tiny_corpus
+
+DEPTHS = (8, 16, 32, 64)
+WIDTH, LARGE_WIDTH, LARGE_BLOCKS = 256, 1024, 48
+ALLOWED = 1 << 30
+VOCABULARY = 512
+
+
+def params_of(folder: Path) -> Params:
+    """A few sequences of everything."""
+    return tiny_params(
+        prepare_parent={"source": str(folder / "source")},
+        distill_blocks={"width_multiple": 64, "ffn_ratios": [0.5]},
+    )
+
+
+def write_parent(folder: Path, width: int, blocks: int) -> None:
+    """A random Llama, prepared, and a corpus of random tokens; in a process of its own, which may hold all of it."""
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 4 * width, "vocab_size": VOCABULARY}
+    heads: dict[str, Any] = {"num_attention_heads": width // 64, "num_key_value_heads": max(2, width // 128)}
+    config = LlamaConfig(**sizes, **heads, num_hidden_layers=blocks, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder / "source", max_shard_size="100MB")
+    paths = Paths(folder / "artifacts")
+    prepare_parent.fn(params_of(folder), paths)
+    tiny_corpus(paths.corpus, VOCABULARY, SEQ_LEN)
+
+
+def peak_mib(*arguments: str, limit: int | None = None) -> float:
+    """Peak resident memory of this module run with arguments; `limit` in bytes of data."""
+
+    def restrict() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+    command = [sys.executable, "-m", "tests.benchmarks.bench_memory", *arguments]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=restrict)
+    return float(ended.stdout.split()[-1])
+
+
+def run(what: str, folder: Path) -> None:
+    """One stage in this process; prints its peak."""
+    stage = next(stage for stage in STAGES if stage.__name__ == what)
+    stage(params_of(folder), Paths(folder / "artifacts"))
+    status = Path("/proc/self/status").read_text(encoding="utf-8")  # getrusage counts the process before exec as well
+    sys.stdout.write(f"{int(status.partition('VmHWM:')[2].split()[0]) / 1024}\n")
+
+
+def main() -> None:
+    """Print a table and a JSON line."""
+    here = machine(torch.device("cpu"))
+    names = [stage.__name__ for stage in STAGES]
+    sys.stdout.write(f"peak resident memory, MiB (ratio to {DEPTHS[0]} blocks), width {WIDTH}, {here}\n")
+    sys.stdout.write(f"{'blocks':>6} {'weights':>8}" + "".join(f"{name:>18}" for name in names) + "\n")
+    peaks: dict[int, dict[str, float]] = {}
+    for depth in DEPTHS:
+        with tempfile.TemporaryDirectory() as folder:
+            peak_mib("write", folder, str(WIDTH), str(depth))
+            peaks[depth] = {name: peak_mib(name, folder) for name in names}
+            weights = _mib(Path(folder) / "artifacts/parent")
+        texts = (f"{peaks[depth][name]:.0f} ({peaks[depth][name] / peaks[DEPTHS[0]][name]:.2f})" for name in names)
+        sys.stdout.write(f"{depth:>6} {weights:>8.0f}" + "".join(f"{text:>18}" for text in texts) + "\n")
+        sys.stdout.flush()
+    with tempfile.TemporaryDirectory() as folder:
+        peak_mib("write", folder, str(LARGE_WIDTH), str(LARGE_BLOCKS))
+        weights = _mib(Path(folder) / "artifacts/parent")
+        sys.stdout.write(f"{weights:.0f} MiB of weights in processes that may have {ALLOWED >> 20} MiB of data: ")
+        large = {name: peak_mib(name, folder, limit=ALLOWED) for name in names}
+        sys.stdout.write(", ".join(f"{name} {peak:.0f} MiB resident" for name, peak in large.items()) + "\n")
+    rows = {"depths": peaks, "large": {"weights_mib": weights, **large}}
+    sys.stdout.write(json.dumps({"bench": "memory", "machine": here, **rows}) + "\n")
+
+
+def _mib(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**20
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    elif sys.argv[1] == "write":
+        write_parent(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+        sys.stdout.write("0\n")
+    else:
+        run(sys.argv[1], Path(sys.argv[2]))
