@@ -104,7 +104,7 @@ class _Keys:
         settings, seq_len = self.params.distill_blocks, self.params.prepare_corpus.seq_len
         tokens, rate = settings.tokens_of(name), settings.rate_of(kind)
         read = max(tokens, settings.fit_tokens) // seq_len
-        return self.of(read, variant=name, tokens=tokens, learning_rate=rate, **more)
+        return self.of(read, variant=name, tokens=tokens, shuffled=settings.tokens, learning_rate=rate, **more)
 
 
 @task(cache_policy=NO_CACHE)
@@ -250,13 +250,12 @@ def _index_row(plan: BlockPlan, subblock: str, variant: str, result: Trained, to
 
 
 def _shuffled(params: Params, first_block: int, span: int) -> list[int]:
-    """Train sequences of BLD in a seeded order of the block's own; those that only some variants take come last."""
+    """Train sequences of BLD in a seeded order of the block's own; behind them those that only some variants take."""
     generator = torch.Generator().manual_seed(params.run.seed * 100_003 + first_block + 1_009 * (span - 1))
     settings, seq_len = params.distill_blocks, params.prepare_corpus.seq_len
-    count, most = settings.tokens // seq_len, settings.most_tokens // seq_len
-    first, more = (torch.randperm(size, generator=generator) for size in (count, most - count))
-    order: list[int] = [*first.tolist(), *(count + more).tolist()]
-    return order
+    count = settings.tokens // seq_len
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    return [*order, *range(count, settings.most_tokens // seq_len)]
 
 
 def _groups(sequences: list[int], size: int) -> list[list[int]]:

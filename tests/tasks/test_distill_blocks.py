@@ -161,6 +161,28 @@ def test_a_recipe_retrains_what_it_is_for(
         assert tokens[variant] == override.get("variant_tokens", {}).get(variant, 32 * SEQ_LEN)
 
 
+@pytest.mark.parametrize("own", [16, 40])
+def test_other_variants_tokens_leave_a_variants_own_bytes(own: int, finished: tuple[Params, Paths]) -> None:
+    """The same number of tokens, whatever the others take; but another shuffle if `tokens` changes, so trained anew."""
+    _, paths = finished
+
+    def params_with(**changed: Any) -> Params:
+        tokens = {"ffn_48": own * SEQ_LEN, **changed.pop("variant_tokens", {})}
+        return tiny_params(
+            distill_blocks={"variant_tokens": tokens, **changed},
+            prepare_corpus={"train_tokens": 48 * SEQ_LEN},
+            distill_child={"tokens": 4 * SEQ_LEN, "sequences_per_step": 2},
+        )
+
+    distill(params_with(), paths)
+    before = Library(paths.library).checksum("block_001.ffn_48")
+    trained = distill(params_with(variant_tokens={"kv_1": 44 * SEQ_LEN}), paths)
+    assert {name.partition(".")[2] for name in trained} == {"kv_1"}
+    trained = distill(params_with(tokens=28 * SEQ_LEN), paths)
+    assert "block_001.ffn_48" in trained
+    assert Library(paths.library).checksum("block_001.ffn_48") != before
+
+
 def test_a_variant_that_stopped_early_has_fewer_tokens_in_the_index(finished: tuple[Params, Paths]) -> None:
     _, paths = finished
     params = tiny_params(distill_blocks={"check_steps": 1, "patience": 1, "learning_rates": {"gqa": 1.0}})
