@@ -7,6 +7,7 @@ block in place of n parent blocks, and `whole.safetensors`, the block of the par
 variants are trained beside. The index tells the losses before and after training.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from storage.files import DamagedFileError, verify, write_whole
+from storage.files import DamagedFileError, InputError, verify, write_whole
 from storage.pieces import Pieces
 from storage.records import Attention, Ffn
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 REBUILD = "dvc repro distill_blocks"
 WHOLE = "whole"
 
@@ -31,7 +32,8 @@ INDEX_SCHEMA = pa.schema(
         pa.field("subblock", pa.string(), nullable=False),  # attention, ffn; whole: both, of a span
         pa.field("variant", pa.string(), nullable=False),
         pa.field("weights", pa.string(), nullable=False),  # decoupled, or initial where training did not improve
-        pa.field("loss_before", pa.float64(), nullable=False),  # normalised MSE on held-out tokens
+        pa.field("loss", pa.string(), nullable=False),  # which one (tasks/puzzle/losses.py), on held-out tokens
+        pa.field("loss_before", pa.float64(), nullable=False),
         pa.field("loss_fitted", pa.float64(), nullable=False),  # of the closed-form start
         pa.field("loss_after", pa.float64(), nullable=False),  # of the weights that are kept; of training's end if none
         pa.field("tokens", pa.int64(), nullable=False),
@@ -54,6 +56,14 @@ def entry_name(first_block: int, variant: Attention | Ffn, span: int = 1) -> str
 def name_of(variant: Attention | Ffn) -> str:
     """Name of a variant within its block: `kv_1`, `ffn_768`, `attention_linear`."""
     return variant.name if variant.name[-1].isdigit() else f"{subblock_of(variant)}_{variant.name}"
+
+
+def refuse_unknown(names: Iterable[str], variants: Iterable[Attention | Ffn]) -> None:
+    """Raise InputError where a name of distill_blocks.variant_tokens is no variant's and not `whole`."""
+    known = [*map(name_of, variants), WHOLE]
+    for name in names:
+        if name not in known:
+            raise InputError(f"distill_blocks.variant_tokens names {name!r}, the library has {', '.join(known)}")
 
 
 def whole_name(first_block: int, span: int) -> str:

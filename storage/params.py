@@ -189,13 +189,13 @@ class ScoreBlocks(Section):
         0.0,
         ge=0,
         lt=1,
-        description="A replacement needs no more tokens once the standard error of its KL is at most this share of it; "
-        "0: all take all tokens.",
+        description="A block's replacements need no more tokens once the standard error of each one's KL is at most "
+        "this share of it; 0: all take all tokens.",
     )
     drop_dominated: bool = Field(
         False,
-        description="Whether a variant needs no more tokens once another of its subblock, no larger, has a KL that is "
-        "lower by more than two standard errors of the difference.",
+        description="Whether a variant is given up, without a score, once another of its subblock, no larger, has a KL "
+        "that is lower by more than three standard errors of the difference.",
     )
     blocks_per_group: int = Field(3, ge=1, description="Blocks whose replacements go through the parent together.")
     sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
@@ -359,7 +359,7 @@ class Params(Section):
     def _fits(self) -> Self:
         corpus, seq_len = self.prepare_corpus, self.prepare_corpus.seq_len
         wanted = {
-            "distill_child.tokens + the larger of distill_blocks.tokens and fit_tokens": (
+            "distill_child.tokens + the most of distill_blocks.tokens, variant_tokens, fit_tokens": (
                 self.distill_blocks.used_tokens + self.distill_child.tokens,
                 corpus.train_tokens,
                 "train_tokens",

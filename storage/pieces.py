@@ -59,9 +59,15 @@ class Pieces:
             )
         )
 
-    def finish(self, name: str, key: str, files: Iterable[Path], facts: Mapping[str, Any] | None = None) -> None:
-        """Record a piece whose `files` (inside the folder) are written; `facts` are small JSON values kept with it."""
-        checksums = {str(file.relative_to(self.folder)): sha256(file) for file in files}
+    def finish(
+        self, name: str, key: str, files: Iterable[Path] | Mapping[Path, str], facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Record a piece whose `files` (inside the folder, with their checksums if known) are written.
+
+        `facts` are small JSON values kept with it.
+        """
+        known = files if isinstance(files, Mapping) else {file: sha256(file) for file in files}
+        checksums = {str(file.relative_to(self.folder)): checksum for file, checksum in known.items()}
         record = {"key": key, "files": checksums, "facts": dict(facts or {})}
         write_json(self._path(name), {**record, "seal": digest_of(record)})
 

@@ -39,19 +39,26 @@ class Activations:
             for split, count in sequences.items()
             for shard in range(-(-count // self._size))
         }
+        self._blocks = [""]  # at a boundary, the digest of all blocks before it
+        for index in range(self._parent.config.num_blocks):
+            self._blocks.append(digest_of([self._blocks[-1], self._parent.checkpoint.block_digest(index)]))
+        self._ranges: dict[tuple[str, int, int], str] = {}
 
     @property
     def how(self) -> str:
         """Digest of all that goes into hidden states but tokens and the parent's blocks."""
         return str(next(iter(self._facts.values()))["how"])
 
-    def keys(self, split: SplitName, boundary: int, start: int, stop: int) -> list[str]:
-        """Content keys of the shards that hold sequences start .. stop-1 of a boundary; the mode is no part of them."""
-        return [self._key(split, shard, boundary) for shard in range(start // self._size, -(-stop // self._size))]
+    def key(self, split: SplitName, boundary: int, start: int, stop: int) -> str:
+        """Content key of the shards that hold sequences start .. stop-1 of a boundary; the mode is no part of it."""
+        place = split, start, stop
+        if place not in self._ranges:
+            shards = range(start // self._size, -(-stop // self._size))
+            self._ranges[place] = digest_of([self._facts[split, shard]["content"] for shard in shards])
+        return digest_of([self._ranges[place], self._blocks[boundary]])
 
     def _key(self, split: SplitName, shard: int, boundary: int) -> str:
-        blocks = [self._parent.checkpoint.block_digest(index) for index in range(boundary)]
-        return digest_of([self._facts[split, shard]["content"], blocks])
+        return digest_of([self._facts[split, shard]["content"], self._blocks[boundary]])
 
     def reader(self, split: SplitName, boundary: int) -> BoundaryReader:
         """Reads a boundary, which in rolling mode is the last one or in the window."""
@@ -92,8 +99,10 @@ class Activations:
 
     def _is_there(self, boundary: int, split: SplitName, shard: int) -> bool:
         """Whether a shard was finished; its bytes are compared with their checksum when they are read."""
-        record = Pieces(self._folder(boundary), self._rebuild).record(shard_name(split, shard))
-        return record is not None and record["key"] == self._key(split, shard, boundary)
+        folder = self._folder(boundary)
+        record = Pieces(folder, self._rebuild).record(shard_name(split, shard))
+        is_ours = record is not None and record["key"] == self._key(split, shard, boundary)
+        return is_ours and shard_path(folder, split, boundary, shard).is_file()
 
     def _write(self, boundary: int) -> None:
         """A boundary from the one before it, shard by shard."""

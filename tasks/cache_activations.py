@@ -5,14 +5,17 @@ validation keeps the last one only, from which the parent's logits come at evalu
 block by block, so memory does not grow with depth.
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from torch import Tensor
 
 from storage.activations import FORMAT_VERSION, REBUILD, shard_name, shard_path, write_shard
 from storage.corpus import SplitName, read_manifest, read_sequences
-from storage.files import InputError, digest_of
+from storage.files import InputError, digest_of, sha256
 from storage.model_config import EMBEDDING
 from storage.params import Params
 from storage.parent import Parent
@@ -67,8 +70,8 @@ def plan_shards(params: Params, paths: Paths) -> list[Shard]:
         kept = _kept(split, params, parent)
         for index, start in enumerate(range(0, facts.sequences, size)):
             stop = min(start + size, facts.sequences)
-            tokens = read_sequences(paths.corpus, split, start, stop).tobytes().hex()
-            content = digest_of([how, digest_of(tokens)])
+            tokens = read_sequences(paths.corpus, split, start, stop)
+            content = digest_of([how, tokens.shape, digest_of(tokens.tobytes().hex())])
             key = digest_of([content, parent.digest, kept])
             shards.append(Shard(split, index, start, stop, kept, how, content, key))
     missing = set(Pieces(paths.activations, REBUILD).keep_only({shard.name: shard.key for shard in shards}))
@@ -99,17 +102,22 @@ def cache_shard(shard: Shard, params: Params, paths: Paths) -> None:
     variants = parent_attention(config), parent_ffn(config)
     blocks = ((*variants, parent.block(i, device.device, device.dtype)) for i in range(config.num_blocks))
     metadata = {"parent": parent.digest, "corpus": read_manifest(paths.corpus).content_hash, "split": shard.split}
-    files = []
     states = boundaries(config, embedding, blocks, tokens, params.cache_activations.sequences_per_batch)
-    for boundary, hidden in enumerate(states):
-        if boundary in shard.kept:
-            path = shard_path(paths.activations, shard.split, boundary, shard.index)
-            write_shard(
-                path,
-                hidden.to(STORED[params.cache_activations.dtype]).cpu(),
-                {**metadata, "boundary": str(boundary), "first_sequence": str(shard.start)},
-            )
-            files.append(path)
+    written: list[Future[tuple[Path, str]]] = []
+
+    def write(boundary: int, hidden: Tensor) -> tuple[Path, str]:
+        path = shard_path(paths.activations, shard.split, boundary, shard.index)
+        write_shard(path, hidden, {**metadata, "boundary": str(boundary), "first_sequence": str(shard.start)})
+        return path, sha256(path)
+
+    with ThreadPoolExecutor(1) as writer:  # while the next block computes; one boundary waits at most
+        for boundary, hidden in enumerate(states):
+            if boundary in shard.kept:
+                stored = hidden.to(STORED[params.cache_activations.dtype]).cpu()
+                if written:
+                    written[-1].result()
+                written.append(writer.submit(write, boundary, stored))
+    files = dict(future.result() for future in written)
     facts = {
         "sequences_per_shard": params.cache_activations.sequences_per_shard,
         "sequences": shard.stop - shard.start,

@@ -22,6 +22,7 @@ from storage.library import (
     channel_order_name,
     entry_name,
     name_of,
+    refuse_unknown,
     subblock_of,
     whole_name,
 )
@@ -75,8 +76,7 @@ def trained_variants(params: Params, parent: Parent) -> list[Attention | Ffn]:
 
 
 _OF_ALL_VARIANTS = {
-    *("loss", "warmup", "weight_decay", "sequences_per_step", "held_out_tokens", "check_steps", "patience"),
-    *("fit_tokens", "importance_tokens"),
+    *("loss", "warmup", "weight_decay", "sequences_per_step", "held_out_tokens", "check_steps", "fit_tokens"),
 }
 """Settings that go into every entry of the library; tokens and learning rate are a variant's own."""
 
@@ -94,37 +94,39 @@ class _Keys:
         """What reads so many train sequences."""
         held_out = _held_out(self.params)
         read = [
-            [*self.activations.keys("train", at, 0, sequences), *self.activations.keys("calibration", at, *held_out)]
+            (self.activations.key("train", at, 0, sequences), self.activations.key("calibration", at, *held_out))
             for at in self.ends
         ]
         return digest_of({**self.inputs, **more, "activations": read})
 
     def trained(self, name: str, kind: str, **more: Any) -> str:
-        """A variant, by its name in the library."""
+        """A variant, by its name in the library: it draws its tokens from a shuffle of `tokens`."""
         settings, seq_len = self.params.distill_blocks, self.params.prepare_corpus.seq_len
-        tokens, rate = settings.tokens_of(name), settings.rate_of(kind)
-        read = max(tokens, settings.fit_tokens) // seq_len
-        return self.of(read, variant=name, tokens=tokens, shuffled=settings.tokens, learning_rate=rate, **more)
+        tokens = settings.tokens_of(name)
+        recipe = {"variant": name, "tokens": tokens, "shuffled": settings.tokens, "rate": settings.rate_of(kind)}
+        if settings.check_steps:
+            recipe["patience"] = settings.patience
+        read = max(tokens, settings.tokens, settings.fit_tokens) // seq_len
+        return self.of(max(read, _ranked(self.params)), **recipe, **more)
 
 
 @task(cache_policy=NO_CACHE)
 def plan_blocks(params: Params, paths: Paths) -> list[BlockPlan]:
     """Blocks and spans with something to make, in the parent's order; finished entries stay, strangers are deleted."""
     parent, library, settings = Parent(paths.parent), Library(paths.library), params.distill_blocks
-    names = [name_of(variant) for variant in trained_variants(params, parent)]
-    for name in settings.variant_tokens.keys() - {*names, WHOLE}:
-        raise InputError(f"distill_blocks.variant_tokens names {name!r}, the library has {', '.join([*names, WHOLE])}")
+    refuse_unknown(settings.variant_tokens, trained_variants(params, parent))
     common = {
         "settings": settings.model_dump(include=_OF_ALL_VARIANTS),
+        "ranked": _ranked(params),
         "run": params.run.model_dump(exclude={"workers"}),
         "config": parent.config.to_json(),
         "code": code_digest("tasks.distill_blocks", "tasks.replacements", "tasks.activations"),
         "format": FORMAT_VERSION,
     }
-    wanted: dict[tuple[int, int], dict[str, str]] = {}
+    activations, wanted = _activations(params, paths), dict[tuple[int, int], dict[str, str]]()
     for first, span in _places(params, parent):
         blocks = [parent.checkpoint.block_digest(index) for index in range(first, first + span)]
-        keys = _Keys(params, _activations(params, paths), (first, first + span), {**common, "blocks": blocks})
+        keys = _Keys(params, activations, (first, first + span), {**common, "blocks": blocks})
         whole = keys.trained(WHOLE, WHOLE) if span > 1 else ""
         plan = BlockPlan(first, span, {})
         wanted[first, span] = {
@@ -181,7 +183,7 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
     run, settings, parent, library = params.run, params.distill_blocks, Parent(paths.parent), Library(paths.library)
     device = compute(run.device, run.dtype, run.threads)
     first, span, config, seq_len = plan.first_block, plan.span, parent.config, params.prepare_corpus.seq_len
-    activations = _activations(params, paths)
+    activations, loss = _activations(params, paths), LOSSES[settings.loss]
     activations.hold(first)
     splits: tuple[SplitName, ...] = ("train", "calibration")
     data = {(split, at): activations.reader(split, at) for split in splits for at in (first, first + span)}
@@ -191,7 +193,7 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
     def recipe(name: str, kind: str) -> Recipe:
         count = settings.tokens_of(name) // (settings.sequences_per_step * seq_len)
         schedule = Schedule(count, settings.rate_of(kind), settings.warmup, settings.weight_decay)
-        return Recipe(schedule, LOSSES[settings.loss], settings.check_steps, settings.patience)
+        return Recipe(schedule, settings.check_steps, settings.patience)
 
     def hidden(split: SplitName, boundary: int, sequences: list[int]) -> Tensor:
         return data[split, boundary].read(sequences).to(device.device, device.dtype)
@@ -200,13 +202,14 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
         return ((hidden(split, first, group), hidden(split, first + span, group)) for group in groups)
 
     def finish(name: str, subblock: str, variant: str, result: Trained, **facts: int) -> None:
-        row = _index_row(plan, subblock, variant, result, result.steps * settings.sequences_per_step * seq_len)
+        tokens = result.steps * settings.sequences_per_step * seq_len
+        row = _index_row(plan, subblock, variant, result, settings.loss, tokens)
         library.pieces.finish(name, plan.missing[name], [library.write(name, result.tensors)], {**row, **facts})
 
     if plan.whole_name in plan.missing:
         blocks = [parent.block(index, device.device, device.dtype) for index in range(first, first + span)]
         whole, start = distill_whole(
-            config, blocks, batches("train", steps), batches("calibration", held_out), recipe(WHOLE, WHOLE)
+            config, blocks, batches("train", steps), batches("calibration", held_out), recipe(WHOLE, WHOLE), loss
         )
         finish(plan.whole_name, WHOLE, WHOLE, whole, start=first + start)
     own = Replacement(first, span, parent_attention(config), parent_ffn(config))
@@ -230,18 +233,20 @@ def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
         batches("train", steps),
         batches("calibration", held_out),
         {variant: recipe(name_of(variant), variant.kind) for variant in starts},
+        loss,
     )
     for variant, result in trained.items():
         finish(names[variant], subblock_of(variant), variant.name, result)
 
 
-def _index_row(plan: BlockPlan, subblock: str, variant: str, result: Trained, tokens: int) -> dict[str, Any]:
+def _index_row(plan: BlockPlan, subblock: str, variant: str, result: Trained, loss: str, tokens: int) -> dict[str, Any]:
     return {
         "first_block": plan.first_block,
         "span": plan.span,
         "subblock": subblock,
         "variant": variant,
         "weights": "decoupled" if result.improved else "initial",
+        "loss": loss,
         "loss_before": result.loss_before,
         "loss_fitted": result.loss_fitted,
         "loss_after": result.loss_after,

@@ -18,9 +18,11 @@ import torch
 
 from storage.files import InputError, read_json, sha256
 from storage.gguf import PACKAGE, GgufModel, embedded_parent
+from storage.library import name_of
 from storage.model_config import ModelConfig
 from storage.params import Params
 from storage.paths import Paths
+from storage.records import Attention, Ffn
 from storage.targets import Target
 from tasks.puzzle.blocks import Block
 from tasks.puzzle.device import Compute, compute
@@ -133,6 +135,11 @@ def _work(params: Params, config: ModelConfig) -> Work:
         for batch in benchmark.batches:
             prefills += batch * (inputs * (benchmark.repeats + 1) + inputs + outputs / 2)
             decodes += 16 * benchmark.repeats + 1
+    attentions = attention_variants(config, bld.linear)
+    ffns = ffn_variants(config, bld.ffn_ratios, bld.width_multiple, bld.linear)
+    variants: list[Attention | Ffn] = [*attentions[1:], *ffns[1:]]  # behind the parent's own
+    taken = [bld.tokens_of(name_of(of)) for of in variants if of.kind != "no_op"]
+    bld_tokens = sum(taken) / len(taken)
     return Work(
         seq_len=corpus.seq_len,
         train_tokens=corpus.train_tokens,
@@ -143,12 +150,14 @@ def _work(params: Params, config: ModelConfig) -> Work:
         rolling=params.cache_activations.rolling,
         kept_boundaries=len({0, config.num_blocks, *params.cache_activations.keep}),
         workers=params.run.workers,
-        attentions=attention_variants(config, bld.linear),
-        ffns=ffn_variants(config, bld.ffn_ratios, bld.width_multiple, bld.linear),
+        attentions=attentions,
+        ffns=ffns,
         spans=bld.spans,
-        importance_tokens=min(bld.importance_tokens, bld.tokens),
+        importance_tokens=min(bld.importance_tokens, bld.used_tokens),
         fit_tokens=bld.fit_tokens,
-        bld_tokens=bld.tokens,
+        bld_tokens=bld_tokens,
+        bld_read_tokens=bld.used_tokens,
+        bld_checks=bld_tokens / (bld.check_steps * bld.sequences_per_step * corpus.seq_len) if bld.check_steps else 0.0,
         bld_sequences_per_step=bld.sequences_per_step,
         bld_held_out_tokens=bld.held_out_tokens,
         score_tokens=score.tokens,

@@ -237,8 +237,8 @@ def _bld(run: _Run, paths: Paths) -> Section | None:
         return None
     losses = bld_losses(pq.ParquetFile(index).read().to_pylist())
     text = (
-        "Held-out loss of every trained variant, measured: MSE between its output and the parent block's, over the "
-        "mean square of the parent's, with the initial weights, after the closed-form fit, and with the weights kept."
+        "Held-out loss of every trained variant, measured, between its output and the parent block's: with the initial "
+        "weights, after the closed-form fit, and with the weights kept."
     )
     return Section("bld", "BLD: loss before and after", text, draw_bld_losses(losses, run.dpi))
 

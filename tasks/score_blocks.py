@@ -4,11 +4,13 @@ A row is (replacement, weights, sequence). Rows are kept under keys of content i
 sequences), so more tokens or another variant add rows and never recompute the others. The *group* (neighbouring blocks
 on one batch) that goes through the parent together is scheduling only.
 
-Where params let tokens adapt, batches are scored in turn, and a replacement whose score is settled or beaten
-(tasks/puzzle/stopping.py) takes part in no further one; the table has the rows that were asked for until then.
+Where params let tokens adapt (tasks/puzzle/stopping.py), batches are scored in turn. A block or span takes part in no
+further one when all of its replacements are settled, so that they are compared on the same sequences; a variant that is
+beaten takes part in none and has no row in the table, so that no search can choose it for an easy beginning.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -17,7 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from storage.corpus import Tokens, read_sequences
-from storage.files import digest_of
+from storage.files import InputError, digest_of
 from storage.library import Library, channel_order_name, entry_name, whole_name
 from storage.model_config import ModelConfig
 from storage.params import Params, ScoreBlocks
@@ -44,6 +46,7 @@ from tasks.replacements import Replacements
 
 REBUILD = "dvc repro score_blocks"
 AROUND = "parent"
+_Candidate = tuple[Replacement, Weights]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class Job:
     weights_hash: str
     batch: int
     key: str
+
+    @property
+    def candidate(self) -> _Candidate:
+        """What is scored."""
+        return self.replacement, self.weights
 
     @property
     def record(self) -> str:
@@ -104,43 +112,53 @@ def _wanted(jobs: list[Job], params: Params, paths: Paths) -> list[tuple[Job, li
         return list(told.items())
     race, wanted = _Race(Parent(paths.parent).config, settings), set()
     for batch in sorted({job.batch for job in jobs}):
-        running = [job for job in jobs if job.batch == batch and (job.replacement, job.weights) not in race.stopped]
+        running = [job for job in jobs if job.batch == batch and job.candidate not in race.stopped]
         wanted.update(running)
         if any(told[job] is None for job in running):
             break
-        race.go_on({(job.replacement, job.weights): told[job] or [] for job in running})
-    return [(job, rows) for job, rows in told.items() if job in wanted]
+        race.go_on({job.candidate: told[job] or [] for job in running})
+    return [(job, rows) for job, rows in told.items() if job in wanted and job.candidate not in race.beaten]
 
 
 class _Race:
-    """Replacements batch after batch: which have been scored enough."""
+    """Replacements batch after batch: which are beaten, and which take part no longer."""
 
     def __init__(self, config: ModelConfig, settings: ScoreBlocks) -> None:
         self._config, self._settings = config, settings
-        self._kl: dict[tuple[Replacement, Weights], tuple[float, ...]] = {}
-        self.stopped: set[tuple[Replacement, Weights]] = set()
+        self._kl: dict[_Candidate, tuple[float, ...]] = {}
+        self.beaten: set[_Candidate] = set()
+        self.stopped: set[_Candidate] = set()
 
-    def go_on(self, rows: dict[tuple[Replacement, Weights], list[ScoreRow]]) -> None:
+    def go_on(self, rows: Mapping[_Candidate, Sequence[ScoreRow]]) -> None:
         """Take the rows of a batch, and see who need not go on."""
         for of, new in rows.items():
             self._kl[of] = (*self._kl.get(of, ()), *(row.kl for row in new))
-        settled = {of for of, kl in self._kl.items() if is_settled(kl, self._settings.relative_error)}
-        self.stopped |= settled | (self._dominated() if self._settings.drop_dominated else set())
+        self.beaten |= self._dominated() if self._settings.drop_dominated else set()
+        places: dict[tuple[int, int, bool], list[_Candidate]] = {}
+        for of in self._kl.keys() - self.beaten:
+            places.setdefault((of[0].first_block, of[0].span, self._may_be_chosen(of)), []).append(of)
+        for members in places.values():
+            if all(is_settled(self._kl[of], self._settings.relative_error) for of in members):
+                self.stopped.update(members)
+        self.stopped |= self.beaten
 
-    def _dominated(self) -> set[tuple[Replacement, Weights]]:
-        """Of the variants that a child may get: trained ones, and no-ops."""
-        found: set[tuple[Replacement, Weights]] = set()
-        groups: dict[tuple[int, int, bool], dict[tuple[Replacement, Weights], Contender]] = {}
-        for (replacement, weights), kl in self._kl.items():
-            changed = _changed(replacement, self._config)
-            if changed is not None and (weights == "decoupled" or changed.kind == "no_op"):
+    def _may_be_chosen(self, of: _Candidate) -> bool:
+        """A child gets trained variants, and no-ops."""
+        replacement, weights = of
+        changed = _changed(replacement, self._config)
+        return weights == "decoupled" or (changed is not None and changed.kind == "no_op")
+
+    def _dominated(self) -> set[_Candidate]:
+        rivals: dict[tuple[int, int, Component], dict[_Candidate, Contender]] = {}
+        for of in filter(self._may_be_chosen, self._kl):
+            replacement, changed = of[0], _changed(of[0], self._config)
+            if changed is not None:
                 component: Component = "attention" if isinstance(changed, Attention) else "ffn"
                 sizes = component_sizes(self._config, component, changed.name, "bfloat16")
-                group = groups.setdefault((replacement.first_block, replacement.span, component == "ffn"), {})
-                group[replacement, weights] = Contender(sizes.params, sizes.kv_bytes_per_token, kl)
-        for group in groups.values():
-            found |= {of for of, contender in group.items() if is_dominated(contender, group.values())}
-        return found
+                place = replacement.first_block, replacement.span, component
+                contender = Contender(sizes.params, sizes.kv_bytes_per_token, self._kl[of])
+                rivals.setdefault(place, {})[of] = contender
+        return {of for group in rivals.values() for of, one in group.items() if is_dominated(one, group.values())}
 
 
 def _jobs(params: Params, paths: Paths) -> Iterator[Job]:
@@ -262,8 +280,17 @@ def score_jobs(group: Group, params: Params, paths: Paths) -> None:
 
 
 def _rows(job: Job, losses: TokenLosses, sequences: range) -> Iterator[ScoreRow]:
-    """A row per sequence: means over its positions."""
+    """A row per sequence: means over its positions.
+
+    Raises:
+        InputError: a KL is not finite.
+    """
     for sequence, quality in zip(sequences, per_sequence(losses), strict=True):
+        if not math.isfinite(quality.kl):
+            raise InputError(
+                f"{job.replacement.name} ({job.weights} weights) has a KL of {quality.kl} on calibration sequence "
+                f"{sequence}; it overflows in run.dtype, or its training diverged: lower distill_blocks.learning_rate"
+            )
         yield ScoreRow(
             first_block=job.replacement.first_block,
             span=job.replacement.span,

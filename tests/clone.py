@@ -206,6 +206,7 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
         "distill_blocks": {
             "fit_tokens": 64 * SEQ_LEN,
             "tokens": 256 * SEQ_LEN,
+            "variant_tokens": {},
             "sequences_per_step": 1,
             "learning_rate": 0.002,
             "held_out_tokens": 8 * SEQ_LEN,

@@ -141,6 +141,7 @@ def _losses(config: ModelConfig, params: Params) -> Iterator[dict[str, Any]]:
                 "subblock": subblock,
                 "variant": variant,
                 "weights": "decoupled",
+                "loss": "normalised_mse",
                 "loss_before": loss,
                 "loss_fitted": loss * 0.6,
                 "loss_after": loss * 0.35,

@@ -23,6 +23,7 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
         "distill_blocks": {
             "fit_tokens": 24 * SEQ_LEN,
             "tokens": 32 * SEQ_LEN,
+            "variant_tokens": {},
             "sequences_per_step": 4,
             "learning_rate": 1e-3,
             "held_out_tokens": 5 * SEQ_LEN,

@@ -205,6 +205,7 @@ def bld_losses(index: Iterable[dict[str, Any]]) -> list[BldLoss]:
             row["span"],
             row["subblock"],
             row["variant"],
+            row["loss"],
             row["loss_before"],
             row["loss_fitted"],
             row["loss_after"],

@@ -9,16 +9,18 @@ from matplotlib.ticker import MaxNLocator
 from tasks.drawing.style import BLUE, GREY, LINE, ORANGE, PALE_BLUE, Drawing, finish, panels, styled
 
 _COLUMNS = 3
+LOSS_WORDS = {"normalised_mse": "normalised MSE", "token_mse": "relative MSE, token by token", "cosine": "1 - cosine"}
 
 
 @dataclass(frozen=True)
 class BldLoss:
-    """Held-out loss of a variant of one block (normalised MSE): untrained, after the closed-form fit, as kept."""
+    """Held-out loss of a variant of one block, of the kind `loss`: untrained, after the closed-form fit, as kept."""
 
     first_block: int
     span: int
     subblock: str
     variant: str
+    loss: str
     before: float
     fitted: float
     after: float
@@ -43,7 +45,7 @@ def bld_losses(losses: Sequence[BldLoss], dpi: int) -> Drawing:
     for axes in everywhere[len(titles) :]:
         axes.set_visible(False)
     for row in grid:
-        row[0].set_ylabel("normalised MSE")
+        row[0].set_ylabel(", ".join(dict.fromkeys(LOSS_WORDS[loss.loss] for loss in losses)))
     for axes in everywhere[max(0, len(titles) - _COLUMNS) : len(titles)]:
         axes.set_xlabel("block of the parent")
     handles, names = everywhere[0].get_legend_handles_labels()

@@ -47,14 +47,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a variant is trained: steps and learning rate, the loss, and when to stop early.
+    """How a variant is trained: steps and learning rate, and when to stop early.
 
     Every `check_steps` steps (0: never) the held-out loss is taken; after `patience` checks in a row without a new
     lowest one the variant stops. The weights of the lowest are kept.
     """
 
     schedule: Schedule
-    loss: Loss = normalised_mse
     check_steps: int = 0
     patience: int = 1
 
@@ -117,6 +116,7 @@ def distill_block(
     batches: Iterable[Batch],
     held_out: Iterable[Batch],
     recipes: Mapping[Attention | Ffn, Recipe],
+    loss: Loss = normalised_mse,
 ) -> dict[Attention | Ffn, Trained]:
     """Train every variant of one block.
 
@@ -127,13 +127,13 @@ def distill_block(
         fitted: another start for each: least_squares.fit_outputs, or `starts` again.
         batches: training batches in order, one per step, as many as the longest schedule has.
         held_out: batches for the held-out losses.
-        recipes: how each is trained; the loss is the same for all.
+        recipes: how each is trained.
+        loss: what is lowered, and measured on held-out batches.
 
     Returns:
         For each variant the weights to keep. Each variant's bytes are independent of which others train beside it.
     """
     teacher = Block.load(config, parent_attention(config), parent_ffn(config), parent)
-    loss = next((recipe.loss for recipe in recipes.values()), normalised_mse)
     held = _HeldOut(config, teacher, list(held_out), loss)
     before, between = (
         held.losses({v: _runner(config, parent, v, own)[1] for v, own in of.items()}) for of in (starts, fitted)
@@ -158,6 +158,7 @@ def distill_whole(
     batches: Iterable[Batch],
     held_out: Iterable[Batch],
     recipe: Recipe,
+    loss: Loss = normalised_mse,
 ) -> tuple[Trained, int]:
     """Train one block in place of several, both subblocks together.
 
@@ -167,12 +168,13 @@ def distill_whole(
         batches: training batches in order: hidden states before the first block and behind the last one.
         held_out: the same for the held-out losses.
         recipe: how it is trained.
+        loss: what is lowered, and measured on held-out batches.
 
     Returns:
         The block, and the index in `blocks` of its start.
     """
     kind = parent_attention(config), parent_ffn(config)
-    held = _HeldOut(config, None, list(held_out), recipe.loss)
+    held = _HeldOut(config, None, list(held_out), loss)
 
     def runner(tensors: Mapping[str, Tensor]) -> Block:
         return Block.load(config, *kind, tensors)
@@ -201,8 +203,7 @@ def _train(students: Mapping[K, _Student], batches: Iterable[Batch], held_out: "
         attended = _attended(teacher, hidden, rotary)
         training = {key: student for key, student in students.items() if not student.has_ended}
         for student in training.values():
-            loss = student.recipe.loss(student.run(hidden, attended, rotary), target)
-            torch.autograd.backward(loss)
+            torch.autograd.backward(held_out.loss(student.run(hidden, attended, rotary), target))
             student.masters.step()
             student.steps += 1
         due = {key: student.run for key, student in training.items() if student.is_due}

@@ -32,7 +32,7 @@ def per_sequence(losses: TokenLosses) -> list[SequenceQuality]:
     """Means over the positions of each sequence; a KL of rounding size below 0 (float32 sums) counts as 0."""
     fields = (losses.kl, losses.lm_loss, losses.top1, losses.cosine)
     means = (field.double().mean(1).tolist() for field in fields)
-    return [SequenceQuality(max(0.0, kl), *others) for kl, *others in zip(*means, strict=True)]
+    return [SequenceQuality(0.0 if kl < 0 else kl, *others) for kl, *others in zip(*means, strict=True)]  # nan stays
 
 
 def summarise(sequences: Sequence[SequenceQuality]) -> Quality:

@@ -32,7 +32,8 @@ class Rates:
 class Work:
     """Tokens of each stage, and how the work is cut: params.yaml, flattened. Bytes are per element of each dtype.
 
-    `kept_boundaries` is how many the cache keeps in rolling mode.
+    `kept_boundaries` is how many the cache keeps in rolling mode; `bld_tokens` are a
+    variant's on average, `bld_read_tokens` all that BLD reads, `bld_checks` the held-out losses while a variant trains.
     """
 
     seq_len: int
@@ -49,7 +50,9 @@ class Work:
     spans: tuple[int, ...]
     importance_tokens: int
     fit_tokens: int
-    bld_tokens: int
+    bld_tokens: float
+    bld_read_tokens: int
+    bld_checks: float
     bld_sequences_per_step: int
     bld_held_out_tokens: int
     score_tokens: int
@@ -139,7 +142,7 @@ class Planner:
     @property
     def _bld_read(self) -> int:
         """Tokens of a boundary that BLD reads."""
-        return max(self._work.bld_tokens, self._work.fit_tokens) + self._work.calibration_tokens
+        return self._work.bld_read_tokens + self._work.calibration_tokens
 
     @property
     def _tokens(self) -> int:
@@ -220,7 +223,7 @@ class Planner:
             float32 = work.fit_tokens * moments + 2.0 * sum(solved)  # float64 runs at half the rate
         backward = 2.4  # of the forward: gradients of weights, and of inputs where something before them trains
         flops += work.bld_tokens * (self._attend + (1 + backward) * (all_ffns + 0.8 * all_attentions))
-        flops += 3 * work.bld_held_out_tokens * (self._attend + all_ffns + all_attentions)
+        flops += (3 + work.bld_checks) * work.bld_held_out_tokens * (self._attend + all_ffns + all_attentions)
         params = sum(ffn_elements(config, of).matrix for of in ffns)
         params += sum(attention_elements(config, of).matrix for of in attentions)
         steps = work.bld_tokens / (work.seq_len * work.bld_sequences_per_step)

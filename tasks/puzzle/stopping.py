@@ -2,6 +2,7 @@
 
 In: KL of replacements, sequence by sequence, in the same order for all. Nothing is decided on fewer than
 LEAST_SEQUENCES; what is decided depends on the sequences so far alone, so a run that is repeated decides the same.
+Decisions are repeated after every batch, hence three standard errors and not two.
 """
 
 import math
@@ -9,8 +10,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-LEAST_SEQUENCES = 4
-BEYOND = 2.0
+LEAST_SEQUENCES = 8
+BEYOND = 3.0
 """Standard errors of a paired difference that count as beaten."""
 
 
@@ -24,8 +25,8 @@ class Contender:
 
 
 def is_settled(kl: Sequence[float], relative_error: float) -> bool:
-    """Whether the standard error of the mean is at most this share of the mean."""
-    if len(kl) < LEAST_SEQUENCES:
+    """Whether the standard error of the mean is at most this share of the mean; 0 asks for all sequences."""
+    if len(kl) < LEAST_SEQUENCES or relative_error == 0:
         return False
     return statistics.stdev(kl) / math.sqrt(len(kl)) <= relative_error * statistics.fmean(kl)
 

@@ -3,12 +3,15 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
 
+from flows import distill_blocks, score_blocks
+from storage.paths import Paths
 from tests.clone import ROOT, Clone, Ended
-from tests.settings import tiny_values
+from tests.settings import tiny_params, tiny_values
 
 # The pieces that end first are the last ones; 2 is a wrong input, or our own mistake.
 STAGE = """
@@ -20,8 +23,10 @@ from storage.files import DamagedFileError
 
 @task(cache_policy=NO_CACHE)
 def make(piece, target, paths):
+    if target == "ordered":
+        assert {path.name for path in paths.root.iterdir()} == set(map(str, range(piece + 1, 4)))
     time.sleep(0.2 * piece)
-    if piece == 2 and target != "works":
+    if piece == 2 and target in ("fails", "breaks"):
         raise DamagedFileError("piece 2 is damaged") if target == "fails" else RuntimeError("our mistake")
     (paths.root / str(piece)).touch()
     return 10 * piece
@@ -29,7 +34,8 @@ def make(piece, target, paths):
 @flow(name="pieces")
 def pieces(params, paths, target):
     paths.root.mkdir()
-    (paths.root / "results").write_text(json.dumps(run_pieces(make, [3, 2, 1, 0], target, paths, unit="piece")))
+    made = run_pieces(make, [3, 2, 1, 0], target, paths, unit="piece", in_order=target == "ordered")
+    (paths.root / "results").write_text(json.dumps(made))
 
 if __name__ == "__main__":
     main(pieces, per_target=True)
@@ -40,7 +46,9 @@ def _folder(folder: Path) -> Clone:
     """A folder with params.yaml and the stage above; the code is this checkout's."""
     folder.mkdir(exist_ok=True)
     target = tiny_values()["targets"]["small"]
-    values = tiny_values(run={"workers": 4}) | {"targets": dict.fromkeys(("works", "fails", "breaks"), target)}
+    values = tiny_values(run={"workers": 4}) | {
+        "targets": dict.fromkeys(("works", "ordered", "fails", "breaks"), target)
+    }
     (folder / "params.yaml").write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
     (folder / "pieces.py").write_text(STAGE, encoding="utf-8")
     return Clone(folder, {"PYTHONPATH": str(ROOT)})
@@ -61,8 +69,10 @@ def _run(folder: Path, address: str, target: str) -> Ended:
     return Clone(folder, {**clone.environment, "PREFECT_API_URL": address}).run("pieces", "--target", target)
 
 
-def test_results_come_in_the_order_of_the_pieces_and_nothing_is_said(tmp_path: Path, address: str) -> None:
-    ended = _run(tmp_path, address, "works")
+@pytest.mark.parametrize("target", ["works", "ordered"])
+def test_results_come_in_the_order_of_the_pieces_and_nothing_is_said(target: str, tmp_path: Path, address: str) -> None:
+    """`ordered`: a piece starts when the one before it has ended, though there are four workers."""
+    ended = _run(tmp_path, address, target)
     assert (ended.code, ended.out, ended.err) == (0, "", "")  # progress is for terminals
     assert json.loads((tmp_path / "artifacts/results").read_text()) == [30, 20, 10, 0]
 
@@ -78,6 +88,23 @@ def test_our_own_mistake_is_not_dressed_up_as_a_wrong_input(tmp_path: Path, addr
     assert ended.code == 1
     assert "Traceback" in ended.err
     assert ended.err.rstrip().endswith("RuntimeError: our mistake")
+
+
+@pytest.mark.parametrize("mode", ["materialised", "rolling"])
+@pytest.mark.parametrize("stage", [distill_blocks, score_blocks])
+def test_stages_that_roll_through_the_parent_do_so_in_order(
+    stage: ModuleType, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers would delete each other's windows."""
+    plans, seen = iter([["a piece"], []]), []
+    for name in ("plan_blocks", "plan_groups"):
+        monkeypatch.setattr(stage.tasks, name, lambda *_: next(plans), raising=False)
+    for name in ("write_library_index", "write_score_table"):
+        monkeypatch.setattr(stage.tasks, name, lambda *_: None, raising=False)
+    monkeypatch.setattr(stage, "run_pieces", lambda *_, in_order, **__: seen.append(in_order))
+    flow = getattr(stage, stage.__name__.rpartition(".")[2])
+    flow.fn(tiny_params(run={"workers": 2}, cache_activations={"mode": mode}), Paths(tmp_path))
+    assert seen == [mode == "rolling"]
 
 
 def test_params_and_target_are_checked_before_a_server_starts(tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ def test_losses_that_weigh_tokens_alike_by_hand() -> None:
 def test_each_loss_is_what_training_lowers(name: str, tmp_path: Path) -> None:
     case = Case(tmp_path)
     starts, loss = case.starts(*VARIANTS), LOSSES[name]
-    recipes = dict.fromkeys(starts, Recipe(SCHEDULE, loss))
-    trained = distill_block(case.config, case.block, starts, starts, case.train, case.held_out, recipes)
+    recipes = dict.fromkeys(starts, Recipe(SCHEDULE))
+    trained = distill_block(case.config, case.block, starts, starts, case.train, case.held_out, recipes, loss)
     for variant, result in trained.items():
         assert result.improved and result.loss_after < 0.99 * result.loss_before
         student = whole_block(case, variant, result.tensors)

@@ -15,6 +15,7 @@ FACTS = {
     "first_block": 2,
     "span": 1,
     "weights": "decoupled",
+    "loss": "cosine",
     "loss_before": 0.5,
     "loss_fitted": 0.375,
     "loss_after": 0.25,

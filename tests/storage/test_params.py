@@ -208,7 +208,7 @@ def test_a_target_needs_a_key_that_dvc_can_parse_and_a_constraint() -> None:
 def test_budgets_must_fit_into_their_splits() -> None:
     long = 64 * SEQ_LEN
     assert problems(tiny_values(distill_blocks={"tokens": long}, evaluate_child={"tokens": long})) == [
-        "distill_child.tokens + the larger of distill_blocks.tokens and fit_tokens is 1280, more than "
+        "distill_child.tokens + the most of distill_blocks.tokens, variant_tokens, fit_tokens is 1280, more than "
         "prepare_corpus.train_tokens = 768",
         "evaluate_child.tokens is 1024, more than prepare_corpus.validation_tokens = 128",
     ]

@@ -85,9 +85,17 @@ def test_timings_without_a_variant_are_refused(case: tuple[Params, Paths]) -> No
     write_timings(TIMINGS / "laptop.parquet", timings(params, paths, linear=False))
     write_cost_table.fn(params, paths)
     before = paths.costs.read_bytes()
-    with pytest.raises(InputError, match=r"laptop\.parquet has no attention linear at 8/8, batch 1.*--time laptop"):
+    with pytest.raises(InputError, match=r"laptop\.parquet has no attention linear, ffn linear at 8/8.*--time laptop"):
         write_cost_table.fn(with_linear, paths)
     assert paths.costs.read_bytes() == before
+
+
+def test_tokens_of_a_variant_that_is_none_are_refused_here_already(case: tuple[Params, Paths]) -> None:
+    params, paths = case
+    write_timings(TIMINGS / "laptop.parquet", timings(params, paths, linear=False))
+    bld = params.distill_blocks.model_copy(update={"variant_tokens": {"ffn_49": 64}})
+    with pytest.raises(InputError, match="variant_tokens names 'ffn_49', the library has kv_2, kv_1"):
+        write_cost_table.fn(params.model_copy(update={"distill_blocks": bld}), paths)
 
 
 def test_timings_that_are_not_there_are_named(case: tuple[Params, Paths]) -> None:

@@ -27,6 +27,7 @@ from tasks.drawing.facts import Child, bld_losses, runtime
 from tasks.drawing.pipeline import BOX_HEIGHT, BOX_WIDTH, position, route
 from tasks.drawing.quality import Panel, Point, quality_throughput
 from tasks.drawing.style import spread
+from tasks.drawing.training import bld_losses as draw_bld_losses
 from tasks.puzzle.costs import FIXED_COMPONENTS, CostTable, Setting, model_speed
 from tasks.puzzle.variants import parent_blocks
 from tasks.report import write_report
@@ -269,11 +270,13 @@ def test_spans_and_linear_layers_are_drawn() -> None:
 
 
 def test_a_spans_whole_block_has_a_panel_of_its_own() -> None:
-    row = {"first_block": 0, "span": 2, "loss_before": 0.2, "loss_fitted": 0.1, "loss_after": 0.05}
+    row = {"first_block": 0, "span": 2, "loss": "token_mse", "loss_before": 0.2, "loss_fitted": 0.1, "loss_after": 0.05}
     kinds = [("whole", "whole"), ("ffn", "linear"), ("ffn", "ffn_24"), ("attention", "kv_1")]
     rows = [{**row, "subblock": subblock, "variant": variant} for subblock, variant in kinds]
     titles = [f"{own}, for 2 blocks" for own in ("kv_1", "ffn_24", "ffn linear", "whole block")]
-    assert [loss.title for loss in bld_losses(rows)] == titles
+    losses = bld_losses(rows)
+    assert [loss.title for loss in losses] == titles
+    assert "relative MSE, token by token" in draw_bld_losses(losses, 50).svg
 
 
 @pytest.mark.parametrize("target", TARGETS)
