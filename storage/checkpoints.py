@@ -99,7 +99,7 @@ class Checkpoint:
         if name not in self.files:
             raise InputError(f"{self.folder} has no tensor {name}; run `{self.rebuild}`")
         with self._open(self.files[name]) as handle:
-            tensor: Tensor = handle.get_tensor(name)
+            tensor: Tensor = handle.get_tensor(name).clone()  # else it keeps the whole file mapped
         if name in self.checksums and tensor_sha256(tensor) != self.checksums[name]:
             raise DamagedFileError(
                 f"{self.files[name]}: tensor {name} is damaged (sha256 differs); run `{self.rebuild}`"

@@ -27,7 +27,8 @@ from storage.params import Params
 from storage.parent import INFO, TOKENIZER_FILES, expected_shapes
 from storage.paths import Paths
 
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 512 << 20
+"""Of a file: a process maps whole files, and what it maps counts where its memory is limited (RLIMIT_DATA)."""
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LICENCES = ("LICEN[CS]E*", "USE_POLICY*", "NOTICE*")
 _CARD = "README.md"

@@ -63,7 +63,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def say(name: str, **values: float) -> dict[str, Any]:
     """A line for people; the row for machines."""
-    sys.stdout.write(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()) + "\n")
+    sys.stdout.write(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in values.items()) + "\n")
     sys.stdout.flush()
     return {"what": name, **values}
 
