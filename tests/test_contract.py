@@ -23,11 +23,23 @@ from storage.pieces import project_imports
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "storage")
 UI = {"compress", "guard", "overrides", "progress", "repro", "reruns", "serve"}
-NOT_STAGES = {"stage", "server", "demo", "closing_table", "explain", "frontier", "own_tables", "plan", *UI}
+NOT_STAGES = {
+    "stage",
+    "server",
+    "demo",
+    "closing_table",
+    "estimate_throughput",
+    "explain",
+    "frontier",
+    "own_tables",
+    "plan",
+    *UI,
+}
 NOT_STAGE_TASKS = {
     "activations",
     "block_library",
     "children",
+    "estimate_throughput",
     "explain",
     "frontier",
     "limits",
@@ -46,6 +58,7 @@ PUZZLE_WITHOUT_TORCH = {
     "variants",
     "costs",
     "cost_model",
+    "engine_model",
     "hardware",
     "baselines",
     "throughput",

@@ -17,7 +17,8 @@ class Device:
 
     `peak_flops` in FLOP/s by precision (int4 stores weights only and computes in bfloat16); `memory_bandwidth` in
     bytes/s; `memory_bytes` are the usable ones; `link_bandwidth` in bytes/s per direction to other devices of the
-    same node. `sources` says for each field where the number is from.
+    same node. `sources` says for each field where the number is from. A precision that the device has no units for is
+    not in `peak_flops`.
     """
 
     name: str
@@ -30,6 +31,19 @@ class Device:
 
 
 _H100_DATA_SHEET = "NVIDIA H100 Tensor Core GPU data sheet, SXM column"
+
+_USABLE = 0.96
+"""Share of a data sheet's memory that an engine can fill: that of the H100, 82.5e9 of 80 GiB."""
+
+
+def _from_data_sheet(sheet: str, link: str) -> dict[str, str]:
+    return {
+        "peak_flops": f"{sheet}; half of the rates with sparsity; float32 without tensor cores",
+        "memory_bandwidth": sheet,
+        "memory_bytes": f"{sheet}; usable: {_USABLE:.0%} of it, as of the H100's",
+        "link_bandwidth": f"{sheet}: {link}, both directions together",
+    }
+
 
 _DEVICES = (
     Device(
@@ -50,6 +64,66 @@ _DEVICES = (
             "memory_bandwidth": _H100_DATA_SHEET,
             "memory_bytes": "usable: with 80e9 two published rows of the 70B (METHOD.md) would lose half their batch",
             "link_bandwidth": f"{_H100_DATA_SHEET}: NVLink 900 GB/s, both directions together",
+        },
+    ),
+    Device(
+        name="h200-sxm",
+        description="NVIDIA H200 SXM 141GB",
+        peak_flops={
+            "fp8": 1979e12,
+            "bfloat16": 989.5e12,
+            "float16": 989.5e12,
+            "int4": 989.5e12,
+            "float32": 67e12,
+        },
+        memory_bandwidth=4.8e12,
+        memory_bytes=_USABLE * 141e9,
+        link_bandwidth=450e9,
+        sources=_from_data_sheet("NVIDIA H200 Tensor Core GPU data sheet, SXM column", "NVLink 900 GB/s"),
+    ),
+    Device(
+        name="a100-80gb-sxm",
+        description="NVIDIA A100 SXM4 80GB",
+        peak_flops={"bfloat16": 312e12, "float16": 312e12, "int4": 312e12, "float32": 19.5e12},
+        memory_bandwidth=2.039e12,
+        memory_bytes=82.5e9,
+        link_bandwidth=300e9,
+        sources={
+            **_from_data_sheet("NVIDIA A100 Tensor Core GPU data sheet, 80GB SXM column", "NVLink 600 GB/s"),
+            "memory_bytes": "as of the H100, whose memory has the same size",
+        },
+    ),
+    Device(
+        name="l40s",
+        description="NVIDIA L40S 48GB",
+        peak_flops={
+            "fp8": 733e12,
+            "bfloat16": 362.05e12,
+            "float16": 362.05e12,
+            "int4": 362.05e12,
+            "float32": 91.6e12,
+        },
+        memory_bandwidth=864e9,
+        memory_bytes=_USABLE * 48e9,
+        link_bandwidth=32e9,
+        sources=_from_data_sheet("NVIDIA L40S data sheet", "PCIe Gen4 x16, 64 GB/s"),
+    ),
+    Device(
+        name="rtx-4090",
+        description="NVIDIA GeForce RTX 4090 24GB",
+        peak_flops={
+            "fp8": 330.3e12,
+            "bfloat16": 165.2e12,
+            "float16": 165.2e12,
+            "int4": 165.2e12,
+            "float32": 82.6e12,
+        },
+        memory_bandwidth=1.008e12,
+        memory_bytes=_USABLE * 24e9,
+        link_bandwidth=32e9,
+        sources={
+            **_from_data_sheet("NVIDIA Ada GPU architecture white paper, appendix A", "PCIe Gen4 x16, 64 GB/s"),
+            "peak_flops": "NVIDIA Ada GPU architecture white paper, appendix A; dense, with float32 accumulation",
         },
     ),
 )
