@@ -446,7 +446,7 @@ def _make_targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):", makefile, re.M))
 
 
-DOCUMENTS = ("README.md", "docs/architecture.md", "docs/ui.md")
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("architecture", "costs", "scores", "search", "ui")))
 
 
 def _code_in(document: str) -> str:
