@@ -211,12 +211,25 @@ class MeasureCosts(Section):
 
     timings: tuple[str, ...] = Field((), description="Names of tables in storage/timings to take.")
     hardware: tuple[str, ...] = Field((), description="Hardware whose milliseconds are modelled.")
+    engines: tuple[Literal["roofline", "tensorrt-llm"], ...] = Field(
+        ("roofline",),
+        min_length=1,
+        description="Of modelled hardware: roofline, a lower bound of the time, or tensorrt-llm, a prediction "
+        "(docs/costs.md).",
+    )
+    tensor_parallel: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1,), min_length=1, description="Devices that share each matrix, modelled for tensorrt-llm; roofline knows one."
+    )
     precision: Precision = Field("bfloat16", description="Precision of weights and KV cache.")
     scenarios: tuple[Scenario, ...] = Field(("128/128",), description="Input length / output length, in tokens.")
     batches: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8), description="Sequences at once.")
     threads: int = Field(2, ge=1, le=256, description="torch threads when `--time` times a CPU.")
     copies: int = Field(15, ge=1, description="N: `--time` compares stacks of 2N and N copies of a subblock.")
     repeats: int = Field(4, ge=2, description="Rounds of `--time`; the median counts.")
+
+    def degrees(self, engine: str) -> tuple[int, ...]:
+        """Tensor-parallel degrees of a modelled engine."""
+        return (1,) if engine == "roofline" else self.tensor_parallel
 
 
 class SearchArchitecture(Section):

@@ -27,7 +27,7 @@ from storage.targets import SPEED_METRICS
 from tasks.puzzle.child import DeciLMForCausalLM, build
 from tasks.puzzle.costs import ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
-from tasks.puzzle.hardware import device_named
+from tasks.puzzle.hardware import check_precision, device_named
 from tasks.puzzle.throughput import best_modelled, predict, throughput_tables
 from tasks.puzzle.timing import ENGINE, Workload, machine, software, spread, time_models
 from tasks.puzzle.variants import parent_attention, parent_blocks, parent_ffn
@@ -42,6 +42,7 @@ def model_throughput(target: str, params: Params, paths: Paths) -> list[Throughp
     """
     settings, config = params.benchmark_throughput, Parent(paths.parent).config
     device = device_named(settings.hardware)
+    check_precision(device, settings.precision)
     rows = []
     for scenario, (model, blocks) in itertools.product(settings.modelled_scenarios, _blocks(target, paths).items()):
         speed, how = best_modelled(config, blocks, device, settings.precision, scenario)

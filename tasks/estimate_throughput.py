@@ -4,11 +4,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.files import InputError, read_json
+from storage.files import read_json
 from storage.model_config import ModelConfig, from_nemotron_nas
 from storage.records import Precision
 from tasks.puzzle.engine_model import BATCHES, DEGREES, TENSORRT_LLM, Estimate, Model, best_estimate
-from tasks.puzzle.hardware import device_named
+from tasks.puzzle.hardware import check_precision, device_named
 from tasks.puzzle.variants import parent_attention, parent_ffn
 
 
@@ -30,8 +30,7 @@ def estimate_throughput(config_json: Path, asked: Asked) -> dict[str, Any]:
         InputError: the config is of no supported kind, the hardware has no units for the precision, or nothing fits.
     """
     device = device_named(asked.hardware)
-    if asked.precision not in device.peak_flops:
-        raise InputError(f"{asked.hardware} has no units for {asked.precision} (has: {', '.join(device.peak_flops)})")
+    check_precision(device, asked.precision)
     inputs, outputs = map(int, asked.scenario.split("/"))
     found = best_estimate(
         read_model(config_json),

@@ -4,6 +4,7 @@ Timings are input data: this stage reads storage/timings/<hardware>.parquet and 
 params give the same children. tasks/time_machine.py takes them.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from storage.records import ANY_VARIANT, Attention, CostRow, Ffn
 from storage.tables import read_timings, write_costs
 from tasks.puzzle.cost_model import modelled_rows
 from tasks.puzzle.costs import FIXED_COMPONENTS, from_timings
-from tasks.puzzle.hardware import device_named
+from tasks.puzzle.hardware import check_precision, device_named
 from tasks.puzzle.variants import attention_variants, ffn_variants
 
 
@@ -43,10 +44,12 @@ def write_cost_table(params: Params, paths: Paths) -> None:
         _check_that_all_are_timed(timings, attentions, ffns, name, path)
         rows += timings
     for name in settings.hardware:
-        device = device_named(name)
-        for scenario in settings.scenarios:
-            for batch in settings.batches:
-                rows += modelled_rows(config, attentions, ffns, device, settings.precision, scenario, batch)
+        check_precision(device_named(name), settings.precision)
+    places = [(engine, degree) for engine in settings.engines for degree in settings.degrees(engine)]
+    for name, place, scenario, batch in itertools.product(
+        settings.hardware, places, settings.scenarios, settings.batches
+    ):
+        rows += modelled_rows(config, attentions, ffns, device_named(name), settings.precision, scenario, batch, *place)
     write_costs(paths.costs, rows)
 
 

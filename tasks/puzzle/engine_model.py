@@ -49,7 +49,8 @@ class Engine:
 
 @dataclass(frozen=True)
 class Shape:
-    """One pass over a batch: new tokens of each sequence, tokens each attends to on average, tokens of KV it moves."""
+    """One pass over a batch, per sequence: new tokens, how many each attends to on average (half of the input under a
+    causal mask), and how many go to (prefill) or come from (decode) the KV cache."""
 
     batch: int
     new_tokens: int
@@ -105,6 +106,8 @@ def component_ms(
     tokens, hidden = shape.batch * shape.new_tokens, config.hidden_size
     bandwidth = 1e-3 * device.memory_bandwidth * engine.memory
     wide = 1e-3 * device.peak_flops["bfloat16"] * engine.compute
+    if component == "step":
+        return 0.0
     if component == "embedding":
         return 2.0 * tokens * hidden / bandwidth
     if component == "head":  # of the last position of each sequence; a tied matrix is read all the same
@@ -191,12 +194,19 @@ def _bytes(model: Model, precision: Precision, degree: int) -> tuple[float, floa
 
 def fits(found: Estimate, model: Model, device: Device, scenario: tuple[int, int]) -> bool:
     """Whether weights, the KV cache at the requests' end and the workspace fit into each device."""
-    config = model.config
     tokens = min(found.batch * scenario[0], TOKENS_IN_FLIGHT)
-    projected = max(2 * (config.num_heads + config.num_kv_heads) * config.head_dim, 2 * config.intermediate_size)
-    workspace = 2.0 * tokens * (2 * config.hidden_size + projected / found.tensor_parallel)
-    workspace += 4.0 * found.batch * config.vocab_size / found.tensor_parallel
+    workspace = workspace_bytes(model.config, tokens, found.batch, found.tensor_parallel)
     return (found.weights_gib + found.kv_gib) * GIB + workspace <= device.memory_bytes
+
+
+def workspace_bytes(config: ModelConfig, tokens: int, batch: int, degree: int) -> float:
+    """Memory per device beside weights and KV cache: activations of one block for the tokens in flight, and logits.
+
+    The parent's block is the largest that a child can have, so this holds for every child. 16-bit activations, float32
+    logits of each sequence's last token; what a device shares with others is divided by their number.
+    """
+    projected = max(2 * (config.num_heads + config.num_kv_heads) * config.head_dim, 2 * config.intermediate_size)
+    return 2.0 * tokens * (2 * config.hidden_size + projected / degree) + 4.0 * batch * config.vocab_size / degree
 
 
 def best_estimate(

@@ -141,3 +141,9 @@ def device_named(name: str) -> Device:
         hint = f"; did you mean {close[0]}?" if close else ""
         raise InputError(f"hardware {name!r} has no data sheet (known: {', '.join(DEVICES)}){hint}")
     return DEVICES[name]
+
+
+def check_precision(device: Device, precision: Precision) -> None:
+    """Raise InputError where the device has no units for a precision."""
+    if precision not in device.peak_flops:
+        raise InputError(f"{device.name} has no units for {precision} (has: {', '.join(device.peak_flops)})")

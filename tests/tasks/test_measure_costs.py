@@ -11,7 +11,17 @@ from storage.paths import TIMINGS, Paths
 from storage.records import ANY_VARIANT, Component, TimingRow
 from storage.tables import read_costs, write_timings
 from tasks.measure_costs import write_cost_table
-from tasks.puzzle.variants import attention_variants, component_sizes, ffn_variants
+from tasks.puzzle.costs import CostTable, Setting, model_speed
+from tasks.puzzle.engine_model import TENSORRT_LLM, Model, estimate
+from tasks.puzzle.hardware import device_named
+from tasks.puzzle.variants import (
+    attention_variants,
+    component_sizes,
+    ffn_variants,
+    parent_attention,
+    parent_blocks,
+    parent_ffn,
+)
 from tests.settings import tiny_params
 
 
@@ -75,6 +85,33 @@ def test_timed_and_modelled_rows_stand_side_by_side(case: tuple[Params, Paths]) 
     assert {(row.hardware, row.origin) for row in table} == {("laptop", "measured"), ("h100-sxm", "modelled")}
     modelled = {(row.component, row.variant) for row in table if row.origin == "modelled"}
     assert timed.keys() - modelled == {("attention", "linear"), ("ffn", "linear")}
+
+
+def test_both_modelled_engines_and_every_degree_have_rows(case: tuple[Params, Paths]) -> None:
+    """The roofline knows one device; the engine's rows are those of its model."""
+    params, paths = case
+    settings = {"engines": ("roofline", "tensorrt-llm"), "tensor_parallel": (1, 2), "timings": (), "precision": "fp8"}
+    costs = params.measure_costs.model_copy(update=settings)
+    write_cost_table.fn(params.model_copy(update={"measure_costs": costs}), paths)
+    table = read_costs(paths.costs)
+    assert {(row.engine, row.tensor_parallel) for row in table} == {
+        *(("roofline", 1), ("tensorrt-llm", 1), ("tensorrt-llm", 2))
+    }
+    config = Parent(paths.parent).config
+    model = Model(config, ((parent_attention(config), parent_ffn(config)),) * config.num_blocks)
+    for degree in (1, 2):
+        setting = Setting("h100-sxm", "tensorrt-llm", "fp8", degree, "8/8", 1)
+        summed = model_speed(CostTable(table), parent_blocks(config), setting)
+        found = estimate(model, device_named("h100-sxm"), TENSORRT_LLM, "fp8", (8, 8), degree, 1)
+        assert (summed.prefill_ms, summed.decode_ms) == pytest.approx((found.prefill_ms, found.step_ms))
+
+
+def test_a_precision_that_hardware_has_no_units_for_is_refused(case: tuple[Params, Paths]) -> None:
+    params, paths = case
+    update = {"hardware": ("a100-80gb-sxm",), "precision": "fp8", "timings": ()}
+    costs = params.measure_costs.model_copy(update=update)
+    with pytest.raises(InputError, match=r"a100-80gb-sxm has no units for fp8"):
+        write_cost_table.fn(params.model_copy(update={"measure_costs": costs}), paths)
 
 
 def test_timings_without_a_variant_are_refused(case: tuple[Params, Paths]) -> None:
