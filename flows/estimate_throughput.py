@@ -2,17 +2,19 @@
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import TypeAdapter, ValidationError
+
 from flows.stage import run_cleanly
+from storage.fields import Scenario
 from storage.records import Precision
 from tasks.estimate_throughput import Asked, estimate_throughput
 
 
-def text(found: dict[str, Any]) -> str:
+def as_text(found: dict[str, Any]) -> str:
     """The numbers, and where the time goes; at most 100 columns."""
     lines = [
         f"{found['tokens_per_s_per_gpu']:,.0f} generated tokens/s per GPU, MODELLED ({found['engine']})",
@@ -28,9 +30,12 @@ def text(found: dict[str, Any]) -> str:
 
 
 def _scenario(value: str) -> str:
-    if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", value):
-        raise argparse.ArgumentTypeError(f"{value!r} is no scenario; expected INPUT/OUTPUT tokens, such as 128/1024")
-    return value
+    try:
+        found: str = TypeAdapter(Scenario).validate_python(value)
+    except ValidationError:
+        text = f"{value!r} is no scenario; expected INPUT/OUTPUT tokens, such as 128/1024"
+        raise argparse.ArgumentTypeError(text) from None
+    return found
 
 
 def _count(value: str) -> int | None:
@@ -54,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     asked = Asked(args.hardware, args.precision, args.scenario, args.tensor_parallel, args.batch)
     found = estimate_throughput(args.config, asked)
-    sys.stdout.write(json.dumps(found) + "\n" if args.json else text(found))
+    sys.stdout.write(json.dumps(found) + "\n" if args.json else as_text(found))
 
 
 if __name__ == "__main__":

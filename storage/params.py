@@ -172,7 +172,7 @@ class DistillBlocks(Section):
     @property
     def most_tokens(self) -> int:
         """Tokens of the variant that trains longest."""
-        return max(self.tokens, *self.variant_tokens.values(), 0)
+        return max([self.tokens, *self.variant_tokens.values()])
 
     @property
     def used_tokens(self) -> int:

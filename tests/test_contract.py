@@ -374,6 +374,12 @@ def test_dvc_watches_every_section_that_a_task_reads(name: str) -> None:
     assert watched - read <= {name}
 
 
+def test_global_distillation_starts_anew_when_blockwise_distillation_takes_other_tokens() -> None:
+    """It trains on the sequences behind BLD's, also where the child it starts from came out the same."""
+    reads = {f"distill_blocks.{name}" for name in ("tokens", "variant_tokens", "fit_tokens")}
+    assert reads <= set(_stage("distill_child")["params"])
+
+
 def _upstream(name: str) -> set[str]:
     """Stages that made what `name` reads, directly or not."""
     found: set[str] = set()

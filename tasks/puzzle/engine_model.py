@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from storage.files import InputError
 from storage.model_config import ModelConfig
 from storage.records import ANY_VARIANT, Attention, Component, Ffn, Precision
+from tasks.puzzle.costs import GIB
 from tasks.puzzle.hardware import Device
 from tasks.puzzle.variants import component_elements, component_sizes
 
-GIB = 2**30
 HIDDEN_PASSES = 6
 """How often a subblock's hidden states go through memory beside its products: norm, residual, activations, each way."""
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -49,8 +49,11 @@ class Engine:
 
 @dataclass(frozen=True)
 class Shape:
-    """One pass over a batch, per sequence: new tokens, how many each attends to on average (half of the input under a
-    causal mask), and how many go to (prefill) or come from (decode) the KV cache."""
+    """One pass over a batch, per sequence.
+
+    New tokens, how many each attends to on average (half of the input under a causal mask), and how many go to
+    (prefill) or come from (decode) the KV cache.
+    """
 
     batch: int
     new_tokens: int

@@ -32,8 +32,8 @@ class Rates:
 class Work:
     """Tokens of each stage, and how the work is cut: params.yaml, flattened. Bytes are per element of each dtype.
 
-    `kept_boundaries` is how many the cache keeps in rolling mode; `bld_tokens` are a
-    variant's on average, `bld_read_tokens` all that BLD reads, `bld_checks` the held-out losses while a variant trains.
+    `kept_boundaries` is how many the cache keeps in rolling mode; `bld_tokens` are a variant's on average,
+    `bld_read_tokens` all that BLD reads, `bld_checks` the held-out losses while a variant trains.
     """
 
     seq_len: int
@@ -234,7 +234,7 @@ class Planner:
         return self._estimate(
             "distill_blocks",
             blocks=self._in_order(places * flops + spans * whole, self._bld_read),
-            float32=places * float32 * (work.workers if work.rolling else 1),
+            float32=places * float32 * self._alone,
             streamed=places * steps * params * 3 * _MASTER_BYTES,
             moved=3 * library,
             memory=work.workers * (params * (_MASTER_BYTES + 3 * work.compute_bytes) + 3 * 8.0 * width**2),
@@ -259,16 +259,20 @@ class Planner:
         return self._estimate(
             "score_blocks",
             blocks=self._in_order(suffix * self._block, work.score_tokens),
-            head=heads * self._head,
+            head=heads * self._head * self._alone,
             memory=work.compute_bytes * (self._outside + work.workers * 4 * self._block_params),
             moved=2 * read * self._block_params * work.compute_bytes,
         )
 
+    @property
+    def _alone(self) -> int:
+        """How many times as long work takes in rolling mode, where one worker does all of it."""
+        return self._work.workers if self._work.rolling else 1
+
     def _in_order(self, flops: float, tokens: float) -> float:
-        """In rolling mode one worker does all of it, and takes the tokens through the parent."""
-        if not self._work.rolling:
-            return flops
-        return self._work.workers * (flops + tokens * self._config.num_blocks * self._block)
+        """In rolling mode the one worker takes the tokens through the parent as well."""
+        walk = tokens * self._config.num_blocks * self._block if self._work.rolling else 0.0
+        return self._alone * (flops + walk)
 
     def _gkd(self, target: str, share: float) -> Estimate:
         config, work = self._config, self._work

@@ -35,6 +35,8 @@ def params_of(folder: Path) -> Params:
     """A few sequences of everything."""
     return tiny_params(
         prepare_parent={"source": str(folder / "source")},
+        cache_activations={"sequences_per_shard": 48},
+        score_blocks={"sequences_per_batch": 4, "initial_tokens": 0},
         distill_blocks={"width_multiple": 64, "ffn_ratios": [0.5], "fit_tokens": 0},  # its float64 solves take minutes
     )
 

@@ -35,7 +35,14 @@ def test_one_json_object_and_a_text_that_fits_a_terminal() -> None:
         assert sum(times[at] for times in found["breakdown"].values()) == pytest.approx(found[at])
     text = run("--config", str(CONFIG_70B), "--tensor-parallel", "1").stdout
     assert f"{found['tokens_per_s_per_gpu']:,.0f} generated tokens/s per GPU, MODELLED" in text
-    assert max(map(len, text.splitlines())) <= 120
+    *lines, fitted = text.splitlines()
+    assert max(map(len, lines)) <= 100 and fitted.startswith("  constants fitted")
+
+
+def test_no_torch_is_imported() -> None:
+    """It would take longer than the answer."""
+    code = "import sys, flows.estimate_throughput; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_a_heterogeneous_checkpoint(tmp_path: Path) -> None:

@@ -112,6 +112,9 @@ def test_rolling_by_hand() -> None:
     assert after["cache_activations"].disk_bytes == 2 * 24 * 8 * 2 + 2 * (4 + 4) * 8 * 4
     for stage, tokens in (("distill_blocks", 8), ("score_blocks", 4)):
         assert after[stage].seconds == pytest.approx(2 * (before[stage].seconds + tokens * 3 * BLOCK))
+    slow_head = replace(RATES, block_flops=1e30, head_flops=1.0)
+    alone, together = (estimates(of, slow_head)["score_blocks"].seconds for of in (replace(work, rolling=True), work))
+    assert alone == pytest.approx(2 * together) and together > 0
     changed = {"cache_activations", "distill_blocks", "score_blocks"}
     assert {name for name in before if before[name] != after[name]} == changed
 

@@ -53,6 +53,14 @@ def test_what_is_written_is_read_back(max_shard_bytes: int, shards: int, tmp_pat
         assert checkpoint.checksums[name] == tensor_sha256(tensor)
 
 
+def test_a_tensor_that_was_read_keeps_no_file_mapped(tmp_path: Path) -> None:
+    """Where memory is limited, what is mapped counts: blocks that are held would keep a large parent's files."""
+    checkpoint = write(tmp_path, some_tensors())
+    held = [checkpoint.tensor(name) for name in checkpoint.files]
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert len(held) == 5
+
+
 def test_shards_have_the_names_that_other_tools_expect(tmp_path: Path) -> None:
     write(tmp_path, some_tensors(), 900)
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]

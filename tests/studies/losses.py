@@ -72,12 +72,9 @@ def main() -> None:
         sys.stdout.write(f"{loss:<16} {halves[0]:>10.4f} {halves[1]:>8.4f} {sums_text:>20}\n")
     first, *others = LOSSES
     for other in others:
-        wins = [
-            theirs < ours
-            for run, rival in zip(found[first], found[other], strict=True)
-            for ours, theirs in ((run[of], rival[of]) for of in run)
-        ]
-        sys.stdout.write(f"{other} is better than {first} for {statistics.fmean(wins):.0%} of the variants\n")
+        pairs = [(run[of], rival[of]) for run, rival in zip(found[first], found[other], strict=True) for of in run]
+        better, worse = (statistics.fmean(wins) for wins in zip(*((b < a, b > a) for a, b in pairs), strict=True))
+        sys.stdout.write(f"{other} is better than {first} for {better:.0%} of the variants, worse for {worse:.0%}\n")
 
 
 if __name__ == "__main__":

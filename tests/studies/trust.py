@@ -10,7 +10,7 @@ import argparse
 import random
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from storage.library import Library
 from storage.model_config import ModelConfig
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import Replacement
+from storage.records import Replacement, ScoreRow
 from storage.tables import read_scores
 from tasks.drawing.style import BLUE, GREY, LINE, ORANGE, finish, panels, styled
 from tasks.puzzle.blocks import Block
@@ -31,12 +31,13 @@ from tasks.puzzle.costs import subblocks
 from tasks.puzzle.device import Compute, compute, resolve
 from tasks.puzzle.evaluation import per_sequence, standard_error
 from tasks.puzzle.head import Head, compare_with_parent
-from tasks.puzzle.losses import LOSSES
+from tasks.puzzle.losses import LOSSES, token_mse
 from tasks.puzzle.mip import Settings
 from tasks.puzzle.problem import Choice, Limit, Problem
 from tasks.puzzle.rotary import rotary_for
 from tasks.puzzle.score_rule import Scores
 from tasks.puzzle.search import best_child
+from tasks.puzzle.stopping import LEAST_SEQUENCES, Contender, is_dominated
 from tasks.puzzle.variants import component_sizes, parent_attention, parent_blocks, parent_ffn
 from tasks.replacements import Replacements
 
@@ -171,8 +172,12 @@ def picture(children: Sequence[Child], kls: Sequence[list[float]]) -> str:
     return finish(figure, "trust", words, 100).svg
 
 
-def pre_score(scores: Scores, config: ModelConfig, paths: Paths) -> None:
-    """Rank correlation with the scores of how far a variant's output is from the parent's, on two sequences."""
+def pre_score(scores: Scores, config: ModelConfig, paths: Paths) -> dict[Replacement, float]:
+    """Rank correlation with the scores of how far a variant's output is from the parent's, on two sequences.
+
+    Returns that error of each variant, token by token.
+    """
+    errors: dict[Replacement, float] = {}
     pairs: dict[str, list[tuple[int, float, float]]] = {name: [] for name in LOSSES}
     device_name, dtype = resolve("auto", "auto")
     device = compute(device_name, dtype, 2)
@@ -186,6 +191,7 @@ def pre_score(scores: Scores, config: ModelConfig, paths: Paths) -> None:
         with torch.inference_mode():
             block = Block.load(config, of.attention, of.ffn, read.tensors(of, "decoupled"))
             output = block(source, rotary_for(config, source.shape[1], source))
+        errors[of] = float(token_mse(output, target))
         for name, loss in LOSSES.items():
             pairs[name].append((of.first_block, float(loss(output, target)), scores.score(of, "decoupled").mean))
     say(f"\nrank correlation with the scores of {len(found)} variants of single blocks; within a block (median)")
@@ -196,10 +202,52 @@ def pre_score(scores: Scores, config: ModelConfig, paths: Paths) -> None:
             for index in range(config.num_blocks)
         ]
         say(f"  {name:<16} {everything:.3f} {statistics.median(within):>8.3f}")
+    return errors
 
 
 def _changes_one_half(of: Replacement, config: ModelConfig) -> bool:
     return (of.attention == parent_attention(config)) != (of.ffn == parent_ffn(config))
+
+
+def hopeless(rows: Iterable[ScoreRow], errors: Mapping[Replacement, float], config: ModelConfig) -> None:
+    """Variants that one of their subblock, no larger, beats: by score, by error, and by drop_dominated's rule."""
+    kls: dict[Replacement, list[float]] = {}
+    for row in sorted(rows, key=lambda row: row.sequence_shard):
+        if row.replacement in errors:
+            kls.setdefault(row.replacement, []).append(row.kl)
+    found: dict[str, set[Replacement]] = {"score": set(), "error": set(), "rule": set()}
+    for of, kl in kls.items():
+        one = _contender(of, kl[:LEAST_SEQUENCES], config)
+        rivals = [other for other in kls if other != of and _same_subblock(of, other, config)]
+        smaller = [other for other in rivals if _is_no_larger(other, of, config)]
+        if any(statistics.fmean(kls[other]) < statistics.fmean(kl) for other in smaller):
+            found["score"].add(of)
+        if any(errors[other] < errors[of] for other in smaller):
+            found["error"].add(of)
+        if is_dominated(one, (_contender(other, kls[other][:LEAST_SEQUENCES], config) for other in smaller)):
+            found["rule"].add(of)
+    both = {name: len(found[name] & found["score"]) for name in ("error", "rule")}
+    say(
+        f"\nbeaten by one that is no larger, of {len(kls)}: {len(found['score'])} by score; {len(found['error'])} by "
+        f"error (token_mse), {both['error']} of them by score too; {len(found['rule'])} by drop_dominated on "
+        f"{LEAST_SEQUENCES} sequences, {both['rule']} of them by score on all too"
+    )
+
+
+def _contender(of: Replacement, kl: Sequence[float], config: ModelConfig) -> Contender:
+    component, name = subblocks(of)[0 if of.ffn == parent_ffn(config) else 1]
+    sizes = component_sizes(config, component, name, "bfloat16")
+    return Contender(sizes.params, sizes.kv_bytes_per_token, tuple(kl))
+
+
+def _same_subblock(one: Replacement, other: Replacement, config: ModelConfig) -> bool:
+    own = parent_ffn(config)
+    return one.first_block == other.first_block and (one.ffn == own) == (other.ffn == own)
+
+
+def _is_no_larger(one: Replacement, other: Replacement, config: ModelConfig) -> bool:
+    mine, theirs = (_contender(of, (), config) for of in (one, other))
+    return mine.params <= theirs.params and mine.kv_bytes <= theirs.kv_bytes
 
 
 def main() -> None:
@@ -233,7 +281,7 @@ def main() -> None:
             f"measured / predicted {statistics.median(ratios):.2f} (median), {ratios[0]:.2f} to {ratios[-1]:.2f}"
         )
     Path("docs/trust.svg").write_text(picture(children, kls), encoding="utf-8")
-    pre_score(scores, config, paths)
+    hopeless(rows, pre_score(scores, config, paths), config)
 
 
 if __name__ == "__main__":

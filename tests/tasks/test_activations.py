@@ -21,7 +21,6 @@ from tests.stages import cache, checksums, distill, prepare, score
 from tests.tiny import FAMILIES, flip_byte
 
 SPANS = [2]
-LONGEST = 2
 
 
 def rolling(**overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -78,10 +77,13 @@ def test_rolling_gives_the_bytes_of_materialised(family: str, dtype: str, tmp_pa
     assert any(name.startswith("l/span_") for name in made[0])
 
 
+@pytest.mark.parametrize("spans", [[], [2]], ids=str)
 def test_no_more_than_the_longest_span_and_one_boundary_lie_on_disk(
-    case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
+    spans: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params, paths = case
+    """Of the window's three boundaries; the fourth, the last one, is the cache's."""
+    params, paths = prepare("llama", tmp_path, **rolling(distill_blocks={"spans": spans}))
+    cache(params, paths)
     counts = []
 
     def counted(path: Path, *rest: Any) -> None:
@@ -91,7 +93,9 @@ def test_no_more_than_the_longest_span_and_one_boundary_lie_on_disk(
     monkeypatch.setattr("tasks.activations.write_shard", counted)
     distill(params, paths)
     score(params, paths)
-    assert max(counts) == LONGEST + 1
+    Library(paths.library).path("block_002.ffn_48").unlink()
+    distill(params, paths)  # walks to the last block at once
+    assert max(counts) == max([1, *spans]) + 1
     kept = {path.name for path in (paths.activations / "train").iterdir()}
     assert kept == {"boundary_000", "boundary_003"}
 

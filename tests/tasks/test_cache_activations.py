@@ -83,6 +83,18 @@ def test_more_tokens_make_only_the_shards_that_they_change(finished: tuple[Param
     assert cache(params, paths) == ["train.shard_003", "train.shard_004"], "shard 3 was not full"
 
 
+def test_the_same_tokens_in_longer_sequences_are_cached_anew(finished: tuple[Params, Paths]) -> None:
+    """A split's ids are one stream, so that a shard may hold the same bytes in another shape."""
+    _, paths = finished
+    before = read_sequences(paths.corpus, "validation").tobytes()
+    tiny_corpus(paths.corpus, SIZES["vocab_size"], 2 * SEQ_LEN, sequences=(24, 8, 4))
+    assert read_sequences(paths.corpus, "validation").tobytes() == before
+    shards = plan_shards.fn(
+        tiny_params(prepare_corpus={"seq_len": 2 * SEQ_LEN}, score_blocks={"initial_tokens": 0}), paths
+    )
+    assert [shard.name for shard in shards] == ["train.shard_000", "train.shard_001", *ALL_SHARDS[4:5], ALL_SHARDS[-1]]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [{"run": {"dtype": "bfloat16"}}, {"run": {"threads": 2}}, {"cache_activations": {"sequences_per_batch": 2}}],

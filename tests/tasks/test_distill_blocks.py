@@ -183,6 +183,17 @@ def test_other_variants_tokens_leave_a_variants_own_bytes(own: int, finished: tu
     assert Library(paths.library).checksum("block_001.ffn_48") != before
 
 
+def test_more_tokens_that_rank_more_channels_make_the_order_anew(finished: tuple[Params, Paths]) -> None:
+    """`importance_tokens` are at most all that BLD reads: 28 sequences here, then 32, of the same three shards."""
+    _, paths = finished
+    few, more = (
+        tiny_params(distill_blocks={"importance_tokens": 40 * SEQ_LEN, "tokens": count * SEQ_LEN}) for count in (28, 32)
+    )
+    distill(few, paths)
+    orders = {name for plan in plan_blocks.fn(more, paths) for name in plan.missing if name.endswith("channel_order")}
+    assert orders == {channel_order_name(index) for index in range(3)}
+
+
 def test_a_variant_that_stopped_early_has_fewer_tokens_in_the_index(finished: tuple[Params, Paths]) -> None:
     _, paths = finished
     params = tiny_params(distill_blocks={"check_steps": 1, "patience": 1, "learning_rates": {"gqa": 1.0}})

@@ -135,6 +135,14 @@ def test_tokens_of_a_variant_that_is_none_are_refused_here_already(case: tuple[P
         write_cost_table.fn(params.model_copy(update={"distill_blocks": bld}), paths)
 
 
+def test_timings_without_a_component_of_every_model_are_refused(case: tuple[Params, Paths]) -> None:
+    params, paths = case
+    rows = [row for row in timings(params, paths, linear=False) if row.component != "head"]
+    write_timings(TIMINGS / "laptop.parquet", rows)
+    with pytest.raises(InputError, match="has no head"):
+        write_cost_table.fn(params, paths)
+
+
 def test_timings_that_are_not_there_are_named(case: tuple[Params, Paths]) -> None:
     params, paths = case
     with pytest.raises(InputError, match=r"names 'laptop', but storage/timings/laptop\.parquet is missing"):
