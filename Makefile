@@ -25,7 +25,7 @@ $(STAMP): constraints.txt pyproject.toml
 
 $(DEV): $(STAMP)
 	@echo "installing what tests need ..."
-	@$(PIP) --editable ".[dev,eval]"
+	@$(PIP) --editable ".[dev,eval,llamacpp]"
 	@$(COMPILE)
 	@touch $@
 

@@ -101,6 +101,11 @@ class Paths:
         return self.root / "frontier" / target
 
     @property
+    def serving(self) -> Path:
+        """What servers measured under load: a table, and figures beside it; no stage reads it."""
+        return self.root / "serving.parquet"
+
+    @property
     def seconds(self) -> Path:
         """How long each stage took here, its imports left out, for flows/plan.py; no stage reads it."""
         return self.root / "seconds.json"

@@ -267,3 +267,38 @@ class ThroughputRow:
     predicted_hardware: str | None = None
     modelled_tokens_per_s: float | None = None
     how: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingRow:
+    """What a server measured at one concurrency: a row of serving.parquet.
+
+    `name` is what the user calls the server (parent, child), `model` what the server calls its model, on `devices`
+    devices. `input_tokens` and `output_tokens` are what each request had, a share of the scenario's where lengths are
+    scaled; `counted_input_tokens` is the server's own count. Of `requests`, `errors` failed, of the kinds in
+    `error_kinds`. Times and rates are of whole requests, null where none was: generated tokens/s of the server,
+    tokens/s of the median request after its first token, percentiles of the time to the first token (ttft) and of the
+    times between tokens (itl).
+    """
+
+    name: str
+    model: str
+    url: str
+    devices: int
+    scenario: str
+    input_tokens: int
+    output_tokens: int
+    concurrency: int
+    requests: int
+    errors: int
+    error_kinds: str
+    counted_input_tokens: float | None
+    seconds: float
+    measured_tokens_per_s: float | None
+    measured_user_tokens_per_s: float | None
+    ttft_p50_ms: float | None
+    ttft_p95_ms: float | None
+    ttft_p99_ms: float | None
+    itl_p50_ms: float | None
+    itl_p95_ms: float | None
+    itl_p99_ms: float | None

@@ -1,4 +1,4 @@
-"""scores, costs, timings and throughput (Parquet): schemas, validation on reading, writing.
+"""scores, costs, timings, throughput and serving (Parquet): schemas, validation on reading, writing.
 
 In and out: the records of a row. A table may come from a user (their own TensorRT-LLM timings, say), so everything is
 checked on reading, and an error names the file, row, column, what was found and what was expected. Rows are numbered
@@ -28,6 +28,7 @@ from storage.records import (
     Phase,
     Precision,
     ScoreRow,
+    ServingRow,
     ThroughputRow,
     TimingRow,
     Weights,
@@ -83,7 +84,7 @@ class _Column:
         return re.fullmatch(self.pattern, value)
 
 
-_Row = TypeVar("_Row", ScoreRow, CostRow, TimingRow, ThroughputRow)
+_Row = TypeVar("_Row", ScoreRow, CostRow, TimingRow, ThroughputRow, ServingRow)
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,11 @@ def _check_throughput(row: ThroughputRow) -> None:
         raise InputError("expected either modelled_tokens_per_s, or all of measured_*, machine and versions")
 
 
+def _check_serving(row: ServingRow) -> None:
+    if (row.measured_tokens_per_s is None) != (row.errors == row.requests):
+        raise InputError("expected measured_tokens_per_s where, and only where, a request came whole")
+
+
 def _check_hashes(rows: Sequence[ScoreRow], path: Path) -> None:
     """All shards of a replacement must come from the same tensors, or their mean is of nothing."""
     first: dict[tuple[Any, ...], tuple[int, str]] = {}
@@ -162,12 +168,13 @@ _SCORE_COLUMNS = (
     _number("top1_agreement", "share of tokens", 0, 1),
     _number("cosine", "cosine", -_LARGEST_COSINE, _LARGEST_COSINE),
 )
+_SCENARIO = _text("scenario", "'128/128' (tokens in/tokens out)", pattern=r"[1-9]\d*/[1-9]\d*")
 _SETTING_COLUMNS = (
     _text("hardware", "name"),
     _text("engine", "name"),
     _text("precision", "name", get_args(Precision)),
     _count("tensor_parallel", "devices", 1),
-    _text("scenario", "'128/128' (tokens in/tokens out)", pattern=r"[1-9]\d*/[1-9]\d*"),
+    _SCENARIO,
     _count("batch", "sequences", 1),
 )
 _COST_COLUMNS = (
@@ -226,6 +233,30 @@ _THROUGHPUT_KEY = (*_SETTING, "phase", "model")
 _THROUGHPUT = _Table(
     ThroughputRow, _THROUGHPUT_COLUMNS, _THROUGHPUT_KEY, _check_throughput, "dvc repro benchmark_throughput"
 )
+_SERVING = _Table(
+    ServingRow,
+    (
+        _text("name", "name"),
+        _text("model", "name"),
+        _text("url", "text"),
+        _count("devices", "devices", 1),
+        _SCENARIO,
+        _count("input_tokens", "tokens", 1),
+        _count("output_tokens", "tokens", 1),
+        _count("concurrency", "requests", 1),
+        _count("requests", "requests", 1),
+        _count("errors", "requests", 0),
+        _text("error_kinds", "text"),
+        _number("counted_input_tokens", "tokens", 0, nullable=True),
+        _number("seconds", "s", 0),
+        _number("measured_tokens_per_s", _TOKENS_PER_S, 0, nullable=True),
+        _number("measured_user_tokens_per_s", _TOKENS_PER_S, 0, nullable=True),
+        *(_number(f"{what}_p{share}_ms", "ms", 0, nullable=True) for what in ("ttft", "itl") for share in (50, 95, 99)),
+    ),
+    ("name", "scenario", "input_tokens", "output_tokens", "concurrency"),
+    _check_serving,
+    "python -m flows.benchmark_server NAME=URL",
+)
 
 
 def read_scores(path: Path) -> tuple[ScoreRow, ...]:
@@ -273,6 +304,16 @@ def read_throughput(path: Path) -> tuple[ThroughputRow, ...]:
 def write_throughput(path: Path, rows: Iterable[ThroughputRow]) -> None:
     """Write throughput, sorted; the same rows in any order give the same bytes. Raises InputError as on reading."""
     _write(path, tuple(rows), _THROUGHPUT)
+
+
+def read_serving(path: Path) -> tuple[ServingRow, ...]:
+    """Read and check serving.parquet; errors as in :func:`read_scores`."""
+    return _read(path, _SERVING)
+
+
+def write_serving(path: Path, rows: Iterable[ServingRow]) -> None:
+    """Write what servers measured, sorted. Raises InputError as on reading."""
+    _write(path, tuple(rows), _SERVING)
 
 
 def _read(path: Path, table: _Table[_Row]) -> tuple[_Row, ...]:

@@ -27,6 +27,7 @@ NOT_STAGES = {
     "stage",
     "server",
     "demo",
+    "benchmark_server",
     "closing_table",
     "estimate_throughput",
     "explain",
@@ -37,6 +38,7 @@ NOT_STAGES = {
 }
 NOT_STAGE_TASKS = {
     "activations",
+    "benchmark_server",
     "block_library",
     "children",
     "estimate_throughput",
@@ -197,7 +199,8 @@ def test_the_packages_are_this_checkout() -> None:
 
 
 def test_tests_mirror_the_source() -> None:
-    for tests, source in (("flows", "flows"), ("tasks", "tasks"), ("puzzle", "tasks/puzzle"), ("storage", "storage")):
+    nested = {"puzzle": "tasks/puzzle", "engines": "tasks/engines"}
+    for tests, source in ({name: name for name in PACKAGES} | nested).items():
         tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / tests).glob("test_*.py")}
         assert tested - {"by_hand"} <= _stems(source), tests
 
@@ -246,6 +249,15 @@ def test_drawing_knows_no_files_and_no_torch() -> None:
             assert not _torch(MODULES[module]), (path, module)
 
 
+def test_engines_know_no_torch_and_nothing_of_the_pipeline() -> None:
+    for path in (ROOT / "tasks/engines").glob("*.py"):
+        assert not _foreign(path) & ORCHESTRATION, path
+        others = {name for name in _project(path) if not name.startswith(("tasks.engines", "tasks.puzzle"))}
+        assert others <= STORAGE_FOR_PUZZLE, path
+        for module in _reached(_name(path)):
+            assert not _torch(MODULES[module]), (path, module)
+
+
 def test_storage_imports_nothing_above_it() -> None:
     for path in (ROOT / "storage").glob("*.py"):
         assert not [name for name in _project(path) if not name.startswith("storage")], path
@@ -276,7 +288,8 @@ def _storage_modules(cell: str) -> set[str]:
 
 def test_the_tree_in_the_docs_names_every_module() -> None:
     tree = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("```")[1]
-    there = NOT_STAGES | NOT_STAGE_TASKS | _stems("tasks/puzzle") | _stems("tasks/drawing") | _stems("storage")
+    there = NOT_STAGES | NOT_STAGE_TASKS | _stems("storage")
+    there |= {name for folder in ("puzzle", "drawing", "engines") for name in _stems(f"tasks/{folder}")}
     assert set(re.findall(r"\b(\w+)\.py\b", tree)) == there
 
 

@@ -1,0 +1,135 @@
+"""Load any server of the OpenAI HTTP API at several concurrencies -> serving.parquet and a figure beside it."""
+
+import asyncio
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from storage.files import InputError, write_whole
+from storage.records import ServingRow
+from storage.tables import read_serving, write_serving
+from tasks.drawing.serving import draw_serving
+from tasks.engines.client import Endpoint, load, models
+from tasks.engines.load import Asked, comparison_table, load_table, summary
+from tasks.puzzle.throughput import SCENARIO_NAMES
+
+SIX = tuple(SCENARIO_NAMES)
+"""The published table's scenarios."""
+KEY = "OPENAI_API_KEY"
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Server:
+    """What a user calls a server, its URL (the API's base, with /v1), and its model (None: the only one it has)."""
+
+    name: str
+    url: str
+    model: str | None
+
+
+@dataclass(frozen=True)
+class Load:
+    """What every server gets.
+
+    scenarios: input/output tokens, times `length_scale`. concurrencies: requests at once, each level with `rounds`
+    times as many requests after one round that does not count. devices: behind each server. stall_s: seconds without
+    an event after which a request has failed. vocabulary: token ids are drawn below it.
+    """
+
+    scenarios: tuple[str, ...]
+    length_scale: float
+    concurrencies: tuple[int, ...]
+    rounds: int
+    devices: int
+    stall_s: float
+    vocabulary: int
+
+
+def benchmark_servers(servers: Sequence[Server], wanted: Load, path: Path) -> list[ServingRow]:
+    """Load each server in turn and keep the rows in `path`, in place of older ones of the same name and work.
+
+    Returns:
+        All rows of the file, those of other names and works included.
+
+    Raises:
+        InputError: a server does not answer, has several models and none is named, or answered no request whole.
+    """
+    kept = list(read_serving(path)) if path.is_file() else []
+    found = {server.name: _model(server, wanted.stall_s) for server in servers}  # all, before any long work
+    for server in servers:
+        for scenario in wanted.scenarios:
+            rows = asyncio.run(_sweep(server, found[server.name], scenario, wanted))
+            new = {_key(row) for row in rows}
+            kept = [*(row for row in kept if _key(row) not in new), *rows]
+            write_serving(path, kept)
+    for suffix, content in _figure(kept).items():
+        with write_whole(path.with_suffix(suffix)) as temporary:
+            temporary.write_bytes(content)
+    return kept
+
+
+def serving_text(rows: Sequence[ServingRow], names: Sequence[str]) -> str:
+    """The loads of the servers with these names, then all of the table compared."""
+    works: dict[tuple[str | int, ...], list[ServingRow]] = {}
+    for row in rows:
+        works.setdefault(_key(row)[:4], []).append(row)
+    loads = [load_table(of_work) for of_work in works.values() if of_work[0].name in names]
+    return "\n".join([*loads, comparison_table(rows)])
+
+
+def _key(row: ServingRow) -> tuple[str | int, ...]:
+    return row.name, row.scenario, row.input_tokens, row.output_tokens, row.concurrency
+
+
+def _figure(rows: Sequence[ServingRow]) -> dict[str, bytes]:
+    drawing = draw_serving(rows, dpi=144)
+    return {".svg": drawing.svg.encode(), ".png": drawing.png}
+
+
+def _model(server: Server, seconds: float) -> str:
+    known = asyncio.run(models(server.url, os.environ.get(KEY), seconds))
+    if server.model is None and len(known) == 1:
+        return known[0]
+    if server.model in known:
+        return server.model
+    wanted = f"no model {server.model!r}" if server.model else f"{len(known)} models"
+    raise InputError(
+        f"{server.name}: {server.url} has {wanted}, name one of them as {server.name}={server.url}#MODEL "
+        f"({', '.join(known) or 'it has none'})"
+    )
+
+
+async def _sweep(server: Server, model: str, scenario: str, wanted: Load) -> list[ServingRow]:
+    """Rows of one scenario, a concurrency each."""
+    inputs, outputs = (max(1, round(int(length) * wanted.length_scale)) for length in scenario.split("/"))
+    endpoint = Endpoint(server.url, model, os.environ.get(KEY))
+    draw = random.Random(_SEED)
+    rows = []
+    for concurrency in wanted.concurrencies:
+        count = concurrency * wanted.rounds
+        prompts = [_prompt(draw, inputs, wanted.vocabulary) for _ in range(concurrency + count)]
+        label = f"{server.name} {scenario}, {concurrency} at once"
+        with tqdm(total=len(prompts), desc=label, unit="request", disable=None) as bar:
+            for part, counts in ((prompts[:concurrency], False), (prompts[concurrency:], True)):
+                answers = await load(endpoint, part, outputs, concurrency, wanted.stall_s, bar.update)
+                if counts:
+                    asked = Asked(
+                        server.name, model, server.url, wanted.devices, scenario, inputs, outputs, concurrency
+                    )
+                    rows.append(summary(asked, answers))
+    if all(row.measured_tokens_per_s is None for row in rows):
+        raise InputError(
+            f"{server.name}: {server.url} answered no request of {scenario} whole ({rows[0].error_kinds}); try one "
+            "with `curl`, and see what the server logs"
+        )
+    return rows
+
+
+def _prompt(draw: random.Random, tokens: int, vocabulary: int) -> list[int]:
+    """Token ids at random, so that no prompt is a server's cached one; the lowest, often special, are left out."""
+    return [draw.randrange(min(1_000, vocabulary // 2), vocabulary) for _ in range(tokens)]

@@ -1,0 +1,53 @@
+"""Tokens/s of a server against tokens/s of each of its users, as the announcement's figure 4 has it."""
+
+from collections.abc import Sequence
+
+from storage.records import ServingRow
+from tasks.drawing.style import BLUE, GREEN, GREY, ORANGE, Drawing, finish, panels, styled
+
+_COLUMNS = 3
+_COLOURS = (GREY, BLUE, ORANGE, GREEN)
+
+
+@styled
+def draw_serving(rows: Sequence[ServingRow], dpi: int) -> Drawing:
+    """A panel for each work, a line for each server, a point for each concurrency (its label). All of it measured.
+
+    Args:
+        rows: of serving.parquet.
+        dpi: pixels per inch of the PNG.
+    """
+    works = sorted({(row.scenario, row.input_tokens, row.output_tokens) for row in rows})
+    names = sorted({row.name for row in rows}, key=lambda name: (name != "parent", name))
+    across = min(_COLUMNS, len(works))
+    down = -(-len(works) // across)
+    figure, grid = panels(down, across, 3.4 * down)
+    cells = [axes for line in grid for axes in line]
+    words = []
+    for axes, work in zip(cells, works, strict=False):
+        for number, name in enumerate(names):
+            points = sorted(
+                (row.concurrency, row.measured_user_tokens_per_s, row.measured_tokens_per_s / row.devices)
+                for row in rows
+                if (row.scenario, row.input_tokens, row.output_tokens) == work and row.name == name
+                if row.measured_user_tokens_per_s is not None and row.measured_tokens_per_s is not None
+            )
+            colour = _COLOURS[number % len(_COLOURS)]
+            axes.plot([x for _, x, _ in points], [y for _, _, y in points], ".-", color=colour, label=name)
+            for concurrency, x, y in points:
+                axes.annotate(str(concurrency), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            words += [f"{name}, {work[0]}, {at} at once: {y:.4g} of {x:.4g}" for at, x, y in points]
+        scenario, inputs, outputs = work
+        sent = "" if f"{inputs}/{outputs}" == scenario else f", sent as {inputs}/{outputs}"
+        axes.set(xlabel="tokens/s per user, measured", ylabel="tokens/s per device, measured")
+        axes.set_title(f"{scenario}{sent}")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.grid()
+        axes.legend(loc="best")
+    for axes in cells[len(works) :]:
+        axes.set_axis_off()
+    title = (
+        "Generated tokens/s of a server's device, and of one user, at the concurrencies that stand beside the points"
+    )
+    return finish(figure, "serving", f"{title}. {'; '.join(words)}", dpi)

@@ -1,0 +1,214 @@
+"""A client that loads a server of the OpenAI HTTP API (vLLM, TensorRT-LLM, NIM, llama.cpp) and times what it streams.
+
+In: an endpoint, prompts of token ids, how many tokens to generate, how many requests at once. Out: for each request
+when its tokens came, or what went wrong; nothing that goes wrong is retried or left out.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
+
+from storage.files import InputError
+
+_LONGEST_LINE = 1 << 20
+"""Bytes of one streamed event; a longer one is malformed."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server: its base URL (with /v1), the model that it is asked for, and a key that is never stored or shown."""
+
+    url: str
+    model: str
+    key: str | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of every request."""
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request: seconds from its start to each event with text, tokens by the server's count, or an error.
+
+    `error` is a kind, such as `HTTP 429`, `timeout` or `stream dropped`; None says that all tokens came.
+    """
+
+    started: float
+    ended: float
+    arrivals: tuple[float, ...] = ()
+    input_tokens: int | None = None
+    output_tokens: int = 0
+    error: str | None = None
+    detail: str = ""
+
+
+class _FailedError(Exception):
+    """What ended a request early: its kind, and the details."""
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(kind, detail)
+        self.kind, self.detail = kind, detail
+
+
+class _Stream:
+    """The events of one answer, as they come."""
+
+    def __init__(self) -> None:
+        self.arrivals: list[float] = []
+        self.usage: dict[str, Any] = {}
+        self.is_done = False
+
+    def take(self, line: bytes, now: float) -> None:
+        """One line of the stream; lines that are no data (comments that keep it alive, blanks) mean nothing."""
+        if not line.startswith(b"data:"):
+            return
+        data = line[5:].strip()
+        if data == b"[DONE]":
+            self.is_done = True
+            return
+        try:
+            event = json.loads(data)
+        except ValueError as error:
+            raise _FailedError("malformed event", data[:80].decode(errors="replace")) from error
+        if isinstance(event, dict) and event.get("error"):
+            raise _FailedError("error event", str(event["error"])[:80])
+        try:
+            self.usage = dict(event.get("usage") or self.usage)
+            choices = [(choice.get("text"), choice.get("finish_reason")) for choice in event.get("choices", [])]
+        except (AttributeError, TypeError, ValueError) as error:
+            raise _FailedError("malformed event", data[:80].decode(errors="replace")) from error
+        if any(text or reason is None for text, reason in choices):
+            self.arrivals.append(now)
+
+
+async def models(endpoint_url: str, key: str | None, seconds: float) -> list[str]:
+    """Names of the models that a server has.
+
+    Raises:
+        InputError: it does not answer, or not as the OpenAI API does.
+    """
+    at = f"{endpoint_url}/models"
+    timeout = aiohttp.ClientTimeout(total=seconds)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout, headers=Endpoint(endpoint_url, "", key).headers) as session,
+            session.get(at) as response,
+        ):
+            if response.status != 200:
+                hint = "; set OPENAI_API_KEY" if response.status in (401, 403) else ""
+                raise InputError(f"{at} answered HTTP {response.status}, expected a list of models{hint}")
+            return [str(model["id"]) for model in (await response.json(content_type=None))["data"]]
+    except InputError:
+        raise
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise InputError(f"no server answers at {at} ({error or 'timeout'}); start it, or correct the URL") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{at} is no list of models; the URL must be the API's base, ending in /v1") from error
+
+
+async def load(
+    endpoint: Endpoint,
+    prompts: Sequence[Sequence[int]],
+    output_tokens: int,
+    concurrency: int,
+    stall_s: float,
+    ended: Callable[[], object],
+) -> list[Answer]:
+    """Send all prompts, `concurrency` at once: whenever an answer is whole, the next request starts.
+
+    Args:
+        endpoint: the server.
+        prompts: token ids of each request, all of one length.
+        output_tokens: to generate for each, whatever the model would like.
+        concurrency: requests that are open at any time.
+        stall_s: a request in which nothing comes for so long has failed.
+        ended: called after each request.
+
+    Returns:
+        An answer for every prompt, in their order.
+    """
+    answers: dict[int, Answer] = {}
+    waiting = iter(enumerate(prompts))
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_s, sock_read=stall_s)
+    async with aiohttp.ClientSession(
+        # a connection each: servers close one that they kept alive just as it is used again, which is no error of theirs
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=timeout,
+        headers=endpoint.headers,
+        read_bufsize=_LONGEST_LINE,
+    ) as session:
+
+        async def user() -> None:
+            for index, prompt in waiting:
+                answers[index] = await _ask(session, endpoint, prompt, output_tokens)
+                ended()
+
+        await asyncio.gather(*(user() for _ in range(min(concurrency, len(prompts)))))
+    return [answers[index] for index in range(len(prompts))]
+
+
+async def _ask(session: aiohttp.ClientSession, endpoint: Endpoint, prompt: Sequence[int], output_tokens: int) -> Answer:
+    """One request, from its start to the stream's end or to what went wrong."""
+    body = {
+        "model": endpoint.model,
+        "prompt": list(prompt),
+        "max_tokens": output_tokens,
+        "min_tokens": output_tokens,
+        "ignore_eos": True,
+        "temperature": 0.0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    stream, started = _Stream(), time.perf_counter()
+    error, detail = None, ""
+    try:
+        await _read(session, f"{endpoint.url}/completions", body, stream, started)
+        _check_whole(stream, output_tokens)
+    except _FailedError as failed:
+        error, detail = failed.kind, failed.detail
+    except TimeoutError:
+        error = "timeout"
+    except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, ConnectionResetError) as dropped:
+        error, detail = "stream dropped", str(dropped)
+    except aiohttp.ClientError as lost:
+        error, detail = "no connection", str(lost)
+    except HttpProcessingError as too_long:  # a line that does not end
+        error, detail = "malformed event", too_long.message
+    return Answer(
+        started,
+        time.perf_counter(),
+        tuple(stream.arrivals),
+        stream.usage.get("prompt_tokens"),
+        stream.usage.get("completion_tokens", len(stream.arrivals)),
+        error,
+        detail,
+    )
+
+
+async def _read(
+    session: aiohttp.ClientSession, url: str, body: dict[str, Any], stream: _Stream, started: float
+) -> None:
+    async with session.post(url, json=body) as response:
+        if response.status != 200:
+            raise _FailedError(f"HTTP {response.status}", (await response.text())[:80])
+        async for line in response.content:
+            stream.take(line, time.perf_counter() - started)
+            if stream.is_done:
+                return
+
+
+def _check_whole(stream: _Stream, output_tokens: int) -> None:
+    """An answer that ended early is no measurement of `output_tokens`."""
+    if not stream.is_done:
+        raise _FailedError("stream dropped", "it ended without [DONE]")
+    count = stream.usage.get("completion_tokens", len(stream.arrivals))
+    if not stream.arrivals or count < output_tokens:
+        raise _FailedError("too few tokens", f"{count} of {output_tokens}")

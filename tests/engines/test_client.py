@@ -1,0 +1,83 @@
+"""The client against a server that behaves and one that does not: every request ends, with its tokens or its error."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from storage.files import InputError
+from tasks.engines.client import Answer, Endpoint, load, models
+from tests.openai_server import Manner, Scripted, scripted
+
+TOKENS = 5
+
+
+def ask(server: Scripted, requests: int, concurrency: int = 1, key: str | None = None) -> list[Answer]:
+    ended: list[int] = []
+    prompts: Sequence[Sequence[int]] = [[number, 7, 7] for number in range(requests)]
+    endpoint = Endpoint(server.url, "scripted", key)
+    answers = asyncio.run(load(endpoint, prompts, TOKENS, concurrency, 0.3, lambda: ended.append(1)))
+    assert len(ended) == requests
+    return answers
+
+
+@pytest.mark.parametrize("manner", ["whole", "torn", "no usage"])
+def test_a_whole_answer_has_all_its_tokens_however_they_are_cut(manner: Manner) -> None:
+    with scripted(manner) as server:
+        (answer,) = ask(server, 1)
+    assert (answer.error, answer.output_tokens, len(answer.arrivals)) == (None, TOKENS, TOKENS)
+    assert answer.input_tokens == (None if manner == "no usage" else 3)
+    assert list(answer.arrivals) == sorted(answer.arrivals)
+    assert 0.002 <= answer.arrivals[0] <= answer.ended - answer.started  # the server waits 2 ms before the first
+
+
+@pytest.mark.parametrize(
+    ("manner", "error", "arrived"),
+    [
+        ("stall", "timeout", 2),
+        ("drop", "stream dropped", 2),
+        ("no done", "stream dropped", TOKENS),
+        ("429", "HTTP 429", 0),
+        ("500", "HTTP 500", 0),
+        ("garbage", "malformed event", 2),
+        ("list", "malformed event", 2),
+        ("error", "error event", 2),
+        ("endless line", "malformed event", 2),
+        ("short", "too few tokens", TOKENS - 1),
+    ],
+)
+def test_what_goes_wrong_is_an_error_of_that_request_alone(manner: Manner, error: str, arrived: int) -> None:
+    with scripted("whole", manner, "whole") as server:
+        before, wrong, after = ask(server, 3)
+    assert (before.error, after.error) == (None, None)
+    assert (wrong.error, len(wrong.arrivals)) == (error, arrived)
+
+
+def test_nothing_listens() -> None:
+    with scripted("whole") as server:
+        pass
+    (answer,) = ask(server, 1)
+    assert answer.error == "no connection"
+    with pytest.raises(InputError, match="no server answers at"):
+        asyncio.run(models(server.url, None, 2.0))
+
+
+def test_so_many_requests_are_open_and_no_more() -> None:
+    with scripted("whole") as server:
+        assert [answer.error for answer in ask(server, 12, concurrency=4)] == [None] * 12
+    assert server.most_open == 4
+    assert sorted(asked["prompt"][0] for asked in server.asked) == list(range(12))
+
+
+def test_it_asks_for_a_fixed_length_and_sends_the_key() -> None:
+    with scripted("whole") as server:
+        ask(server, 1, key="secret")
+        assert asyncio.run(models(server.url, "secret", 2.0)) == ["scripted"]
+    (asked,) = server.asked
+    assert (asked["max_tokens"], asked["min_tokens"], asked["ignore_eos"], asked["stream"]) == (5, 5, True, True)
+    assert server.keys == ["Bearer secret"]
+
+
+def test_what_is_no_list_of_models() -> None:
+    with scripted("whole") as server, pytest.raises(InputError, match="answered HTTP 404"):
+        asyncio.run(models(server.url.removesuffix("/v1"), None, 2.0))

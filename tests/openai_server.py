@@ -1,0 +1,129 @@
+"""A server of the OpenAI HTTP API that behaves, or misbehaves, as a test asks for: real sockets on 127.0.0.1."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from aiohttp import web
+
+Manner = Literal[
+    "whole",
+    "torn",  # whole, but comments between events, two events in one write, one event in two
+    "no usage",
+    "stall",
+    "drop",
+    "no done",
+    "429",
+    "500",
+    "garbage",
+    "list",
+    "error",
+    "short",
+    "endless line",
+]
+
+
+@dataclass
+class Scripted:
+    """Its URL, what it was asked for, and the most requests that were open at the same time."""
+
+    manners: Sequence[Manner]
+    url: str = ""
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    open: int = 0
+    most_open: int = 0
+
+    async def models(self, _: web.Request) -> web.Response:
+        """GET /v1/models."""
+        return web.json_response({"data": [{"id": "scripted"}]})
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/completions: a token of text an event, in the manner of this request."""
+        manner = self.manners[len(self.asked) % len(self.manners)]
+        asked = await request.json()
+        self.asked.append(asked)
+        self.keys.append(request.headers.get("Authorization"))
+        self.open += 1
+        self.most_open = max(self.most_open, self.open)
+        try:
+            await asyncio.sleep(0.002)
+            if manner in ("429", "500"):
+                return web.json_response({"error": "busy"}, status=int(manner))
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            await self._stream(response, request, manner, asked)
+            return response
+        finally:
+            self.open -= 1
+
+    async def _stream(
+        self, response: web.StreamResponse, request: web.Request, manner: Manner, asked: dict[str, Any]
+    ) -> None:
+        count = asked["max_tokens"] - (manner == "short")
+        events = [_event({"choices": [{"text": " a", "finish_reason": None}]}) for _ in range(count)]
+        usage = {"prompt_tokens": len(asked["prompt"]), "completion_tokens": count}
+        closing = [_event({"choices": [{"text": "", "finish_reason": "length"}]})]
+        closing += [_event({"choices": [], "usage": usage})] if manner != "no usage" else []
+        closing += [b"data: [DONE]\n\n"] if manner != "no done" else []
+        if manner == "torn":
+            half = len(events[1]) // 2
+            events = [b": ping\n\n" + events[0] + events[1][:half], events[1][half:], *events[2:]]
+        for number, event in enumerate([*events, *closing]):
+            if number == 2:
+                match manner:
+                    case "stall":
+                        await asyncio.sleep(30)
+                    case "drop":
+                        assert request.transport is not None
+                        request.transport.close()
+                        return
+                    case "garbage":
+                        event = b"data: {not json\n\n"
+                    case "list":
+                        event = b'data: {"choices": [3]}\n\n'
+                    case "error":
+                        event = _event({"error": {"message": "out of memory"}})
+                    case "endless line":
+                        event = b"data: " + b"x" * (5 << 20)
+            await response.write(event)
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+@contextmanager
+def scripted(*manners: Manner) -> Iterator[Scripted]:
+    """Serve on a free port from a thread; request number n is answered in manner n, over again."""
+    server, ready, loop = Scripted(manners), threading.Event(), asyncio.new_event_loop()
+    app = web.Application()
+    app.router.add_get("/v1/models", server.models)
+    app.router.add_post("/v1/completions", server.completions)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+
+    async def start() -> None:
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        server.url = f"{site.name.rpartition(':')[0]}:{runner.addresses[0][1]}/v1"
+        ready.set()
+
+    def serve() -> None:
+        asyncio.set_event_loop(loop)
+        loop.run_until_complete(start())
+        loop.run_forever()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield server
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
