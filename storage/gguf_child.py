@@ -6,6 +6,7 @@ removed FFN, an attention of one head with zero weights for a removed attention 
 both halves is left out.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def layers(blocks: Sequence[tuple[Attention, Ffn]], num_heads: int) -> tuple[Lay
 
 
 def write_gguf(
-    path: Path, config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], tensor: Tensor, file_type: FileType
+    path: Path, config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], tensor: Tensor | None, file_type: FileType
 ) -> None:
     """Write a model whose tokens have no text yet: it takes and makes token ids.
 
@@ -84,7 +85,7 @@ def write_gguf(
         path: the file.
         config: geometry of the parent.
         blocks: of the model.
-        tensor: gives the checkpoint's tensors by name, one at a time.
+        tensor: gives the checkpoint's tensors by name, one at a time; None: noise, for a model that is only timed.
         file_type: of matrices; norms and biases are float32.
 
     Raises:
@@ -95,7 +96,7 @@ def write_gguf(
     with write_whole(path) as temporary:
         writer = GGUFWriter(None, "llama" if _alike(found) else "deci")
         _write_metadata(writer, config, found)
-        tensors = list(_tensors(config, found, tensor))
+        tensors = list(_tensors(config, found, tensor or _no_checkpoint))
         for name, shape, _ in tensors:
             kind = wide if len(shape) > 1 else GGMLQuantizationType.F32
             stored = np.dtype(np.float16 if kind == GGMLQuantizationType.F16 else np.float32)
@@ -105,8 +106,18 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for _, shape, make in tensors:
-            writer.write_tensor_data(quantize(make(), wide if len(shape) > 1 else GGMLQuantizationType.F32))
+            values = _noise(shape) if tensor is None else make()
+            writer.write_tensor_data(quantize(values, wide if len(shape) > 1 else GGMLQuantizationType.F32))
         writer.close()
+
+
+def _no_checkpoint(name: str) -> Array:
+    raise AssertionError(name)
+
+
+@functools.lru_cache(maxsize=16)
+def _noise(shape: tuple[int, ...]) -> Array:
+    return np.random.default_rng(0).normal(0.0, 0.02, shape).astype(np.float32)
 
 
 def _alike(found: Sequence[Layer]) -> bool:

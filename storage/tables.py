@@ -2,10 +2,12 @@
 
 In and out: the records of a row. A table may come from a user (their own TensorRT-LLM timings, say), so everything is
 checked on reading, and an error names the file, row, column, what was found and what was expected. Rows are numbered
-from 0. Columns that we do not know are ignored, and the log says which.
+from 0. Tables may be CSV or JSON as well, by the file's suffix. Columns that we do not know are ignored, and the log
+says which.
 """
 
 import difflib
+import json
 import logging
 import math
 import re
@@ -16,6 +18,7 @@ from typing import Any, Generic, TypeVar, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import csv
 
 from storage.files import DamagedFileError, InputError, write_whole
 from storage.records import (
@@ -291,6 +294,16 @@ def read_timings(path: Path) -> tuple[TimingRow, ...]:
     return _read(path, _TIMINGS)
 
 
+def read_timings_or_costs(path: Path) -> tuple[TimingRow, ...] | tuple[CostRow, ...]:
+    """A table of timings, or one of costs that a user brings: the former has a column `machine`; errors as above."""
+    if not path.is_file():
+        return _read(path, _TIMINGS)
+    found = _load(path, _TIMINGS.rebuild)
+    if "machine" in found.column_names:
+        return _rows(found, path, _TIMINGS)
+    return _rows(found, path, _COSTS)
+
+
 def write_timings(path: Path, rows: Iterable[TimingRow]) -> None:
     """Write timings, sorted; the same rows in any order give the same bytes. Raises InputError as on reading."""
     _write(path, tuple(rows), _TIMINGS)
@@ -319,10 +332,24 @@ def write_serving(path: Path, rows: Iterable[ServingRow]) -> None:
 def _read(path: Path, table: _Table[_Row]) -> tuple[_Row, ...]:
     if not path.is_file():
         raise InputError(f"{path} is missing; run `{table.rebuild}`")
+    return _rows(_load(path, table.rebuild), path, table)
+
+
+def _load(path: Path, rebuild: str) -> pa.Table:
+    """Columns of a Parquet file, or of what users write by hand: CSV with a header line, JSON as a list of objects."""
+    kind = {".csv": "CSV", ".json": "JSON"}.get(path.suffix, "Parquet")
     try:
-        found = pq.ParquetFile(path).read()  # read_table imports pandas, a second for each stage
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedFileError(f"{path} is not a Parquet file ({error}); run `{table.rebuild}`") from error
+        if kind == "CSV":
+            return csv.read_csv(path)
+        if kind == "JSON":
+            return pa.Table.from_pylist([dict(row) for row in json.loads(path.read_text(encoding="utf-8"))])
+        return pq.ParquetFile(path).read()  # read_table imports pandas, a second for each stage
+    except (pa.ArrowException, OSError, ValueError, AttributeError, TypeError) as error:
+        what = f"{kind} file" + (": a list of objects" if kind == "JSON" else "")
+        raise DamagedFileError(f"{path} is not a {what} ({error}); correct it, or run `{rebuild}`") from error
+
+
+def _rows(found: pa.Table, path: Path, table: _Table[_Row]) -> tuple[_Row, ...]:
     values = {column.name: _values(found, column, path) for column in table.columns}
     if unknown := [name for name in found.column_names if name not in values]:
         _log.info("%s: ignoring the columns %s", path, ", ".join(unknown))

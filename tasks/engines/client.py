@@ -139,7 +139,7 @@ async def load(
     waiting = iter(enumerate(prompts))
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_s, sock_read=stall_s)
     async with aiohttp.ClientSession(
-        # a connection each: servers close one that they kept alive just as it is used again, which is no error of theirs
+        # a connection each: a server may close one that it kept alive just as it is used again, which is no error
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=timeout,
         headers=endpoint.headers,

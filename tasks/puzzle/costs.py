@@ -67,28 +67,40 @@ class Setting:
         return f"{self.hardware}, {self.engine}, {self.precision}, {self.scenario}, batch {self.batch}{parallel}"
 
 
-def from_timings(rows: Iterable[TimingRow], config: ModelConfig) -> tuple[CostRow, ...]:
-    """Cost rows of a table of timings, with the sizes of `config`'s components.
+def from_table(rows: Iterable[CostRow], config: ModelConfig) -> tuple[CostRow, ...]:
+    """Cost rows of a table: timings of ours, or costs that a user brings, whose bytes are the user's own.
 
     Raises:
-        InputError: the timed components have other sizes, so the timings are another parent's.
+        InputError: the components have other sizes than `config`'s, so the table is another parent's.
     """
-    costs = []
-    for row in rows:
-        sizes = component_sizes(config, row.component, row.variant, row.precision)
-        timed = Sizes(row.params, row.weight_bytes, row.kv_bytes_per_token)
-        if timed != sizes:
-            raise InputError(
-                f"the timings of {row.hardware} are another parent's: {row.component} {row.variant} has {timed} "
-                f"there and {sizes} in this parent; run `python -m flows.measure_costs --time {row.hardware}`"
-            )
-        fields = {name: getattr(row, name) for name in CostRow.__dataclass_fields__ if name != "how"}
-        how = (
-            f"{row.how}; {row.machine}; {row.versions}; {row.dtype}, {row.threads} threads, "
-            f"{row.repeats} repeats, spread {row.spread:.1%}"
+    return tuple(_from_timing(row, config) if isinstance(row, TimingRow) else _own(row, config) for row in rows)
+
+
+def _own(row: CostRow, config: ModelConfig) -> CostRow:
+    sizes = component_sizes(config, row.component, row.variant, row.precision)
+    if row.params != sizes.params:
+        raise InputError(
+            f"the costs of {row.hardware} are another parent's: {row.component} {row.variant} has {row.params:,} "
+            f"params there and {sizes.params:,} in this parent; correct the table, or take it out of "
+            "measure_costs.timings"
         )
-        costs.append(CostRow(**fields, how=how))
-    return tuple(costs)
+    return row
+
+
+def _from_timing(row: TimingRow, config: ModelConfig) -> CostRow:
+    sizes = component_sizes(config, row.component, row.variant, row.precision)
+    timed = Sizes(row.params, row.weight_bytes, row.kv_bytes_per_token)
+    if timed != sizes:
+        raise InputError(
+            f"the timings of {row.hardware} are another parent's: {row.component} {row.variant} has {timed} "
+            f"there and {sizes} in this parent; run `python -m flows.measure_costs --time {row.hardware}`"
+        )
+    fields = {name: getattr(row, name) for name in CostRow.__dataclass_fields__ if name != "how"}
+    how = (
+        f"{row.how}; {row.machine}; {row.versions}; {row.dtype}, {row.threads} threads, "
+        f"{row.repeats} repeats, spread {row.spread:.1%}"
+    )
+    return CostRow(**fields, how=how)
 
 
 class CostTable:

@@ -13,7 +13,7 @@ from storage.files import InputError
 from storage.records import Attention, Component, CostRow, Ffn, Metric, Replacement, TimingRow
 from storage.targets import SPEED_METRICS
 from tasks.puzzle.cost_model import ENGINE, modelled_rows
-from tasks.puzzle.costs import CostTable, Setting, from_timings, model_sizes, model_speed
+from tasks.puzzle.costs import CostTable, Setting, from_table, model_sizes, model_speed
 from tasks.puzzle.hardware import DEVICES, Device, device_named
 from tasks.puzzle.quantities import Quantity, measure
 from tasks.puzzle.variants import attention_variants, component_sizes, ffn_variants, parent_blocks
@@ -215,7 +215,7 @@ def _timing(component: Component, variant: str) -> TimingRow:
 
 
 def test_timings_become_costs_and_say_how_they_were_taken() -> None:
-    (cost,) = from_timings([_timing("attention", "kv_1")], SMOLLM2)
+    (cost,) = from_table([_timing("attention", "kv_1")], SMOLLM2)
     assert type(cost) is CostRow
     assert (cost.prefill_ms, cost.decode_ms, cost.params) == (3.0, 0.5, 2 * 576 * 576 + 2 * 576 * 64 + 576)
     assert cost.how == "N against 2N copies; 2 cores; torch 2.13; bfloat16, 2 threads, 9 repeats, spread 3.1%"
@@ -223,7 +223,7 @@ def test_timings_become_costs_and_say_how_they_were_taken() -> None:
 
 def test_timings_of_another_parent_are_refused() -> None:
     with pytest.raises(InputError, match=r"timings of cpu are another parent's: ffn ffn_768 .* --time cpu"):
-        from_timings([_timing("ffn", "ffn_768")], replace(SMOLLM2, hidden_size=640))
+        from_table([_timing("ffn", "ffn_768")], replace(SMOLLM2, hidden_size=640))
 
 
 def test_devices_say_where_each_number_is_from_and_unknown_ones_get_a_hint() -> None:

@@ -1,5 +1,6 @@
 """Tables: what is written is read back, bytes do not depend on row order, every fault gives one clear error."""
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
 from storage.files import DamagedFileError, InputError, sha256
 from storage.records import CostRow, ScoreRow, ThroughputRow, TimingRow
@@ -251,3 +253,33 @@ def test_a_damaged_table(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DamagedFileError, match="not a Parquet file"):
         read_costs(path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_csv_and_json_hold_what_parquet_holds(tmp_path: Path, suffix: str) -> None:
+    write_costs(tmp_path / "costs.parquet", _costs())
+    table = pq.read_table(tmp_path / "costs.parquet")
+    path = tmp_path / f"costs{suffix}"
+    if suffix == ".csv":
+        csv.write_csv(table, path)
+    else:
+        path.write_text(json.dumps(table.to_pylist()))
+    assert read_costs(path) == read_costs(tmp_path / "costs.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("costs.json", '{"component": 1}', "not a JSON file: a list of objects"),
+        ("costs.json", "[1, 2]", "not a JSON file: a list of objects"),
+        ("costs.json", "[{", "not a JSON file"),
+        ("costs.json", "[]", "no column 'component'"),
+        ("costs.csv", "", "not a CSV file"),
+        ("costs.csv", "component,variant\nattention,kv_3,7\n", "not a CSV file"),
+        ("costs.csv", "component,variant\nattention,kv_3\n", "no column 'first_block'"),
+    ],
+)
+def test_what_is_no_table_is_one_error(tmp_path: Path, name: str, content: str, words: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=words):
+        read_costs(tmp_path / name)

@@ -1,14 +1,19 @@
 """measure_costs: timings in git joined with a modelled GPU; a table that lacks a variant is refused at once."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
 from storage.files import InputError
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import TIMINGS, Paths
-from storage.records import ANY_VARIANT, Component, TimingRow
+from storage.records import ANY_VARIANT, Component, CostRow, TimingRow
 from storage.tables import read_costs, write_timings
 from tasks.measure_costs import write_cost_table
 from tasks.puzzle.costs import CostTable, Setting, model_speed
@@ -122,7 +127,9 @@ def test_timings_without_a_variant_are_refused(case: tuple[Params, Paths]) -> No
     write_timings(TIMINGS / "laptop.parquet", timings(params, paths, linear=False))
     write_cost_table.fn(params, paths)
     before = paths.costs.read_bytes()
-    with pytest.raises(InputError, match=r"laptop\.parquet has no attention linear, ffn linear at 8/8.*--time laptop"):
+    with pytest.raises(
+        InputError, match=r"laptop\.parquet has no attention linear, ffn linear on laptop.*--time laptop"
+    ):
         write_cost_table.fn(with_linear, paths)
     assert paths.costs.read_bytes() == before
 
@@ -148,3 +155,47 @@ def test_timings_that_are_not_there_are_named(case: tuple[Params, Paths]) -> Non
     with pytest.raises(InputError, match=r"names 'laptop', but storage/timings/laptop\.parquet is missing"):
         write_cost_table.fn(params, paths)
     assert not Path(paths.costs).exists()
+
+
+def brought(params: Params, paths: Paths) -> list[dict[str, Any]]:
+    """What a user measured elsewhere: no machine, no repeats, and bytes of another layout."""
+    names = list(CostRow.__dataclass_fields__)
+    rows = [{name: getattr(row, name) for name in names} for row in timings(params, paths, linear=False)]
+    return [row | {"engine": "my-engine", "weight_bytes": row["weight_bytes"] + 64} for row in rows]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".parquet"])
+def test_a_table_that_a_user_brings_is_costed_like_any_other(suffix: str, case: tuple[Params, Paths]) -> None:
+    params, paths = case
+    rows = brought(params, paths)
+    path = TIMINGS / f"laptop{suffix}"
+    path.parent.mkdir(parents=True)
+    if suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif suffix == ".csv":
+        csv.write_csv(pa.Table.from_pylist(rows), path)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    write_cost_table.fn(params, paths)
+    setting = Setting("laptop", "my-engine", "float32", 1, "8/8", 1)
+    table = CostTable(read_costs(paths.costs))
+    config = Parent(paths.parent).config
+    speed = model_speed(table, parent_blocks(config), setting)
+    wanted = {(row["component"], row["variant"]): row["decode_ms"] for row in rows}
+    attention, ffn = ("attention", parent_attention(config).name), ("ffn", parent_ffn(config).name)
+    fixed = sum(wanted[component, ANY_VARIANT] for component in ("embedding", "head", "step"))
+    assert speed.decode_ms == pytest.approx(config.num_blocks * (wanted[attention] + wanted[ffn]) + fixed)
+    assert table.row(setting, "ffn", ffn[1]).how == "made up"
+
+
+def test_a_brought_table_of_another_parent_or_twice_is_refused(case: tuple[Params, Paths]) -> None:
+    params, paths = case
+    rows = brought(params, paths)
+    TIMINGS.mkdir(parents=True)
+    (TIMINGS / "laptop.json").write_text(json.dumps([rows[0] | {"params": 7}, *rows[1:]]))
+    with pytest.raises(InputError, match="the costs of laptop are another parent's: attention kv_2 has 7 params"):
+        write_cost_table.fn(params, paths)
+    (TIMINGS / "laptop.csv").write_text("component\n")
+    with pytest.raises(InputError, match=r"laptop\.csv and .*laptop\.json are; keep one"):
+        write_cost_table.fn(params, paths)
+    assert not paths.costs.exists()
