@@ -245,8 +245,8 @@ class ThroughputRow:
     (`request`). A measured row has the median `measured_ms` of the phase (one step of the whole batch for decode), its
     spread (interquartile range as a share of the median), where it was taken (`machine`, `versions`, `threads`; null
     threads: a GPU), and what the cost table's timings of `predicted_hardware` say for the same setting, null where it
-    has none. A modelled row has none of these. `hardware` is a name of the cost table, or the machine's own text where
-    the machine was not timed.
+    has none. A modelled row has none of these; its tokens/s are of each of the `tensor_parallel` devices. `hardware` is
+    a name of the cost table, or the machine's own text where the machine was not timed.
     """
 
     model: str

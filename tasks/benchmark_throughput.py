@@ -27,6 +27,7 @@ from storage.targets import SPEED_METRICS
 from tasks.puzzle.child import DeciLMForCausalLM, build
 from tasks.puzzle.costs import ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
+from tasks.puzzle.engine_model import TENSORRT_LLM
 from tasks.puzzle.hardware import check_precision, device_named
 from tasks.puzzle.throughput import best_modelled, predict, throughput_tables
 from tasks.puzzle.timing import ENGINE, Workload, machine, software, spread, time_models
@@ -35,7 +36,7 @@ from tasks.puzzle.variants import parent_attention, parent_blocks, parent_ffn
 
 @task(cache_policy=NO_CACHE)
 def model_throughput(target: str, params: Params, paths: Paths) -> list[ThroughputRow]:
-    """Whole requests on the modelled hardware, parent and child each at its best batch.
+    """Whole requests on the modelled hardware, parent and child each at its best batch and number of devices.
 
     Raises:
         InputError: the hardware has no data sheet, or a model does not fit in its memory.
@@ -45,9 +46,10 @@ def model_throughput(target: str, params: Params, paths: Paths) -> list[Throughp
     check_precision(device, settings.precision)
     rows = []
     for scenario, (model, blocks) in itertools.product(settings.modelled_scenarios, _blocks(target, paths).items()):
-        speed, how = best_modelled(config, blocks, device, settings.precision, scenario)
-        at = asdict(speed.setting)
-        rows.append(ThroughputRow(model=model, phase="request", **at, modelled_tokens_per_s=speed.throughput, how=how))
+        best, how = best_modelled(config, blocks, device, settings.precision, scenario)
+        at = Setting(device.name, TENSORRT_LLM.name, settings.precision, best.tensor_parallel, scenario, best.batch)
+        speed = best.tokens_per_s_per_gpu
+        rows.append(ThroughputRow(model=model, phase="request", **asdict(at), modelled_tokens_per_s=speed, how=how))
     return rows
 
 

@@ -134,26 +134,32 @@ def modelled_throughput(child: Child) -> Table | None:
     rows = [
         (
             own.scenario,
-            str(parent.batch),
-            str(own.batch),
+            f"{parent.batch}, {parent.tensor_parallel}",
+            f"{own.batch}, {own.tensor_parallel}",
             _tokens(parent.modelled_tokens_per_s),
             _tokens(own.modelled_tokens_per_s),
             _times(_over(own.modelled_tokens_per_s, parent.modelled_tokens_per_s)),
         )
         for parent, own in pairs
     ]
-    columns = ("scenario", "parent's batch", "child's batch", "parent, modelled", "child, modelled", "ratio, modelled")
+    columns = (
+        *("scenario", "parent's batch, devices", "child's batch, devices"),
+        *("parent, modelled", "child, modelled", "ratio, modelled"),
+    )
     _, at = pairs[0]
-    caption = f"{child.label}: tokens/s of whole requests, modelled for {at.hardware} in {at.precision}, not measured"
+    caption = (
+        f"{child.label}: generated tokens/s per device, modelled for {at.hardware} ({at.engine}, {at.precision}), not "
+        "measured"
+    )
     return Table(caption, columns, rows)
 
 
 def _pairs(rows: Iterable[ThroughputRow]) -> list[tuple[ThroughputRow, ThroughputRow]]:
-    """(parent's row, child's row) of the same setting; modelled ones each have their own best batch."""
+    """(parent's row, child's row) of the same setting; modelled ones each have their own best batch and devices."""
     found: dict[tuple[object, ...], dict[str, ThroughputRow]] = {}
     for row in rows:
-        batch = row.batch if row.modelled_tokens_per_s is None else None
-        key = (row.hardware, row.engine, row.precision, row.tensor_parallel, row.phase, row.scenario, batch)
+        at = (row.batch, row.tensor_parallel) if row.modelled_tokens_per_s is None else None
+        key = (row.hardware, row.engine, row.precision, row.phase, row.scenario, at)
         found.setdefault(key, {})[row.model] = row
     return [(both["parent"], both["child"]) for both in found.values() if len(both) == 2]
 

@@ -1,4 +1,4 @@
-"""Tokens per second of parent and child: what the cost table predicts, the modelled best batch, tables for people.
+"""Tokens per second of parent and child: what the cost table predicts, a GPU's modelled best, tables for people.
 
 In: cost rows, the blocks of an architecture, a data sheet; rows of throughput.parquet. Out: speeds and text. No torch.
 Measured and modelled numbers stand in tables of their own.
@@ -10,9 +10,9 @@ from textwrap import wrap
 from storage.files import InputError
 from storage.model_config import ModelConfig
 from storage.records import CostRow, Precision, Replacement, ThroughputRow
-from tasks.puzzle.cost_model import ENGINE, modelled_rows
-from tasks.puzzle.costs import GIB, CostTable, ModelSpeed, Setting, model_sizes, model_speed
-from tasks.puzzle.hardware import DEVICES, Device
+from tasks.puzzle.costs import GIB, CostTable, ModelSpeed, Setting, model_speed
+from tasks.puzzle.engine_model import TENSORRT_LLM, Estimate, Model, best_estimate
+from tasks.puzzle.hardware import Device
 
 SCENARIO_NAMES = {
     "128/128": "chatbot",
@@ -23,9 +23,6 @@ SCENARIO_NAMES = {
     "2048/2048": "stress",
 }
 """The published table's rows (Llama-3.1-Nemotron-51B announcement): input/output tokens -> name."""
-
-MOST_SEQUENCES = 1 << 16
-"""The largest batch that is modelled: a child without any KV cache would fit in every other."""
 
 
 def predict(costs: Iterable[CostRow], blocks: Sequence[Replacement], setting: Setting) -> ModelSpeed | None:
@@ -38,12 +35,8 @@ def predict(costs: Iterable[CostRow], blocks: Sequence[Replacement], setting: Se
 
 def best_modelled(
     config: ModelConfig, blocks: Sequence[Replacement], device: Device, precision: Precision, scenario: str
-) -> tuple[ModelSpeed, str]:
-    """Modelled speed at the batch with the most tokens/s among those whose weights and KV cache fit in the device.
-
-    The KV cache counts at the end of a request (input + output tokens); activations do not count. Tried are the
-    powers of 2 and the largest batch that fits: in a roofline that one is the best, since no component's time grows
-    faster than the batch.
+) -> tuple[Estimate, str]:
+    """Modelled speed of TensorRT-LLM at the batch and number of devices with the most tokens/s per device.
 
     Args:
         config: the parent.
@@ -53,36 +46,19 @@ def best_modelled(
         scenario: input/output tokens.
 
     Returns:
-        The speed (its setting has the batch), and how it was modelled.
+        The estimate, and how it was modelled.
 
     Raises:
         InputError: not even one sequence fits.
     """
-    attentions, ffns = ({getattr(block, name) for block in blocks} for name in ("attention", "ffn"))
-
-    def rows(batch: int) -> tuple[CostRow, ...]:
-        return modelled_rows(config, sorted(attentions), sorted(ffns), device, precision, scenario, batch)
-
-    def speed(batch: int) -> ModelSpeed:
-        setting = Setting(device.name, ENGINE, precision, 1, scenario, batch)
-        return model_speed(CostTable(rows(batch)), blocks, setting)
-
-    one = speed(1).setting
-    sizes = model_sizes(CostTable(rows(1)), blocks, precision)
-    per_sequence = (one.input_tokens + one.output_tokens) * sizes.kv_bytes_per_token
-    free = device.memory_bytes - sizes.weight_bytes
-    if free < per_sequence or free < 0:
-        raise InputError(
-            f"a model with {sizes.weight_bytes / GIB:.2f} GiB of weights and {per_sequence / GIB:.2f} GiB of KV cache "
-            f"for one sequence of {scenario} ({precision}) does not fit in {device.name}, which has "
-            f"{device.memory_bytes / GIB:.2f} GiB; set benchmark_throughput.precision to a narrower one, or "
-            f"benchmark_throughput.hardware to a larger device (known: {', '.join(DEVICES)})"
-        )
-    largest = int(min(free // per_sequence, MOST_SEQUENCES)) if per_sequence else MOST_SEQUENCES
-    batches = [*(1 << power for power in range(largest.bit_length()) if 1 << power < largest), largest]
-    best = max(map(speed, batches), key=lambda found: found.throughput)
-    memory = f"weights and KV cache fit in {device.memory_bytes / GIB:.1f} GiB"
-    return best, f"{rows(1)[0].how}; the batch of most tokens/s whose {memory}"
+    inputs, outputs = map(int, scenario.split("/"))
+    model = Model(config, tuple((block.attention, block.ffn) for block in blocks))
+    try:
+        found = best_estimate(model, device, TENSORRT_LLM, precision, (inputs, outputs))
+    except InputError as error:
+        raise InputError(f"benchmark_throughput models {scenario} in {precision}: {error}") from None
+    how = f"engine model (docs/costs.md), constants fitted {TENSORRT_LLM.fitted}; the best batch of 1, 2, 4 ... 512"
+    return found, f"{how} and number of devices of 1, 2, 4, 8 that fit in {device.memory_bytes / GIB:.1f} GiB each"
 
 
 def throughput_tables(label: str, rows: Sequence[ThroughputRow]) -> str:
@@ -133,12 +109,12 @@ def _measured_table(label: str, rows: Sequence[ThroughputRow]) -> list[str]:
 
 def _modelled_table(label: str, rows: Sequence[ThroughputRow]) -> list[str]:
     first = rows[0]
-    devices = f"{first.tensor_parallel} device" + "s" * (first.tensor_parallel > 1)
     lines = [
-        f"{label}: generated tokens/s MODELLED for {first.hardware}, measured nowhere",
-        f"  ({first.engine}, {first.precision}, {devices}; the published table is FP8 on TensorRT-LLM)",
-        f"{'':<28} {'parent':>20} {'child':>20} {'child / parent':>15}",
-        f"{'scenario':<28} {'modelled':>12} {'batch':>7} {'modelled':>12} {'batch':>7} {'modelled':>15}",
+        f"{label}: generated tokens/s per {first.hardware}, MODELLED, measured nowhere",
+        f"  ({first.engine}, {first.precision}; the published table is FP8 on TensorRT-LLM)",
+        f"{'':<28} {'parent':>25} {'child':>25} {'child / parent':>15}",
+        f"{'scenario':<28} {'modelled':>11} {'batch':>6} {'TP':>6} {'modelled':>11} {'batch':>6} {'TP':>6} "
+        f"{'modelled':>15}",
     ]
     order = list(SCENARIO_NAMES)
     pairs = _pairs(rows, "scenario")
@@ -146,7 +122,9 @@ def _modelled_table(label: str, rows: Sequence[ThroughputRow]) -> list[str]:
     for parent, child in pairs:
         name = f"{SCENARIO_NAMES.get(parent.scenario, '')} {parent.scenario}".strip()
         ratio = _ratio(child.modelled_tokens_per_s, parent.modelled_tokens_per_s)
-        speeds = (f"{row.modelled_tokens_per_s:>12,.0f} {row.batch:>7}" for row in (parent, child))
+        speeds = (
+            f"{row.modelled_tokens_per_s:>11,.0f} {row.batch:>6} {row.tensor_parallel:>6}" for row in (parent, child)
+        )
         lines.append(f"{name:<28} {' '.join(speeds)} {_shown(ratio):>15}")
     return [*lines, *_notes(rows)]
 

@@ -85,10 +85,15 @@ def test_every_row_is_either_measured_here_or_modelled(built: Paths) -> None:
     assert modelled.keys() == {(model, scenario) for model in ("parent", "child") for scenario in PUBLISHED}
     assert len(measured) + len(modelled) == len(rows)
     for row in modelled.values():
-        assert (row.phase, row.hardware, row.engine, row.precision) == ("request", "h100-sxm", "roofline", "bfloat16")
+        assert (row.phase, row.hardware, row.engine, row.precision) == (
+            "request",
+            "h100-sxm",
+            "tensorrt-llm",
+            "bfloat16",
+        )
         assert (row.measured_ms, row.machine, row.threads) == (None, None, None)
     text = throughput_text("small", params, built)
-    for words in (HERE, "float32, 1 threads", "MODELLED for h100-sxm", "chatbot 128/128", "stress 2048/2048"):
+    for words in (HERE, "float32, 1 threads", "per h100-sxm, MODELLED", "chatbot 128/128", "stress 2048/2048"):
         assert words in text
 
 
