@@ -97,12 +97,12 @@ def measure_throughput(target: str, params: Params, paths: Paths) -> list[Throug
     here = _here(device, threads, limits[0]["hardware"] if limits else None)
     child = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
     models = parent_and_child(Parent(paths.parent), child, device)
-    costs, blocks = read_costs(paths.costs), _blocks(target, paths)
+    config, costs, blocks = Parent(paths.parent).config, read_costs(paths.costs), _blocks(target, paths)
     rows: list[ThroughputRow] = []
     points = dict.fromkeys(itertools.product(settings.scenarios, settings.batches))
     points |= dict.fromkeys((one["scenario"], one["batch"]) for one in limits)
     for scenario, batch in tqdm(points, desc="measure", unit="setting", disable=None):
-        timed = time_models(models, Workload.of(scenario, batch), settings.repeats, device)
+        timed = time_models(config, models, Workload.of(scenario, batch), settings.repeats, device)
         setting = Setting(here.predictor or here.machine, ENGINE, here.precision, 1, scenario, batch)
         for model, rounds in timed.items():
             rows += _measured_rows(here, model, setting, rounds, predict(costs, blocks[model], setting))

@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from storage.files import InputError
@@ -22,10 +21,9 @@ from tasks.puzzle.timing import (
     Workload,
     line,
     machine,
-    model_calls,
-    phases,
     software,
     spread,
+    time_models,
     time_outside,
     time_subblock,
 )
@@ -158,8 +156,8 @@ def _time_parent(parent: Parent, work: Workload, device: Compute, repeats: int) 
     config = parent.config
     tensors = {name: parent.checkpoint.tensor(name) for name in parent.checkpoint.files}
     blocks = [(parent_attention(config), parent_ffn(config))] * config.num_blocks
-    with torch.inference_mode():
-        rounds = phases(model_calls(build(config, blocks, tensors, device), work, device), repeats, device.device)
+    models = {"parent": build(config, blocks, tensors, device)}
+    rounds = time_models(config, models, work, repeats, device)["parent"]
     prefill, decode = (statistics.median(rounds[phase]) for phase in ("prefill", "decode"))
     return Timing(prefill, decode, max(spread(values) for values in rounds.values()))
 

@@ -19,7 +19,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.cache_utils import DynamicCache
 
 from storage.model_config import ModelConfig
 from storage.records import Attention, Ffn
@@ -62,44 +61,110 @@ class Timing:
     spread: float
 
 
-class Stack(nn.Module):
-    """Blocks with random weights, and the two phases to time."""
+class KvCache:
+    """Keys and values of every layer in buffers of `length` positions; the next ones go to `position`.
 
-    def __init__(self, config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], compute: Compute) -> None:
-        super().__init__()
-        with_attention = [attention.kind == "gqa" for attention, _ in blocks]
-        self.layers = nn.ModuleList(
-            Block(config, attention, ffn, cache_index=sum(with_attention[:index]))
-            for index, (attention, ffn) in enumerate(blocks)
-        ).to(compute.device, compute.dtype)
-        self.rotary = RotaryEmbedding(config)
-        self._hidden_size = config.hidden_size
-        self._compute = compute
+    Nothing is copied to make room, and a decode step that always goes to the same position can be a CUDA graph.
+    """
 
-    def _run(self, tokens: int, batch: int, cache: DynamicCache, position: int) -> None:
-        hidden = torch.full(
-            (batch, tokens, self._hidden_size), 0.5, dtype=self._compute.dtype, device=self._compute.device
-        )
-        rotary = self.rotary(hidden, torch.arange(position, position + tokens, device=hidden.device)[None])
-        for block in self.layers:
-            hidden = block(hidden, rotary, None, cache)
+    def __init__(self, length: int) -> None:
+        self.position = 0
+        self._length = length
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def prefill(self, work: Workload) -> DynamicCache:
-        """Fill a cache with the input."""
-        cache = DynamicCache()
-        self._run(work.input_tokens, work.batch, cache, 0)
-        return cache
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Put keys and values [batch, kv heads, tokens, head_dim] at `position`; all that are there up to them."""
+        if layer not in self._layers:
+            batch, heads, _, head_dim = key.shape
+            shape = (batch, heads, self._length, head_dim)
+            self._layers[layer] = key.new_zeros(shape), value.new_zeros(shape)
+        end = self.position + key.shape[2]
+        keys, values = self._layers[layer]
+        keys[:, :, self.position : end] = key
+        values[:, :, self.position : end] = value
+        return keys[:, :, :end], values[:, :, :end]
 
-    def at_context(self, work: Workload) -> DynamicCache:
-        """A cache at the mean context."""
-        cache = DynamicCache()
-        self._run(work.mean_context, work.batch, cache, 0)
-        return cache
 
-    def decode(self, work: Workload, cache: DynamicCache) -> None:
-        """One step; the cache goes back to its length after it."""
-        self._run(1, work.batch, cache, work.mean_context)
-        cache.crop(-1)
+class Stack:
+    """What is timed: blocks, over hidden states, or between embedding and head, over token ids."""
+
+    def __init__(self, config: ModelConfig, layers: Sequence[nn.Module], work: Workload, compute: Compute) -> None:
+        """`layers` compute in `compute`; the cache gets the context of `work` and room for one token behind it."""
+        self._layers = layers
+        self._rotary = RotaryEmbedding(config)
+        self._work, self._compute = work, compute
+        self._cache = KvCache(work.mean_context + 1)
+        self._inputs = {tokens: self._input(config, tokens) for tokens in (work.input_tokens, work.mean_context, 1)}
+        self.run(work.mean_context)
+
+    def _input(self, config: ModelConfig, tokens: int) -> Tensor:
+        shape = (self._work.batch, tokens, config.hidden_size)
+        return torch.full(shape, 0.5, dtype=self._compute.dtype, device=self._compute.device)
+
+    def _hidden(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+    def run(self, tokens: int, position: int = 0) -> Tensor:
+        """Hidden states behind `tokens` tokens at `position`."""
+        hidden = self._hidden(self._inputs[tokens])
+        self._cache.position = position
+        rotary = self._rotary(hidden, torch.arange(position, position + tokens, device=hidden.device)[None])
+        for block in self._layers:
+            hidden = block(hidden, rotary, None, self._cache)
+        return hidden
+
+    def calls(self) -> dict[str, Callable[[], object]]:
+        """`prefill` of the input and `decode`, one step behind the mean context, ready to be timed again and again."""
+        both: dict[str, Callable[[], object]] = {
+            "prefill": lambda: self.run(self._work.input_tokens),
+            "decode": lambda: self.run(1, self._work.mean_context),
+        }
+        return {phase: captured(call, self._compute.device) for phase, call in both.items()}
+
+
+_STRIDE = 7_919
+"""Between token ids that follow each other: no two rows of the embedding are neighbours."""
+
+
+class Whole(Stack):
+    """A whole model: token ids in, the last position's likeliest token out."""
+
+    def __init__(self, config: ModelConfig, model: DeciLMForCausalLM, work: Workload, compute: Compute) -> None:
+        self._model = model
+        super().__init__(config, list(model.model.layers), work, compute)
+
+    def _input(self, config: ModelConfig, tokens: int) -> Tensor:
+        ids = torch.arange(tokens, device=self._compute.device) * _STRIDE % config.vocab_size
+        return ids.expand(self._work.batch, -1)
+
+    def _hidden(self, inputs: Tensor) -> Tensor:
+        embedded: Tensor = self._model.model.embed_tokens(inputs)
+        return embedded
+
+    def logits(self, tokens: int, position: int = 0) -> Tensor:
+        """Of the last position, [batch, 1, vocabulary]."""
+        found: Tensor = self._model.lm_head(self._model.model.norm(super().run(tokens, position)[:, -1:]))
+        return found
+
+    def run(self, tokens: int, position: int = 0) -> Tensor:
+        """The token that follows each sequence, [batch, 1]."""
+        return self.logits(tokens, position).argmax(-1)
+
+
+def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """On a GPU a CUDA graph of the call, so that its kernels cost one launch; elsewhere the call itself."""
+    if device.type != "cuda":
+        return call
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # what is made at a first call must not be part of the graph
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
@@ -150,49 +215,47 @@ def time_subblock(
     else:
         with_it, without = (parent_attention(config), variant), (parent_attention(config), Ffn("no_op"))
     with torch.inference_mode():
-        full = Stack(config, [with_it] * (2 * copies), compute)
-        half = Stack(config, [with_it, without] * copies, compute)
-        caches = {stack: stack.at_context(work) for stack in (full, half)}
-        rounds = phases(
-            {
-                "prefill 2N": lambda: full.prefill(work),
-                "prefill N": lambda: half.prefill(work),
-                "decode 2N": lambda: full.decode(work, caches[full]),
-                "decode N": lambda: half.decode(work, caches[half]),
-            },
-            repeats,
-            compute.device,
-        )
-    prefill = [(two - one) / copies for two, one in zip(rounds["prefill 2N"], rounds["prefill N"], strict=True)]
-    decode = [(two - one) / copies for two, one in zip(rounds["decode 2N"], rounds["decode N"], strict=True)]
+        stacks = {
+            "2N": Stack(config, _blocks(config, [with_it] * (2 * copies), compute), work, compute),
+            "N": Stack(config, _blocks(config, [with_it, without] * copies, compute), work, compute),
+        }
+        rounds = _timed(stacks, repeats, compute.device)
+    prefill, decode = (
+        [(two - one) / copies for two, one in zip(rounds["2N"][phase], rounds["N"][phase], strict=True)]
+        for phase in ("prefill", "decode")
+    )
     return Timing(max(0.0, statistics.median(prefill)), max(0.0, statistics.median(decode)), spread(decode))
 
 
-def model_calls(model: DeciLMForCausalLM, work: Workload, compute: Compute) -> dict[str, Callable[[], object]]:
-    """`prefill` and `decode` (one greedy step at the mean context) of a whole model, ready to be timed."""
-    prompt = torch.zeros(work.batch, work.input_tokens, dtype=torch.long, device=compute.device)
-    step = prompt[:, :1]
-    cache = DynamicCache()
-    model(
-        input_ids=prompt[:, :1].expand(-1, work.mean_context), past_key_values=cache, use_cache=True, logits_to_keep=1
-    )
-
-    def decode() -> None:
-        logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        logits.argmax(-1)
-        cache.crop(-1)
-
-    return {"prefill": lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1), "decode": decode}
+def _blocks(config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], compute: Compute) -> list[nn.Module]:
+    """Blocks with random weights."""
+    with_attention = [attention.kind == "gqa" for attention, _ in blocks]
+    return [
+        Block(config, attention, ffn, cache_index=sum(with_attention[:index])).to(compute.device, compute.dtype)
+        for index, (attention, ffn) in enumerate(blocks)
+    ]
 
 
 def time_models(
-    models: Mapping[str, DeciLMForCausalLM], work: Workload, repeats: int, compute: Compute, steps: int = 16
+    config: ModelConfig,
+    models: Mapping[str, DeciLMForCausalLM],
+    work: Workload,
+    repeats: int,
+    compute: Compute,
+    steps: int = 16,
 ) -> dict[str, dict[str, list[float]]]:
     """Time whole models end to end, in turn (:func:`phases`): name -> phase -> milliseconds of each round."""
     with torch.inference_mode():
-        ready = {name: model_calls(model, work, compute) for name, model in models.items()}
-        calls = {f"{name} {phase}": call for name, both in ready.items() for phase, call in both.items()}
-        rounds = phases(calls, repeats, compute.device, steps)
+        ready = {name: Whole(config, model, work, compute) for name, model in models.items()}
+        return _timed(ready, repeats, compute.device, steps)
+
+
+def _timed(
+    stacks: Mapping[str, Stack], repeats: int, device: torch.device, steps: int = 16
+) -> dict[str, dict[str, list[float]]]:
+    ready = {name: stack.calls() for name, stack in stacks.items()}
+    calls = {f"{name} {phase}": call for name, both in ready.items() for phase, call in both.items()}
+    rounds = phases(calls, repeats, device, steps)
     return {name: {phase: rounds[f"{name} {phase}"] for phase in both} for name, both in ready.items()}
 
 

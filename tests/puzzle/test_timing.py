@@ -1,0 +1,62 @@
+"""What is timed computes what the model computes, as often as it is called; lines through noisy points."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from storage.model_config import to_nemotron_nas
+from storage.records import Attention, Ffn
+from tasks.puzzle.child import DeciLMForCausalLM, NemotronNasConfig
+from tasks.puzzle.device import compute
+from tasks.puzzle.timing import KvCache, Whole, Workload, captured, line
+from tests.tiny import save_tiny
+
+BLOCKS = [
+    (Attention("no_op"), Ffn("gated", 96)),
+    (Attention("gqa", 1), Ffn("no_op")),
+    (Attention("linear"), Ffn("linear")),
+    (Attention("gqa", 2), Ffn("gated", 48)),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_timed_step_is_the_models_next_token_however_often_it_is_taken(family: str, tmp_path: Path) -> None:
+    _, config = save_tiny(family, tmp_path)
+    torch.manual_seed(7)
+    model = DeciLMForCausalLM(NemotronNasConfig(**to_nemotron_nas(config, BLOCKS, {}, "float32")))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.3)
+    work = Workload(input_tokens=10, output_tokens=6, batch=2)
+    with torch.inference_mode():
+        whole = Whole(config, model, work, compute("cpu", "float32", 1))
+        calls = whole.calls()
+        ids = torch.tensor([[at * 7919 % config.vocab_size for at in (*range(work.mean_context), 0)]] * 2)
+        for phase in ("prefill", "decode", "decode", "prefill", "decode"):
+            tokens, position = (work.input_tokens, 0) if phase == "prefill" else (1, work.mean_context)
+            wanted = model(input_ids=ids[:, : position + tokens], logits_to_keep=1).logits
+            torch.testing.assert_close(whole.logits(tokens, position), wanted)
+            assert torch.equal(torch.as_tensor(calls[phase]()), wanted.argmax(-1))
+
+
+def test_the_cache_copies_nothing_to_make_room() -> None:
+    cache = KvCache(5)
+    first, _ = cache.update(torch.ones(1, 2, 4, 3), torch.ones(1, 2, 4, 3), 0)
+    cache.position = 4
+    keys, values = cache.update(torch.full((1, 2, 1, 3), 7.0), torch.full((1, 2, 1, 3), 8.0), 0)
+    assert keys.data_ptr() == first.data_ptr()
+    assert keys[0, 0, :, 0].tolist() == [1, 1, 1, 1, 7]
+    assert values[0, 1, :, 2].tolist() == [1, 1, 1, 1, 8]
+
+
+def test_only_a_gpu_captures() -> None:
+    def call() -> None:
+        pass
+
+    assert captured(call, torch.device("cpu")) is call
+
+
+def test_one_wild_point_does_not_bend_the_line() -> None:
+    found = line([1, 2, 3, 4, 5], [10.0, 20.0, 90.0, 40.0, 50.0])
+    assert found(3) == pytest.approx(30.0)
+    assert line([1, 2, 3], [3.0, 2.0, 1.0])(2) == pytest.approx(2.0)  # never cheaper where it is wider
