@@ -1,8 +1,7 @@
 """Time this machine: milliseconds of every component with torch -> a table in storage/timings/, input data for git."""
 
-import logging
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,23 +12,10 @@ from storage.parent import Parent
 from storage.paths import Paths
 from storage.records import ANY_VARIANT, Attention, Component, Ffn, TimingRow
 from storage.tables import read_timings, write_timings
-from tasks.puzzle.child import build
+from tasks.puzzle.child import DeciLMForCausalLM, build
 from tasks.puzzle.device import Compute, compute
-from tasks.puzzle.timing import (
-    ENGINE,
-    Timing,
-    Workload,
-    line,
-    machine,
-    software,
-    spread,
-    time_models,
-    time_outside,
-    time_subblock,
-)
+from tasks.puzzle.timing import ENGINE, Components, Timing, Workload, fit_to_whole, line, machine, software
 from tasks.puzzle.variants import attention_variants, component_sizes, ffn_variants, parent_attention, parent_ffn
-
-_LOG = logging.getLogger(__name__)
 
 
 def time_this_machine(params: Params, paths: Paths, name: str, path: Path, parent_only: bool) -> None:
@@ -66,20 +52,21 @@ def _time_scenario(
         variants = [*attention_variants(config, linear=True), *ffns]
     copies = min(settings.copies, max(1, config.num_blocks // 2))
     timings: dict[tuple[Component, str], Timing] = {}
-    label = f"timing {scenario}, batch {work.batch}"
-    for variant in tqdm(variants, desc=label, unit="variant", disable=None):
+    timed = Components(config, work, device, copies, settings.repeats)
+    for variant in tqdm(variants, desc=f"timing {scenario}, batch {work.batch}", unit="variant", disable=None):
         component: Component = "attention" if isinstance(variant, Attention) else "ffn"
-        if variant.kind == "no_op":
-            timings[component, variant.name] = Timing(0.0, 0.0, 0.0)
-        else:
-            timings[component, variant.name] = time_subblock(config, variant, work, device, copies, settings.repeats)
+        timings[component, variant.name] = timed.subblock(variant)
     timings |= _smooth({variant: timings["ffn", variant.name] for variant in variants if isinstance(variant, Ffn)})
-    embedding, head = time_outside(config, work, device, settings.repeats)
+    embedding, head = timed.outside()
     timings["embedding", ANY_VARIANT], timings["head", ANY_VARIANT] = embedding, head
-    whole = _time_parent(parent, work, device, settings.repeats)
-    blocks = [timings["attention", parent_attention(config).name], timings["ffn", parent_ffn(config).name]]
-    parts = [embedding, head, *(blocks * config.num_blocks)]
-    timings["step", ANY_VARIANT] = _rest(whole, parts)
+    counts: dict[tuple[Component, str], int] = {
+        ("attention", parent_attention(config).name): config.num_blocks,
+        ("ffn", parent_ffn(config).name): config.num_blocks,
+        ("embedding", ANY_VARIANT): 1,
+        ("head", ANY_VARIANT): 1,
+    }
+    fit = fit_to_whole(timings, counts, timed.whole(_whole_parent(parent, device)))
+    timings = {**fit.parts, ("step", ANY_VARIANT): fit.rest}
     for (component, variant_name), timing in timings.items():
         sizes = component_sizes(config, component, variant_name, settings.precision)
         yield TimingRow(
@@ -99,7 +86,7 @@ def _time_scenario(
             kv_bytes_per_token=sizes.kv_bytes_per_token,
             params=sizes.params,
             origin="measured",
-            how=_HOW[component],
+            how=_HOW[component] + fit.text,
             machine=machine(device.device),
             versions=software(),
             dtype=settings.precision,
@@ -107,22 +94,6 @@ def _time_scenario(
             repeats=settings.repeats,
             spread=timing.spread,
         )
-
-
-def _rest(whole: Timing, parts: Sequence[Timing]) -> Timing:
-    """What the parent takes beyond its parts; 0, with a warning, where the parts take more than the whole."""
-    prefill = whole.prefill_ms - sum(part.prefill_ms for part in parts)
-    decode = whole.decode_ms - sum(part.decode_ms for part in parts)
-    for phase, rest, total in (("prefill", prefill, whole.prefill_ms), ("decode", decode, whole.decode_ms)):
-        if rest < 0:
-            _LOG.warning(
-                "%s: the timed parts take %.1f ms, the parent end to end %.1f ms; costs of this table are too high by "
-                "that (time again on a quiet machine)",
-                phase,
-                total - rest,
-                total,
-            )
-    return Timing(max(0.0, prefill), max(0.0, decode), whole.spread)
 
 
 def _smooth(widths: Mapping[Ffn, Timing]) -> dict[tuple[Component, str], Timing]:
@@ -151,15 +122,10 @@ _HOW: dict[Component, str] = {
 }
 
 
-def _time_parent(parent: Parent, work: Workload, device: Compute, repeats: int) -> Timing:
-    """The whole parent, end to end."""
+def _whole_parent(parent: Parent, device: Compute) -> DeciLMForCausalLM:
     config = parent.config
     tensors = {name: parent.checkpoint.tensor(name) for name in parent.checkpoint.files}
-    blocks = [(parent_attention(config), parent_ffn(config))] * config.num_blocks
-    models = {"parent": build(config, blocks, tensors, device)}
-    rounds = time_models(config, models, work, repeats, device)["parent"]
-    prefill, decode = (statistics.median(rounds[phase]) for phase in ("prefill", "decode"))
-    return Timing(prefill, decode, max(spread(values) for values in rounds.values()))
+    return build(config, [(parent_attention(config), parent_ffn(config))] * config.num_blocks, tensors, device)
 
 
 def drift(scratch: Path, kept: Path) -> str:

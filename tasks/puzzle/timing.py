@@ -7,13 +7,14 @@ Decoding is timed at the scenario's mean context (input + output / 2), as one st
 """
 
 import itertools
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 import transformers
@@ -197,43 +198,94 @@ def phases(
     return interleaved(prefill, repeats, device) | interleaved(decode, steps * repeats, device)
 
 
-def time_subblock(
-    config: ModelConfig, variant: Attention | Ffn, work: Workload, compute: Compute, copies: int, repeats: int
-) -> Timing:
-    """Milliseconds of one copy of a subblock variant in a stack of parent blocks.
+class Components:
+    """Times a model's components one after another, at one speed of the machine.
 
-    Args:
-        config: geometry of the parent.
-        variant: attention or FFN variant to time; a no-op costs 0 by definition and is not timed.
-        work: lengths and batch.
-        compute: device and dtype.
-        copies: N; the stacks hold 2N blocks.
-        repeats: rounds.
+    A stack of parent blocks, the reference, is timed in every round with what is timed, and each round is scaled to the
+    reference's first speed: on a shared machine components that are timed minutes apart would not add up else.
     """
-    if isinstance(variant, Attention):
-        with_it, without = (variant, parent_ffn(config)), (Attention("no_op"), parent_ffn(config))
-    else:
-        with_it, without = (parent_attention(config), variant), (parent_attention(config), Ffn("no_op"))
-    with torch.inference_mode():
-        stacks = {
-            "2N": Stack(config, _blocks(config, [with_it] * (2 * copies), compute), work, compute),
-            "N": Stack(config, _blocks(config, [with_it, without] * copies, compute), work, compute),
+
+    def __init__(self, config: ModelConfig, work: Workload, compute: Compute, copies: int, repeats: int) -> None:
+        """`copies` is N: stacks hold 2N and N copies of a subblock; `repeats`: rounds of each."""
+        self._config, self._work, self._compute = config, work, compute
+        self._copies, self._repeats = copies, repeats
+        self._parent = (parent_attention(config), parent_ffn(config))
+        with torch.inference_mode():
+            reference = self._stack([self._parent] * copies).calls()
+            self._reference = {f"reference {phase}": call for phase, call in reference.items()}
+            first = phases(self._reference, repeats, compute.device)
+        self._speed = {name: statistics.median(rounds) for name, rounds in first.items()}
+
+    def _stack(self, blocks: Sequence[tuple[Attention, Ffn]]) -> Stack:
+        """Blocks with random weights."""
+        with_attention = [attention.kind == "gqa" for attention, _ in blocks]
+        layers = [
+            Block(self._config, attention, ffn, cache_index=sum(with_attention[:index])).to(
+                self._compute.device, self._compute.dtype
+            )
+            for index, (attention, ffn) in enumerate(blocks)
+        ]
+        return Stack(self._config, layers, self._work, self._compute)
+
+    def _rounds(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+        """Milliseconds of each round at the reference's first speed; names tell the phase (:func:`phases`)."""
+        rounds = phases({**calls, **self._reference}, self._repeats, self._compute.device)
+        scaled = {}
+        for name in calls:
+            reference = "reference decode" if "decode" in name else "reference prefill"
+            pace = [self._speed[reference] / now for now in rounds[reference]]
+            scaled[name] = [one * factor for one, factor in zip(rounds[name], pace, strict=True)]
+        return scaled
+
+    def subblock(self, variant: Attention | Ffn) -> Timing:
+        """One copy of a subblock variant in a stack of parent blocks; a no-op costs 0 by definition."""
+        if variant.kind == "no_op":
+            return Timing(0.0, 0.0, 0.0)
+        attention, ffn = self._parent
+        if isinstance(variant, Attention):
+            with_it, without = (variant, ffn), (Attention("no_op"), ffn)
+        else:
+            with_it, without = (attention, variant), (attention, Ffn("no_op"))
+        with torch.inference_mode():
+            full = self._stack([with_it] * (2 * self._copies)).calls()
+            half = self._stack([with_it, without] * self._copies).calls()
+            calls = {f"2N {phase}": call for phase, call in full.items()}
+            rounds = self._rounds(calls | {f"N {phase}": call for phase, call in half.items()})
+        prefill, decode = (
+            [(two - one) / self._copies for two, one in zip(rounds[f"2N {phase}"], rounds[f"N {phase}"], strict=True)]
+            for phase in ("prefill", "decode")
+        )
+        return Timing(max(0.0, statistics.median(prefill)), max(0.0, statistics.median(decode)), spread(decode))
+
+    def outside(self) -> tuple[Timing, Timing]:
+        """What every model has besides its blocks: embedding; head (norm, last logits)."""
+        config, device, dtype = self._config, self._compute.device, self._compute.dtype
+        table = torch.randn(config.vocab_size, config.hidden_size).to(device, dtype)
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps).to(device, dtype)
+        last = torch.randn(self._work.batch, 1, config.hidden_size).to(device, dtype)
+        prompt = torch.zeros(self._work.batch, self._work.input_tokens, dtype=torch.long, device=device)
+        # a buffer larger than any cache, read between two heads: in a model, blocks evict the head's weights
+        evict = torch.ones(1 << 25, device=device)
+        calls: dict[str, Callable[[], object]] = {
+            "embedding prefill": lambda: functional.embedding(prompt, table),
+            "embedding decode": lambda: functional.embedding(prompt[:, :1], table),
+            "evict decode": lambda: evict.sum(),
+            "head decode": lambda: functional.linear(norm(last), table).argmax(-1),
         }
-        rounds = _timed(stacks, repeats, compute.device)
-    prefill, decode = (
-        [(two - one) / copies for two, one in zip(rounds["2N"][phase], rounds["N"][phase], strict=True)]
-        for phase in ("prefill", "decode")
-    )
-    return Timing(max(0.0, statistics.median(prefill)), max(0.0, statistics.median(decode)), spread(decode))
+        with torch.inference_mode():
+            rounds = self._rounds({name: captured(call, device) for name, call in calls.items()})
+        median = {name: statistics.median(values) for name, values in rounds.items()}
+        return (
+            Timing(median["embedding prefill"], median["embedding decode"], spread(rounds["embedding decode"])),
+            Timing(median["head decode"], median["head decode"], spread(rounds["head decode"])),
+        )
 
-
-def _blocks(config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], compute: Compute) -> list[nn.Module]:
-    """Blocks with random weights."""
-    with_attention = [attention.kind == "gqa" for attention, _ in blocks]
-    return [
-        Block(config, attention, ffn, cache_index=sum(with_attention[:index])).to(compute.device, compute.dtype)
-        for index, (attention, ffn) in enumerate(blocks)
-    ]
+    def whole(self, model: DeciLMForCausalLM) -> Timing:
+        """A whole model, end to end."""
+        with torch.inference_mode():
+            rounds = self._rounds(Whole(self._config, model, self._work, self._compute).calls())
+        prefill, decode = (statistics.median(rounds[phase]) for phase in ("prefill", "decode"))
+        return Timing(prefill, decode, max(map(spread, rounds.values())))
 
 
 def time_models(
@@ -246,47 +298,54 @@ def time_models(
 ) -> dict[str, dict[str, list[float]]]:
     """Time whole models end to end, in turn (:func:`phases`): name -> phase -> milliseconds of each round."""
     with torch.inference_mode():
-        ready = {name: Whole(config, model, work, compute) for name, model in models.items()}
-        return _timed(ready, repeats, compute.device, steps)
-
-
-def _timed(
-    stacks: Mapping[str, Stack], repeats: int, device: torch.device, steps: int = 16
-) -> dict[str, dict[str, list[float]]]:
-    ready = {name: stack.calls() for name, stack in stacks.items()}
-    calls = {f"{name} {phase}": call for name, both in ready.items() for phase, call in both.items()}
-    rounds = phases(calls, repeats, device, steps)
+        ready = {name: Whole(config, model, work, compute).calls() for name, model in models.items()}
+        calls = {f"{name} {phase}": call for name, both in ready.items() for phase, call in both.items()}
+        rounds = phases(calls, repeats, compute.device, steps)
     return {name: {phase: rounds[f"{name} {phase}"] for phase in both} for name, both in ready.items()}
 
 
-def time_outside(config: ModelConfig, work: Workload, compute: Compute, repeats: int) -> tuple[Timing, Timing]:
-    """Milliseconds of what every model has besides its blocks: embedding; head (norm, last logits)."""
-    table = torch.randn(config.vocab_size, config.hidden_size).to(compute.device, compute.dtype)
-    norm = RMSNorm(config.hidden_size, config.rms_norm_eps).to(compute.device, compute.dtype)
-    last = torch.randn(work.batch, 1, config.hidden_size).to(compute.device, compute.dtype)
-    prompt = torch.zeros(work.batch, work.input_tokens, dtype=torch.long, device=compute.device)
-    # a buffer larger than any cache, read between two heads: in a model, blocks evict the head's weights
-    evict = torch.ones(1 << 25, device=compute.device)
+K = TypeVar("K", bound=Hashable)
 
-    def head() -> Tensor:
-        return functional.linear(norm(last), table).argmax(-1)
 
-    with torch.inference_mode():
-        rounds = interleaved(
-            {
-                "embedding prefill": lambda: functional.embedding(prompt, table),
-                "embedding decode": lambda: functional.embedding(prompt[:, :1], table),
-                "evict": lambda: evict.sum(),
-                "head": head,
-            },
-            repeats,
-            compute.device,
+@dataclass(frozen=True)
+class Fit:
+    """Parts whose sum is the parent's measured time: a rest beyond them, or factors below 1 by which all are scaled."""
+
+    parts: dict[Any, Timing]
+    rest: Timing
+    prefill_factor: float
+    decode_factor: float
+
+    @property
+    def text(self) -> str:
+        """For the table; nothing where nothing was scaled."""
+        factors = {"prefill": self.prefill_factor, "decode": self.decode_factor}
+        return "".join(
+            f"; {phase} x {factor:.3f}, so that the parent's parts sum to its measured time"
+            for phase, factor in factors.items()
+            if factor < 1
         )
-    median = {name: statistics.median(values) for name, values in rounds.items()}
-    return (
-        Timing(median["embedding prefill"], median["embedding decode"], spread(rounds["embedding decode"])),
-        Timing(median["head"], median["head"], spread(rounds["head"])),
-    )
+
+
+def fit_to_whole(parts: Mapping[K, Timing], counts: Mapping[K, int], whole: Timing) -> Fit:
+    """Correct timed parts by a model that was timed end to end.
+
+    Args:
+        parts: every component's timing.
+        counts: how often the timed model has each of them.
+        whole: that model.
+    """
+    factors, rests = [], []
+    for phase in ("prefill_ms", "decode_ms"):
+        total = math.fsum(count * getattr(parts[name], phase) for name, count in counts.items())
+        measured = getattr(whole, phase)
+        factors.append(min(1.0, measured / total) if total else 1.0)
+        rests.append(max(0.0, measured - total))
+    scaled = {
+        name: replace(part, prefill_ms=factors[0] * part.prefill_ms, decode_ms=factors[1] * part.decode_ms)
+        for name, part in parts.items()
+    }
+    return Fit(scaled, Timing(rests[0], rests[1], whole.spread), factors[0], factors[1])
 
 
 def line(sizes: Sequence[int], milliseconds: Sequence[float]) -> Callable[[int], float]:

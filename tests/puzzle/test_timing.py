@@ -1,5 +1,6 @@
 """What is timed computes what the model computes, as often as it is called; lines through noisy points."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from storage.model_config import to_nemotron_nas
 from storage.records import Attention, Ffn
 from tasks.puzzle.child import DeciLMForCausalLM, NemotronNasConfig
 from tasks.puzzle.device import compute
-from tasks.puzzle.timing import KvCache, Whole, Workload, captured, line
+from tasks.puzzle.timing import Components, KvCache, Timing, Whole, Workload, captured, fit_to_whole, line
 from tests.tiny import save_tiny
 
 BLOCKS = [
@@ -60,3 +61,28 @@ def test_one_wild_point_does_not_bend_the_line() -> None:
     found = line([1, 2, 3, 4, 5], [10.0, 20.0, 90.0, 40.0, 50.0])
     assert found(3) == pytest.approx(30.0)
     assert line([1, 2, 3], [3.0, 2.0, 1.0])(2) == pytest.approx(2.0)  # never cheaper where it is wider
+
+
+def test_parts_are_made_to_sum_to_the_whole() -> None:
+    """3 x 2 + 1 = 7 ms of parts in a whole of 10: 3 ms of rest. In one of 3.5: everything at half."""
+    parts = {"block": Timing(2.0, 2.0, 0.1), "head": Timing(1.0, 1.0, 0.1), "other": Timing(8.0, 8.0, 0.1)}
+    fit = fit_to_whole(parts, {"block": 3, "head": 1}, Timing(10.0, 3.5, 0.2))
+    assert fit.rest == Timing(3.0, 0.0, 0.2)
+    assert fit.parts["other"] == Timing(8.0, 4.0, 0.1)
+    assert "prefill" not in fit.text and "decode x 0.500" in fit.text
+    sums = [3 * fit.parts["block"].prefill_ms + fit.parts["head"].prefill_ms + fit.rest.prefill_ms]
+    sums += [3 * fit.parts["block"].decode_ms + fit.parts["head"].decode_ms + fit.rest.decode_ms]
+    assert sums == [10.0, 3.5]
+
+
+def test_components_are_timed_at_one_speed_though_the_machine_wanders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is slower from call to call: raw times of equal work differ, scaled ones do not."""
+    _, config = save_tiny("llama", tmp_path)
+    speed = itertools.count(100)
+    timed = Components(config, Workload(4, 2, 1), compute("cpu", "float32", 1), copies=2, repeats=2)
+    monkeypatch.setattr("tasks.puzzle.timing.phases", lambda calls, *_: dict.fromkeys(calls, [float(next(speed))] * 3))
+    timed._speed = dict.fromkeys(timed._speed, 50.0)
+    first, second = timed._rounds({"a prefill": print}), timed._rounds({"b decode": print})
+    assert first["a prefill"] == second["b decode"] == [50.0] * 3
