@@ -283,6 +283,9 @@ class DistillChild(Section):
 class BenchmarkThroughput(Section):
     """Speed of parent and child: measured on this machine (at speed limits too), modelled for a GPU."""
 
+    engines: tuple[Literal["torch", "llama.cpp"], ...] = Field(
+        ("torch",), min_length=1, description="What measures on this machine; llama.cpp needs the extra llamacpp."
+    )
     scenarios: tuple[Scenario, ...] = Field(
         ("128/128",), min_length=1, description="Input/output lengths measured on this machine, in tokens."
     )

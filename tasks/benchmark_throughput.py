@@ -6,8 +6,10 @@ It is the only stage with a clock: the bytes of its table differ from run to run
 
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from tqdm import tqdm
 
 from storage.checkpoints import Checkpoint, read_blocks
 from storage.files import read_json
+from storage.gguf_child import FileType, layers, write_gguf
 from storage.model_config import ModelConfig
 from storage.params import Params
 from storage.parent import Parent
@@ -24,6 +27,7 @@ from storage.paths import TIMINGS, Paths
 from storage.records import Architecture, Attention, Ffn, Precision, Replacement, ThroughputRow
 from storage.tables import read_costs, read_throughput, read_timings, write_throughput
 from storage.targets import SPEED_METRICS
+from tasks.engines import llamacpp
 from tasks.puzzle.child import DeciLMForCausalLM, build
 from tasks.puzzle.costs import ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
@@ -32,6 +36,9 @@ from tasks.puzzle.hardware import check_precision, device_named
 from tasks.puzzle.throughput import best_modelled, predict, throughput_tables
 from tasks.puzzle.timing import ENGINE, Workload, machine, software, spread, time_models
 from tasks.puzzle.variants import parent_attention, parent_blocks, parent_ffn
+
+_FILE_TYPE: FileType = "F16"
+"""Of the matrices that llama.cpp is timed with."""
 
 
 @task(cache_policy=NO_CACHE)
@@ -64,13 +71,15 @@ def _blocks(target: str, paths: Paths) -> dict[str, tuple[Replacement, ...]]:
 
 @dataclass(frozen=True)
 class _Here:
-    """What all measured rows of a run share.
+    """What all measured rows of an engine share.
 
     `predictor` names the hardware whose timings predict, None for none; `is_timed`: they were taken on a machine like
     this one.
     """
 
+    engine: str
     machine: str
+    versions: str
     precision: Precision
     threads: int | None
     predictor: str | None
@@ -82,45 +91,88 @@ class _Here:
         return self.predictor if self.predictor and self.is_timed else self.machine
 
 
+_Rounds = dict[str, dict[str, list[float]]]
+"""Model -> phase -> milliseconds of each round."""
+
+
 @task(cache_policy=NO_CACHE)
 def measure_throughput(target: str, params: Params, paths: Paths) -> list[ThroughputRow]:
-    """Time prefill and decode of parent and child in turn on this machine.
+    """Time prefill and decode of parent and child in turn on this machine, in every engine of params.
 
-    At every scenario and batch of params, and where the target's speed limits hold.
+    At every scenario and batch of params, and in the engine, at the scenario and batch of the target's speed limits.
 
     Raises:
-        InputError: the child or the cost table is missing or damaged.
+        InputError: the child or the cost table is missing or damaged, or llama.cpp is asked for and is not installed or
+            does not load the child.
     """
     settings, threads = params.benchmark_throughput, params.measure_costs.threads
     device = compute(params.run.device, params.run.dtype, threads)
+    costs, blocks = read_costs(paths.costs), _blocks(target, paths)
     limits = _speed_limits(target, paths)
-    here = _here(device, threads, limits[0]["hardware"] if limits else None)
-    child = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
-    models = parent_and_child(Parent(paths.parent), child, device)
-    config, costs, blocks = Parent(paths.parent).config, read_costs(paths.costs), _blocks(target, paths)
+    engines = dict.fromkeys([*settings.engines, *limits])
+    if llamacpp.ENGINE in engines:
+        llamacpp.check_installed()
+        layers([(block.attention, block.ffn) for block in blocks["child"]], Parent(paths.parent).config.num_heads)
     rows: list[ThroughputRow] = []
-    points = dict.fromkeys(itertools.product(settings.scenarios, settings.batches))
-    points |= dict.fromkeys((one["scenario"], one["batch"]) for one in limits)
-    for scenario, batch in tqdm(points, desc="measure", unit="setting", disable=None):
-        timed = time_models(config, models, Workload.of(scenario, batch), settings.repeats, device)
-        setting = Setting(here.predictor or here.machine, ENGINE, here.precision, 1, scenario, batch)
-        for model, rounds in timed.items():
-            rows += _measured_rows(here, model, setting, rounds, predict(costs, blocks[model], setting))
+    with tempfile.TemporaryDirectory(dir=paths.child(target)) as scratch:
+        for engine in engines:
+            held = limits.get(engine, [])
+            here = _here(engine, device, threads, held[0]["hardware"] if held else None)
+            timed = _timer(engine, target, params, paths, device, Path(scratch))
+            points = dict.fromkeys(itertools.product(settings.scenarios, settings.batches))
+            points |= dict.fromkeys((one["scenario"], one["batch"]) for one in held)
+            for scenario, batch in tqdm(points, desc=f"measure in {engine}", unit="setting", disable=None):
+                setting = Setting(here.predictor or here.machine, engine, here.precision, 1, scenario, batch)
+                for model, rounds in timed(Workload.of(scenario, batch)).items():
+                    rows += _measured_rows(here, model, setting, rounds, predict(costs, blocks[model], setting))
     return rows
 
 
-def _speed_limits(target: str, paths: Paths) -> list[dict[str, Any]]:
-    """The limits of the child that can be measured here, with the batch that the search chose."""
+def _timer(
+    engine: str, target: str, params: Params, paths: Paths, device: Compute, scratch: Path
+) -> Callable[[Workload], _Rounds]:
+    """What times parent and child in an engine; both are loaded, or written to `scratch` in the engine's form."""
+    parent, repeats = Parent(paths.parent), params.benchmark_throughput.repeats
+    child = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
+    if engine == ENGINE:
+        models = parent_and_child(parent, child, device)
+        return lambda work: time_models(parent.config, models, work, repeats, device)
+    files = {"parent": scratch / "parent.gguf", "child": scratch / "child.gguf"}
+    own = [(parent_attention(parent.config), parent_ffn(parent.config))] * parent.config.num_blocks
+    _write_gguf(files["parent"], parent.checkpoint, parent.config, own)
+    _write_gguf(files["child"], child, *read_blocks(child))
+    return lambda work: llamacpp.time_files(
+        files,
+        llamacpp.Work(work.batch, work.input_tokens, work.mean_context),
+        repeats,
+        params.measure_costs.threads,
+    )
+
+
+def _write_gguf(
+    path: Path, checkpoint: Checkpoint, config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]]
+) -> None:
+    write_gguf(path, config, blocks, lambda name: checkpoint.tensor(name).float().numpy(), _FILE_TYPE)
+
+
+def _speed_limits(target: str, paths: Paths) -> dict[str, list[dict[str, Any]]]:
+    """The limits of the child that can be measured here, by engine, with the batch that the search chose."""
     found = read_json(paths.architecture(target), f"dvc repro search_architecture@{target}")["constraints"]
-    return [one for one in found if one["metric"] in SPEED_METRICS and one["engine"] == ENGINE]
+    of_speed = [one for one in found if one["metric"] in SPEED_METRICS]
+    by_engine = {name: [one for one in of_speed if one["engine"] == name] for name in (ENGINE, llamacpp.ENGINE)}
+    return {name: limits for name, limits in by_engine.items() if limits}
 
 
-def _here(device: Compute, threads: int, predictor: str | None) -> _Here:
-    name = machine(device.device)
+def _here(engine: str, device: Compute, threads: int, predictor: str | None) -> _Here:
+    where = device.device if engine == ENGINE else torch.device("cpu")
+    name = machine(where)
+    narrow: Precision = "bfloat16" if device.dtype == torch.bfloat16 else "float32"
     return _Here(
+        engine=engine,
         machine=name,
-        precision="bfloat16" if device.dtype == torch.bfloat16 else "float32",
-        threads=threads if device.device.type == "cpu" else None,
+        versions=software() if engine == ENGINE else llamacpp.software(),
+        precision=narrow if engine == ENGINE else llamacpp.PRECISION,
+        threads=threads if where.type == "cpu" else None,
         predictor=predictor,
         is_timed=predictor is not None and is_timed_machine(predictor, name),
     )
@@ -160,7 +212,7 @@ def _measured_rows(
             **asdict(replace(setting, hardware=here.hardware)),
             threads=here.threads,
             machine=here.machine,
-            versions=software(),
+            versions=here.versions,
             measured_ms=medians[phase],
             measured_tokens_per_s=_tokens_per_s(speed, phase),
             measured_spread=spread(rounds[phase]),
@@ -177,7 +229,7 @@ def _tokens_per_s(speed: ModelSpeed, phase: str) -> float:
 def _source(here: _Here, predicted: ModelSpeed | None) -> str:
     """Where the prediction is from, or why there is none."""
     if here.predictor is None:
-        return f"not predicted: the target limits no speed of {ENGINE}"
+        return f"not predicted: the target limits no speed of {here.engine}"
     timed = f"{here.predictor} ({'a machine like this one' if here.is_timed else 'NOT this machine'})"
     if predicted is None:
         return f"not predicted: costs.parquet has no {here.precision} timings of {timed} at this setting"

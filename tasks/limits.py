@@ -13,7 +13,7 @@ from storage.files import DamagedFileError, InputError, read_json
 from storage.model_config import ModelConfig
 from storage.params import Params, SearchArchitecture
 from storage.paths import Paths
-from storage.records import Attention, CostRow, Ffn, Replacement, ScoreRow, Weights
+from storage.records import Attention, CostRow, Ffn, Replacement, Runtime, ScoreRow, Weights
 from storage.tables import read_costs, read_scores
 from storage.targets import SPEED_METRICS, Constraint, Target
 from tasks.puzzle.bounds import Bound, setting_json
@@ -309,8 +309,15 @@ class TargetTables:
         config = self.parent.config
         return kinds and not any(
             config and reasons_against(runtime, config, of.first_block, of.attention, of.ffn)
-            for runtime in self.wanted.runtimes
+            for runtime in self._runtimes
         )
+
+    @property
+    def _runtimes(self) -> tuple[Runtime, ...]:
+        """Those that the target names, and llama.cpp where a speed limit holds in it."""
+        named, limits = self.wanted.runtimes, self.wanted.constraints.values()
+        holds = any(of.metric in SPEED_METRICS and of.engine == "llama.cpp" for of in limits)
+        return (*named, "llama.cpp") if holds and "llama.cpp" not in named else named
 
     def predict(self, blocks: Sequence[Replacement], weights: Weights, point: OperatingPoint) -> dict[str, Any]:
         """What the tables say of a child, absolute and relative to the parent."""

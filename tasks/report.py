@@ -275,11 +275,11 @@ def _throughput(run: _Run) -> Section | None:
     shown = []
     for child in run.children:
         here, modelled = tables.measured_throughput(child), tables.modelled_throughput(child)
-        if here is None:
+        if not here:
             run.lacks(f"measured throughput of {child.label} by scenario", f"benchmark_throughput@{child.target}")
         if modelled is None:
             run.lacks(f"modelled throughput of {child.label} on a GPU", f"benchmark_throughput@{child.target}")
-        shown += [table for table in (here, modelled) if table]
+        shown += [*here, *([modelled] if modelled else [])]
     if not shown:
         return None
     text = (

@@ -1,25 +1,34 @@
-"""Time this machine: milliseconds of every component with torch -> a table in storage/timings/, input data for git."""
+"""Time this machine: milliseconds of every component in an engine -> storage/timings/NAME.parquet, input for git."""
 
+import itertools
 import statistics
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from storage.files import InputError
-from storage.params import Params
+from storage.gguf_child import STAND_IN_FFN, write_gguf
+from storage.model_config import ModelConfig
+from storage.params import MeasureCosts, Params
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import ANY_VARIANT, Attention, Component, Ffn, TimingRow
+from storage.records import ANY_VARIANT, Attention, Component, Ffn, Precision, TimingRow
 from storage.tables import read_timings, write_timings
+from tasks.engines import designs, llamacpp
 from tasks.puzzle.child import DeciLMForCausalLM, build
 from tasks.puzzle.device import Compute, compute
-from tasks.puzzle.timing import ENGINE, Components, Timing, Workload, fit_to_whole, line, machine, software
+from tasks.puzzle.timing import ENGINE, Components, Timing, Workload, fit_to_whole, line, machine, software, spread
 from tasks.puzzle.variants import attention_variants, component_sizes, ffn_variants, parent_attention, parent_ffn
+
+Timings = dict[tuple[Component, str], Timing]
 
 
 def time_this_machine(params: Params, paths: Paths, name: str, path: Path, parent_only: bool) -> None:
-    """Time every component on this machine and write the table to `path`; `parent_only` leaves out the variants.
+    """Time every component in torch and write the table to `path`; `parent_only` leaves out the variants.
 
     Raises:
         InputError: torch has no kernels for measure_costs.precision.
@@ -30,20 +39,87 @@ def time_this_machine(params: Params, paths: Paths, name: str, path: Path, paren
             f"measure_costs.precision is {settings.precision}, but torch is timed in bfloat16 or float32; set one of "
             "them to time this machine"
         )
-    device = compute(params.run.device, settings.precision, settings.threads)
-    workloads = [
-        (scenario, Workload.of(scenario, batch)) for scenario in settings.scenarios for batch in settings.batches
-    ]
+    device, parent = compute(params.run.device, settings.precision, settings.threads), Parent(paths.parent)
+    about = _About(name, ENGINE, settings.precision, machine(device.device), software(), settings)
     rows: list[TimingRow] = []
-    for scenario, work in workloads:
-        rows += _time_scenario(params, Parent(paths.parent), name, scenario, work, device, parent_only)
-    write_timings(path, rows)
+    for scenario, batch in itertools.product(settings.scenarios, settings.batches):
+        timings, fit = _in_torch(params, parent, Workload.of(scenario, batch), scenario, device, parent_only)
+        rows += about.rows(parent.config, scenario, batch, timings, {of: how + fit for of, how in _HOW.items()})
+    _write(path, rows)
 
 
-def _time_scenario(
-    params: Params, parent: Parent, name: str, scenario: str, work: Workload, device: Compute, parent_only: bool
-) -> Iterator[TimingRow]:
-    """Rows of one scenario and batch: each subblock variant, embedding, head, and the step's rest."""
+def time_llamacpp(params: Params, paths: Paths, name: str, path: Path) -> None:
+    """Time random architectures and the parent in llama.cpp, divide them into components, add the rows to `path`.
+
+    Raises:
+        InputError: xllamacpp is not installed.
+    """
+    llamacpp.check_installed()
+    settings, config = params.measure_costs, Parent(paths.parent).config
+    where = machine(torch.device("cpu"))
+    about = _About(name, llamacpp.ENGINE, llamacpp.PRECISION, where, llamacpp.software(), settings)
+    rows: list[TimingRow] = []
+    for scenario, batch in itertools.product(settings.scenarios, settings.batches):
+        timings, how = _in_llamacpp(params, config, Workload.of(scenario, batch), scenario)
+        rows += about.rows(config, scenario, batch, timings, dict.fromkeys(_HOW, how))
+    _write(path, rows)
+
+
+def _write(path: Path, rows: Sequence[TimingRow]) -> None:
+    """The rows, and those of other engines that the table has."""
+    engine = rows[0].engine
+    kept = [row for row in read_timings(path) if row.engine != engine] if path.is_file() else []
+    write_timings(path, [*kept, *rows])
+
+
+@dataclass(frozen=True)
+class _About:
+    """What all rows of an engine share."""
+
+    hardware: str
+    engine: str
+    precision: Precision
+    machine: str
+    versions: str
+    settings: MeasureCosts
+
+    def rows(
+        self, config: ModelConfig, scenario: str, batch: int, timings: Timings, how: Mapping[Component, str]
+    ) -> Iterator[TimingRow]:
+        """A row for every timing."""
+        for (component, variant), timing in timings.items():
+            sizes = component_sizes(config, component, variant, self.precision)
+            yield TimingRow(
+                component=component,
+                variant=variant,
+                first_block=None,
+                span=1,
+                hardware=self.hardware,
+                engine=self.engine,
+                precision=self.precision,
+                tensor_parallel=1,
+                scenario=scenario,
+                batch=batch,
+                prefill_ms=timing.prefill_ms,
+                decode_ms=timing.decode_ms,
+                weight_bytes=sizes.weight_bytes,
+                kv_bytes_per_token=sizes.kv_bytes_per_token,
+                params=sizes.params,
+                origin="measured",
+                how=how[component],
+                machine=self.machine,
+                versions=self.versions,
+                dtype=self.precision,
+                threads=self.settings.threads,
+                repeats=self.settings.repeats,
+                spread=timing.spread,
+            )
+
+
+def _in_torch(
+    params: Params, parent: Parent, work: Workload, scenario: str, device: Compute, parent_only: bool
+) -> tuple[Timings, str]:
+    """Each subblock variant, embedding, head and the step's rest in one setting; how they were fitted to the whole."""
     settings, config = params.measure_costs, parent.config
     bld = params.distill_blocks
     variants: list[Attention | Ffn] = [parent_attention(config), parent_ffn(config)]
@@ -67,33 +143,57 @@ def _time_scenario(
     }
     fit = fit_to_whole(timings, counts, timed.whole(_whole_parent(parent, device)))
     timings = {**fit.parts, ("step", ANY_VARIANT): fit.rest}
-    for (component, variant_name), timing in timings.items():
-        sizes = component_sizes(config, component, variant_name, settings.precision)
-        yield TimingRow(
-            component=component,
-            variant=variant_name,
-            first_block=None,
-            span=1,
-            hardware=name,
-            engine=ENGINE,
-            precision=settings.precision,
-            tensor_parallel=1,
-            scenario=scenario,
-            batch=work.batch,
-            prefill_ms=timing.prefill_ms,
-            decode_ms=timing.decode_ms,
-            weight_bytes=sizes.weight_bytes,
-            kv_bytes_per_token=sizes.kv_bytes_per_token,
-            params=sizes.params,
-            origin="measured",
-            how=_HOW[component] + fit.text,
-            machine=machine(device.device),
-            versions=software(),
-            dtype=settings.precision,
-            threads=settings.threads,
-            repeats=settings.repeats,
-            spread=timing.spread,
-        )
+    return timings, fit.text
+
+
+_DESIGNS = 14
+"""Random architectures that are timed beside the parent: twice as many as there are usual unknowns."""
+
+
+def _in_llamacpp(params: Params, config: ModelConfig, work: Workload, scenario: str) -> tuple[Timings, str]:
+    """As :func:`_in_torch`, but of whole models, each in turn with one that stays: a wandering speed cancels."""
+    settings, bld = params.measure_costs, params.distill_blocks
+    attentions = attention_variants(config, linear=True)
+    ffns = ffn_variants(config, bld.ffn_ratios, bld.width_multiple, linear=False)
+    own = (attentions[0], ffns[0])
+    models: list[designs.Blocks] = [[own] * config.num_blocks]
+    models += designs.designs(attentions, ffns, config.num_blocks, _DESIGNS, params.run.seed)
+    at = llamacpp.Work(work.batch, work.input_tokens, work.mean_context)
+    times: dict[str, list[list[float]]] = {"prefill": [], "decode": []}
+    speed: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        files = {"reference": Path(scratch) / "reference.gguf", "model": Path(scratch) / "model.gguf"}
+        write_gguf(files["reference"], config, [own] * max(1, config.num_blocks // 4), None, "F16")
+        label = f"timing llama.cpp, {scenario}, batch {work.batch}"
+        for blocks in tqdm(models, desc=label, unit="model", disable=None):
+            write_gguf(files["model"], config, blocks, None, "F16")
+            rounds = llamacpp.time_files(files, at, settings.repeats, settings.threads)
+            for phase, found in times.items():
+                speed.setdefault(phase, statistics.median(rounds["reference"][phase]))
+                pairs = zip(rounds["model"][phase], rounds["reference"][phase], strict=True)
+                found.append([speed[phase] * model / reference for model, reference in pairs])
+    medians = {phase: [statistics.median(rounds) for rounds in found] for phase, found in times.items()}
+    stand_in = STAND_IN_FFN.intermediate_size
+    costs = {phase: designs.solve(models, found, stand_in) for phase, found in medians.items()}
+    spreads = [spread(rounds) for found in times.values() for rounds in found]
+
+    usual, prefill, decode = statistics.median(spreads), costs["prefill"], costs["decode"]
+    parts: Timings = {}
+    for attention in attentions:
+        both = prefill.attention.get(attention, 0.0), decode.attention.get(attention, 0.0)
+        parts["attention", attention.name] = Timing(*both, usual)
+    for ffn in ffns:
+        width = ffn.intermediate_size or stand_in
+        parts["ffn", ffn.name] = Timing(prefill.of_ffn(width), decode.of_ffn(width), usual)
+    parts["embedding", ANY_VARIANT] = parts["head", ANY_VARIANT] = Timing(0.0, 0.0, 0.0)
+    counts: dict[tuple[Component, str], int] = {
+        ("attention", own[0].name): config.num_blocks,
+        ("ffn", own[1].name): config.num_blocks,
+    }
+    whole = Timing(medians["prefill"][0], medians["decode"][0], usual)
+    fit = fit_to_whole(parts, counts, whole)
+    how = f"least squares over {len(models)} whole models{fit.text}; embedding and head are in step; a removed FFN as "
+    return {**fit.parts, ("step", ANY_VARIANT): fit.rest}, f"{how}the file has it, {stand_in} channels"
 
 
 def _smooth(widths: Mapping[Ffn, Timing]) -> dict[tuple[Component, str], Timing]:

@@ -95,11 +95,14 @@ def constraints_table(children: Sequence[Child]) -> Table:
     return Table("Limits", ("child", "limit on", "unit", "limit", "predicted", "measured"), rows, num_words=3)
 
 
-def measured_throughput(child: Child) -> Table | None:
-    """Tokens/s of parent and child on this machine, as timed and as the cost table predicts; None without any."""
+def measured_throughput(child: Child) -> list[Table]:
+    """Tokens/s of parent and child on this machine, as timed and as the cost table predicts; a table an engine."""
     pairs = _pairs(row for row in child.throughput if row.modelled_tokens_per_s is None)
-    if not pairs:
-        return None
+    engines = dict.fromkeys(own.engine for _, own in pairs)
+    return [_measured_table(child.label, [pair for pair in pairs if pair[1].engine == engine]) for engine in engines]
+
+
+def _measured_table(label: str, pairs: Sequence[tuple[ThroughputRow, ThroughputRow]]) -> Table:
     rows = [
         (
             own.phase,
@@ -123,7 +126,7 @@ def measured_throughput(child: Child) -> Table | None:
     threads = f", {at.threads} thread{'s' * (at.threads > 1)}" if at.threads else ""
     tables = f"; predicted from the timings of {at.predicted_hardware}" if at.predicted_hardware else ""
     where = f"{at.machine}; {at.engine}, {at.precision}{threads}; {at.versions}{tables}"
-    return Table(f"{child.label}: tokens/s, measured on {where}", columns, rows, num_words=2)
+    return Table(f"{label}: tokens/s, measured on {where}", columns, rows, num_words=2)
 
 
 def modelled_throughput(child: Child) -> Table | None:

@@ -8,16 +8,20 @@ import importlib
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from storage.files import InputError
+from storage.records import Precision
 
 ENGINE = "llama.cpp"
+PRECISION: Precision = "float16"
+"""Of the matrices in the files that are timed, and of llama.cpp's KV cache."""
 _STEPS = 32
-"""Decode steps that one timing is the mean of."""
+"""Decode steps that one timing is the mean of, at most."""
 
 
 def _library() -> Any:
@@ -28,6 +32,11 @@ def _library() -> Any:
             "llama.cpp is not installed; run `.venv/bin/python -m pip install --constraint constraints.txt "
             "--editable '.[llamacpp]'`"
         ) from error
+
+
+def check_installed() -> None:
+    """Raise InputError where xllamacpp is not."""
+    _library()
 
 
 def software() -> str:
@@ -108,7 +117,52 @@ class LlamaCpp:
         """Read prompts into the slots, for :meth:`decode_ms` to go on from."""
         self._together(prompts, 1, keep=True)
 
-    def decode_ms(self, prompts: Sequence[Sequence[int]]) -> float:
-        """Milliseconds of one step of the whole batch, the mean of 32 steps behind the prompts that were filled in."""
-        answers = self._together(prompts, _STEPS, keep=True)
+    def decode_ms(self, prompts: Sequence[Sequence[int]], steps: int) -> float:
+        """Milliseconds of one step of the whole batch, the mean of `steps` behind the prompts that were filled in."""
+        answers = self._together(prompts, steps + 1, keep=True)  # the first token comes with the prompt's last
         return statistics.median(float(answer["timings"]["predicted_per_token_ms"]) for answer in answers)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sequences at once, tokens that each reads, tokens in its cache halfway through decoding."""
+
+    batch: int
+    input_tokens: int
+    mean_context: int
+
+    @property
+    def steps(self) -> int:
+        """Decode steps of one timing, around the mean context."""
+        return min(_STEPS, self.mean_context)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a sequence that must have room."""
+        return max(self.input_tokens, self.mean_context + self.steps) + 2
+
+    def prompts(self, tokens: int) -> list[list[int]]:
+        """Token ids that differ between sequences; what they are plays no part."""
+        return [[(1 + sequence + 31 * at) % 97 + 1 for at in range(tokens)] for sequence in range(self.batch)]
+
+
+def time_files(files: Mapping[str, Path], work: Work, repeats: int, threads: int) -> dict[str, dict[str, list[float]]]:
+    """Time models in turn: name -> `prefill`, `decode` -> milliseconds of each of `repeats` rounds, after one more.
+
+    Raises:
+        InputError: as :class:`LlamaCpp`.
+    """
+    engines = {name: LlamaCpp(path, threads, work.batch, work.context) for name, path in files.items()}
+    read, filled = work.prompts(work.input_tokens), work.prompts(max(1, work.mean_context - work.steps // 2))
+    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in files}
+    for number in range(repeats + 1):
+        for name, engine in engines.items():
+            prefill = engine.prefill_ms(read)
+            found[name]["prefill"] += [prefill] if number else []
+    for engine in engines.values():
+        engine.fill(filled)
+    for number in range(repeats + 1):
+        for name, engine in engines.items():
+            decode = engine.decode_ms(filled, work.steps)
+            found[name]["decode"] += [decode] if number else []
+    return found

@@ -75,7 +75,10 @@ def throughput_tables(label: str, rows: Sequence[ThroughputRow]) -> str:
         (row for row in rows if row.measured_ms is not None), key=lambda row: (row.batch, row.phase != "prefill")
     )
     modelled = [row for row in rows if row.modelled_tokens_per_s is not None]
-    return "\n".join([*_measured_table(label, measured), "", *_modelled_table(label, modelled), ""])
+    lines: list[str] = []
+    for engine in dict.fromkeys(row.engine for row in measured):
+        lines += [*_measured_table(label, [row for row in measured if row.engine == engine]), ""]
+    return "\n".join([*lines, *_modelled_table(label, modelled), ""])
 
 
 def _pairs(rows: Sequence[ThroughputRow], *key: str) -> list[tuple[ThroughputRow, ThroughputRow]]:

@@ -1,7 +1,9 @@
 """benchmark_throughput on a tiny parent and child: what every row says, predictions, this machine's name, errors."""
 
+import itertools
 import math
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,3 +215,51 @@ def test_rows_go_through_the_table(built: Paths) -> None:
     rows: tuple[ThroughputRow, ...] = read_throughput(built.throughput("small"))
     at = [(row.hardware, row.scenario, row.batch, row.phase) for row in rows if row.measured_ms is not None]
     assert at[::2] == at[1::2]
+
+
+def test_llama_cpp_measures_parent_and_child_as_well(built: Paths) -> None:
+    """In 16 bit, where the speed limit holds too; the scratch files are gone."""
+    params = _params(engines=["torch", "llama.cpp"], batches=[1])
+    before = sorted(built.child("fast").iterdir())
+    rows = measure_throughput.fn("fast", params, built)
+    found = {(row.engine, row.model, row.phase, row.batch): row for row in rows}
+    both = list(itertools.product(("parent", "child"), ("prefill", "decode")))
+    assert found.keys() == {("llama.cpp", *one, 1) for one in both} | {
+        ("torch", *one, batch) for one in both for batch in (1, SPEED["batch"])
+    }
+    for (engine, _, phase, batch), row in found.items():
+        assert row.precision == ("float32" if engine == "torch" else "float16")
+        assert row.versions is not None and engine.split(".")[0] in row.versions
+        assert row.measured_ms is not None and row.measured_ms > 0
+        tokens = batch * (8 if phase == "prefill" else 1)
+        assert row.measured_tokens_per_s == pytest.approx(1e3 * tokens / row.measured_ms)
+    assert sorted(built.child("fast").iterdir()) == before
+
+
+def test_a_limit_on_llama_cpp_is_measured_in_it(built: Paths) -> None:
+    chosen = read_json(built.architecture("fast"), "the test")
+    limit = {**chosen["constraints"][0], "engine": "llama.cpp", "precision": "float16"}
+    write_json(built.architecture("fast"), {**chosen, "constraints": [limit]})
+    rows = measure_throughput.fn("fast", _params(batches=[1]), built)
+    assert {(row.engine, row.batch) for row in rows} == {("torch", 1), ("llama.cpp", 1), ("llama.cpp", SPEED["batch"])}
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("linear FFN", "block 0 has a linear FFN, which llama.cpp does not know"),
+        ("missing", "llama.cpp is not installed"),
+    ],
+)
+def test_what_llama_cpp_cannot_do_is_said_before_anything_is_timed(
+    built: Paths, fault: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.benchmark_throughput.time_models", lambda *_: pytest.fail("timed"))
+    if fault == "missing":
+        monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    else:
+        chosen = read_json(built.architecture("small"), "the test")
+        chosen["blocks"][0]["ffn"] = {"kind": "linear", "intermediate_size": 0}
+        write_json(built.architecture("small"), chosen)
+    with pytest.raises(InputError, match=words):
+        measure_throughput.fn("small", _params(engines=["torch", "llama.cpp"]), built)

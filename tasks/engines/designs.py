@@ -1,0 +1,74 @@
+"""What each component costs in an engine that runs whole models only: random architectures, divided by least squares.
+
+In: the variants, times of whole models. Out: milliseconds of every variant and of what each model has besides its
+blocks. Tried against the difference of stacks with N and 2N copies in llama.cpp, this predicts children that were in
+neither more closely (docs/costs.md).
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from storage.records import Attention, Ffn
+
+Blocks = Sequence[tuple[Attention, Ffn]]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds: of each attention variant, of an FFN of no width and of each of its channels, of all else."""
+
+    attention: dict[Attention, float]
+    ffn: float
+    channel: float
+    rest: float
+
+    def of_ffn(self, width: int) -> float:
+        """An FFN with so many channels."""
+        return self.ffn + width * self.channel
+
+    def total(self, blocks: Blocks, no_ffn: int) -> float:
+        """A whole model; a removed FFN costs what one of `no_ffn` channels costs, the stand-in that the file has."""
+        found = self.rest
+        for attention, ffn in _kept(blocks):
+            found += self.attention.get(attention, 0.0) + self.of_ffn(ffn.intermediate_size or no_ffn)
+        return found
+
+
+def designs(
+    attentions: Sequence[Attention], ffns: Sequence[Ffn], num_blocks: int, count: int, seed: int
+) -> list[list[tuple[Attention, Ffn]]]:
+    """`count` architectures of a quarter to four fifths of `num_blocks` blocks, each drawn from the variants.
+
+    The first block has the first attention, so that every design has one.
+    """
+    draw = random.Random(seed)
+    found = []
+    for _ in range(count):
+        depth = draw.randint(max(1, num_blocks // 4), max(1, num_blocks * 4 // 5))
+        blocks = [(draw.choice(attentions), draw.choice(ffns)) for _ in range(depth)]
+        found.append([(attentions[0], blocks[0][1]), *blocks[1:]])
+    return found
+
+
+def solve(models: Sequence[Blocks], milliseconds: Sequence[float], no_ffn: int) -> Costs:
+    """Costs, none below 0, with the least sum of squared relative errors over the models."""
+    from scipy.optimize import nnls  # here: it comes with the extra `llamacpp`
+
+    attentions = sorted({attention for blocks in models for attention, _ in blocks if attention.kind != "no_op"})
+    rows = []
+    for blocks in models:
+        kept = _kept(blocks)
+        counts = [sum(attention == of for attention, _ in kept) for of in attentions]
+        channels = sum(ffn.intermediate_size or no_ffn for _, ffn in kept)
+        rows.append([1, len(kept), channels, *counts])
+    weighted = np.array(rows, float) / np.array(milliseconds, float)[:, None]
+    (rest, ffn, channel, *each), _ = nnls(weighted, np.ones(len(rows)))
+    return Costs(dict(zip(attentions, map(float, each), strict=True)), float(ffn), float(channel), float(rest))
+
+
+def _kept(blocks: Blocks) -> Blocks:
+    """A block that lacks both halves is left out of the file."""
+    return [block for block in blocks if block != (Attention("no_op"), Ffn("no_op"))]
