@@ -180,7 +180,7 @@ def _in_llamacpp(params: Params, config: ModelConfig, work: Workload, scenario: 
     usual, prefill, decode = statistics.median(spreads), costs["prefill"], costs["decode"]
     parts: Timings = {}
     for attention in attentions:
-        both = prefill.attention.get(attention, 0.0), decode.attention.get(attention, 0.0)
+        both = prefill.of_attention(attention), decode.of_attention(attention)
         parts["attention", attention.name] = Timing(*both, usual)
     for ffn in ffns:
         width = ffn.intermediate_size or stand_in

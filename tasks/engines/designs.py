@@ -2,10 +2,12 @@
 
 In: the variants, times of whole models. Out: milliseconds of every variant and of what each model has besides its
 blocks. Tried against the difference of stacks with N and 2N copies in llama.cpp, this predicts children that were in
-neither more closely (docs/costs.md).
+neither more closely (docs/costs.md). Attention is a line in the kv heads and an FFN one in its channels, so that noise
+makes no variant cheaper than a smaller one.
 """
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,12 +20,21 @@ Blocks = Sequence[tuple[Attention, Ffn]]
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds: of each attention variant, of an FFN of no width and of each of its channels, of all else."""
+    """Milliseconds: of an attention with no kv head and of each of them, of a linear one; of an FFN of no width and of
+    each of its channels; of all else.
+    """
 
-    attention: dict[Attention, float]
+    attention: float
+    kv_head: float
+    linear: float
     ffn: float
     channel: float
     rest: float
+
+    def of_attention(self, attention: Attention) -> float:
+        """An attention variant."""
+        gqa = self.attention + attention.num_kv_heads * self.kv_head
+        return {"gqa": gqa, "linear": self.linear, "no_op": 0.0}[attention.kind]
 
     def of_ffn(self, width: int) -> float:
         """An FFN with so many channels."""
@@ -31,10 +42,10 @@ class Costs:
 
     def total(self, blocks: Blocks, no_ffn: int) -> float:
         """A whole model; a removed FFN costs what one of `no_ffn` channels costs, the stand-in that the file has."""
-        found = self.rest
-        for attention, ffn in _kept(blocks):
-            found += self.attention.get(attention, 0.0) + self.of_ffn(ffn.intermediate_size or no_ffn)
-        return found
+        return self.rest + sum(
+            self.of_attention(attention) + self.of_ffn(ffn.intermediate_size or no_ffn)
+            for attention, ffn in _kept(blocks)
+        )
 
 
 def designs(
@@ -57,16 +68,15 @@ def solve(models: Sequence[Blocks], milliseconds: Sequence[float], no_ffn: int) 
     """Costs, none below 0, with the least sum of squared relative errors over the models."""
     from scipy.optimize import nnls  # here: it comes with the extra `llamacpp`
 
-    attentions = sorted({attention for blocks in models for attention, _ in blocks if attention.kind != "no_op"})
     rows = []
     for blocks in models:
-        kept = _kept(blocks)
-        counts = [sum(attention == of for attention, _ in kept) for of in attentions]
-        channels = sum(ffn.intermediate_size or no_ffn for _, ffn in kept)
-        rows.append([1, len(kept), channels, *counts])
+        kinds = Counter(attention.kind for attention, _ in _kept(blocks))
+        heads = sum(attention.num_kv_heads for attention, _ in blocks)
+        channels = sum(ffn.intermediate_size or no_ffn for _, ffn in _kept(blocks))
+        rows.append([kinds["gqa"], heads, kinds["linear"], kinds.total(), channels, 1])
     weighted = np.array(rows, float) / np.array(milliseconds, float)[:, None]
-    (rest, ffn, channel, *each), _ = nnls(weighted, np.ones(len(rows)))
-    return Costs(dict(zip(attentions, map(float, each), strict=True)), float(ffn), float(channel), float(rest))
+    found, _ = nnls(weighted, np.ones(len(rows)))
+    return Costs(*map(float, found))
 
 
 def _kept(blocks: Blocks) -> Blocks:
