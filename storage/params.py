@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 
-from storage.fields import Scenario, Section
+from storage.fields import Scenario, Section, scaled
 from storage.files import InputError
 from storage.records import Precision
 from storage.targets import Target
@@ -289,6 +289,12 @@ class BenchmarkThroughput(Section):
     scenarios: tuple[Scenario, ...] = Field(
         ("128/128",), min_length=1, description="Input/output lengths measured on this machine, in tokens."
     )
+    length_scale: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Of these lengths, for a small machine; tables say so. Speed limits are not scaled.",
+    )
     batches: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (1, 8), min_length=1, description="Sequences at once, measured on this machine."
     )
@@ -300,6 +306,11 @@ class BenchmarkThroughput(Section):
         min_length=1,
         description="Input/output lengths on the modelled hardware; the default is the published table's.",
     )
+
+    @property
+    def measured_scenarios(self) -> dict[str, str]:
+        """The scenarios by the lengths that are measured for them."""
+        return {scaled(scenario, self.length_scale): scenario for scenario in self.scenarios}
 
 
 class EvaluateChild(Section):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from storage.fields import scaled
 from storage.files import InputError, write_whole
 from storage.records import ServingRow
 from storage.tables import read_serving, write_serving
@@ -106,7 +107,7 @@ def _model(server: Server, seconds: float) -> str:
 
 async def _sweep(server: Server, model: str, scenario: str, wanted: Load) -> list[ServingRow]:
     """Rows of one scenario, a concurrency each."""
-    inputs, outputs = (max(1, round(int(length) * wanted.length_scale)) for length in scenario.split("/"))
+    inputs, outputs = map(int, scaled(scenario, wanted.length_scale).split("/"))
     endpoint = Endpoint(server.url, model, os.environ.get(KEY))
     draw = random.Random(_SEED)
     rows = []

@@ -25,7 +25,7 @@ from storage.params import Params
 from storage.parent import Parent
 from storage.paths import TIMINGS, Paths
 from storage.records import Architecture, Attention, Ffn, Precision, Replacement, ThroughputRow
-from storage.tables import read_costs, read_throughput, read_timings, write_throughput
+from storage.tables import read_costs, read_throughput, read_timings_or_costs, write_throughput
 from storage.targets import SPEED_METRICS
 from tasks.engines import llamacpp
 from tasks.puzzle.child import DeciLMForCausalLM, build
@@ -117,9 +117,9 @@ def measure_throughput(target: str, params: Params, paths: Paths) -> list[Throug
     with tempfile.TemporaryDirectory(dir=paths.child(target)) as scratch:
         for engine in engines:
             held = limits.get(engine, [])
-            here = _here(engine, device, threads, held[0]["hardware"] if held else None)
+            here = _here(engine, device, threads, [one["hardware"] for one in held], params.measure_costs.timings)
             timed = _timer(engine, target, params, paths, device, Path(scratch))
-            points = dict.fromkeys(itertools.product(settings.scenarios, settings.batches))
+            points = dict.fromkeys(itertools.product(settings.measured_scenarios, settings.batches))
             points |= dict.fromkeys((one["scenario"], one["batch"]) for one in held)
             for scenario, batch in tqdm(points, desc=f"measure in {engine}", unit="setting", disable=None):
                 setting = Setting(here.predictor or here.machine, engine, here.precision, 1, scenario, batch)
@@ -163,9 +163,11 @@ def _speed_limits(target: str, paths: Paths) -> dict[str, list[dict[str, Any]]]:
     return {name: limits for name, limits in by_engine.items() if limits}
 
 
-def _here(engine: str, device: Compute, threads: int, predictor: str | None) -> _Here:
+def _here(engine: str, device: Compute, threads: int, limited: Sequence[str], timed: Sequence[str]) -> _Here:
+    """Predictions come from the hardware of the speed limits, or else from timings that were taken on this machine."""
     where = device.device if engine == ENGINE else torch.device("cpu")
     name = machine(where)
+    predictor = next((one for one in (*limited, *(of for of in timed if is_timed_machine(of, name)))), None)
     narrow: Precision = "bfloat16" if device.dtype == torch.bfloat16 else "float32"
     return _Here(
         engine=engine,
@@ -180,8 +182,10 @@ def _here(engine: str, device: Compute, threads: int, predictor: str | None) -> 
 
 def is_timed_machine(hardware: str, here: str) -> bool:
     """Whether the timings of that name were taken on a machine like this one."""
-    path = TIMINGS / f"{hardware}.parquet"
-    return path.is_file() and {row.machine for row in read_timings(path)} == {here}
+    path = TIMINGS / f"{hardware}.parquet"  # a table that a user brings names no machine
+    if not path.is_file():
+        return False
+    return {getattr(row, "machine", None) for row in read_timings_or_costs(path)} == {here}
 
 
 def parent_and_child(parent: Parent, child: Checkpoint, device: Compute) -> dict[str, DeciLMForCausalLM]:
@@ -229,7 +233,7 @@ def _tokens_per_s(speed: ModelSpeed, phase: str) -> float:
 def _source(here: _Here, predicted: ModelSpeed | None) -> str:
     """Where the prediction is from, or why there is none."""
     if here.predictor is None:
-        return f"not predicted: the target limits no speed of {here.engine}"
+        return f"not predicted: the target limits no speed of {here.engine}, and no timings are of this machine"
     timed = f"{here.predictor} ({'a machine like this one' if here.is_timed else 'NOT this machine'})"
     if predicted is None:
         return f"not predicted: costs.parquet has no {here.precision} timings of {timed} at this setting"
@@ -244,4 +248,5 @@ def write_rows(target: str, rows: Sequence[ThroughputRow], paths: Paths) -> None
 
 def throughput_text(target: str, params: Params, paths: Paths) -> str:
     """throughput.parquet as tables for people."""
-    return throughput_tables(params.target(target).label, read_throughput(paths.throughput(target)))
+    names = params.benchmark_throughput.measured_scenarios
+    return throughput_tables(params.target(target).label, read_throughput(paths.throughput(target)), names)

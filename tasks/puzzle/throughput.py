@@ -4,7 +4,7 @@ In: cost rows, the blocks of an architecture, a data sheet; rows of throughput.p
 Measured and modelled numbers stand in tables of their own.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from textwrap import wrap
 
 from storage.files import InputError
@@ -61,12 +61,13 @@ def best_modelled(
     return found, f"{how} and number of devices of 1, 2, 4, 8 that fit in {device.memory_bytes / GIB:.1f} GiB each"
 
 
-def throughput_tables(label: str, rows: Sequence[ThroughputRow]) -> str:
-    """What was measured beside what was predicted, then the modelled device in the published table's layout.
+def throughput_tables(label: str, rows: Sequence[ThroughputRow], scenarios: Mapping[str, str]) -> str:
+    """What was measured beside what was predicted; whole requests, measured and modelled, in the published layout.
 
     Args:
         label: of the target.
         rows: throughput.parquet.
+        scenarios: what was measured -> the scenario whose lengths were scaled to it.
 
     Returns:
         Lines of at most 100 columns.
@@ -77,7 +78,8 @@ def throughput_tables(label: str, rows: Sequence[ThroughputRow]) -> str:
     modelled = [row for row in rows if row.modelled_tokens_per_s is not None]
     lines: list[str] = []
     for engine in dict.fromkeys(row.engine for row in measured):
-        lines += [*_measured_table(label, [row for row in measured if row.engine == engine]), ""]
+        of_engine = [row for row in measured if row.engine == engine]
+        lines += [*_measured_table(label, of_engine), "", *_requests_table(label, of_engine, scenarios), ""]
     return "\n".join([*lines, *_modelled_table(label, modelled), ""])
 
 
@@ -115,21 +117,65 @@ def _modelled_table(label: str, rows: Sequence[ThroughputRow]) -> list[str]:
     lines = [
         f"{label}: generated tokens/s per {first.hardware}, MODELLED, measured nowhere",
         f"  ({first.engine}, {first.precision}; the published table is FP8 on TensorRT-LLM)",
-        f"{'':<28} {'parent':>25} {'child':>25} {'child / parent':>15}",
-        f"{'scenario':<28} {'modelled':>11} {'batch':>6} {'TP':>6} {'modelled':>11} {'batch':>6} {'TP':>6} "
-        f"{'modelled':>15}",
+        *_heading("modelled"),
     ]
-    order = list(SCENARIO_NAMES)
-    pairs = _pairs(rows, "scenario")
-    pairs.sort(key=lambda pair: order.index(pair[0].scenario) if pair[0].scenario in order else len(order))
-    for parent, child in pairs:
-        name = f"{SCENARIO_NAMES.get(parent.scenario, '')} {parent.scenario}".strip()
-        ratio = _ratio(child.modelled_tokens_per_s, parent.modelled_tokens_per_s)
-        speeds = (
-            f"{row.modelled_tokens_per_s:>11,.0f} {row.batch:>6} {row.tensor_parallel:>6}" for row in (parent, child)
-        )
-        lines.append(f"{name:<28} {' '.join(speeds)} {_shown(ratio):>15}")
+    pairs = {parent.scenario: (parent, child) for parent, child in _pairs(rows, "scenario")}
+    for scenario in sorted(pairs, key=_rank):
+        cells = [(row.modelled_tokens_per_s or 0.0, row.batch, row.tensor_parallel) for row in pairs[scenario]]
+        lines.append(_published_line(scenario, scenario, *cells))
     return [*lines, *_notes(rows)]
+
+
+def _requests_table(label: str, rows: Sequence[ThroughputRow], scenarios: Mapping[str, str]) -> list[str]:
+    """Whole requests from the measured phases, parent and child each at its best batch that was measured."""
+    first = rows[0]
+    lines = [
+        f"{label}: generated tokens/s of whole requests per device, MEASURED ({first.engine}, {first.precision})",
+        *_heading("measured"),
+    ]
+    best: dict[str, dict[str, tuple[float, int, int]]] = {}
+    for prefill in rows:
+        decode = next((row for row in rows if _of_one_request(prefill, row)), None)
+        if decode and prefill.measured_ms is not None and decode.measured_ms is not None:
+            speed = ModelSpeed(Setting.of(prefill), prefill.measured_ms, decode.measured_ms).throughput
+            cell = (speed, prefill.batch, prefill.tensor_parallel)
+            of_models = best.setdefault(prefill.scenario, {})
+            of_models[prefill.model] = max(cell, of_models.get(prefill.model, cell))
+    names = {scenario: scenarios.get(scenario, scenario) for scenario in best}
+    lines += [
+        _published_line(scenario, names[scenario], best[scenario]["parent"], best[scenario]["child"])
+        for scenario in sorted(best, key=lambda key: (_rank(names[key]), key))
+    ]
+    if scaled := [f"{name} as {scenario}" for scenario, name in names.items() if name != scenario]:
+        lines.append(f"  lengths are SCALED: {', '.join(scaled)}")
+    return [*lines, "  prefill + output length x decode step at the mean context, at the best batch that was measured"]
+
+
+def _of_one_request(prefill: ThroughputRow, decode: ThroughputRow) -> bool:
+    same = (prefill.model, Setting.of(prefill)) == (decode.model, Setting.of(decode))
+    return same and (prefill.phase, decode.phase) == ("prefill", "decode")
+
+
+def _heading(kind: str) -> list[str]:
+    """Of a table in the published layout."""
+    return [
+        f"{'':<28} {'parent':>25} {'child':>25} {'child / parent':>15}",
+        f"{'scenario':<28} {kind:>11} {'batch':>6} {'TP':>6} {kind:>11} {'batch':>6} {'TP':>6} {kind:>15}",
+    ]
+
+
+def _published_line(scenario: str, name: str, parent: tuple[float, int, int], child: tuple[float, int, int]) -> str:
+    """A scenario with tokens/s, batch and devices of parent and child; `name` is what it is called by."""
+    title = f"{SCENARIO_NAMES.get(name, '')} {scenario}".strip()
+    speeds = (
+        f"{speed:>11,.{1 if speed < 100 else 0}f} {batch:>6} {degree:>6}" for speed, batch, degree in (parent, child)
+    )
+    return f"{title:<28} {' '.join(speeds)} {_shown(_ratio(child[0], parent[0])):>15}"
+
+
+def _rank(scenario: str) -> int:
+    order = list(SCENARIO_NAMES)
+    return order.index(scenario) if scenario in order else len(order)
 
 
 def _notes(rows: Sequence[ThroughputRow]) -> list[str]:

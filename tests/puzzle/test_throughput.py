@@ -153,6 +153,7 @@ def test_the_tables_for_people() -> None:
             unpredicted,
             replace(unpredicted, model="child", measured_tokens_per_s=150.0),
         ],
+        {"128/128": "128/128"},
     )
     lines = [line.split() for line in text.splitlines()]
     assert ["128/128", "decode", "8", "100.0", "120.0", "1.200", "1.100", "-8.3%", "3.0%"] in lines
@@ -163,3 +164,19 @@ def test_the_tables_for_people() -> None:
     for line in text.splitlines():
         assert len(line) <= 100
         assert not ("modelled" in line.lower() and "measured on" in line.lower())
+
+
+def test_whole_requests_by_hand_at_the_best_measured_batch_and_with_scaled_lengths() -> None:
+    """16/32 for 128/256: batch 8 makes 256 tokens in 1 s + 32 x 80 ms, 71.9 a second; batch 1 makes 32."""
+    decode = replace(MEASURED, scenario="16/32")
+    rows = [decode, replace(decode, phase="prefill", measured_ms=1000.0)]
+    rows += [replace(row, batch=1) for row in rows]
+    rows += [replace(row, model="child", measured_ms=row.measured_ms / 2) for row in rows if row.measured_ms]
+    rows += [replace(row, engine="llama.cpp") for row in rows]
+    modelled = [MODELLED, replace(MODELLED, model="child")]
+    text = throughput_tables("51B-like", [*rows, *modelled], {"16/32": "128/256"})
+    lines = [line.split() for line in text.splitlines()]
+    assert lines.count(["16/32", "71.9", "8", "1", "144", "8", "1", "2.000"]) == 2
+    assert text.count("lengths are SCALED: 128/256 as 16/32") == 2
+    assert "of whole requests per device, MEASURED (llama.cpp, bfloat16)" in text
+    assert max(map(len, text.splitlines())) <= 100
