@@ -22,6 +22,8 @@ def _server(value: str) -> Server:
     url, _, model = address.partition("#")
     if not name or not equals or not url.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(f"{value!r} is no server; expected NAME=http://HOST:PORT/v1[#MODEL]")
+    if "@" in url or "?" in url:
+        raise argparse.ArgumentTypeError(f"{name}: no password or key in the URL, which is kept; set OPENAI_API_KEY")
     return Server(name, url.rstrip("/"), model or None)
 
 
@@ -68,10 +70,12 @@ def main() -> None:
     parser.add_argument("--concurrencies", type=_counts, default=(1, 2, 4, 8, 16, 32), help="requests at once")
     parser.add_argument("--rounds", type=_count, default=3, help="requests of each level, times its concurrency")
     parser.add_argument("--devices", type=_count, default=1, help="GPUs behind each of these servers")
-    parser.add_argument("--stall", type=_positive, default=120.0, metavar="SECONDS", help="without an event: failed")
+    parser.add_argument("--stall", type=_positive, default=120.0, metavar="SECONDS", help="with no event: failed")
     parser.add_argument("--vocabulary", type=_count, default=30_000, help="token ids are drawn below it")
     parser.add_argument("--out", type=Path, default=Paths().serving, help="table; figures go beside it")
     args = parser.parse_args()
+    if args.out.suffix != ".parquet":
+        raise InputError(f"--out {args.out}: the table is a .parquet file; figures go beside it")
     if len({server.name for server in args.servers}) < len(args.servers):
         raise InputError("two servers have the same NAME; give each its own")
     wanted = Load(

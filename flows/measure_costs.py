@@ -42,9 +42,12 @@ def time_machine(name: str, engine: str, scratch: bool) -> None:
     if scratch and computes != timed:
         sys.stdout.write(f"this machine computes in {computes}, {kept} holds {timed}: its drift is not measured\n")
         return
+    if scratch and not timing.comparable(kept, params):
+        sys.stdout.write(f"{kept} has no torch timings in {timed}: the drift of this machine is not measured\n")
+        return
     written: Path = paths.root / "timings" / kept.name if scratch else kept
     timing.time_this_machine(params, paths, name, written, parent_only=scratch)
-    sys.stdout.write(timing.drift(written, kept) if scratch else f"wrote {written}\n")
+    sys.stdout.write(timing.drift(written, kept, params) if scratch else f"wrote {written}\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from storage.files import InputError, write_whole
 from storage.model_config import EMBEDDING, LM_HEAD, NORM, ModelConfig
 from storage.records import Attention, Ffn
 
-FileType = Literal["F32", "F16", "BF16"]
+FileType = Literal["F32", "F16"]
 STAND_IN_FFN = Ffn("gated", 32)
 """Stands for a removed FFN; 32 channels are the least that quantised types take."""
 STAND_IN_ATTENTION = Attention("gqa", 1)
@@ -89,9 +89,14 @@ def write_gguf(
         file_type: of matrices; norms and biases are float32.
 
     Raises:
-        InputError: as :func:`layers`.
+        InputError: as :func:`layers`, or the parent's rotary positions are scaled, which such a file cannot say yet.
     """
     found = layers(blocks, config.num_heads)
+    if config.rope["rope_type"] != "default":
+        raise InputError(
+            f"the parent's rotary positions are scaled ({config.rope['rope_type']}), which is not written to GGUF yet; "
+            "leave llama.cpp out of benchmark_throughput.engines and of the target's speed limits"
+        )
     wide = GGMLQuantizationType[file_type]
     with write_whole(path) as temporary:
         writer = GGUFWriter(None, "llama" if _alike(found) else "deci")
@@ -115,7 +120,7 @@ def _no_checkpoint(name: str) -> Array:
     raise AssertionError(name)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=8)
 def _noise(shape: tuple[int, ...]) -> Array:
     return np.random.default_rng(0).normal(0.0, 0.02, shape).astype(np.float32)
 

@@ -223,7 +223,7 @@ class MeasureCosts(Section):
     precision: Precision = Field("bfloat16", description="Precision of weights and KV cache.")
     scenarios: tuple[Scenario, ...] = Field(("128/128",), description="Input length / output length, in tokens.")
     batches: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8), description="Sequences at once.")
-    threads: int = Field(2, ge=1, le=256, description="torch threads when `--time` times a CPU.")
+    threads: int = Field(2, ge=1, le=256, description="Threads where `--time` and benchmark_throughput time a CPU.")
     copies: int = Field(15, ge=1, description="N: `--time` compares stacks of 2N and N copies of a subblock.")
     repeats: int = Field(4, ge=2, description="Rounds of `--time`; the median counts.")
 
@@ -293,12 +293,14 @@ class BenchmarkThroughput(Section):
         1.0,
         gt=0,
         le=1,
-        description="Of these lengths, for a small machine; tables say so. Speed limits are not scaled.",
+        description="Of these lengths, for a small machine; printed tables say so. Limits are not scaled.",
     )
     batches: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (1, 8), min_length=1, description="Sequences at once, measured on this machine."
     )
-    repeats: int = Field(3, ge=2, description="Interleaved prefills of parent and child; 16 times as many decodes.")
+    repeats: int = Field(
+        3, ge=2, description="Prefills of parent and child in turn; 16 times as many decode steps (llama.cpp: 32)."
+    )
     hardware: str = Field("h100-sxm", description="Hardware that is modelled.")
     precision: Precision = Field("bfloat16", description="Precision of weights and KV cache on the modelled hardware.")
     modelled_scenarios: tuple[Scenario, ...] = Field(
@@ -306,6 +308,12 @@ class BenchmarkThroughput(Section):
         min_length=1,
         description="Input/output lengths on the modelled hardware; the default is the published table's.",
     )
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        if len(self.measured_scenarios) < len(set(self.scenarios)):
+            raise ValueError(f"length_scale {self.length_scale} makes two of the scenarios the same")
+        return self
 
     @property
     def measured_scenarios(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ says which.
 """
 
 import difflib
+import itertools
 import json
 import logging
 import math
@@ -269,7 +270,7 @@ def read_scores(path: Path) -> tuple[ScoreRow, ...]:
         InputError: the file is missing or empty, a column is missing or has another type or unit, a value is null,
             NaN, out of range or no known name, two rows describe the same measurement, or the shards of one
             replacement were measured with different weights.
-        DamagedFileError: the file is not Parquet.
+        DamagedFileError: the file is not Parquet (nor CSV, JSON, if its suffix says so).
     """
     return _read(path, _SCORES)
 
@@ -295,11 +296,9 @@ def read_timings(path: Path) -> tuple[TimingRow, ...]:
 
 
 def read_timings_or_costs(path: Path) -> tuple[TimingRow, ...] | tuple[CostRow, ...]:
-    """A table of timings, or one of costs that a user brings: the former has a column `machine`; errors as above."""
-    if not path.is_file():
-        return _read(path, _TIMINGS)
-    found = _load(path, _TIMINGS.rebuild)
-    if "machine" in found.column_names:
+    """A table of timings, or one of costs that a user brings, which says less of how it was made; errors as above."""
+    found = _load(path, _TIMINGS.columns, _TIMINGS.rebuild)
+    if {column.name for column in _TIMINGS.columns} <= set(found.column_names):
         return _rows(found, path, _TIMINGS)
     return _rows(found, path, _COSTS)
 
@@ -332,19 +331,22 @@ def write_serving(path: Path, rows: Iterable[ServingRow]) -> None:
 def _read(path: Path, table: _Table[_Row]) -> tuple[_Row, ...]:
     if not path.is_file():
         raise InputError(f"{path} is missing; run `{table.rebuild}`")
-    return _rows(_load(path, table.rebuild), path, table)
+    return _rows(_load(path, table.columns, table.rebuild), path, table)
 
 
-def _load(path: Path, rebuild: str) -> pa.Table:
+def _load(path: Path, columns: Sequence[_Column], rebuild: str) -> pa.Table:
     """Columns of a Parquet file, or of what users write by hand: CSV with a header line, JSON as a list of objects."""
     kind = {".csv": "CSV", ".json": "JSON"}.get(path.suffix, "Parquet")
     try:
         if kind == "CSV":
-            return csv.read_csv(path)
+            types = {column.name: column.type for column in columns}
+            return csv.read_csv(path, convert_options=csv.ConvertOptions(column_types=types))
         if kind == "JSON":
-            return pa.Table.from_pylist([dict(row) for row in json.loads(path.read_text(encoding="utf-8"))])
+            rows = [dict(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+            names = dict.fromkeys(itertools.chain.from_iterable(rows))
+            return pa.table({name: [row.get(name) for row in rows] for name in names})
         return pq.ParquetFile(path).read()  # read_table imports pandas, a second for each stage
-    except (pa.ArrowException, OSError, ValueError, AttributeError, TypeError) as error:
+    except (pa.ArrowException, OSError, ValueError, AttributeError, TypeError, OverflowError) as error:
         what = f"{kind} file" + (": a list of objects" if kind == "JSON" else "")
         raise DamagedFileError(f"{path} is not a {what} ({error}); correct it, or run `{rebuild}`") from error
 

@@ -1,6 +1,7 @@
 """Load any server of the OpenAI HTTP API at several concurrencies -> serving.parquet and a figure beside it."""
 
 import asyncio
+import itertools
 import os
 import random
 from collections.abc import Sequence
@@ -21,7 +22,6 @@ from tasks.puzzle.throughput import SCENARIO_NAMES
 SIX = tuple(SCENARIO_NAMES)
 """The published table's scenarios."""
 KEY = "OPENAI_API_KEY"
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,29 @@ def benchmark_servers(servers: Sequence[Server], wanted: Load, path: Path) -> li
         All rows of the file, those of other names and works included.
 
     Raises:
-        InputError: a server does not answer, has several models and none is named, or answered no request whole.
+        InputError: a server does not answer or has several models and none is named, the table has another model under
+            its name, or no request came back whole: then the table is as it was.
     """
     kept = list(read_serving(path)) if path.is_file() else []
     found = {server.name: _model(server, wanted.stall_s) for server in servers}  # all, before any long work
-    for server in servers:
-        for scenario in wanted.scenarios:
-            rows = asyncio.run(_sweep(server, found[server.name], scenario, wanted))
-            new = {_key(row) for row in rows}
-            kept = [*(row for row in kept if _key(row) not in new), *rows]
-            write_serving(path, kept)
+    for row in kept:
+        if row.name in found and (row.model, row.devices) != (found[row.name], wanted.devices):
+            raise InputError(
+                f"{path} has {row.name} as {row.model} on {row.devices} devices, this one is {found[row.name]} on "
+                f"{wanted.devices}; give it another NAME, or another --out"
+            )
+    new: list[ServingRow] = []
+    for server, scenario in itertools.product(servers, wanted.scenarios):
+        new += asyncio.run(_sweep(server, found[server.name], scenario, wanted))
+        if any(row.measured_tokens_per_s is not None for row in new):
+            keys = set(map(_key, new))
+            write_serving(path, [*(row for row in kept if _key(row) not in keys), *new])
+    if all(row.measured_tokens_per_s is None for row in new):
+        raise InputError(
+            f"no request came back whole ({new[0].name}: {new[0].error_kinds}); try one with `curl`, and see what the "
+            "server logs"
+        )
+    kept = list(read_serving(path))
     for suffix, content in _figure(kept).items():
         with write_whole(path.with_suffix(suffix)) as temporary:
             temporary.write_bytes(content)
@@ -109,7 +122,7 @@ async def _sweep(server: Server, model: str, scenario: str, wanted: Load) -> lis
     """Rows of one scenario, a concurrency each."""
     inputs, outputs = map(int, scaled(scenario, wanted.length_scale).split("/"))
     endpoint = Endpoint(server.url, model, os.environ.get(KEY))
-    draw = random.Random(_SEED)
+    draw = random.Random()  # no seed: a server would have cached the prompts of the scenario, or the run, before
     rows = []
     for concurrency in wanted.concurrencies:
         count = concurrency * wanted.rounds
@@ -123,14 +136,9 @@ async def _sweep(server: Server, model: str, scenario: str, wanted: Load) -> lis
                         server.name, model, server.url, wanted.devices, scenario, inputs, outputs, concurrency
                     )
                     rows.append(summary(asked, answers))
-    if all(row.measured_tokens_per_s is None for row in rows):
-        raise InputError(
-            f"{server.name}: {server.url} answered no request of {scenario} whole ({rows[0].error_kinds}); try one "
-            "with `curl`, and see what the server logs"
-        )
     return rows
 
 
 def _prompt(draw: random.Random, tokens: int, vocabulary: int) -> list[int]:
-    """Token ids at random, so that no prompt is a server's cached one; the lowest, often special, are left out."""
+    """Token ids at random; the lowest, which are often special, are left out."""
     return [draw.randrange(min(1_000, vocabulary // 2), vocabulary) for _ in range(tokens)]

@@ -4,10 +4,11 @@ Out: children/<target>/throughput.parquet (a row per model, phase, scenario, bat
 It is the only stage with a clock: the bytes of its table differ from run to run. Nothing that makes a child reads it.
 """
 
+import contextlib
 import itertools
+import shutil
 import statistics
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from prefect.cache_policies import NO_CACHE
 from tqdm import tqdm
 
 from storage.checkpoints import Checkpoint, read_blocks
-from storage.files import read_json
-from storage.gguf_child import FileType, layers, write_gguf
+from storage.files import InputError, read_json
+from storage.gguf_child import FileType, write_gguf
 from storage.model_config import ModelConfig
 from storage.params import Params
 from storage.parent import Parent
@@ -33,6 +34,7 @@ from tasks.puzzle.costs import ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
 from tasks.puzzle.engine_model import TENSORRT_LLM
 from tasks.puzzle.hardware import check_precision, device_named
+from tasks.puzzle.runtimes import reasons_against
 from tasks.puzzle.throughput import best_modelled, predict, throughput_tables
 from tasks.puzzle.timing import ENGINE, Workload, machine, software, spread, time_models
 from tasks.puzzle.variants import parent_attention, parent_blocks, parent_ffn
@@ -111,14 +113,13 @@ def measure_throughput(target: str, params: Params, paths: Paths) -> list[Throug
     limits = _speed_limits(target, paths)
     engines = dict.fromkeys([*settings.engines, *limits])
     if llamacpp.ENGINE in engines:
-        llamacpp.check_installed()
-        layers([(block.attention, block.ffn) for block in blocks["child"]], Parent(paths.parent).config.num_heads)
+        _check_llamacpp(target, blocks["child"], Parent(paths.parent).config, settings.measured_scenarios)
     rows: list[ThroughputRow] = []
-    with tempfile.TemporaryDirectory(dir=paths.child(target)) as scratch:
+    with _scratch(paths.root / "gguf" / target) as scratch:
         for engine in engines:
             held = limits.get(engine, [])
             here = _here(engine, device, threads, [one["hardware"] for one in held], params.measure_costs.timings)
-            timed = _timer(engine, target, params, paths, device, Path(scratch))
+            timed = _timer(engine, target, params, paths, device, scratch)
             points = dict.fromkeys(itertools.product(settings.measured_scenarios, settings.batches))
             points |= dict.fromkeys((one["scenario"], one["batch"]) for one in held)
             for scenario, batch in tqdm(points, desc=f"measure in {engine}", unit="setting", disable=None):
@@ -126,6 +127,35 @@ def measure_throughput(target: str, params: Params, paths: Paths) -> list[Throug
                 for model, rounds in timed(Workload.of(scenario, batch)).items():
                     rows += _measured_rows(here, model, setting, rounds, predict(costs, blocks[model], setting))
     return rows
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder that is gone at the end; what a killed run left in it goes first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_llamacpp(target: str, child: Sequence[Replacement], config: ModelConfig, scenarios: Iterable[str]) -> None:
+    """Raise InputError where llama.cpp is not installed, does not run the child, or a scenario is too long for it."""
+    llamacpp.check_installed()
+    for block in child:
+        if reasons := reasons_against("llama.cpp", config, block.first_block, block.attention, block.ffn):
+            raise InputError(
+                f"the child of {target} does not run in llama.cpp ({block.name}: {'; '.join(reasons)}); add it to "
+                f"targets.{target}.runtimes, or take it out of benchmark_throughput.engines"
+            )
+    for scenario in scenarios:
+        work = Workload.of(scenario, 1)
+        if (longest := max(work.input_tokens, work.mean_context) + llamacpp.MARGIN) > config.context:
+            raise InputError(
+                f"benchmark_throughput.scenarios has {scenario}, for which timing in llama.cpp needs {longest} tokens "
+                f"of context; the parent has {config.context}"
+            )
 
 
 def _timer(
@@ -167,7 +197,7 @@ def _here(engine: str, device: Compute, threads: int, limited: Sequence[str], ti
     """Predictions come from the hardware of the speed limits, or else from timings that were taken on this machine."""
     where = device.device if engine == ENGINE else torch.device("cpu")
     name = machine(where)
-    predictor = next((one for one in (*limited, *(of for of in timed if is_timed_machine(of, name)))), None)
+    predictor = next((one for one in (*limited, *(of for of in timed if is_timed_machine(of, engine, name)))), None)
     narrow: Precision = "bfloat16" if device.dtype == torch.bfloat16 else "float32"
     return _Here(
         engine=engine,
@@ -176,16 +206,16 @@ def _here(engine: str, device: Compute, threads: int, limited: Sequence[str], ti
         precision=narrow if engine == ENGINE else llamacpp.PRECISION,
         threads=threads if where.type == "cpu" else None,
         predictor=predictor,
-        is_timed=predictor is not None and is_timed_machine(predictor, name),
+        is_timed=predictor is not None and is_timed_machine(predictor, engine, name),
     )
 
 
-def is_timed_machine(hardware: str, here: str) -> bool:
-    """Whether the timings of that name were taken on a machine like this one."""
+def is_timed_machine(hardware: str, engine: str, here: str) -> bool:
+    """Whether the timings of that name and engine were taken on a machine like this one."""
     path = TIMINGS / f"{hardware}.parquet"  # a table that a user brings names no machine
     if not path.is_file():
         return False
-    return {getattr(row, "machine", None) for row in read_timings_or_costs(path)} == {here}
+    return {getattr(row, "machine", None) for row in read_timings_or_costs(path) if row.engine == engine} == {here}
 
 
 def parent_and_child(parent: Parent, child: Checkpoint, device: Compute) -> dict[str, DeciLMForCausalLM]:

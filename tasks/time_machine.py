@@ -3,7 +3,7 @@
 import itertools
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from storage.params import MeasureCosts, Params
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.records import ANY_VARIANT, Attention, Component, Ffn, Precision, TimingRow
-from storage.tables import read_timings, write_timings
+from storage.tables import read_timings, read_timings_or_costs, write_timings
 from tasks.engines import designs, llamacpp
 from tasks.puzzle.child import DeciLMForCausalLM, build
 from tasks.puzzle.device import Compute, compute
@@ -39,13 +39,14 @@ def time_this_machine(params: Params, paths: Paths, name: str, path: Path, paren
             f"measure_costs.precision is {settings.precision}, but torch is timed in bfloat16 or float32; set one of "
             "them to time this machine"
         )
+    kept = _others(path, ENGINE)
     device, parent = compute(params.run.device, settings.precision, settings.threads), Parent(paths.parent)
     about = _About(name, ENGINE, settings.precision, machine(device.device), software(), settings)
     rows: list[TimingRow] = []
     for scenario, batch in itertools.product(settings.scenarios, settings.batches):
         timings, fit = _in_torch(params, parent, Workload.of(scenario, batch), scenario, device, parent_only)
         rows += about.rows(parent.config, scenario, batch, timings, {of: how + fit for of, how in _HOW.items()})
-    _write(path, rows)
+    write_timings(path, [*kept, *rows])
 
 
 def time_llamacpp(params: Params, paths: Paths, name: str, path: Path) -> None:
@@ -55,21 +56,27 @@ def time_llamacpp(params: Params, paths: Paths, name: str, path: Path) -> None:
         InputError: xllamacpp is not installed.
     """
     llamacpp.check_installed()
+    kept = _others(path, llamacpp.ENGINE)
     settings, config = params.measure_costs, Parent(paths.parent).config
     where = machine(torch.device("cpu"))
     about = _About(name, llamacpp.ENGINE, llamacpp.PRECISION, where, llamacpp.software(), settings)
     rows: list[TimingRow] = []
     for scenario, batch in itertools.product(settings.scenarios, settings.batches):
-        timings, how = _in_llamacpp(params, config, Workload.of(scenario, batch), scenario)
+        timings, how = _in_llamacpp(params, config, Workload.of(scenario, batch), scenario, paths.root)
         rows += about.rows(config, scenario, batch, timings, dict.fromkeys(_HOW, how))
-    _write(path, rows)
-
-
-def _write(path: Path, rows: Sequence[TimingRow]) -> None:
-    """The rows, and those of other engines that the table has."""
-    engine = rows[0].engine
-    kept = [row for row in read_timings(path) if row.engine != engine] if path.is_file() else []
     write_timings(path, [*kept, *rows])
+
+
+def _others(path: Path, engine: str) -> list[TimingRow]:
+    """Rows of other engines that the table has and keeps; read before anything is timed.
+
+    Raises:
+        InputError: the table is damaged, or one that a user brought, or another file has its name.
+    """
+    for suffix in (".csv", ".json"):
+        if path.with_suffix(suffix).is_file():
+            raise InputError(f"{path.with_suffix(suffix)} has that name; choose another for this machine")
+    return [row for row in read_timings(path) if row.engine != engine] if path.is_file() else []
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ _DESIGNS = 14
 """Random architectures that are timed beside the parent: twice as many as there are usual unknowns."""
 
 
-def _in_llamacpp(params: Params, config: ModelConfig, work: Workload, scenario: str) -> tuple[Timings, str]:
+def _in_llamacpp(params: Params, config: ModelConfig, work: Workload, scenario: str, disk: Path) -> tuple[Timings, str]:
     """As :func:`_in_torch`, but of whole models, each in turn with one that stays: a wandering speed cancels."""
     settings, bld = params.measure_costs, params.distill_blocks
     attentions = attention_variants(config, linear=True)
@@ -161,7 +168,7 @@ def _in_llamacpp(params: Params, config: ModelConfig, work: Workload, scenario: 
     at = llamacpp.Work(work.batch, work.input_tokens, work.mean_context)
     times: dict[str, list[list[float]]] = {"prefill": [], "decode": []}
     speed: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=disk) as scratch:
         files = {"reference": Path(scratch) / "reference.gguf", "model": Path(scratch) / "model.gguf"}
         write_gguf(files["reference"], config, [own] * max(1, config.num_blocks // 4), None, "F16")
         label = f"timing llama.cpp, {scenario}, batch {work.batch}"
@@ -228,17 +235,25 @@ def _whole_parent(parent: Parent, device: Compute) -> DeciLMForCausalLM:
     return build(config, [(parent_attention(config), parent_ffn(config))] * config.num_blocks, tensors, device)
 
 
-def drift(scratch: Path, kept: Path) -> str:
+def comparable(path: Path, params: Params) -> dict[tuple[str, ...], TimingRow]:
+    """Decode timings of attention, FFN and head that a table has in torch and the precision of params; else nothing."""
+    if not path.is_file():
+        return {}
+    return {
+        (row.component, row.variant, row.scenario, str(row.batch)): row
+        for row in read_timings_or_costs(path)
+        if isinstance(row, TimingRow)
+        if (row.engine, row.precision) == (ENGINE, params.measure_costs.precision)
+        if row.component in ("attention", "ffn", "head") and row.decode_ms > 0
+    }
+
+
+def drift(scratch: Path, kept: Path, params: Params) -> str:
     """How far this machine's timings are from the table in git, as text; nothing reads the scratch table."""
-    here = {(row.component, row.variant, row.scenario, row.batch): row for row in read_timings(scratch)}
-    if not kept.is_file():
-        return f"timed this machine to {scratch}; there is no {kept} to compare with\n"
-    table = {(row.component, row.variant, row.scenario, row.batch): row for row in read_timings(kept)}
-    ratios = [
-        here[key].decode_ms / row.decode_ms
-        for key, row in table.items()
-        if key in here and key[0] in ("attention", "ffn", "head") and row.decode_ms > 0
-    ]
+    here, table = comparable(scratch, params), comparable(kept, params)
+    ratios = [here[key].decode_ms / row.decode_ms for key, row in table.items() if key in here]
+    if not ratios:
+        return f"{kept} and this machine's timings have no scenario and batch in common: no drift\n"
     ours, theirs = (next(iter(rows.values())).machine for rows in (here, table))
     return (
         f"measured decode time of components on this machine ({ours}) / in {kept} ({theirs}): "

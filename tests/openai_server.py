@@ -15,10 +15,12 @@ Manner = Literal[
     "torn",  # whole, but comments between events, two events in one write, one event in two
     "no usage",
     "stall",
+    "pings only",
     "drop",
     "no done",
     "429",
-    "500",
+    "500",  # with a body that is no text
+    "odd usage",
     "garbage",
     "list",
     "error",
@@ -52,8 +54,10 @@ class Scripted:
         self.most_open = max(self.most_open, self.open)
         try:
             await asyncio.sleep(0.002)
-            if manner in ("429", "500"):
-                return web.json_response({"error": "busy"}, status=int(manner))
+            if manner == "429":
+                return web.json_response({"error": f"busy, {request.headers.get('Authorization')}"}, status=429)
+            if manner == "500":
+                return web.Response(body=b"\xff\xfe oops", status=500)
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
             await response.prepare(request)
             await self._stream(response, request, manner, asked)
@@ -66,7 +70,9 @@ class Scripted:
     ) -> None:
         count = asked["max_tokens"] - (manner == "short")
         events = [_event({"choices": [{"text": " a", "finish_reason": None}]}) for _ in range(count)]
-        usage = {"prompt_tokens": len(asked["prompt"]), "completion_tokens": count}
+        usage: dict[str, Any] = {"prompt_tokens": len(asked["prompt"]), "completion_tokens": count}
+        if manner == "odd usage":
+            usage = {"prompt_tokens": "many", "completion_tokens": None}
         closing = [_event({"choices": [{"text": "", "finish_reason": "length"}]})]
         closing += [_event({"choices": [], "usage": usage})] if manner != "no usage" else []
         closing += [b"data: [DONE]\n\n"] if manner != "no done" else []
@@ -78,6 +84,10 @@ class Scripted:
                 match manner:
                     case "stall":
                         await asyncio.sleep(30)
+                    case "pings only":
+                        while True:
+                            await response.write(b": ping\n\n")
+                            await asyncio.sleep(0.05)
                     case "drop":
                         assert request.transport is not None
                         request.transport.close()

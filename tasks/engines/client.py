@@ -66,14 +66,14 @@ class _Stream:
         self.usage: dict[str, Any] = {}
         self.is_done = False
 
-    def take(self, line: bytes, now: float) -> None:
-        """One line of the stream; lines that are no data (comments that keep it alive, blanks) mean nothing."""
+    def take(self, line: bytes, now: float) -> bool:
+        """One line of the stream; whether it was an event: blanks, and comments that keep it alive, are none."""
         if not line.startswith(b"data:"):
-            return
+            return False
         data = line[5:].strip()
         if data == b"[DONE]":
             self.is_done = True
-            return
+            return True
         try:
             event = json.loads(data)
         except ValueError as error:
@@ -81,12 +81,19 @@ class _Stream:
         if isinstance(event, dict) and event.get("error"):
             raise _FailedError("error event", str(event["error"])[:80])
         try:
-            self.usage = dict(event.get("usage") or self.usage)
+            self.usage = {
+                name: int(count) for name, count in (event.get("usage") or self.usage).items() if _is_count(count)
+            }
             choices = [(choice.get("text"), choice.get("finish_reason")) for choice in event.get("choices", [])]
         except (AttributeError, TypeError, ValueError) as error:
             raise _FailedError("malformed event", data[:80].decode(errors="replace")) from error
         if any(text or reason is None for text, reason in choices):
             self.arrivals.append(now)
+        return True
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
 
 
 async def models(endpoint_url: str, key: str | None, seconds: float) -> list[str]:
@@ -129,7 +136,7 @@ async def load(
         prompts: token ids of each request, all of one length.
         output_tokens: to generate for each, whatever the model would like.
         concurrency: requests that are open at any time.
-        stall_s: a request in which nothing comes for so long has failed.
+        stall_s: a request in which no event comes for so long has failed.
         ended: called after each request.
 
     Returns:
@@ -137,7 +144,7 @@ async def load(
     """
     answers: dict[int, Answer] = {}
     waiting = iter(enumerate(prompts))
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_s, sock_read=stall_s)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_s)
     async with aiohttp.ClientSession(
         # a connection each: a server may close one that it kept alive just as it is used again, which is no error
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
@@ -148,14 +155,16 @@ async def load(
 
         async def user() -> None:
             for index, prompt in waiting:
-                answers[index] = await _ask(session, endpoint, prompt, output_tokens)
+                answers[index] = await _ask(session, endpoint, prompt, output_tokens, stall_s)
                 ended()
 
         await asyncio.gather(*(user() for _ in range(min(concurrency, len(prompts)))))
     return [answers[index] for index in range(len(prompts))]
 
 
-async def _ask(session: aiohttp.ClientSession, endpoint: Endpoint, prompt: Sequence[int], output_tokens: int) -> Answer:
+async def _ask(
+    session: aiohttp.ClientSession, endpoint: Endpoint, prompt: Sequence[int], output_tokens: int, stall_s: float
+) -> Answer:
     """One request, from its start to the stream's end or to what went wrong."""
     body = {
         "model": endpoint.model,
@@ -170,7 +179,7 @@ async def _ask(session: aiohttp.ClientSession, endpoint: Endpoint, prompt: Seque
     stream, started = _Stream(), time.perf_counter()
     error, detail = None, ""
     try:
-        await _read(session, f"{endpoint.url}/completions", body, stream, started)
+        await _read(session, f"{endpoint.url}/completions", body, stream, started, stall_s)
         _check_whole(stream, output_tokens)
     except _FailedError as failed:
         error, detail = failed.kind, failed.detail
@@ -189,18 +198,23 @@ async def _ask(session: aiohttp.ClientSession, endpoint: Endpoint, prompt: Seque
         stream.usage.get("prompt_tokens"),
         stream.usage.get("completion_tokens", len(stream.arrivals)),
         error,
-        detail,
+        detail.replace(endpoint.key, "***") if endpoint.key else detail,
     )
 
 
 async def _read(
-    session: aiohttp.ClientSession, url: str, body: dict[str, Any], stream: _Stream, started: float
+    session: aiohttp.ClientSession, url: str, body: dict[str, Any], stream: _Stream, started: float, stall_s: float
 ) -> None:
-    async with session.post(url, json=body) as response:
+    """Take the stream's lines until it is done; TimeoutError once no event has come for `stall_s`."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(stall_s) as stall, session.post(url, json=body) as response:
         if response.status != 200:
-            raise _FailedError(f"HTTP {response.status}", (await response.text())[:80])
+            raise _FailedError(
+                f"HTTP {response.status}", (await response.content.read(300)).decode(errors="replace")[:80]
+            )
         async for line in response.content:
-            stream.take(line, time.perf_counter() - started)
+            if stream.take(line, time.perf_counter() - started):
+                stall.reschedule(loop.time() + stall_s)
             if stream.is_done:
                 return
 

@@ -1,9 +1,9 @@
 """What each component costs in an engine that runs whole models only: random architectures, divided by least squares.
 
 In: the variants, times of whole models. Out: milliseconds of every variant and of what each model has besides its
-blocks. Tried against the difference of stacks with N and 2N copies in llama.cpp, this predicts children that were in
-neither more closely (docs/costs.md). Attention is a line in the kv heads and an FFN one in its channels, so that noise
-makes no variant cheaper than a smaller one.
+blocks. Tried against the difference of stacks with N and 2N copies in llama.cpp, this predicts the decode time of
+children that were in neither more closely, and prefill as closely (docs/costs.md). Attention is a line in the kv heads
+and an FFN one in its channels, so that noise makes no variant cheaper than a smaller one.
 """
 
 import random

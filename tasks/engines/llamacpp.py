@@ -6,9 +6,9 @@ Its server runs in threads of this process, on a port of 127.0.0.1 that any clie
 
 import importlib
 import statistics
-import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +22,8 @@ PRECISION: Precision = "float16"
 """Of the matrices in the files that are timed, and of llama.cpp's KV cache."""
 _STEPS = 32
 """Decode steps that one timing is the mean of, at most."""
+MARGIN = _STEPS + 2
+"""Tokens of context that timing takes beside the input, or the mean context."""
 
 
 def _library() -> Any:
@@ -69,14 +71,15 @@ class LlamaCpp:
         if exact:
             params.cache_type_k = params.cache_type_v = library.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.warmup = False
+        params.n_gpu_layers = 0  # rows say that the processor computes
+        params.fit_params = params.warmup = False
         params.cache_ram_mib = 0
         params.verbosity = 1  # errors
         try:
             self._server = library.Server(params)
         except Exception as error:  # the binding has no types of its own
             raise InputError(f"llama.cpp does not load {path} ({error}); write it anew") from error
-        self._sequences, self._context = sequences, context
+        self.complete([1], 1)  # a server that is let go of before its first request hangs
 
     @property
     def url(self) -> str:
@@ -93,19 +96,12 @@ class LlamaCpp:
 
     def _together(self, prompts: Sequence[Sequence[int]], tokens: int, *, keep: bool) -> list[dict[str, Any]]:
         """Complete all prompts at the same time, each in a slot of its own; `keep`: go on from what the slot holds."""
-        answers: dict[int, dict[str, Any]] = {}
 
-        def ask(slot: int) -> None:
-            answers[slot] = self.complete(prompts[slot], tokens, id_slot=slot, cache_prompt=keep)
+        def ask(slot: int) -> dict[str, Any]:
+            return self.complete(prompts[slot], tokens, id_slot=slot, cache_prompt=keep)
 
-        users = [threading.Thread(target=ask, args=(slot,)) for slot in range(len(prompts))]
-        for user in users:
-            user.start()
-        for user in users:
-            user.join()
-        if len(answers) < len(prompts):
-            raise RuntimeError("llama.cpp did not answer all requests")
-        return [answers[slot] for slot in range(len(prompts))]
+        with ThreadPoolExecutor(len(prompts)) as users:
+            return list(users.map(ask, range(len(prompts))))
 
     def prefill_ms(self, prompts: Sequence[Sequence[int]]) -> float:
         """Milliseconds until all prompts are read, nothing of them cached."""
@@ -139,7 +135,7 @@ class Work:
     @property
     def context(self) -> int:
         """Tokens of a sequence that must have room."""
-        return max(self.input_tokens, self.mean_context + self.steps) + 2
+        return max(self.input_tokens, self.mean_context) + MARGIN
 
     def prompts(self, tokens: int) -> list[list[int]]:
         """Token ids that differ between sequences; what they are plays no part."""

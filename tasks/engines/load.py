@@ -3,7 +3,6 @@
 In: answers of one concurrency, rows of a table. Out: rows of serving.parquet, and tables for people.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,12 +76,12 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def _kinds(answers: Sequence[Answer]) -> str:
-    """`HTTP 429 x3; timeout x1 (...)`: every kind of error with how often it was, and the first one's details."""
+    """`HTTP 429 x3; timeout x1 (HTTP 429: ...)`: every kind with how often it was, then details of each one's first."""
     counts = Counter(answer.error for answer in answers if answer.error is not None)
     first = {answer.error: " ".join(answer.detail.split()) for answer in reversed(answers) if answer.error is not None}
-    return "; ".join(
-        f"{kind} x{count}" + (f" ({first[kind]})" if first[kind] else "") for kind, count in counts.most_common()
-    )
+    kinds = [f"{kind} x{count}" for kind, count in counts.most_common()]
+    details = [f"{kind}: {first[kind]}" for kind, _ in counts.most_common() if first[kind]]
+    return "; ".join(kinds) + (f" ({'; '.join(details)})" if details else "")
 
 
 def load_table(rows: Sequence[ServingRow]) -> str:
@@ -98,7 +97,7 @@ def load_table(rows: Sequence[ServingRow]) -> str:
     ]
     rows = sorted(rows, key=lambda row: row.concurrency)
     lines += map(_line, rows)
-    lines += [f"  {row.concurrency} at once, ERRORS: {_short(row.error_kinds, 78)}" for row in rows if row.errors]
+    lines += [f"  {row.concurrency} at once, ERRORS: {row.error_kinds:.78}" for row in rows if row.errors]
     return "\n".join([*lines, ""])
 
 
@@ -120,14 +119,14 @@ def comparison_table(rows: Sequence[ServingRow]) -> str:
     order = [*SCENARIO_NAMES, *sorted({row.scenario for row in rows} - SCENARIO_NAMES.keys())]
     for key in sorted({_work(row) for row in rows}, key=lambda key: (order.index(key[0]), key)):
         of_work = [row for row in rows if _work(row) == key]
-        base = _best(of_work, names[0])
+        base = max((per_device(row) for row in of_work if row.name == names[0]), default=0.0)
         for name in names:
-            if best := _best(of_work, name):
-                ratio = per_device(best) / per_device(base) if base else math.nan
+            if of_server := [row for row in of_work if row.name == name]:
+                best = max(of_server, key=per_device)
+                speed, errors = per_device(best), sum(row.errors for row in of_server)
                 lines.append(
-                    f"  {_title(best):<29} {_short(name, 16):<16} {per_device(best):>15,.1f} {best.concurrency:>8} "
-                    f"{best.devices:>8} {sum(row.errors for row in of_work if row.name == name):>7} "
-                    f"{'-' if math.isnan(ratio) else f'{ratio:.3f}':>7}"
+                    f"  {_title(best):<29} {_short(name, 16):<16} {_number(speed or None):>15} {best.concurrency:>8} "
+                    f"{best.devices:>8} {errors:>7} {f'{speed / base:.3f}' if speed and base else '-':>7}"
                 )
     return "\n".join([*lines, *_scaled(rows), ""])
 
@@ -135,10 +134,6 @@ def comparison_table(rows: Sequence[ServingRow]) -> str:
 def per_device(row: ServingRow) -> float:
     """Generated tokens/s over the devices behind the server; 0 where no request came whole."""
     return (row.measured_tokens_per_s or 0.0) / row.devices
-
-
-def _best(rows: Sequence[ServingRow], name: str) -> ServingRow | None:
-    return max((row for row in rows if row.name == name and row.measured_tokens_per_s), key=per_device, default=None)
 
 
 def _work(row: ServingRow) -> tuple[str, int, int]:

@@ -6,7 +6,7 @@ A removed subblock (no-op) has no tensors, its norm included.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from storage.model_config import ModelConfig
 from storage.records import Attention, Ffn
 from tasks.puzzle.rotary import Rotary, rotate
 
-if TYPE_CHECKING:
-    from transformers.cache_utils import Cache
-
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -26,6 +23,14 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
 }
 """By their names in config.json (storage.model_config.ACTIVATIONS)."""
+
+
+class KeyValues(Protocol):
+    """A KV cache: takes a layer's new keys and values, gives all that it has; transformers' caches are such."""
+
+    def update(self, key: Tensor, value: Tensor, layer: int, /) -> tuple[Tensor, Tensor]:
+        """[batch, kv heads, tokens, head_dim] each."""
+        ...
 
 
 class RMSNorm(nn.Module):
@@ -60,7 +65,9 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, num_kv_heads * head_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_heads * head_dim, hidden, bias=config.output_bias)
 
-    def heads(self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: "Cache | None" = None) -> Tensor:
+    def heads(
+        self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: KeyValues | None = None
+    ) -> Tensor:
         """The input of o_proj, [batch, tokens, heads * head_dim]."""
         split = (*hidden.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden).view(split).transpose(1, 2)
@@ -72,7 +79,7 @@ class GroupedQueryAttention(nn.Module):
         return _attend(query, key, value, mask).transpose(1, 2).flatten(2)
 
     def forward(
-        self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: "Cache | None" = None
+        self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: KeyValues | None = None
     ) -> Tensor:
         """Attend within each sequence; `mask` is additive or boolean [batch, 1, tokens, keys], None means causal."""
         joined: Tensor = self.o_proj(self.heads(hidden, rotary, mask, cache))
@@ -103,7 +110,7 @@ class LinearAttention(nn.Module):
         self.linear_attn = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
-        self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: "Cache | None" = None
+        self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: KeyValues | None = None
     ) -> Tensor:
         """Map each token; positions, mask and cache play no part."""
         mapped: Tensor = self.linear_attn(hidden)
@@ -179,7 +186,7 @@ class Block(nn.Module):
         return block.requires_grad_(False)
 
     def attend(
-        self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: "Cache | None" = None
+        self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: KeyValues | None = None
     ) -> Tensor:
         """hidden after the attention subblock."""
         if self.attention.kind == "no_op":
@@ -195,7 +202,7 @@ class Block(nn.Module):
         return hidden + fed
 
     def forward(
-        self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: "Cache | None" = None
+        self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: KeyValues | None = None
     ) -> Tensor:
         """Both subblocks, [batch, tokens, hidden] -> the same shape."""
         return self.feed_forward(self.attend(hidden, rotary, mask, cache))

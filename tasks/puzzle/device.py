@@ -51,9 +51,8 @@ def _keep_freed_memory() -> None:
     layout, so that one process is slow and the next is not. Other allocators have no such call and are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if mallopt is not None and mallopt(_MMAP_THRESHOLD, 32 << 20):  # the most that every glibc takes
         mallopt(_TRIM_THRESHOLD, 256 << 20)
-        mallopt(_MMAP_THRESHOLD, 64 << 20)
 
 
 def compute(device: str, dtype: str, threads: int) -> Compute:

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -92,10 +93,18 @@ class Stack:
     def __init__(self, config: ModelConfig, layers: Sequence[nn.Module], work: Workload, compute: Compute) -> None:
         """`layers` compute in `compute`; the cache gets the context of `work` and room for one token behind it."""
         self._layers = layers
-        self._rotary = RotaryEmbedding(config)
         self._work, self._compute = work, compute
         self._cache = KvCache(work.mean_context + 1)
-        self._inputs = {tokens: self._input(config, tokens) for tokens in (work.input_tokens, work.mean_context, 1)}
+        rotary, places = (
+            RotaryEmbedding(config),
+            ((work.input_tokens, 0), (work.mean_context, 0), (1, work.mean_context)),
+        )
+        self._inputs = {tokens: self._input(config, tokens) for tokens, _ in places}
+        like = torch.empty(0, dtype=compute.dtype, device=compute.device)
+        self._rotary = {  # made once: a CUDA graph may copy nothing from the CPU
+            (tokens, position): rotary(like, torch.arange(position, position + tokens, device=compute.device)[None])
+            for tokens, position in places
+        }
         self.run(work.mean_context)
 
     def _input(self, config: ModelConfig, tokens: int) -> Tensor:
@@ -109,9 +118,8 @@ class Stack:
         """Hidden states behind `tokens` tokens at `position`."""
         hidden = self._hidden(self._inputs[tokens])
         self._cache.position = position
-        rotary = self._rotary(hidden, torch.arange(position, position + tokens, device=hidden.device)[None])
         for block in self._layers:
-            hidden = block(hidden, rotary, None, self._cache)
+            hidden = block(hidden, self._rotary[tokens, position], None, self._cache)
         return hidden
 
     def calls(self) -> dict[str, Callable[[], object]]:
@@ -156,16 +164,22 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
     """On a GPU a CUDA graph of the call, so that its kernels cost one launch; elsewhere the call itself."""
     if device.type != "cuda":
         return call
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):  # what is made at a first call must not be part of the graph
-        for _ in range(3):
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # what is made at a first call must not be part of the graph
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             call()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    return partial(_replay, graph, call)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, _captured: Callable[[], object]) -> None:
+    """Holds the captured call, and with it the weights, cache and inputs whose addresses the graph has."""
+    graph.replay()
 
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
@@ -189,13 +203,11 @@ def interleaved(
     return {name: [one[name] for one in rounds] for name in calls}
 
 
-def phases(
-    calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, steps: int = 16
-) -> dict[str, list[float]]:
-    """Time calls whose names tell the phase: a decode step is short and noisy, so it gets `steps` times the rounds."""
+def phases(calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Time calls whose names tell the phase: a decode step is short and noisy, so it gets 16 times the rounds."""
     decode = {name: call for name, call in calls.items() if "decode" in name}
     prefill = {name: call for name, call in calls.items() if "decode" not in name}
-    return interleaved(prefill, repeats, device) | interleaved(decode, steps * repeats, device)
+    return interleaved(prefill, repeats, device) | interleaved(decode, 16 * repeats, device)
 
 
 class Components:
@@ -294,13 +306,12 @@ def time_models(
     work: Workload,
     repeats: int,
     compute: Compute,
-    steps: int = 16,
 ) -> dict[str, dict[str, list[float]]]:
     """Time whole models end to end, in turn (:func:`phases`): name -> phase -> milliseconds of each round."""
     with torch.inference_mode():
         ready = {name: Whole(config, model, work, compute).calls() for name, model in models.items()}
         calls = {f"{name} {phase}": call for name, both in ready.items() for phase, call in both.items()}
-        rounds = phases(calls, repeats, compute.device, steps)
+        rounds = phases(calls, repeats, compute.device)
     return {name: {phase: rounds[f"{name} {phase}"] for phase in both} for name, both in ready.items()}
 
 

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from storage.model_config import to_nemotron_nas
 from storage.records import Attention, Ffn
 from tasks.benchmark_server import Load, Server, benchmark_servers, serving_text
 from tasks.engines.client import Endpoint, load, models
-from tasks.engines.llamacpp import LlamaCpp
+from tasks.engines.llamacpp import LlamaCpp, Work, time_files
 from tasks.puzzle.child import DeciLMForCausalLM, NemotronNasConfig
 from tests.tiny import save_tiny
 
@@ -62,12 +63,23 @@ def test_a_damaged_file_is_one_error(tmp_path: Path) -> None:
         LlamaCpp(tmp_path / "child.gguf", 1, 1, 64)
 
 
-def test_it_is_timed() -> None:
-    """Reading takes longer than what it is compared with: one token after the same prompt."""
-    engine = LlamaCpp(embedded_parent()[0], threads=1, sequences=2, context=256)
-    prompts = [list(range(1000 + 200 * slot, 1192 + 200 * slot)) for slot in range(2)]
-    engine.fill(prompts)
-    assert 0 < engine.decode_ms(prompts, 4) < engine.prefill_ms(prompts)
+def test_what_is_timed_are_the_steps_and_the_whole_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By llama.cpp's own counts: nothing cached in prefill; in decode all but a token, and so many steps."""
+    answers: list[dict[str, Any]] = []
+    complete = LlamaCpp.complete
+
+    def counted(*args: Any, **how: Any) -> dict[str, Any]:
+        answers.append(complete(*args, **how))
+        return answers[-1]
+
+    monkeypatch.setattr(LlamaCpp, "complete", counted)
+    work = Work(batch=2, input_tokens=16, mean_context=24)
+    found = time_files({"parent": embedded_parent()[0]}, work, repeats=2, threads=1)
+    assert {phase: len(rounds) for phase, rounds in found["parent"].items()} == {"prefill": 2, "decode": 2}
+    assert min(found["parent"]["prefill"] + found["parent"]["decode"]) > 0
+    counts = [(one["timings"]["cache_n"], one["timings"]["prompt_n"], one["timings"]["predicted_n"]) for one in answers]
+    assert counts.count((0, 16, 1)) == 6  # three prefills of two prompts
+    assert counts.count((11, 1, 25)) == 6  # three times 24 steps behind 12 tokens, of two
 
 
 def test_the_client_against_its_server(tmp_path: Path) -> None:

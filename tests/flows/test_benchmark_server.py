@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from storage.tables import read_serving
-from tests.openai_server import scripted
+from tests.openai_server import Manner, scripted
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,10 +41,12 @@ def test_what_cannot_be_measured_is_one_error_and_no_table(tmp_path: Path) -> No
         lost = run("parent=http://127.0.0.1:9/v1", "--out", str(out))
         other = run(f"parent={busy.url}#llama", "--out", str(out))
         refused = run(f"parent={busy.url}", "--concurrencies", "1", "--length-scale", "0.1", "--out", str(out))
+        prompts = [tuple(asked["prompt"]) for asked in busy.asked]
     assert [one.returncode for one in (lost, other, refused)] == [2, 2, 2]
     assert "no server answers at http://127.0.0.1:9/v1/models" in lost.stderr
     assert "no model 'llama', name one of them" in other.stderr
-    assert "answered no request of 128/128 whole (HTTP 429 x3" in refused.stderr
+    assert "no request came back whole (parent: HTTP 429 x3" in refused.stderr
+    assert len(set(prompts)) == len(prompts) == 4
     assert not list(tmp_path.iterdir())
 
 
@@ -55,8 +57,27 @@ def test_arguments_say_what_they_expect() -> None:
         ("a=http://h/v1", "--concurrencies", "0"): "expected numbers of at least 1",
         ("a=http://h/v1", "--rounds", "1,2"): "expected one number",
         ("a=http://h/v1", "--length-scale", "nan"): "expected a number above 0",
+        ("a=http://me:pw@h/v1",): "no password or key in the URL",
+        ("a=http://h/v1", "--out", "x.csv"): "the table is a .parquet file",
         ("a=http://h/v1", "a=http://g/v1"): "two servers have the same NAME",
     }.items():
         found = run(*arguments)
         assert found.returncode == 2
         assert expected in found.stderr
+
+
+def test_a_scenario_that_fails_does_not_end_the_others_and_another_model_does_not_mix(tmp_path: Path) -> None:
+    """The server refuses the first scenario's four requests, then works: its rows have errors and no speed."""
+    out = tmp_path / "serving.parquet"
+    common = ["--concurrencies", "1", "--length-scale", "0.05", "--out", str(out)]
+    manners: list[Manner] = ["500", "500", "500", "500", "whole", "whole", "whole", "whole"]
+    with scripted(*manners) as server:
+        first = run(f"parent={server.url}", "--scenarios", "2048/128,128/128", *common)
+        again = run(f"parent={server.url}", "--devices", "4", *common)
+        prompts = [tuple(asked["prompt"]) for asked in server.asked]
+    assert first.returncode == 0, first.stderr
+    found = {row.scenario: (row.errors, row.measured_tokens_per_s is None) for row in read_serving(out)}
+    assert found == {"2048/128": (3, True), "128/128": (0, False)}
+    assert len(set(prompts)) == len(prompts) == 8
+    assert again.returncode == 2
+    assert "has parent as scripted on 1 devices, this one is scripted on 4" in again.stderr

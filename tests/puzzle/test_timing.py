@@ -1,7 +1,11 @@
 """What is timed computes what the model computes, as often as it is called; lines through noisy points."""
 
+import contextlib
+import gc
 import itertools
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +54,38 @@ def test_the_cache_copies_nothing_to_make_room() -> None:
     assert values[0, 1, :, 2].tolist() == [1, 1, 1, 1, 8]
 
 
+def test_a_graph_holds_what_it_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph has the addresses of weights and cache: they must live as long as the replay. The GPU is made up."""
+    replayed: list[object] = []
+
+    class Graph:
+        def replay(self) -> None:
+            replayed.append(self)
+
+    class Call:
+        count = 0
+
+        def __call__(self) -> None:
+            self.count += 1
+
+    def nothing(*_: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, nothing)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    call = Call()
+    alive, replay = weakref.ref(call), captured(call, torch.device("cuda:1"))
+    assert call.count == 4  # three times to warm up, once to capture
+    del call
+    gc.collect()
+    replay()
+    assert alive() is not None and len(replayed) == 1
+
+
 def test_only_a_gpu_captures() -> None:
     def call() -> None:
         pass
@@ -78,11 +114,21 @@ def test_parts_are_made_to_sum_to_the_whole() -> None:
 def test_components_are_timed_at_one_speed_though_the_machine_wanders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine that is slower from call to call: raw times of equal work differ, scaled ones do not."""
+    """A machine that is slower each time: equal work has raw times that differ, and scaled ones that do not.
+
+    Prefill of the reference takes 30 ms at first and decode 3; what is timed takes twice as much.
+    """
     _, config = save_tiny("llama", tmp_path)
-    speed = itertools.count(100)
     timed = Components(config, Workload(4, 2, 1), compute("cpu", "float32", 1), copies=2, repeats=2)
-    monkeypatch.setattr("tasks.puzzle.timing.phases", lambda calls, *_: dict.fromkeys(calls, [float(next(speed))] * 3))
-    timed._speed = dict.fromkeys(timed._speed, 50.0)
-    first, second = timed._rounds({"a prefill": print}), timed._rounds({"b decode": print})
-    assert first["a prefill"] == second["b decode"] == [50.0] * 3
+    timed._speed = {"reference prefill": 30.0, "reference decode": 3.0}
+    slower = itertools.count(1)
+
+    def rounds(calls: dict[str, object], *_: object) -> dict[str, list[float]]:
+        pace = next(slower)
+        ms = {name: (3.0 if "decode" in name else 30.0) * (1 if "reference" in name else 2) for name in calls}
+        return {name: [pace * value, 2 * pace * value] for name, value in ms.items()}
+
+    monkeypatch.setattr("tasks.puzzle.timing.phases", rounds)
+    for _ in range(2):
+        scaled = timed._rounds({"a prefill": print, "a decode": print})
+        assert scaled == {"a prefill": [60.0, 60.0], "a decode": [6.0, 6.0]}

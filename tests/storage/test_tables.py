@@ -274,6 +274,7 @@ def test_csv_and_json_hold_what_parquet_holds(tmp_path: Path, suffix: str) -> No
         ("costs.json", "[1, 2]", "not a JSON file: a list of objects"),
         ("costs.json", "[{", "not a JSON file"),
         ("costs.json", "[]", "no column 'component'"),
+        ("costs.json", '[{"params": 123456789012345678901234567890}]', "not a JSON file"),
         ("costs.csv", "", "not a CSV file"),
         ("costs.csv", "component,variant\nattention,kv_3,7\n", "not a CSV file"),
         ("costs.csv", "component,variant\nattention,kv_3\n", "no column 'first_block'"),
@@ -283,3 +284,15 @@ def test_what_is_no_table_is_one_error(tmp_path: Path, name: str, content: str, 
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=words):
         read_costs(tmp_path / name)
+
+
+def test_csv_text_stays_text_and_json_rows_may_leave_out_what_is_empty(tmp_path: Path) -> None:
+    write_costs(tmp_path / "costs.parquet", [replace(row, how="0700") for row in _costs()])
+    table = pq.read_table(tmp_path / "costs.parquet")
+    csv.write_csv(table, tmp_path / "costs.csv")
+    assert {row.how for row in read_costs(tmp_path / "costs.csv")} == {"0700"}
+    rows = [{name: value for name, value in row.items() if value is not None} for row in table.to_pylist()]
+    rows[-1]["first_block"] = 0
+    (tmp_path / "costs.json").write_text(json.dumps(rows))
+    found = read_costs(tmp_path / "costs.json")
+    assert [row.first_block for row in found] == [row.get("first_block") for row in rows]

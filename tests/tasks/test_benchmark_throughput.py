@@ -179,7 +179,13 @@ def test_every_row_says_whether_this_is_the_timed_machine(
     monkeypatch.chdir(tmp_path)
     row = read_costs(built.costs)[0]
     timing = TimingRow(
-        **vars(row), machine=timed_on, versions="torch", dtype="float32", threads=1, repeats=2, spread=0.0
+        **(vars(row) | {"engine": "torch"}),
+        machine=timed_on,
+        versions="torch",
+        dtype="float32",
+        threads=1,
+        repeats=2,
+        spread=0.0,
     )
     write_timings(Path("storage/timings/unit.parquet"), [timing])
     rows = [row for row in measure_throughput.fn("fast", _params(), built) if row.batch == 2]
@@ -247,7 +253,7 @@ def test_a_limit_on_llama_cpp_is_measured_in_it(built: Paths) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("linear FFN", "block 0 has a linear FFN, which llama.cpp does not know"),
+        ("linear FFN", "does not run in llama.cpp .block 0: kv_2 . linear: it has no linear FFN"),
         ("missing", "llama.cpp is not installed"),
     ],
 )

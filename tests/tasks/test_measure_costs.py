@@ -1,5 +1,6 @@
 """measure_costs: timings in git joined with a modelled GPU; a table that lacks a variant is refused at once."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from storage.params import Params
 from storage.parent import Parent
 from storage.paths import TIMINGS, Paths
 from storage.records import ANY_VARIANT, Component, CostRow, TimingRow
-from storage.tables import read_costs, write_timings
+from storage.tables import read_costs, read_timings, write_timings
 from tasks.measure_costs import write_cost_table
 from tasks.puzzle.costs import CostTable, Setting, model_speed
 from tasks.puzzle.engine_model import TENSORRT_LLM, Model, estimate
@@ -27,6 +28,7 @@ from tasks.puzzle.variants import (
     parent_blocks,
     parent_ffn,
 )
+from tasks.time_machine import comparable, drift, time_llamacpp
 from tests.settings import tiny_params
 
 
@@ -199,3 +201,52 @@ def test_a_brought_table_of_another_parent_or_twice_is_refused(case: tuple[Param
     with pytest.raises(InputError, match=r"laptop\.csv and .*laptop\.json are; keep one"):
         write_cost_table.fn(params, paths)
     assert not paths.costs.exists()
+
+
+def test_llama_cpp_needs_no_cost_of_what_it_does_not_run(case: tuple[Params, Paths]) -> None:
+    params, paths = case
+    linear = params.model_copy(update={"distill_blocks": params.distill_blocks.model_copy(update={"linear": True})})
+    rows = [row for row in timings(params, paths, linear=True) if (row.component, row.variant) != ("ffn", "linear")]
+    write_timings(TIMINGS / "laptop.parquet", [dataclasses.replace(row, engine="llama.cpp") for row in rows])
+    write_cost_table.fn(linear, paths)
+    write_timings(TIMINGS / "laptop.parquet", rows)
+    with pytest.raises(InputError, match="no ffn linear on laptop, torch"):
+        write_cost_table.fn(linear, paths)
+
+
+def test_llama_cpp_is_timed_beside_torch(case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny parent in earnest, with few designs: every variant has a row, and torch's rows stay."""
+    params, paths = case
+    costs = params.measure_costs.model_copy(update={"repeats": 2, "threads": 1})
+    params = params.model_copy(update={"measure_costs": costs})
+    monkeypatch.setattr("tasks.time_machine._DESIGNS", 3)
+    path, config = TIMINGS / "laptop.parquet", Parent(paths.parent).config
+    torch_rows = timings(params, paths, linear=False)
+    write_timings(path, torch_rows)
+    time_llamacpp(params, paths, "laptop", path)
+    rows = read_timings(path)
+    assert {row for row in rows if row.engine == "torch"} == set(torch_rows)
+    found = {(row.component, row.variant): row for row in rows if row.engine == "llama.cpp"}
+    attentions = {("attention", one.name) for one in attention_variants(config, linear=True)}
+    assert {of for of in found if of[0] == "attention"} == attentions
+    assert ("ffn", "linear") not in found and ("ffn", "no_op") in found
+    assert {row.precision for row in found.values()} == {"float16"}
+    assert all("xllamacpp" in row.versions and "least squares over 4 whole models" in row.how for row in found.values())
+    assert min(row.decode_ms for row in found.values()) >= 0 < max(row.decode_ms for row in found.values())
+    assert sorted(paths.root.glob("tmp*")) == []
+
+
+def test_drift_compares_what_can_be_compared(case: tuple[Params, Paths]) -> None:
+    """Torch against torch in the precision of params, though llama.cpp's rows are there; a brought table has none."""
+    params, paths = case
+    costs = params.measure_costs.model_copy(update={"precision": "float32"})
+    params = params.model_copy(update={"measure_costs": costs})
+    rows = timings(params, paths, linear=False)
+    kept, scratch = TIMINGS / "laptop.parquet", Path("scratch.parquet")
+    write_timings(kept, [*rows, *(dataclasses.replace(row, engine="llama.cpp", decode_ms=9.0) for row in rows)])
+    write_timings(scratch, [dataclasses.replace(row, decode_ms=2 * row.decode_ms) for row in rows])
+    assert "median 2.00, from 2.00 to 2.00" in drift(scratch, kept, params)
+    write_timings(kept, [dataclasses.replace(row, scenario="16/16") for row in rows])
+    assert "no drift" in drift(scratch, kept, params)
+    pq.write_table(pa.Table.from_pylist(brought(params, paths)), kept)
+    assert comparable(kept, params) == {}
