@@ -35,6 +35,7 @@ from tests.search_tables import (
     all_children,
     costs,
     run_search,
+    scores,
     tiny_search_params,
     write_tables,
 )
@@ -330,3 +331,15 @@ def test_the_70b_profile_is_searched_on_given_tables(target: str) -> None:
     assert model_speed(table, child.blocks, at).throughput >= faster * fastest
     assert at.batch > 1
     assert refusals(config, [(block.attention, block.ffn) for block in child.blocks])["tensorrt-llm"] == []
+
+
+@pytest.mark.parametrize("engine", ["torch", "llama.cpp"])
+def test_a_speed_limit_in_llama_cpp_forbids_what_it_does_not_run(engine: str) -> None:
+    """It knows no linear FFN, so a child that has one could never be as fast there as the limit asks."""
+    limit = {**SPEED, "metric": "decode_throughput", "at_least_ratio": 1.1, "engine": engine}
+    target = tiny_search_params({"speed": limit}).targets["like-51b"]
+    facts = ParentFacts("tiny", "", parent(), CONFIG)
+    tables = TargetTables.of("like-51b", target, facts, scores(random.Random(0)), [], 0.0)
+    own = parent()[1]
+    assert tables._is_allowed(own)
+    assert tables._is_allowed(replace(own, ffn=Ffn("linear"))) == (engine == "torch")
