@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from storage.records import ServingRow
 from tasks.drawing.style import BLUE, GREEN, GREY, ORANGE, Drawing, finish, panels, styled
+from tasks.puzzle.throughput import rank
 
 _COLUMNS = 3
 _COLOURS = (GREY, BLUE, ORANGE, GREEN)
@@ -17,7 +18,8 @@ def draw_serving(rows: Sequence[ServingRow], dpi: int) -> Drawing:
         rows: of serving.parquet.
         dpi: pixels per inch of the PNG.
     """
-    works = sorted({(row.scenario, row.input_tokens, row.output_tokens) for row in rows})
+    found = {(row.scenario, row.input_tokens, row.output_tokens) for row in rows}
+    works = sorted(found, key=lambda work: (rank(work[0]), work))
     names = sorted({row.name for row in rows}, key=lambda name: (name != "parent", name))
     across = min(_COLUMNS, len(works))
     down = -(-len(works) // across)
@@ -41,6 +43,7 @@ def draw_serving(rows: Sequence[ServingRow], dpi: int) -> Drawing:
         sent = "" if f"{inputs}/{outputs}" == scenario else f", sent as {inputs}/{outputs}"
         axes.set(xlabel="tokens/s per user, measured", ylabel="tokens/s per device, measured")
         axes.set_title(f"{scenario}{sent}")
+        axes.margins(0.1)
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.grid()

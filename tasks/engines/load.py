@@ -11,7 +11,7 @@ import numpy as np
 
 from storage.records import ServingRow
 from tasks.engines.client import Answer
-from tasks.puzzle.throughput import SCENARIO_NAMES
+from tasks.puzzle.throughput import SCENARIO_NAMES, rank, scaled_lengths
 
 _PERCENTILES = (50, 95, 99)
 
@@ -116,8 +116,7 @@ def comparison_table(rows: Sequence[ServingRow]) -> str:
         f"  {'scenario':<29} {'server':<16} {'tokens/s/device':>15} {'at once':>8} {'devices':>8} {'errors':>7} "
         f"{'ratio':>7}",
     ]
-    order = [*SCENARIO_NAMES, *sorted({row.scenario for row in rows} - SCENARIO_NAMES.keys())]
-    for key in sorted({_work(row) for row in rows}, key=lambda key: (order.index(key[0]), key)):
+    for key in sorted({_work(row) for row in rows}, key=lambda key: (rank(key[0]), key)):
         of_work = [row for row in rows if _work(row) == key]
         base = max((per_device(row) for row in of_work if row.name == names[0]), default=0.0)
         for name in names:
@@ -128,7 +127,9 @@ def comparison_table(rows: Sequence[ServingRow]) -> str:
                     f"  {_title(best):<29} {_short(name, 16):<16} {_number(speed or None):>15} {best.concurrency:>8} "
                     f"{best.devices:>8} {errors:>7} {f'{speed / base:.3f}' if speed and base else '-':>7}"
                 )
-    return "\n".join([*lines, *_scaled(rows), ""])
+    return "\n".join(
+        [*lines, *scaled_lengths({f"{row.input_tokens}/{row.output_tokens}": row.scenario for row in rows}), ""]
+    )
 
 
 def per_device(row: ServingRow) -> float:
@@ -152,12 +153,6 @@ def _lengths(row: ServingRow) -> str:
     if row.counted_input_tokens is not None and row.counted_input_tokens != row.input_tokens:
         text += f"; the server counts {row.counted_input_tokens:g} in"
     return text
-
-
-def _scaled(rows: Sequence[ServingRow]) -> list[str]:
-    sent = {row.scenario: f"{row.input_tokens}/{row.output_tokens}" for row in rows}
-    scaled = [f"{scenario} as {lengths}" for scenario, lengths in sent.items() if lengths != scenario]
-    return [f"  lengths are SCALED: {', '.join(scaled)}"] if scaled else []
 
 
 def _number(value: float | None) -> str:

@@ -120,7 +120,7 @@ def _modelled_table(label: str, rows: Sequence[ThroughputRow]) -> list[str]:
         *_heading("modelled"),
     ]
     pairs = {parent.scenario: (parent, child) for parent, child in _pairs(rows, "scenario")}
-    for scenario in sorted(pairs, key=_rank):
+    for scenario in sorted(pairs, key=rank):
         cells = [(row.modelled_tokens_per_s or 0.0, row.batch, row.tensor_parallel) for row in pairs[scenario]]
         lines.append(_published_line(scenario, scenario, *cells))
     return [*lines, *_notes(rows)]
@@ -144,11 +144,23 @@ def _requests_table(label: str, rows: Sequence[ThroughputRow], scenarios: Mappin
     names = {scenario: scenarios.get(scenario, scenario) for scenario in best}
     lines += [
         _published_line(scenario, names[scenario], best[scenario]["parent"], best[scenario]["child"])
-        for scenario in sorted(best, key=lambda key: (_rank(names[key]), key))
+        for scenario in sorted(best, key=lambda key: (rank(names[key]), key))
     ]
-    if scaled := [f"{name} as {scenario}" for scenario, name in names.items() if name != scenario]:
-        lines.append(f"  lengths are SCALED: {', '.join(scaled)}")
-    return [*lines, "  prefill + output length x decode step at the mean context, at the best batch that was measured"]
+    return [
+        *lines,
+        *scaled_lengths(names),
+        "  prefill + output length x decode step at the mean context, at the best batch that was measured",
+    ]
+
+
+def scaled_lengths(names: Mapping[str, str]) -> list[str]:
+    """Which lengths stand for which scenario, as lines; none where no length was scaled."""
+    scaled = [f"{name} as {scenario}" for scenario, name in names.items() if name != scenario]
+    return (
+        wrap(f"lengths are SCALED: {', '.join(scaled)}", 98, initial_indent="  ", subsequent_indent="    ")
+        if scaled
+        else []
+    )
 
 
 def _of_one_request(prefill: ThroughputRow, decode: ThroughputRow) -> bool:
@@ -173,7 +185,8 @@ def _published_line(scenario: str, name: str, parent: tuple[float, int, int], ch
     return f"{title:<28} {' '.join(speeds)} {_shown(_ratio(child[0], parent[0])):>15}"
 
 
-def _rank(scenario: str) -> int:
+def rank(scenario: str) -> int:
+    """Where a scenario stands in the published table; others come after it."""
     order = list(SCENARIO_NAMES)
     return order.index(scenario) if scenario in order else len(order)
 
