@@ -124,7 +124,8 @@ def _measured_table(label: str, pairs: Sequence[tuple[ThroughputRow, ThroughputR
     )
     _, at = pairs[0]
     threads = f", {at.threads} thread{'s' * (at.threads > 1)}" if at.threads else ""
-    tables = f"; predicted from the timings of {at.predicted_hardware}" if at.predicted_hardware else ""
+    timed = next((own.predicted_hardware for _, own in pairs if own.predicted_hardware), None)
+    tables = f"; predicted from the timings of {timed}" if timed else ""
     where = f"{at.machine}; {at.engine}, {at.precision}{threads}; {at.versions}{tables}"
     return Table(f"{label}: tokens/s, measured on {where}", columns, rows, num_words=2)
 
