@@ -270,15 +270,12 @@ class ThroughputRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServingRow:
-    """What a server measured at one concurrency: a row of serving.parquet.
+class ServingLoad:
+    """What a server was loaded with.
 
     `name` is what the user calls the server (parent, child), `model` what the server calls its model, on `devices`
     devices. `input_tokens` and `output_tokens` are what each request had, a share of the scenario's where lengths are
-    scaled; `counted_input_tokens` is the server's own count. Of `requests`, `errors` failed, of the kinds in
-    `error_kinds`. Times and rates are of whole requests, null where none was: generated tokens/s of the server,
-    tokens/s of the median request after its first token, percentiles of the time to the first token (ttft) and of the
-    times between tokens (itl).
+    scaled.
     """
 
     name: str
@@ -289,6 +286,23 @@ class ServingRow:
     input_tokens: int
     output_tokens: int
     concurrency: int
+
+    @property
+    def work(self) -> tuple[str, int, int]:
+        """What is compared between servers: the scenario, and the lengths that were sent for it."""
+        return self.scenario, self.input_tokens, self.output_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingRow(ServingLoad):
+    """What a server measured at one concurrency: a row of serving.parquet.
+
+    `counted_input_tokens` is the server's own count. Of `requests`, `errors` failed, of the kinds in `error_kinds`.
+    Times and rates are of whole requests, null where none was: generated tokens/s of the server, tokens/s of the median
+    request after its first token, percentiles of the time to the first token (ttft) and of the times between events
+    (itl).
+    """
+
     requests: int
     errors: int
     error_kinds: str

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from storage.fields import scaled
 from storage.files import InputError, write_whole
-from storage.records import ServingRow
+from storage.records import ServingLoad, ServingRow
 from storage.tables import read_serving, write_serving
 from tasks.drawing.serving import draw_serving
 from tasks.engines.client import Endpoint, load, models
-from tasks.engines.load import Asked, comparison_table, load_table, summary
+from tasks.engines.load import comparison_table, load_table, summary
 from tasks.puzzle.throughput import SCENARIO_NAMES
 
 SIX = tuple(SCENARIO_NAMES)
@@ -89,15 +89,16 @@ def benchmark_servers(servers: Sequence[Server], wanted: Load, path: Path) -> li
 
 def serving_text(rows: Sequence[ServingRow], names: Sequence[str]) -> str:
     """The loads of the servers with these names, then all of the table compared."""
-    works: dict[tuple[str | int, ...], list[ServingRow]] = {}
-    for row in rows:
-        works.setdefault(_key(row)[:4], []).append(row)
-    loads = [load_table(of_work) for of_work in works.values() if of_work[0].name in names]
+    loads = [
+        load_table([row for row in rows if (row.name, row.work) == key])
+        for key in dict.fromkeys((row.name, row.work) for row in rows)
+        if key[0] in names
+    ]
     return "\n".join([*loads, comparison_table(rows)])
 
 
-def _key(row: ServingRow) -> tuple[str | int, ...]:
-    return row.name, row.scenario, row.input_tokens, row.output_tokens, row.concurrency
+def _key(row: ServingRow) -> tuple[object, ...]:
+    return row.name, row.work, row.concurrency
 
 
 def _figure(rows: Sequence[ServingRow]) -> dict[str, bytes]:
@@ -132,8 +133,15 @@ async def _sweep(server: Server, model: str, scenario: str, wanted: Load) -> lis
             for part, counts in ((prompts[:concurrency], False), (prompts[concurrency:], True)):
                 answers = await load(endpoint, part, outputs, concurrency, wanted.stall_s, bar.update)
                 if counts:
-                    asked = Asked(
-                        server.name, model, server.url, wanted.devices, scenario, inputs, outputs, concurrency
+                    asked = ServingLoad(
+                        name=server.name,
+                        model=model,
+                        url=server.url,
+                        devices=wanted.devices,
+                        scenario=scenario,
+                        input_tokens=inputs,
+                        output_tokens=outputs,
+                        concurrency=concurrency,
                     )
                     rows.append(summary(asked, answers))
     return rows

@@ -134,7 +134,7 @@ def _in_torch(
         ffns = ffn_variants(config, bld.ffn_ratios, bld.width_multiple, linear=True)
         variants = [*attention_variants(config, linear=True), *ffns]
     copies = min(settings.copies, max(1, config.num_blocks // 2))
-    timings: dict[tuple[Component, str], Timing] = {}
+    timings: Timings = {}
     timed = Components(config, work, device, copies, settings.repeats)
     for variant in tqdm(variants, desc=f"timing {scenario}, batch {work.batch}", unit="variant", disable=None):
         component: Component = "attention" if isinstance(variant, Attention) else "ffn"
@@ -182,9 +182,8 @@ def _in_llamacpp(params: Params, config: ModelConfig, work: Workload, scenario: 
     medians = {phase: [statistics.median(rounds) for rounds in found] for phase, found in times.items()}
     stand_in = STAND_IN_FFN.intermediate_size
     costs = {phase: designs.solve(models, found, stand_in) for phase, found in medians.items()}
-    spreads = [spread(rounds) for found in times.values() for rounds in found]
-
-    usual, prefill, decode = statistics.median(spreads), costs["prefill"], costs["decode"]
+    usual = statistics.median(spread(rounds) for found in times.values() for rounds in found)
+    prefill, decode = costs["prefill"], costs["decode"]
     parts: Timings = {}
     for attention in attentions:
         both = prefill.of_attention(attention), decode.of_attention(attention)

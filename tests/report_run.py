@@ -226,17 +226,18 @@ def _gkd(target: str, score: float, number: int) -> dict[str, Any]:
 
 
 def _throughput(parent: float) -> Iterator[ThroughputRow]:
-    for (model, faster), (phase, share), batch in itertools.product(
-        (("parent", 1.0), ("child", 1.23)), PHASES.items(), (1, BATCH)
+    """In two engines; on the modelled GPU parent and child are best on different numbers of devices."""
+    for (engine, pace), (model, faster), (phase, share), batch in itertools.product(
+        (("torch", 1.0), ("llama.cpp", 0.37)), (("parent", 1.0), ("child", 1.23)), PHASES.items(), (1, BATCH)
     ):
-        rate = parent * faster * share * batch / BATCH
+        rate = parent * pace * faster * share * batch / BATCH
         yield ThroughputRow(
             model=model,
             phase=phase,
             scenario=SCENARIO,
             batch=batch,
             hardware=HARDWARE,
-            engine="torch",
+            engine=engine,
             precision="float32",
             tensor_parallel=1,
             threads=1,
@@ -249,16 +250,16 @@ def _throughput(parent: float) -> Iterator[ThroughputRow]:
             predicted_hardware=HARDWARE,
             how="made up",
         )
-    for model, batch in (("parent", 256), ("child", 512)):
+    for model, batch, devices in (("parent", 256, 2), ("child", 512, 1)):
         yield ThroughputRow(
             model=model,
             phase="request",
             scenario="128/128",
             batch=batch,
             hardware="h100-sxm",
-            engine="roofline",
+            engine="tensorrt-llm",
             precision="float32",
-            tensor_parallel=1,
+            tensor_parallel=devices,
             modelled_tokens_per_s=1000.0 * batch,
             how="made up",
         )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from storage.records import ServingRow
 from tasks.drawing.style import BLUE, GREEN, GREY, ORANGE, Drawing, finish, panels, styled
-from tasks.puzzle.throughput import rank
+from tasks.puzzle.throughput import parent_first, rank
 
 _COLUMNS = 3
 _COLOURS = (GREY, BLUE, ORANGE, GREEN)
@@ -18,9 +18,8 @@ def draw_serving(rows: Sequence[ServingRow], dpi: int) -> Drawing:
         rows: of serving.parquet.
         dpi: pixels per inch of the PNG.
     """
-    found = {(row.scenario, row.input_tokens, row.output_tokens) for row in rows}
-    works = sorted(found, key=lambda work: (rank(work[0]), work))
-    names = sorted({row.name for row in rows}, key=lambda name: (name != "parent", name))
+    works = sorted({row.work for row in rows}, key=lambda work: (rank(work[0]), work))
+    names = parent_first(row.name for row in rows)
     across = min(_COLUMNS, len(works))
     down = -(-len(works) // across)
     figure, grid = panels(down, across, 3.4 * down)
@@ -31,7 +30,7 @@ def draw_serving(rows: Sequence[ServingRow], dpi: int) -> Drawing:
             points = sorted(
                 (row.concurrency, row.measured_user_tokens_per_s, row.measured_tokens_per_s / row.devices)
                 for row in rows
-                if (row.scenario, row.input_tokens, row.output_tokens) == work and row.name == name
+                if (row.name, row.work) == (name, work)
                 if row.measured_user_tokens_per_s is not None and row.measured_tokens_per_s is not None
             )
             colour = _COLOURS[number % len(_COLOURS)]

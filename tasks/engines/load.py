@@ -5,32 +5,18 @@ In: answers of one concurrency, rows of a table. Out: rows of serving.parquet, a
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 
 import numpy as np
 
-from storage.records import ServingRow
+from storage.records import ServingLoad, ServingRow
 from tasks.engines.client import Answer
-from tasks.puzzle.throughput import SCENARIO_NAMES, rank, scaled_lengths
+from tasks.puzzle.throughput import SCENARIO_NAMES, parent_first, rank, scaled_lengths
 
 _PERCENTILES = (50, 95, 99)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What was loaded with what: the row's columns that are no measurement."""
-
-    name: str
-    model: str
-    url: str
-    devices: int
-    scenario: str
-    input_tokens: int
-    output_tokens: int
-    concurrency: int
-
-
-def summary(asked: Asked, answers: Sequence[Answer]) -> ServingRow:
+def summary(asked: ServingLoad, answers: Sequence[Answer]) -> ServingRow:
     """A row of one concurrency; times and rates are of the requests that came whole, null where none did.
 
     tokens/s: generated tokens of whole answers over the seconds from the first request to the last answer, failed ones
@@ -49,7 +35,7 @@ def summary(asked: Asked, answers: Sequence[Answer]) -> ServingRow:
     generated = sum(answer.output_tokens for answer in whole)
     first, between = _percentiles(waits), _percentiles(gaps)
     return ServingRow(
-        **vars(asked),
+        **asdict(asked),
         requests=len(answers),
         errors=len(answers) - len(whole),
         error_kinds=_kinds(answers),
@@ -91,7 +77,7 @@ def load_table(rows: Sequence[ServingRow]) -> str:
     lines = [
         f"{one.name}: {_short(one.model, 40)} at {_short(one.url, 36)}, {devices}; MEASURED",
         f"  {_lengths(one)}",
-        f"  {'':>7} {'':>8} {'':>6} {'generated tokens/s':>19} {'first token, ms':>22} {'between tokens, ms':>24}",
+        f"  {'':>7} {'':>8} {'':>6} {'generated tokens/s':>19} {'first token, ms':>22} {'between events, ms':>24}",
         f"  {'at once':>7} {'requests':>8} {'errors':>6} {'server':>9} {'per user':>9} "
         f"{'p50':>7} {'p95':>7} {'p99':>6} {'p50':>8} {'p95':>7} {'p99':>7}",
     ]
@@ -110,14 +96,14 @@ def _line(row: ServingRow) -> str:
 
 def comparison_table(rows: Sequence[ServingRow]) -> str:
     """The published table's layout: the most tokens/s per device of each server, and its ratio to the first's."""
-    names = sorted({row.name for row in rows}, key=lambda name: (name != "parent", name))
+    names = parent_first(row.name for row in rows)
     lines = [
         f"generated tokens/s per device at the best concurrency, MEASURED; ratio: over {names[0]}'s",
         f"  {'scenario':<29} {'server':<16} {'tokens/s/device':>15} {'at once':>8} {'devices':>8} {'errors':>7} "
         f"{'ratio':>7}",
     ]
-    for key in sorted({_work(row) for row in rows}, key=lambda key: (rank(key[0]), key)):
-        of_work = [row for row in rows if _work(row) == key]
+    for work in sorted({row.work for row in rows}, key=lambda work: (rank(work[0]), work)):
+        of_work = [row for row in rows if row.work == work]
         base = max((per_device(row) for row in of_work if row.name == names[0]), default=0.0)
         for name in names:
             if of_server := [row for row in of_work if row.name == name]:
@@ -135,10 +121,6 @@ def comparison_table(rows: Sequence[ServingRow]) -> str:
 def per_device(row: ServingRow) -> float:
     """Generated tokens/s over the devices behind the server; 0 where no request came whole."""
     return (row.measured_tokens_per_s or 0.0) / row.devices
-
-
-def _work(row: ServingRow) -> tuple[str, int, int]:
-    return row.scenario, row.input_tokens, row.output_tokens
 
 
 def _title(row: ServingRow) -> str:

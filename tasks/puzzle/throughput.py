@@ -185,6 +185,11 @@ def _published_line(scenario: str, name: str, parent: tuple[float, int, int], ch
     return f"{title:<28} {' '.join(speeds)} {_shown(_ratio(child[0], parent[0])):>15}"
 
 
+def parent_first(names: Iterable[str]) -> list[str]:
+    """Each name once, in order, but the parent before all others: what they are compared with."""
+    return sorted(set(names), key=lambda name: (name != "parent", name))
+
+
 def rank(scenario: str) -> int:
     """Where a scenario stands in the published table; others come after it."""
     order = list(SCENARIO_NAMES)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 import torch
 import transformers
@@ -95,12 +95,9 @@ class Stack:
         self._layers = layers
         self._work, self._compute = work, compute
         self._cache = KvCache(work.mean_context + 1)
-        rotary, places = (
-            RotaryEmbedding(config),
-            ((work.input_tokens, 0), (work.mean_context, 0), (1, work.mean_context)),
-        )
+        places = ((work.input_tokens, 0), (work.mean_context, 0), (1, work.mean_context))
         self._inputs = {tokens: self._input(config, tokens) for tokens, _ in places}
-        like = torch.empty(0, dtype=compute.dtype, device=compute.device)
+        rotary, like = RotaryEmbedding(config), torch.empty(0, dtype=compute.dtype, device=compute.device)
         self._rotary = {  # made once: a CUDA graph may copy nothing from the CPU
             (tokens, position): rotary(like, torch.arange(position, position + tokens, device=compute.device)[None])
             for tokens, position in places
@@ -319,10 +316,10 @@ K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(Generic[K]):
     """Parts whose sum is the parent's measured time: a rest beyond them, or factors below 1 by which all are scaled."""
 
-    parts: dict[Any, Timing]
+    parts: dict[K, Timing]
     rest: Timing
     prefill_factor: float
     decode_factor: float
@@ -338,7 +335,7 @@ class Fit:
         )
 
 
-def fit_to_whole(parts: Mapping[K, Timing], counts: Mapping[K, int], whole: Timing) -> Fit:
+def fit_to_whole(parts: Mapping[K, Timing], counts: Mapping[K, int], whole: Timing) -> Fit[K]:
     """Correct timed parts by a model that was timed end to end.
 
     Args:

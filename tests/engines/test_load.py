@@ -4,11 +4,20 @@ import dataclasses
 
 import pytest
 
-from storage.records import ServingRow
+from storage.records import ServingLoad, ServingRow
 from tasks.engines.client import Answer
-from tasks.engines.load import Asked, comparison_table, load_table, summary
+from tasks.engines.load import comparison_table, load_table, summary
 
-ASKED = Asked("parent", "model", "http://127.0.0.1:8000/v1", 2, "128/128", 16, 3, 2)
+ASKED = ServingLoad(
+    name="parent",
+    model="model",
+    url="http://127.0.0.1:8000/v1",
+    devices=2,
+    scenario="128/128",
+    input_tokens=16,
+    output_tokens=3,
+    concurrency=2,
+)
 
 
 def test_rates_and_percentiles_by_hand() -> None:

@@ -78,6 +78,6 @@ def test_a_scenario_that_fails_does_not_end_the_others_and_another_model_does_no
     assert first.returncode == 0, first.stderr
     found = {row.scenario: (row.errors, row.measured_tokens_per_s is None) for row in read_serving(out)}
     assert found == {"2048/128": (3, True), "128/128": (0, False)}
-    assert len(set(prompts)) == len(prompts) == 8
+    assert len({prompt[:6] for prompt in prompts}) == len(prompts) == 8  # none begins as another of 6 tokens or more
     assert again.returncode == 2
     assert "has parent as scripted on 1 devices, this one is scripted on 4" in again.stderr

@@ -116,7 +116,7 @@ def test_components_are_timed_at_one_speed_though_the_machine_wanders(
 ) -> None:
     """A machine that is slower each time: equal work has raw times that differ, and scaled ones that do not.
 
-    Prefill of the reference takes 30 ms at first and decode 3; what is timed takes twice as much.
+    Prefill of the reference takes 30 ms at first and decode 3; what is timed takes twice as much. Decode slows down more.
     """
     _, config = save_tiny("llama", tmp_path)
     timed = Components(config, Workload(4, 2, 1), compute("cpu", "float32", 1), copies=2, repeats=2)
@@ -126,7 +126,8 @@ def test_components_are_timed_at_one_speed_though_the_machine_wanders(
     def rounds(calls: dict[str, object], *_: object) -> dict[str, list[float]]:
         pace = next(slower)
         ms = {name: (3.0 if "decode" in name else 30.0) * (1 if "reference" in name else 2) for name in calls}
-        return {name: [pace * value, 2 * pace * value] for name, value in ms.items()}
+        slow = {name: 3 * pace if "decode" in name else pace for name in calls}
+        return {name: [slow[name] * value, 2 * slow[name] * value] for name, value in ms.items()}
 
     monkeypatch.setattr("tasks.puzzle.timing.phases", rounds)
     for _ in range(2):

@@ -80,3 +80,12 @@ def test_the_files_tensors_are_the_checkpoints(tmp_path: Path) -> None:
     assert np.array_equal(found["blk.2.attn_q.weight"].reshape(4, 6, 2, 48)[:, :, 0], rows[:, 0])
     assert np.array_equal(found["blk.2.attn_q.weight"].reshape(4, 6, 2, 48)[:, :, 1], rows[:, 1])
     assert len(found) == 2 + 9 * 3
+
+
+def test_scaled_rotary_positions_are_refused_and_leave_no_file(tmp_path: Path) -> None:
+    model, config = save_tiny("llama3-untied-head_dim-bias", tmp_path / "parent")
+    with pytest.raises(InputError, match=r"rotary positions are scaled \(llama3\), which is not written to GGUF yet"):
+        write_gguf(
+            tmp_path / "a.gguf", config, [(FULL, WIDE)] * 3, lambda name: model.state_dict()[name].numpy(), "F32"
+        )
+    assert not (tmp_path / "a.gguf").exists()

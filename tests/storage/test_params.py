@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from storage.files import InputError
-from storage.params import Params, load, parse
+from storage.params import BenchmarkThroughput, Params, load, parse, parse_section
 from tests.settings import SEQ_LEN, tiny_params, tiny_values
 
 
@@ -262,3 +262,11 @@ def test_params_cannot_be_changed() -> None:
     params = tiny_params()
     with pytest.raises(ValueError, match="frozen"):
         params.run.seed = 3
+
+
+def test_a_length_scale_that_makes_two_scenarios_one_is_refused() -> None:
+    scenarios = ["128/128", "128/256"]
+    found = parse_section({"scenarios": scenarios, "length_scale": 0.125}, "test", BenchmarkThroughput)
+    assert found.measured_scenarios == {"16/16": "128/128", "16/32": "128/256"}
+    with pytest.raises(InputError, match=r"length_scale 0\.001 makes two of the scenarios the same"):
+        parse_section({"scenarios": scenarios, "length_scale": 0.001}, "test", BenchmarkThroughput)

@@ -187,7 +187,8 @@ def test_every_row_says_whether_this_is_the_timed_machine(
         repeats=2,
         spread=0.0,
     )
-    write_timings(Path("storage/timings/unit.parquet"), [timing])
+    elsewhere = replace(timing, engine="llama.cpp", machine="a third machine")  # on a GPU's host both are right
+    write_timings(Path("storage/timings/unit.parquet"), [timing, elsewhere])
     rows = [row for row in measure_throughput.fn("fast", _params(), built) if row.batch == 2]
     like = timed_on == HERE
     assert {row.hardware for row in rows} == {"unit" if like else HERE}
@@ -253,7 +254,8 @@ def test_a_limit_on_llama_cpp_is_measured_in_it(built: Paths) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("linear FFN", "does not run in llama.cpp .block 0: kv_2 . linear: it has no linear FFN"),
+        ("context", "has 120/8, for which timing in llama.cpp needs 158 tokens of context; the parent has 128"),
+        ("linear FFN", r"does not run in llama\.cpp \(block 0: kv_2 \+ linear: it has no linear FFN"),
         ("missing", "llama.cpp is not installed"),
     ],
 )
@@ -263,9 +265,18 @@ def test_what_llama_cpp_cannot_do_is_said_before_anything_is_timed(
     monkeypatch.setattr("tasks.benchmark_throughput.time_models", lambda *_: pytest.fail("timed"))
     if fault == "missing":
         monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    else:
+    elif fault == "linear FFN":
         chosen = read_json(built.architecture("small"), "the test")
         chosen["blocks"][0]["ffn"] = {"kind": "linear", "intermediate_size": 0}
         write_json(built.architecture("small"), chosen)
+    scenarios = ["120/8" if fault == "context" else "8/4"]
     with pytest.raises(InputError, match=words):
-        measure_throughput.fn("small", _params(engines=["torch", "llama.cpp"]), built)
+        measure_throughput.fn("small", _params(engines=["torch", "llama.cpp"], scenarios=scenarios), built)
+
+
+def test_lengths_are_scaled_for_a_small_machine_and_tables_say_so(built: Paths) -> None:
+    params = _params(scenarios=["128/64"], length_scale=0.0625, batches=[1])
+    benchmark(params, built, "fast")
+    measured = [row for row in read_throughput(built.throughput("fast")) if row.measured_ms is not None]
+    assert {(row.scenario, row.batch) for row in measured} == {("8/4", 1), ("8/4", SPEED["batch"])}
+    assert "lengths are SCALED: 128/64 as 8/4" in throughput_text("fast", params, built)
