@@ -78,10 +78,10 @@ def test_loss_and_gradients_equal_autograds_over_full_logits(
     kl, cosine = case.plain_loss()
     expected = torch.autograd.grad(WEIGHTS.kl * kl + WEIGHTS.cosine * cosine, list(case.child.parameters()))
     found, losses = gradients(case.child, case.state, case.head, WEIGHTS)
-    assert losses.kl == pytest.approx(float(kl.detach()), rel=1e-4)
-    assert losses.cosine == pytest.approx(float(cosine), rel=1e-4)
-    assert losses.total == pytest.approx(0.7 * float(kl) + 1.9 * float(cosine), rel=1e-4)
-    assert kl_to_parent(case.child, case.state, case.head) == pytest.approx(float(kl), rel=1e-4)
+    assert losses.kl == pytest.approx(kl.item(), rel=1e-4)
+    assert losses.cosine == pytest.approx(cosine.item(), rel=1e-4)
+    assert losses.total == pytest.approx(0.7 * kl.item() + 1.9 * cosine.item(), rel=1e-4)
+    assert kl_to_parent(case.child, case.state, case.head) == pytest.approx(kl.item(), rel=1e-4)
     for (name, _), ours, theirs in zip(case.child.named_parameters(), found, expected, strict=True):
         # float32, sums in another order; a gradient's size is what its rounding is relative to
         torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=1e-3, msg=name)

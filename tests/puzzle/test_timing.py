@@ -116,7 +116,7 @@ def test_components_are_timed_at_one_speed_though_the_machine_wanders(
 ) -> None:
     """A machine that is slower each time: equal work has raw times that differ, and scaled ones that do not.
 
-    Prefill of the reference takes 30 ms at first and decode 3; what is timed takes twice as much. Decode slows down more.
+    Prefill of the reference takes 30 ms at first and decode 3; what is timed takes twice as much. Decode slows more.
     """
     _, config = save_tiny("llama", tmp_path)
     timed = Components(config, Workload(4, 2, 1), compute("cpu", "float32", 1), copies=2, repeats=2)
