@@ -126,7 +126,7 @@ class _About:
 def _in_torch(
     params: Params, parent: Parent, work: Workload, scenario: str, device: Compute, parent_only: bool
 ) -> tuple[Timings, str]:
-    """Each subblock variant, embedding, head and the step's rest in one setting; how they were fitted to the whole."""
+    """Each subblock variant, embedding and head in one setting; how they were fitted to the whole."""
     settings, config = params.measure_costs, parent.config
     bld = params.distill_blocks
     variants: list[Attention | Ffn] = [parent_attention(config), parent_ffn(config)]
@@ -149,8 +149,7 @@ def _in_torch(
         ("head", ANY_VARIANT): 1,
     }
     fit = fit_to_whole(timings, counts, timed.whole(_whole_parent(parent, device)))
-    timings = {**fit.parts, ("step", ANY_VARIANT): fit.rest}
-    return timings, fit.text
+    return {**fit.parts, ("step", ANY_VARIANT): Timing(0.0, 0.0, 0.0)}, fit.text
 
 
 _DESIGNS = 14
@@ -192,14 +191,16 @@ def _in_llamacpp(params: Params, config: ModelConfig, work: Workload, scenario: 
         width = ffn.intermediate_size or stand_in
         parts["ffn", ffn.name] = Timing(prefill.of_ffn(width), decode.of_ffn(width), usual)
     parts["embedding", ANY_VARIANT] = parts["head", ANY_VARIANT] = Timing(0.0, 0.0, 0.0)
+    parts["step", ANY_VARIANT] = Timing(prefill.rest, decode.rest, usual)
     counts: dict[tuple[Component, str], int] = {
         ("attention", own[0].name): config.num_blocks,
         ("ffn", own[1].name): config.num_blocks,
+        ("step", ANY_VARIANT): 1,
     }
     whole = Timing(medians["prefill"][0], medians["decode"][0], usual)
     fit = fit_to_whole(parts, counts, whole)
     how = f"least squares over {len(models)} whole models{fit.text}; embedding and head are in step; a removed FFN as "
-    return {**fit.parts, ("step", ANY_VARIANT): fit.rest}, f"{how}the file has it, {stand_in} channels"
+    return fit.parts, f"{how}the file has it, {stand_in} channels"
 
 
 def _smooth(widths: Mapping[Ffn, Timing]) -> dict[tuple[Component, str], Timing]:
@@ -224,7 +225,7 @@ _HOW: dict[Component, str] = {
     "ffn": f"{_MEDIAN}; line through all widths (Theil-Sen)",
     "embedding": "median of the lookup alone",
     "head": "median of norm, logits of the last position and argmax",
-    "step": "rest of the parent's measured end-to-end time over the sum of its parts",
+    "step": "nothing: what the parent takes beyond its parts is in their factor",
 }
 
 

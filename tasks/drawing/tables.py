@@ -6,6 +6,7 @@ from typing import Any
 
 from storage.records import ThroughputRow
 from tasks.drawing.facts import Child, measured_ratio_of, model_names, predicted_of, quality_of
+from tasks.puzzle.throughput import rank
 
 NONE = "–"
 
@@ -135,6 +136,7 @@ def modelled_throughput(child: Child) -> Table | None:
     pairs = _pairs(row for row in child.throughput if row.modelled_tokens_per_s is not None)
     if not pairs:
         return None
+    pairs.sort(key=lambda pair: rank(pair[0].scenario))
     rows = [
         (
             own.scenario,

@@ -317,43 +317,37 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True)
 class Fit(Generic[K]):
-    """Parts whose sum is the parent's measured time: a rest beyond them, or factors below 1 by which all are scaled."""
+    """Parts that were scaled, each phase by one factor, so that a model's sum is what it was measured to take."""
 
     parts: dict[K, Timing]
-    rest: Timing
     prefill_factor: float
     decode_factor: float
 
     @property
     def text(self) -> str:
-        """For the table; nothing where nothing was scaled."""
-        factors = {"prefill": self.prefill_factor, "decode": self.decode_factor}
-        return "".join(
-            f"; {phase} x {factor:.3f}, so that the parent's parts sum to its measured time"
-            for phase, factor in factors.items()
-            if factor < 1
-        )
+        """For the table."""
+        factors = f"prefill x {self.prefill_factor:.3f} and decode x {self.decode_factor:.3f}"
+        return f"; {factors}, so that the parent's parts sum to its measured time"
 
 
 def fit_to_whole(parts: Mapping[K, Timing], counts: Mapping[K, int], whole: Timing) -> Fit[K]:
-    """Correct timed parts by a model that was timed end to end.
+    """Correct timed parts by a model that was timed end to end; ratios between models stay as they were.
 
     Args:
         parts: every component's timing.
         counts: how often the timed model has each of them.
         whole: that model.
     """
-    factors, rests = [], []
-    for phase in ("prefill_ms", "decode_ms"):
-        total = math.fsum(count * getattr(parts[name], phase) for name, count in counts.items())
-        measured = getattr(whole, phase)
-        factors.append(min(1.0, measured / total) if total else 1.0)
-        rests.append(max(0.0, measured - total))
+
+    def factor(phase: str) -> float:
+        return float(getattr(whole, phase) / math.fsum(n * getattr(parts[name], phase) for name, n in counts.items()))
+
+    prefill, decode = factor("prefill_ms"), factor("decode_ms")
     scaled = {
-        name: replace(part, prefill_ms=factors[0] * part.prefill_ms, decode_ms=factors[1] * part.decode_ms)
+        name: replace(part, prefill_ms=prefill * part.prefill_ms, decode_ms=decode * part.decode_ms)
         for name, part in parts.items()
     }
-    return Fit(scaled, Timing(rests[0], rests[1], whole.spread), factors[0], factors[1])
+    return Fit(scaled, prefill, decode)
 
 
 def line(sizes: Sequence[int], milliseconds: Sequence[float]) -> Callable[[int], float]:
