@@ -77,9 +77,14 @@ def layers(blocks: Sequence[tuple[Attention, Ffn]], num_heads: int) -> tuple[Lay
 
 
 def write_gguf(
-    path: Path, config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], tensor: Tensor | None, file_type: FileType
+    path: Path,
+    config: ModelConfig,
+    blocks: Sequence[tuple[Attention, Ffn]],
+    tensor: Tensor | None,
+    file_type: FileType,
+    tokenizer: Callable[[GGUFWriter], None] | None = None,
 ) -> None:
-    """Write a model whose tokens have no text yet: it takes and makes token ids.
+    """Write a model, tensor by tensor.
 
     Args:
         path: the file.
@@ -87,6 +92,7 @@ def write_gguf(
         blocks: of the model.
         tensor: gives the checkpoint's tensors by name, one at a time; None: noise, for a model that is only timed.
         file_type: of matrices; norms and biases are float32.
+        tokenizer: adds the metadata of the tokenizer; None: tokens have no text, the model takes and makes ids.
 
     Raises:
         InputError: as :func:`layers`, or the parent's rotary positions are scaled, which such a file cannot say yet.
@@ -101,6 +107,7 @@ def write_gguf(
     with write_whole(path) as temporary:
         writer = GGUFWriter(None, "llama" if _alike(found) else "deci")
         _write_metadata(writer, config, found)
+        (tokenizer or functools.partial(_nameless_tokens, vocab_size=config.vocab_size))(writer)
         tensors = list(_tensors(config, found, tensor or _no_checkpoint))
         for name, shape, _ in tensors:
             kind = wide if len(shape) > 1 else GGMLQuantizationType.F32
@@ -149,9 +156,12 @@ def _write_metadata(writer: GGUFWriter, config: ModelConfig, found: Sequence[Lay
         writer.add_head_count(heads)
         writer.add_head_count_kv(kv_heads)
         writer.add_feed_forward_length(widths)
+
+
+def _nameless_tokens(writer: GGUFWriter, vocab_size: int) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
+    writer.add_token_list([f"<{index}>" for index in range(vocab_size)])
     writer.add_token_merges(["< 0"])  # llama.cpp wants one
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)

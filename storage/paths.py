@@ -28,6 +28,11 @@ class Paths:
         return self.root / "activations"
 
     @property
+    def parent_exports(self) -> Path:
+        """The parent in the forms that runtimes load, to compare children with."""
+        return self.root / "parent_exports"
+
+    @property
     def rolling(self) -> Path:
         """Boundaries that a stage holds at the moment in rolling mode, a folder each; gone when it has ended."""
         return self.root / "rolling"
@@ -75,6 +80,10 @@ class Paths:
     def distilled(self, target: str) -> Path:
         """The child's checkpoint after global distillation."""
         return self.child(target) / "distilled"
+
+    def exports(self, target: str) -> Path:
+        """The distilled child in the forms that runtimes load: a folder for each format."""
+        return self.child(target) / "exports"
 
     def gkd(self, target: str) -> Path:
         """Losses of global distillation, step by step."""
