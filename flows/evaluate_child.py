@@ -14,11 +14,13 @@ from tasks.machine import on_this_machine
     description="Quality of children and baselines, measured; each limit predicted and measured.",
 )
 def evaluate_child(params: Params, paths: Paths, target: str) -> None:
-    """Quality on the validation split, batch by batch, then the tables."""
+    """Quality on the validation split, batch by batch, then that of every exported GGUF, then the tables."""
     params = on_this_machine(params)
     batches = tasks.plan_batches(params)
     quality = run_pieces(tasks.measure_quality, batches, target, params, paths, unit="batch")
-    tasks.write_evaluation(target, quality, params, paths)
+    files = tasks.exported_files(target, params, paths)
+    exports = run_pieces(tasks.measure_export, files, target, params, paths, unit="file")
+    tasks.write_evaluation(target, quality, exports, params, paths)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from storage.files import InputError
-from storage.params import SearchArchitecture, parse_section
+from storage.params import parse_section
+from storage.sections import SearchArchitecture
 from tasks.block_library import Wanted, search_library
 from tasks.limits import solver_settings
 from tasks.search_architecture import OwnTables, search_own

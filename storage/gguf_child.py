@@ -7,13 +7,15 @@ both halves is left out.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
+from gguf.constants import GGML_QUANT_SIZES, GGML_QUANT_VERSION
 from gguf.quants import quantize
 from numpy.typing import NDArray
 
@@ -21,15 +23,15 @@ from storage.files import InputError, write_whole
 from storage.model_config import EMBEDDING, LM_HEAD, NORM, ModelConfig
 from storage.records import Attention, Ffn
 
-FileType = Literal["F32", "F16"]
+FileType = Literal["F32", "F16", "BF16", "Q8_0"]
 STAND_IN_FFN = Ffn("gated", 32)
 """Stands for a removed FFN; 32 channels are the least that quantised types take."""
 STAND_IN_ATTENTION = Attention("gqa", 1)
 """Stands for a removed attention of the first layer, with one query head."""
 
 Array = NDArray[np.float32]
-Tensor = Callable[[str], Array]
-"""A tensor of the checkpoint by its name, as float32."""
+Tensor = Callable[[str], Iterator[Array]]
+"""A tensor of the checkpoint by its name, as float32, some rows at a time."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def write_gguf(
     blocks: Sequence[tuple[Attention, Ffn]],
     tensor: Tensor | None,
     file_type: FileType,
+    *,
+    name: str = "",
     tokenizer: Callable[[GGUFWriter], None] | None = None,
 ) -> None:
     """Write a model, tensor by tensor.
@@ -91,39 +95,107 @@ def write_gguf(
         config: geometry of the parent.
         blocks: of the model.
         tensor: gives the checkpoint's tensors by name, one at a time; None: noise, for a model that is only timed.
-        file_type: of matrices; norms and biases are float32.
+        file_type: of matrices; norms and biases are float32, and rows that Q8_0 cannot divide (by 32) are F16.
+        name: of the model, for people.
         tokenizer: adds the metadata of the tokenizer; None: tokens have no text, the model takes and makes ids.
 
     Raises:
-        InputError: as :func:`layers`, or the parent's rotary positions are scaled, which such a file cannot say yet.
+        InputError: as :func:`layers`; the rotary positions have settings that llama.cpp does not take; a weight is
+            beyond F16.
     """
     found = layers(blocks, config.num_heads)
-    if config.rope["rope_type"] != "default":
-        raise InputError(
-            f"the parent's rotary positions are scaled ({config.rope['rope_type']}), which is not written to GGUF yet; "
-            "leave llama.cpp out of benchmark_throughput.engines and of the target's speed limits"
-        )
-    wide = GGMLQuantizationType[file_type]
     with write_whole(path) as temporary:
         writer = GGUFWriter(None, "llama" if _alike(found) else "deci")
+        writer.add_name(name)
+        writer.add_file_type(_FILE_TYPES[file_type])
+        writer.add_quantization_version(GGML_QUANT_VERSION)
         _write_metadata(writer, config, found)
+        _write_rope(writer, config)
         (tokenizer or functools.partial(_nameless_tokens, vocab_size=config.vocab_size))(writer)
         tensors = list(_tensors(config, found, tensor or _no_checkpoint))
-        for name, shape, _ in tensors:
-            kind = wide if len(shape) > 1 else GGMLQuantizationType.F32
-            stored = np.dtype(np.float16 if kind == GGMLQuantizationType.F16 else np.float32)
-            size = int(np.prod(shape)) * (4 if kind == GGMLQuantizationType.F32 else 2)
-            writer.add_tensor_info(name, shape, stored, size, raw_dtype=kind)
+        for key, shape, _ in tensors:
+            kind = _kind(shape, file_type)
+            stored = np.dtype(np.float16 if kind != GGMLQuantizationType.F32 else np.float32)  # any: kind decides
+            writer.add_tensor_info(key, shape, stored, _bytes(shape, kind), raw_dtype=kind)
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, shape, make in tensors:
-            values = _noise(shape) if tensor is None else make()
-            writer.write_tensor_data(quantize(values, wide if len(shape) > 1 else GGMLQuantizationType.F32))
+        for key, shape, make in tensors:
+            parts = iter([_noise(shape)]) if tensor is None and key != _ROPE_FACTORS else make()
+            writer.write_tensor_data(_encoded(parts, _kind(shape, file_type), key))
         writer.close()
 
 
-def _no_checkpoint(name: str) -> Array:
+_FILE_TYPES: dict[FileType, LlamaFileType] = {
+    "F32": LlamaFileType.ALL_F32,
+    "F16": LlamaFileType.MOSTLY_F16,
+    "BF16": LlamaFileType.MOSTLY_BF16,
+    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+_ROW_MULTIPLE = 32
+"""Q8_0 has a scale for each 32 values of a row."""
+
+
+def _kind(shape: tuple[int, ...], file_type: FileType) -> GGMLQuantizationType:
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32
+    return GGMLQuantizationType["F16" if file_type == "Q8_0" and shape[-1] % _ROW_MULTIPLE else file_type]
+
+
+def _bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    values, size = GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // values * size
+
+
+def _encoded(parts: Iterator[Array], kind: GGMLQuantizationType, name: str) -> NDArray[Any]:
+    """Rows as the file has them; memory holds the encoded tensor and some rows in float32."""
+    encoded = []
+    for part in parts:
+        if kind == GGMLQuantizationType.F16 and np.abs(part).max(initial=0) > np.finfo(np.float16).max:
+            raise InputError(f"{name} has a weight beyond F16; export it as gguf-bf16 or gguf-f32 instead")
+        encoded.append(quantize(part, kind))
+    return np.concatenate(encoded)
+
+
+def _write_rope(writer: GGUFWriter, config: ModelConfig) -> None:
+    """Metadata of scaled rotary positions; llama3's factors are a tensor.
+
+    Raises:
+        InputError: a setting of yarn that llama.cpp does not take as it is meant.
+    """
+    rope = config.rope
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    elif rope["rope_type"] == "yarn":
+        if beyond := sorted(key for key in _NOT_YARN if rope.get(key) is not None):
+            raise InputError(
+                f"the rotary positions (yarn) set {', '.join(beyond)}, which GGUF does not say; "
+                "leave the gguf formats out of export_child.formats"
+            )
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+        writer.add_rope_scaling_orig_ctx_len(int(rope.get("original_max_position_embeddings") or config.context))
+        writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
+        writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
+
+
+_NOT_YARN = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
+
+
+def _llama3_factors(config: ModelConfig) -> Array:
+    """What llama.cpp divides each pair's frequency by, [head_dim / 2] (Llama 3.1's rope scaling)."""
+    rope = config.rope
+    low, high, factor = (float(rope[key]) for key in ("low_freq_factor", "high_freq_factor", "factor"))
+    pairs = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    rounds = rope["original_max_position_embeddings"] / (2 * math.pi * rope["rope_theta"] ** pairs)
+    smooth = np.clip((rounds - low) / (high - low), 0.0, 1.0)
+    divisors: Array = (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)
+    return divisors
+
+
+def _no_checkpoint(name: str) -> Iterator[Array]:
     raise AssertionError(name)
 
 
@@ -167,7 +239,7 @@ def _nameless_tokens(writer: GGUFWriter, vocab_size: int) -> None:
     writer.add_eos_token_id(0)
 
 
-_Named = tuple[str, tuple[int, ...], Callable[[], Array]]
+_Named = tuple[str, tuple[int, ...], Callable[[], Iterator[Array]]]
 
 
 def _tensors(config: ModelConfig, found: Sequence[Layer], tensor: Tensor) -> Iterator[_Named]:
@@ -177,6 +249,8 @@ def _tensors(config: ModelConfig, found: Sequence[Layer], tensor: Tensor) -> Ite
     yield "output_norm.weight", (hidden,), lambda: tensor(NORM)
     if not config.tie_embeddings:
         yield "output.weight", (config.vocab_size, hidden), lambda: tensor(LM_HEAD)
+    if config.rope["rope_type"] == "llama3":
+        yield _ROPE_FACTORS, (config.head_dim // 2,), lambda: iter([_llama3_factors(config)])
     for index, layer in enumerate(found):
         for name, shape, make in (*_attention(config, layer, tensor), *_ffn(config, layer, tensor)):
             yield f"blk.{index}.{name}", shape, make
@@ -228,11 +302,13 @@ def _ffn(config: ModelConfig, layer: Layer, tensor: Tensor) -> Iterator[_Named]:
         yield name, shape, _maker(layer.zero_ffn, shape, tensor, f"{at}.{source}", 0)
 
 
-def _maker(is_zero: bool, shape: tuple[int, ...], tensor: Tensor, name: str, heads: int) -> Callable[[], Array]:
+def _maker(
+    is_zero: bool, shape: tuple[int, ...], tensor: Tensor, name: str, heads: int
+) -> Callable[[], Iterator[Array]]:
     """Zeros, or the checkpoint's tensor; with `heads` its rows are interleaved as llama.cpp's rotary kernel reads."""
     if is_zero:
-        return lambda: np.zeros(shape, np.float32)
-    return lambda: _interleaved(tensor(name), heads) if heads else tensor(name)
+        return lambda: iter([np.zeros(shape, np.float32)])
+    return lambda: iter([_interleaved(np.concatenate(list(tensor(name))), heads)]) if heads else tensor(name)
 
 
 def _interleaved(values: Array, heads: int) -> Array:

@@ -144,6 +144,43 @@ def _activation(config: Mapping[str, Any], where: str) -> str:
     return name
 
 
+def expected_shapes(
+    config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a model of these blocks must have; None: the parent's own."""
+    hidden, dim = config.hidden_size, config.head_dim
+    if blocks is None:
+        blocks = [(Attention("gqa", config.num_kv_heads), Ffn("gated", config.intermediate_size))] * config.num_blocks
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
+    for block_index, (attention, ffn) in enumerate(blocks):
+        queries, keys, width = config.num_heads * dim, attention.num_kv_heads * dim, ffn.intermediate_size
+        linears: dict[str, tuple[int, int, bool]] = {}
+        if attention.kind == "linear":
+            linears["self_attn.linear_attn"] = (hidden, hidden, False)
+        elif attention.kind == "gqa":
+            linears["self_attn.q_proj"] = (queries, hidden, config.qkv_bias)
+            linears["self_attn.k_proj"] = linears["self_attn.v_proj"] = (keys, hidden, config.qkv_bias)
+            linears["self_attn.o_proj"] = (hidden, queries, config.output_bias)
+        if ffn.kind == "linear":
+            linears["mlp.linear_mlp"] = (hidden, hidden, False)
+        elif ffn.kind == "gated":
+            linears["mlp.gate_proj"] = linears["mlp.up_proj"] = (width, hidden, config.mlp_bias)
+            linears["mlp.down_proj"] = (hidden, width, config.mlp_bias)
+        prefix = f"model.layers.{block_index}"
+        if attention.kind != "no_op":
+            shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        if ffn.kind != "no_op":
+            shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        for name, (rows, columns, bias) in linears.items():
+            shapes[f"{prefix}.{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{prefix}.{name}.bias"] = (rows,)
+    shapes[NORM] = (hidden,)
+    if not config.tie_embeddings:
+        shapes[LM_HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
 NEMOTRON_NAS = "nemotron-nas"
 CHILD_ARCHITECTURE = "DeciLMForCausalLM"
 _FFN_MULTIPLE = 256  # engines that read ffn_mult round the width to it (RUNTIMES.md)
@@ -165,6 +202,8 @@ def ffn_mult(intermediate_size: int, hidden_size: int) -> float | None:
 def _block_config(config: ModelConfig, attention: Attention, ffn: Ffn) -> dict[str, Any]:
     heads = config.num_heads // attention.num_kv_heads if attention.kind == "gqa" else None
     width = ffn.intermediate_size or None
+    multiplier = ffn_mult(width, config.hidden_size) if width else None
+    exact = {"intermediate_size": width} if width and multiplier is None else {}  # mlx-lm refuses a key it has not
     return {
         "attention": {
             "n_heads_in_group": heads,
@@ -172,8 +211,8 @@ def _block_config(config: ModelConfig, attention: Attention, ffn: Ffn) -> dict[s
             "replace_with_linear": attention.kind == "linear",
         },
         "ffn": {
-            "ffn_mult": ffn_mult(width, config.hidden_size) if width else None,
-            "intermediate_size": width,
+            "ffn_mult": multiplier,
+            **exact,
             "no_op": ffn.kind == "no_op",
             "replace_with_linear": ffn.kind == "linear",
         },
@@ -185,11 +224,9 @@ def to_nemotron_nas(
 ) -> dict[str, Any]:
     """config.json of a child in the nemotron-nas form (RUNTIMES.md).
 
-    Each FFN carries its exact `intermediate_size`, which our class reads; `ffn_mult` only where the engines' formula
-    gives that width.
-    `rope_theta` and `rope_scaling` repeat `rope_parameters` for engines that read the older form.
+    An FFN has `ffn_mult` where the engines' formula gives its width, else its exact `intermediate_size`, which vLLM and
+    our class read: engines that know the formula alone then fail to load it instead of computing another width.
     """
-    scaling = {key: value for key, value in config.rope.items() if key != "rope_theta"}
     return {
         "architectures": [CHILD_ARCHITECTURE],
         "model_type": NEMOTRON_NAS,
@@ -199,6 +236,52 @@ def to_nemotron_nas(
         "num_key_value_heads": None,
         "head_dim": config.head_dim,
         "intermediate_size": None,
+        **_common(config),
+        "attention_bias": config.output_bias,
+        "qkv_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        **special_tokens,
+        "dtype": dtype,
+        "block_configs": [_block_config(config, attention, ffn) for attention, ffn in blocks],
+    }
+
+
+def to_llama(
+    config: ModelConfig, blocks: tuple[int, Attention, Ffn], special_tokens: Mapping[str, Any], dtype: str
+) -> dict[str, Any]:
+    """config.json of a model of so many equal blocks, in the form of its family.
+
+    A parent whose q, k and v alone have biases is a Qwen2; every other one can be said as a Llama or a Mistral.
+    """
+    count, attention, ffn = blocks
+    architecture = "LlamaForCausalLM" if config.architecture not in SUPPORTED else config.architecture
+    if config.qkv_bias and not config.output_bias:
+        architecture = "Qwen2ForCausalLM"
+    own: dict[str, dict[str, Any]] = {
+        "LlamaForCausalLM": {"attention_bias": config.output_bias, "mlp_bias": config.mlp_bias},
+        "MistralForCausalLM": {"sliding_window": None},
+        "Qwen2ForCausalLM": {"use_sliding_window": False},
+    }
+    return {
+        "architectures": [architecture],
+        "model_type": architecture.removesuffix("ForCausalLM").lower(),
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": count,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": ffn.intermediate_size,
+        **_common(config),
+        **own[architecture],
+        **special_tokens,
+        "dtype": dtype,
+    }
+
+
+def _common(config: ModelConfig) -> dict[str, Any]:
+    """Fields that every form has; `rope_theta` and `rope_scaling` repeat `rope_parameters` for older readers."""
+    scaling = {key: value for key, value in config.rope.items() if key != "rope_theta"}
+    return {
         "vocab_size": config.vocab_size,
         "hidden_act": config.activation,
         "rms_norm_eps": config.rms_norm_eps,
@@ -206,13 +289,7 @@ def to_nemotron_nas(
         "rope_parameters": config.rope,
         "rope_theta": config.rope["rope_theta"],
         "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
-        "attention_bias": config.output_bias,
-        "qkv_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": config.tie_embeddings,
-        **special_tokens,
-        "dtype": dtype,
-        "block_configs": [_block_config(config, attention, ffn) for attention, ffn in blocks],
     }
 
 
@@ -255,22 +332,51 @@ def from_nemotron_nas(config: Mapping[str, Any], where: str) -> tuple[ModelConfi
     return geometry, blocks
 
 
+def from_config_json(raw: Any, where: str) -> tuple[ModelConfig, list[tuple[Attention, Ffn]]]:
+    """Geometry and blocks of a nemotron-nas, Llama, Mistral or Qwen2 config.json; `where` is named in errors.
+
+    Raises:
+        InputError: it is of another kind, or wrong.
+    """
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(raw).__name__}")
+    if "block_configs" in raw or CHILD_ARCHITECTURE in (raw.get("architectures") or []):
+        return from_nemotron_nas(raw, where)
+    config = ModelConfig.from_hf(raw, where)
+    own = (Attention("gqa", config.num_kv_heads), Ffn("gated", config.intermediate_size))
+    return config, [own] * config.num_blocks
+
+
+_BEYOND = ("window_length", "num_sink_tokens", "sparsify", "unshifted_sink", "use_prefill_window_in_sink_attention")
+"""Fields of others' block_configs that change what a block computes, and that no runtime named here reads."""
+
+
 def _attention_from(attention: Mapping[str, Any], num_heads: int) -> Attention:
+    _refuse_beyond(attention)
     if attention.get("no_op"):
         return Attention("no_op")
     if attention.get("replace_with_linear"):
         return Attention("linear")
     group = int(attention["n_heads_in_group"])
-    if num_heads % group:
+    if group <= 0 or num_heads % group:
         raise ValueError(f"n_heads_in_group {group} does not divide {num_heads} heads")
     return Attention("gqa", num_heads // group)
 
 
+def _refuse_beyond(half: Mapping[str, Any]) -> None:
+    if found := [key for key in _BEYOND if half.get(key)]:
+        raise ValueError(f"{', '.join(found)} is set, which is not supported")
+
+
 def _ffn_from(ffn: Mapping[str, Any], hidden_size: int) -> Ffn:
+    _refuse_beyond(ffn)
     if ffn.get("no_op"):
         return Ffn("no_op")
     if ffn.get("replace_with_linear"):
         return Ffn("linear")
     exact = ffn.get("intermediate_size")
     base = int(exact) if exact else int(2 * float(ffn["ffn_mult"]) * hidden_size / 3)
-    return Ffn("gated", base if exact else -(-base // _FFN_MULTIPLE) * _FFN_MULTIPLE)
+    width = base if exact else -(-base // _FFN_MULTIPLE) * _FFN_MULTIPLE
+    if width <= 0:
+        raise ValueError(f"an FFN of width {width}")
+    return Ffn("gated", width)

@@ -62,31 +62,3 @@ class Parent:
         norm = self.checkpoint.tensor(NORM).to(device, dtype)
         head = embedding if self.config.tie_embeddings else self.checkpoint.tensor(LM_HEAD).to(device, dtype)
         return embedding, norm, head
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a parent of this geometry must have."""
-    hidden, width = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    linears = {
-        "self_attn.q_proj": (queries, hidden, config.qkv_bias),
-        "self_attn.k_proj": (keys, hidden, config.qkv_bias),
-        "self_attn.v_proj": (keys, hidden, config.qkv_bias),
-        "self_attn.o_proj": (hidden, queries, config.output_bias),
-        "mlp.gate_proj": (width, hidden, config.mlp_bias),
-        "mlp.up_proj": (width, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, width, config.mlp_bias),
-    }
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
-    for block_index in range(config.num_blocks):
-        prefix = f"model.layers.{block_index}"
-        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-        for name, (rows, columns, bias) in linears.items():
-            shapes[f"{prefix}.{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}.{name}.bias"] = (rows,)
-    shapes[NORM] = (hidden,)
-    if not config.tie_embeddings:
-        shapes[LM_HEAD] = (config.vocab_size, hidden)
-    return shapes

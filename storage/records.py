@@ -33,6 +33,7 @@ Metric = Literal[
     "time_per_token_ms",
 ]
 Runtime = Literal["vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx-lm"]
+ExportFormat = Literal["nemotron-nas", "padded-llama", "plain", "gguf-f32", "gguf-f16", "gguf-bf16", "gguf-q8_0"]
 
 ANY_VARIANT = "parent"
 """`CostRow.variant` of the components that no child changes: embedding, head, step."""

@@ -4,9 +4,7 @@ Out: children/<target>/throughput.parquet (a row per model, phase, scenario, bat
 It is the only stage with a clock: the bytes of its table differ from run to run. Nothing that makes a child reads it.
 """
 
-import contextlib
 import itertools
-import shutil
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +18,6 @@ from tqdm import tqdm
 
 from storage.checkpoints import Checkpoint, read_blocks
 from storage.files import InputError, read_json
-from storage.gguf_child import FileType, write_gguf
 from storage.model_config import ModelConfig
 from storage.params import Params
 from storage.parent import Parent
@@ -29,18 +26,15 @@ from storage.records import Architecture, Attention, Ffn, Precision, Replacement
 from storage.tables import read_costs, read_throughput, read_timings_or_costs, write_throughput
 from storage.targets import SPEED_METRICS
 from tasks.engines import llamacpp
+from tasks.gguf_files import FORMAT, PARENT, gguf_of
 from tasks.puzzle.child import DeciLMForCausalLM, build
 from tasks.puzzle.costs import ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
 from tasks.puzzle.engine_model import TENSORRT_LLM
 from tasks.puzzle.hardware import check_precision, device_named
-from tasks.puzzle.runtimes import reasons_against
 from tasks.puzzle.throughput import best_modelled, predict, throughput_tables
 from tasks.puzzle.timing import ENGINE, Workload, machine, software, spread, time_models
 from tasks.puzzle.variants import parent_attention, parent_blocks, parent_ffn
-
-_FILE_TYPE: FileType = "F16"
-"""Of the matrices that llama.cpp is timed with."""
 
 
 @task(cache_policy=NO_CACHE)
@@ -113,42 +107,25 @@ def measure_throughput(target: str, params: Params, paths: Paths) -> list[Throug
     limits = _speed_limits(target, paths)
     engines = dict.fromkeys([*settings.engines, *limits])
     if llamacpp.ENGINE in engines:
-        _check_llamacpp(target, blocks["child"], Parent(paths.parent).config, settings.measured_scenarios)
+        _check_llamacpp(Parent(paths.parent).config, settings.measured_scenarios)
+        _exported(target, paths)
     rows: list[ThroughputRow] = []
-    with _scratch(paths.root / "gguf" / target) as scratch:
-        for engine in engines:
-            held = limits.get(engine, [])
-            here = _here(engine, device, threads, [one["hardware"] for one in held], params.measure_costs.timings)
-            timed = _timer(engine, target, params, paths, device, scratch)
-            points = dict.fromkeys(itertools.product(settings.measured_scenarios, settings.batches))
-            points |= dict.fromkeys((one["scenario"], one["batch"]) for one in held)
-            for scenario, batch in tqdm(points, desc=f"measure in {engine}", unit="setting", disable=None):
-                setting = Setting(here.predictor or here.machine, engine, here.precision, 1, scenario, batch)
-                for model, rounds in timed(Workload.of(scenario, batch)).items():
-                    rows += _measured_rows(here, model, setting, rounds, predict(costs, blocks[model], setting))
+    for engine in engines:
+        held = limits.get(engine, [])
+        here = _here(engine, device, threads, [one["hardware"] for one in held], params.measure_costs.timings)
+        timed = _timer(engine, target, params, paths, device)
+        points = dict.fromkeys(itertools.product(settings.measured_scenarios, settings.batches))
+        points |= dict.fromkeys((one["scenario"], one["batch"]) for one in held)
+        for scenario, batch in tqdm(points, desc=f"measure in {engine}", unit="setting", disable=None):
+            setting = Setting(here.predictor or here.machine, engine, here.precision, 1, scenario, batch)
+            for model, rounds in timed(Workload.of(scenario, batch)).items():
+                rows += _measured_rows(here, model, setting, rounds, predict(costs, blocks[model], setting))
     return rows
 
 
-@contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """An empty folder that is gone at the end; what a killed run left in it goes first."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_llamacpp(target: str, child: Sequence[Replacement], config: ModelConfig, scenarios: Iterable[str]) -> None:
-    """Raise InputError where llama.cpp is not installed, does not run the child, or a scenario is too long for it."""
+def _check_llamacpp(config: ModelConfig, scenarios: Iterable[str]) -> None:
+    """Raise InputError where llama.cpp is not installed, or a scenario is too long for it."""
     llamacpp.check_installed()
-    for block in child:
-        if reasons := reasons_against("llama.cpp", config, block.first_block, block.attention, block.ffn):
-            raise InputError(
-                f"the child of {target} does not run in llama.cpp ({block.name}: {'; '.join(reasons)}); add it to "
-                f"targets.{target}.runtimes, or take it out of benchmark_throughput.engines"
-            )
     for scenario in scenarios:
         work = Workload.of(scenario, 1)
         if (longest := max(work.input_tokens, work.mean_context) + llamacpp.MARGIN) > config.context:
@@ -158,31 +135,26 @@ def _check_llamacpp(target: str, child: Sequence[Replacement], config: ModelConf
             )
 
 
-def _timer(
-    engine: str, target: str, params: Params, paths: Paths, device: Compute, scratch: Path
-) -> Callable[[Workload], _Rounds]:
-    """What times parent and child in an engine; both are loaded, or written to `scratch` in the engine's form."""
+def _timer(engine: str, target: str, params: Params, paths: Paths, device: Compute) -> Callable[[Workload], _Rounds]:
+    """What times parent and child in an engine: torch as checkpoints, llama.cpp as they were exported."""
     parent, repeats = Parent(paths.parent), params.benchmark_throughput.repeats
-    child = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
     if engine == ENGINE:
+        child = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
         models = parent_and_child(parent, child, device)
         return lambda work: time_models(parent.config, models, work, repeats, device)
-    files = {"parent": scratch / "parent.gguf", "child": scratch / "child.gguf"}
-    own = [(parent_attention(parent.config), parent_ffn(parent.config))] * parent.config.num_blocks
-    _write_gguf(files["parent"], parent.checkpoint, parent.config, own)
-    _write_gguf(files["child"], child, *read_blocks(child))
+    files, threads = _exported(target, paths), params.measure_costs.threads
     return lambda work: llamacpp.time_files(
-        files,
-        llamacpp.Work(work.batch, work.input_tokens, work.mean_context),
-        repeats,
-        params.measure_costs.threads,
+        files, llamacpp.Work(work.batch, work.input_tokens, work.mean_context), repeats, threads
     )
 
 
-def _write_gguf(
-    path: Path, checkpoint: Checkpoint, config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]]
-) -> None:
-    write_gguf(path, config, blocks, lambda name: checkpoint.tensor(name).float().numpy(), _FILE_TYPE)
+def _exported(target: str, paths: Paths) -> dict[str, Path]:
+    """GGUF files of parent and child, of the same precision.
+
+    Raises:
+        InputError: one of them is not there.
+    """
+    return {"parent": gguf_of(PARENT, FORMAT, paths).path, "child": gguf_of(target, FORMAT, paths).path}
 
 
 def _speed_limits(target: str, paths: Paths) -> dict[str, list[dict[str, Any]]]:

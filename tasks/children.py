@@ -92,7 +92,7 @@ def _write_rest(
         architecture,
         parent.info,
         hashes,
-        refusals(parent.config, variants),
+        {name: [one.text for one in found] for name, found in refusals(parent.config, variants).items()},
         training,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from storage.files import read_json
-from storage.model_config import ModelConfig, from_nemotron_nas
+from storage.model_config import from_config_json
 from storage.records import Precision
 from tasks.puzzle.engine_model import BATCHES, DEGREES, TENSORRT_LLM, Estimate, Model, best_estimate
 from tasks.puzzle.hardware import check_precision, device_named
-from tasks.puzzle.variants import parent_attention, parent_ffn
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,8 @@ def estimate_throughput(config_json: Path, asked: Asked) -> dict[str, Any]:
 
 def read_model(config_json: Path) -> Model:
     """A Llama-like config.json, or one of the nemotron-nas form, whose blocks may all differ."""
-    found = read_json(config_json, "the download")
-    if isinstance(found, dict) and "block_configs" in found:
-        config, blocks = from_nemotron_nas(found, str(config_json))
-        return Model(config, tuple(blocks))
-    config = ModelConfig.from_hf(found, str(config_json))
-    return Model(config, ((parent_attention(config), parent_ffn(config)),) * config.num_blocks)
+    config, blocks = from_config_json(read_json(config_json, "the download"), str(config_json))
+    return Model(config, tuple(blocks))
 
 
 def _told(found: Estimate) -> dict[str, Any]:

@@ -8,6 +8,7 @@ sequence, for paired comparisons).
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -30,8 +31,9 @@ from storage.paths import Paths
 from storage.records import Architecture, Attention, Replacement, ThroughputRow, Weights
 from storage.tables import read_throughput
 from storage.targets import SPEED_METRICS
+from tasks.export_quality import export_quality, last_hidden
+from tasks.gguf_files import gguf_files
 from tasks.puzzle.blocks import Block
-from tasks.puzzle.boundaries import boundaries
 from tasks.puzzle.costs import ModelSizes, ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
 from tasks.puzzle.evaluation import SequenceQuality, paired_difference, per_sequence, summarise
@@ -68,7 +70,7 @@ def measure_quality(sequences: range, target: str, params: Params, paths: Paths)
     models: Models = {"parent": last}
     for name, folder in (("assembled", paths.assembled(target)), ("distilled", paths.distilled(target))):
         rebuild = f"dvc repro {'assemble' if name == 'assembled' else 'distill'}_child@{target}"
-        models[name] = _last_hidden(Checkpoint(folder, rebuild), tokens, device)
+        models[name] = last_hidden(Checkpoint(folder, rebuild), tokens, device)
     if sequences[0] < params.evaluate_child.baseline_tokens // params.prepare_corpus.seq_len:
         models |= _baselines(target, tokens, device, paths)
     _, norm, lm_head = parent.outside(device.device, device.dtype)
@@ -78,13 +80,23 @@ def measure_quality(sequences: range, target: str, params: Params, paths: Paths)
     return {name: per_sequence(one) for name, one in zip(models, losses, strict=True)}
 
 
-def _last_hidden(checkpoint: Checkpoint, tokens: Tensor, device: Compute) -> Tensor:
-    """A child's hidden states before the final norm, block by block from its checkpoint."""
-    config, blocks = read_blocks(checkpoint)
-    embedding = checkpoint.tensor(EMBEDDING).to(device.device, device.dtype)
-    lazily = ((*blocks[i], checkpoint.block(i, device.device, device.dtype)) for i in range(config.num_blocks))
-    *_, last = boundaries(config, embedding, lazily, tokens, len(tokens))
-    return last
+def exported_files(target: str, params: Params, paths: Paths) -> list[tuple[str, Path]]:
+    """The child's GGUF files with their formats; none where params ask for no tokens to compare on."""
+    return list(gguf_files(target, paths.exports(target)).items()) if params.evaluate_child.export_tokens else []
+
+
+@task(cache_policy=NO_CACHE)
+def measure_export(piece: tuple[str, Path], target: str, params: Params, paths: Paths) -> tuple[str, dict[str, float]]:
+    """How far an exported GGUF is from the distilled child, as llama.cpp computes it.
+
+    Raises:
+        InputError: llama.cpp is not installed, a file is missing or damaged.
+    """
+    name, file = piece
+    count = params.evaluate_child.export_tokens // params.prepare_corpus.seq_len
+    tokens = torch.from_numpy(read_sequences(paths.corpus, "validation", 0, count)).long()
+    child = Checkpoint(paths.distilled(target), f"dvc repro distill_child@{target}")
+    return name, export_quality(file, child, tokens, params.run)
 
 
 def _baselines(target: str, tokens: Tensor, device: Compute, paths: Paths) -> Models:
@@ -115,8 +127,14 @@ def _read_baselines(target: str, paths: Paths) -> dict[str, tuple[tuple[Replacem
 
 
 @task(cache_policy=NO_CACHE)
-def write_evaluation(target: str, batches: list[Qualities], params: Params, paths: Paths) -> None:
-    """Join the batches and write evaluation.parquet and evaluation.json."""
+def write_evaluation(
+    target: str,
+    batches: list[Qualities],
+    exports: Sequence[tuple[str, dict[str, float]]],
+    params: Params,
+    paths: Paths,
+) -> None:
+    """Join the batches and write evaluation.parquet and evaluation.json, with the quality of the exports."""
     models = {name: [one for batch in batches for one in batch.get(name, [])] for name in batches[0]}
     rows = [
         {"model": name, "sequence": index, **asdict(one)}
@@ -154,6 +172,7 @@ def write_evaluation(target: str, batches: list[Qualities], params: Params, path
                 for name, sequences in models.items()
                 if name not in ("parent", "assembled")
             },
+            "exports": {"tokens": params.evaluate_child.export_tokens, "formats": dict(exports)},
             "predicted": {"score": chosen["predicted"]["score"], "score_stderr": chosen["predicted"]["score_stderr"]},
             "constraints": constraints,
             "speed": next((speed for speed in speeds if speed), None),

@@ -4,16 +4,17 @@ Shared by search_architecture and search_baselines: the parent's facts, which re
 constraint at its operating point, the problem that the solver gets, and the predicted sizes and speeds of a child.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
 from storage.files import DamagedFileError, InputError, read_json
 from storage.model_config import ModelConfig
-from storage.params import Params, SearchArchitecture
+from storage.params import Params
 from storage.paths import Paths
-from storage.records import Attention, CostRow, Ffn, Replacement, Runtime, ScoreRow, Weights
+from storage.records import Attention, CostRow, ExportFormat, Ffn, Replacement, Runtime, ScoreRow, Weights
+from storage.sections import SearchArchitecture
 from storage.tables import read_costs, read_scores
 from storage.targets import SPEED_METRICS, Constraint, Target
 from tasks.puzzle.bounds import Bound, setting_json
@@ -71,6 +72,21 @@ class Child:
     best: Best[Replacement]
 
 
+_AND_FORMATS = ", and gguf formats out of export_child.formats"
+
+
+def exportable(wanted: Target, formats: Iterable[ExportFormat]) -> Target:
+    """A target that also asks for what the child's exports need: llama.cpp for GGUF, no linear layers for a Llama."""
+    runtimes, allowed = wanted.runtimes, wanted.allowed
+    if "llama.cpp" not in runtimes and any(one.startswith("gguf-") for one in formats):
+        runtimes = (*runtimes, "llama.cpp")
+    if "padded-llama" in formats:
+        attention = tuple(kind for kind in allowed.attention if kind != "linear")
+        ffn = tuple(kind for kind in allowed.ffn if kind != "linear")
+        allowed = allowed.model_copy(update={"attention": attention, "ffn": ffn})
+    return wanted.model_copy(update={"runtimes": runtimes, "allowed": allowed})
+
+
 def solver_settings(section: SearchArchitecture, seed: int) -> Settings:
     """How params ask to solve."""
     return Settings(section.solver, section.relative_gap, section.node_limit, seed)
@@ -94,8 +110,9 @@ class TargetTables:
         Raises:
             InputError: a table is missing or wrong.
         """
-        found, margin = params.target(target), params.search_architecture.speed_margin
-        return cls.of(target, found, _read_parent(paths), read_scores(paths.scores), read_costs(paths.costs), margin)
+        found = exportable(params.target(target), params.export_child.formats)
+        scores, costs = read_scores(paths.scores), read_costs(paths.costs)
+        return cls.of(target, found, _read_parent(paths), scores, costs, params.search_architecture.speed_margin)
 
     @classmethod
     def of(
@@ -285,7 +302,7 @@ class TargetTables:
             if always:
                 raise InputError(
                     f"{self.target}: no child of {self.parent.name} runs in {runtime}: {'; '.join(always)}; "
-                    f"take it out of targets.{self.target}.runtimes"
+                    f"take it out of targets.{self.target}.runtimes{_AND_FORMATS if runtime == 'llama.cpp' else ''}"
                 )
         last = len(self.parent.blocks) - 1
         for pin in self.wanted.pins:

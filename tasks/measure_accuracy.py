@@ -19,10 +19,11 @@ from prefect.cache_policies import NO_CACHE
 
 from storage.checkpoints import Checkpoint
 from storage.files import InputError, write_json
-from storage.params import AccuracyTask, Params
+from storage.params import Params
 from storage.parent import REBUILD
 from storage.paths import Paths
 from storage.remote import fetch
+from storage.sections import AccuracyTask
 from tasks.puzzle.accuracy import PARENT, Question, accuracy_table, compare
 from tasks.puzzle.device import compute
 

@@ -116,6 +116,10 @@ def _parent(params: Params, config_json: Path | None, paths: Paths) -> tuple[str
     )
 
 
+_SIZES: dict[str, float] = {"gguf-f32": 2.0, "gguf-q8_0": 17 / 32}
+"""Of an exported form against 16 bit; Q8_0 has 34 bytes for 32 values."""
+
+
 def _share(target: Target) -> float:
     """Block parameters that a child keeps, as far as its limits say."""
     shares = [
@@ -170,6 +174,10 @@ def _work(params: Params, config: ModelConfig) -> Work:
         evaluate_tokens=evaluate.tokens,
         baseline_tokens=evaluate.baseline_tokens,
         num_baselines=4 + params.search_baselines.random_seeds,
+        export_tokens=evaluate.export_tokens,
+        num_ggufs=sum(one.startswith("gguf-") for one in params.export_child.formats),
+        child_export_ratio=sum(_SIZES.get(one, 1.0) for one in params.export_child.formats),
+        parent_export_ratio=sum(_SIZES.get(one, 1.0) for one in params.export_parent.formats),
         benchmark_prefill_tokens=round(prefills),
         benchmark_decode_steps=round(decodes),
     )

@@ -31,12 +31,13 @@ from storage.corpus import (
     write_split,
 )
 from storage.files import InputError, digest_of, sha256, verify
-from storage.params import CorpusSource, Params, PrepareCorpus
+from storage.params import Params
 from storage.parent import REBUILD as REBUILD_PARENT
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.pieces import code_digest
 from storage.remote import expand, fetch, fingerprint
+from storage.sections import CorpusSource, PrepareCorpus
 from tasks.puzzle.corpora import (
     PAGE_CHARS,
     Columns,

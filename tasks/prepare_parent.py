@@ -22,9 +22,9 @@ from transformers import AutoTokenizer
 from storage import gguf, remote
 from storage.checkpoints import CHECKSUMS, Checkpoint, CheckpointWriter
 from storage.files import InputError, digest_of, read_json, write_json
-from storage.model_config import ModelConfig
+from storage.model_config import ModelConfig, expected_shapes
 from storage.params import Params
-from storage.parent import INFO, TOKENIZER_FILES, expected_shapes
+from storage.parent import INFO, TOKENIZER_FILES
 from storage.paths import Paths
 
 SHARD_BYTES = 512 << 20

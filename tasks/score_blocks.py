@@ -22,11 +22,12 @@ from storage.corpus import Tokens, read_sequences
 from storage.files import InputError, digest_of
 from storage.library import Library, channel_order_name, entry_name, whole_name
 from storage.model_config import ModelConfig
-from storage.params import Params, ScoreBlocks
+from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.pieces import Pieces, code_digest
 from storage.records import Attention, Component, Ffn, Replacement, ScoreRow, Weights
+from storage.sections import ScoreBlocks
 from storage.tables import write_scores
 from tasks.activations import Activations, clear
 from tasks.puzzle.device import compute

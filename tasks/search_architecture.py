@@ -13,9 +13,10 @@ from prefect import task
 
 from storage.files import read_json, write_json
 from storage.model_config import ModelConfig
-from storage.params import Params, SearchArchitecture, load_target
+from storage.params import Params, load_target
 from storage.paths import Paths
 from storage.records import Architecture
+from storage.sections import SearchArchitecture
 from storage.tables import read_costs, read_scores
 from tasks.limits import WEIGHTS, Child, ParentFacts, TargetTables, solver_settings
 from tasks.puzzle.bounds import setting_json

@@ -13,10 +13,11 @@ from tqdm import tqdm
 from storage.files import InputError
 from storage.gguf_child import STAND_IN_FFN, write_gguf
 from storage.model_config import ModelConfig
-from storage.params import MeasureCosts, Params
+from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.records import ANY_VARIANT, Attention, Component, Ffn, Precision, TimingRow
+from storage.sections import MeasureCosts
 from storage.tables import read_timings, read_timings_or_costs, write_timings
 from tasks.engines import designs, llamacpp
 from tasks.puzzle.child import DeciLMForCausalLM, build

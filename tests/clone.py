@@ -241,9 +241,12 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             "held_out_tokens": 8 * SEQ_LEN,
             "checkpoint_steps": 2,
         },
+        "export_child": {"formats": ["nemotron-nas", "gguf-f16", "gguf-q8_0"]},
+        "export_parent": {},
         "evaluate_child": {
             "tokens": 12 * SEQ_LEN,
             "baseline_tokens": 6 * SEQ_LEN,
+            "export_tokens": 6 * SEQ_LEN,
             "sequences_per_batch": 5,
         },
         "benchmark_throughput": {"scenarios": ["8/8"], "batches": [1, 2], "repeats": 2},

@@ -47,7 +47,7 @@ def tiny_search_params(
     """Params with one target: its constraints, and `more` of it (pins, allowed, runtimes)."""
     stages = ("run", "prepare_parent", "prepare_corpus", "cache_activations", "distill_blocks", "score_blocks")
     later = ("measure_costs", "search_baselines", "assemble_child", "distill_child", "evaluate_child")
-    last = ("benchmark_throughput", "measure_accuracy", "report")
+    last = ("export_child", "export_parent", "benchmark_throughput", "measure_accuracy", "report")
     raw: dict[str, Any] = {stage: {} for stage in (*stages, *later, *last)}
     raw["search_architecture"] = {"speed_margin": MARGIN, **search_section}
     raw["targets"] = {"like-51b": {"label": "51B-like", "constraints": constraints, **(more or {})}}

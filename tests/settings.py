@@ -48,9 +48,12 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
             "held_out_tokens": 4 * SEQ_LEN,
             "checkpoint_steps": 3,
         },
+        "export_child": {},
+        "export_parent": {},
         "evaluate_child": {
             "tokens": 8 * SEQ_LEN,
             "baseline_tokens": 4 * SEQ_LEN,
+            "export_tokens": 4 * SEQ_LEN,
             "sequences_per_batch": 4,
         },
         "benchmark_throughput": {},

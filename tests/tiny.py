@@ -1,22 +1,28 @@
 """Tiny real parents: random weights of every supported family, saved by transformers itself; a tiny random corpus."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
+from storage.checkpoints import CheckpointWriter
 from storage.corpus import SPLITS, Manifest, Split, content_hash, split_path, write_manifest, write_split
-from storage.files import read_json, sha256
-from storage.model_config import ModelConfig
+from storage.files import read_json, sha256, write_json
+from storage.model_config import ModelConfig, expected_shapes, to_nemotron_nas
+from storage.records import Attention, Ffn
+from tasks.puzzle.child import DeciLMForCausalLM, NemotronNasConfig
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -75,6 +81,37 @@ def save_tiny(family: str, folder: Path, max_shard_size: str = "20KB") -> tuple[
     model = tiny_model(family)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model, ModelConfig.from_hf(read_json(folder / "config.json", "the test"), str(folder))
+
+
+def random_child(config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], seed: int = 1) -> DeciLMForCausalLM:
+    """A child with weights large enough that every subblock changes the logits."""
+    torch.manual_seed(seed)
+    model = DeciLMForCausalLM(NemotronNasConfig(**to_nemotron_nas(config, blocks, {}, "float32")))
+    for key, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, 1.0 if "norm" in key else 0.0, 0.1)
+    return model
+
+
+def save_child(folder: Path, config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]]) -> DeciLMForCausalLM:
+    """A random child as a checkpoint folder of this project, with a byte-level tokenizer of 259 tokens."""
+    model = random_child(config, blocks)
+    folder.mkdir(parents=True)
+    tensors = {name: one for name, one in model.state_dict().items() if name in expected_shapes(config, blocks)}
+    writer = CheckpointWriter(folder, 40_000)
+    for name, tensor in tensors.items():
+        writer.add({name: tensor})
+    writer.finish()
+    special = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    write_json(folder / "config.json", to_nemotron_nas(config, blocks, special, "float32"))
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>", "<pad>"]
+    tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(words[-3:])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(folder)
+    (folder / "LICENSE").write_text("The tiny licence.\n", encoding="utf-8")
+    return model
 
 
 def flip_byte(path: Path, position: int = -1) -> None:

@@ -1,18 +1,23 @@
 """llama.cpp in this process (extra `llamacpp`: xllamacpp, a wheel with a prebuilt llama.cpp), timed.
 
-In: a GGUF file, threads, sequences at once, their context in tokens. Out: milliseconds of prefill and of a decode step.
-Its server runs in threads of this process, on a port of 127.0.0.1 that any client may use as well.
+In: a GGUF file, threads, sequences at once, their context in tokens. Out: milliseconds of prefill and of a decode step;
+answers to conversations, piece by piece. Its server runs in threads of this process, on a port of 127.0.0.1 that any
+client may use as well.
 """
 
+import contextlib
+import http.client
 import importlib
+import json
+import socket
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from storage.files import InputError
 from storage.records import Precision
@@ -20,6 +25,7 @@ from storage.records import Precision
 ENGINE = "llama.cpp"
 PRECISION: Precision = "float16"
 """Of the matrices in the files that are timed, and of llama.cpp's KV cache."""
+_HOST = "127.0.0.1"
 _STEPS = 32
 """Decode steps that one timing is the mean of, at most."""
 MARGIN = _STEPS + 2
@@ -46,21 +52,62 @@ def software() -> str:
     return f"xllamacpp {metadata.version('xllamacpp')}"
 
 
+def check_port(port: int, way_out: str) -> None:
+    """Raise InputError, which names the way out, where a server cannot listen on a port of 127.0.0.1."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_HOST, port))
+        except OSError as error:
+            raise InputError(f"port {port} on {_HOST} cannot be used ({error.strerror}); {way_out}") from error
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What came of a streamed answer: text, and where the answer stands by llama.cpp's own count.
+
+    `tokens` so far, at `tokens_per_s` (0 for the first), behind `prompt_tokens`; `finish` of the last piece: the model
+    ended (stop), or there was no room for more (length).
+    """
+
+    text: str
+    tokens: int
+    tokens_per_s: float
+    prompt_tokens: int
+    finish: Literal["stop", "length"] | None
+
+
 class LlamaCpp:
     """A model that llama.cpp has loaded."""
 
-    def __init__(self, path: Path, threads: int, sequences: int, context: int, *, exact: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        threads: int,
+        sequences: int,
+        context: int,
+        *,
+        exact: bool = False,
+        embeddings: bool = False,
+        name: str | None = None,
+        port: int = 0,
+        quiet: bool = False,
+    ) -> None:
         """Load a model.
 
         Args:
             path: the GGUF file.
             threads: of llama.cpp.
             sequences: to be held at once.
-            context: tokens of each.
+            context: tokens of each; llama.cpp lowers it to what the model was made for.
             exact: a float32 KV cache and no flash attention, to compare numbers; else a 16-bit one, as users have it.
+            embeddings: it gives the hidden state of each token of a text, read whole, instead of answers.
+            name: of the model in the HTTP API; None: the file's.
+            port: to listen on; 0: any that is free.
+            quiet: llama.cpp does not write its errors, which requests and exceptions tell of, to stderr.
 
         Raises:
-            InputError: xllamacpp is not installed, or llama.cpp does not load the file.
+            InputError: xllamacpp is not installed, the port is taken, or llama.cpp does not load the file.
         """
         library = _library()
         params = library.CommonParams()
@@ -71,13 +118,22 @@ class LlamaCpp:
         if exact:
             params.cache_type_k = params.cache_type_v = library.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if embeddings:
+            params.embedding, params.embd_normalize = True, -1
+            params.pooling_type = library.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
+            params.n_batch = params.n_ubatch = context
         params.n_gpu_layers = 0  # rows say that the processor computes
         params.fit_params = params.warmup = False
         params.cache_ram_mib = 0
-        params.verbosity = 1  # errors
+        params.verbosity = 0 if quiet else 1  # 1: errors
+        params.hostnames, params.port = [_HOST], port
+        params.cors_origins = "localhost"  # its default lets any page in the user's browser read conversations
+        if name is not None:
+            params.model_alias = {name}
         try:
             self._server = library.Server(params)
         except Exception as error:  # the binding has no types of its own
+            check_port(port, "choose another one")
             raise InputError(f"llama.cpp does not load {path} ({error}); write it anew") from error
         self.complete([1], 1)  # a server that is let go of before its first request hangs
 
@@ -85,6 +141,50 @@ class LlamaCpp:
     def url(self) -> str:
         """Of its OpenAI HTTP API."""
         return f"{self._server.listening_address}/v1"
+
+    @property
+    def context(self) -> int:
+        """Tokens that each sequence has room for."""
+        with self._asked("GET", "/models") as response:
+            return int(json.load(response)["data"][0]["meta"]["n_ctx"])
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Generator[Piece, None, None]:
+        """Answer a conversation in the chat template of the file, greedily unless the options say else.
+
+        An iterator that is closed before its end, or left by an exception, stops the answer.
+
+        Args:
+            messages: `role` and `content` of each.
+            options: of the HTTP API, such as max_tokens and temperature.
+
+        Raises:
+            InputError: the conversation does not fit the context, or the template does not take it.
+        """
+        asked = {
+            "messages": list(messages),
+            "stream": True,
+            "timings_per_token": True,
+            "temperature": 0.0,
+            "reasoning_format": "none",  # what a model thinks aloud is text as well
+        }
+        with self._asked("POST", "/chat/completions", {**asked, **options}) as response:
+            for line in response:
+                if line.startswith(b"data: {"):
+                    yield _piece(json.loads(line.removeprefix(b"data: ")))
+
+    @contextlib.contextmanager
+    def _asked(self, method: str, path: str, body: Any = None) -> Iterator[http.client.HTTPResponse]:
+        """The answer to a request over HTTP, which ends at once when its connection does (a callback's does not)."""
+        connection = http.client.HTTPConnection(self._server.listening_address.removeprefix("http://"))
+        try:
+            text = None if body is None else json.dumps(body)
+            connection.request(method, f"/v1{path}", text, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            if response.status != http.client.OK:
+                raise InputError(_refusal(json.load(response)["error"]))
+            yield response
+        finally:
+            connection.close()
 
     def complete(self, prompt: Sequence[int], tokens: int, **options: Any) -> dict[str, Any]:
         """Greedy completion of token ids, as the HTTP API answers."""
@@ -117,6 +217,26 @@ class LlamaCpp:
         """Milliseconds of one step of the whole batch, the mean of `steps` behind the prompts that were filled in."""
         answers = self._together(prompts, steps + 1, keep=True)  # the first token comes with the prompt's last
         return statistics.median(float(answer["timings"]["predicted_per_token_ms"]) for answer in answers)
+
+
+def _piece(event: dict[str, Any]) -> Piece:
+    if "error" in event:
+        raise RuntimeError(f"llama.cpp: {event['error']}")
+    (choice,), timings = event["choices"], event.get("timings", {})
+    tokens = timings.get("predicted_n", 0)
+    return Piece(
+        choice["delta"].get("content") or "",
+        tokens,
+        timings["predicted_per_second"] if tokens > 1 else 0.0,  # the first comes with the prompt
+        timings.get("cache_n", 0) + timings.get("prompt_n", 0),
+        choice["finish_reason"],
+    )
+
+
+def _refusal(error: dict[str, Any]) -> str:
+    if error.get("type") == "exceed_context_size_error":
+        return f"the conversation is {error['n_prompt_tokens']} tokens long, more than the context of {error['n_ctx']}"
+    return f"llama.cpp does not take the conversation: {error['message']}"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A tile of 256 tokens x 2,048 words is 2 MB of float32 and stays in a CPU's cache
 it: measured 79 GFLOP/s with log-sum-exp where 128 tokens x the whole vocabulary gave 55 (AVX2, one thread).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,10 @@ from tasks.puzzle.blocks import RMSNorm
 
 CHUNK_TOKENS = 256
 TILE_WORDS = 2_048
+
+
+Projected = tuple[Tensor, Tensor]
+"""Hidden states behind the final norm, [sequences, tokens, hidden], and the LM head, [vocabulary, hidden]."""
 
 
 @dataclass(frozen=True)
@@ -62,35 +66,54 @@ def compare_with_parent(head: Head, tokens: Tensor, parent: Tensor, children: Se
         One TokenLosses for each child. A child equal to the parent has kl exactly 0: both sides round alike.
         The parent's probabilities are computed once for all children.
     """
-    shape = tokens.shape[0], tokens.shape[1] - 1
+    normalised = [head.normalise(hidden[:, :-1]) for hidden in (parent, *children)]
+    return _compare(tokens, [(one, head.weight) for one in normalised], [one[:, :-1] for one in (parent, *children)])
+
+
+def compare_models(tokens: Tensor, parent: Projected, children: Sequence[Projected]) -> list[TokenLosses]:
+    """The same for models that have an LM head each, over one vocabulary.
+
+    Args:
+        tokens: [sequences, tokens] int64.
+        parent: what it is compared with: hidden states behind the final norm, [sequences, tokens, hidden], and the
+            head's weight, [vocabulary, hidden].
+        children: the same for each; the cosine is of hidden states behind the norm.
+    """
+    models = [(hidden[:, :-1], weight) for hidden, weight in (parent, *children)]
+    return _compare(tokens, models, [hidden for hidden, _ in models])
+
+
+def _compare(tokens: Tensor, models: Sequence[Projected], hidden: Sequence[Tensor]) -> list[TokenLosses]:
+    """Losses of models[1:] against models[0]; `hidden` is what cosines are of."""
     target = tokens[:, 1:].reshape(-1, 1)
-    rows = [head.normalise(hidden[:, :-1]).flatten(0, 1) for hidden in (parent, *children)]
+    rows, weights = [one.flatten(0, 1) for one, _ in models], [weight for _, weight in models]
     chunks = [
-        _compare_chunk(head.weight, target[chunk], [row[chunk] for row in rows])
+        _compare_chunk(weights, target[chunk], [row[chunk] for row in rows])
         for chunk in (slice(start, start + CHUNK_TOKENS) for start in range(0, len(target), CHUNK_TOKENS))
     ]
-    losses = torch.cat(chunks, dim=-1).cpu().view(len(children), 3, *shape)
-    wide = parent[:, :-1].float()
-    cosines = [functional.cosine_similarity(child[:, :-1].float(), wide, dim=-1).cpu() for child in children]
+    losses = torch.cat(chunks, dim=-1).cpu().view(len(models) - 1, 3, tokens.shape[0], tokens.shape[1] - 1)
+    wide, *others = (one.float() for one in hidden)
+    cosines = [functional.cosine_similarity(one, wide, dim=-1).cpu() for one in others]
     return [TokenLosses(one[0], one[1], one[2], cosine) for one, cosine in zip(losses, cosines, strict=True)]
 
 
-def _compare_chunk(weight: Tensor, target: Tensor, rows: Sequence[Tensor]) -> Tensor:
+def _compare_chunk(weights: Sequence[Tensor], target: Tensor, rows: Sequence[Tensor]) -> Tensor:
     """KL, LM loss and top-1 of rows[1:] against rows[0], [children, 3, tokens]; target [tokens, 1]."""
     parent = _Sums(rows[0])
     likeliest = torch.zeros_like(target)
-    for start, tile in _tiles(weight):
-        logits = functional.linear(rows[0], tile).float()
+    tiles = range(0, len(weights[0]), TILE_WORDS)
+    for start in tiles:
+        logits = _logits(rows[0], weights[0], start)
         top = logits.max(-1, keepdim=True)
         likeliest = torch.where(top.values > parent.highest, top.indices + start, likeliest)
         parent.add(logits)
     parent_normaliser = parent.log_normaliser()
     sums = [_Sums(row) for row in rows]
-    for start, tile in _tiles(weight):
-        reference = functional.linear(rows[0], tile).float()
+    for start in tiles:
+        reference = _logits(rows[0], weights[0], start)
         probability = (reference - parent_normaliser).exp_()
-        for one, row in zip(sums, rows, strict=True):
-            logits = reference if row is rows[0] else functional.linear(row, tile).float()
+        for one, row, weight in zip(sums, rows, weights, strict=True):
+            logits = reference if row is rows[0] else _logits(row, weight, start)
             one.add(logits)
             one.expected += torch.linalg.vecdot(probability, logits)[:, None]
             one.at_target += _picked(logits, start, target)
@@ -103,9 +126,9 @@ def _compare_chunk(weight: Tensor, target: Tensor, rows: Sequence[Tensor]) -> Te
     return torch.stack(losses).mT
 
 
-def _tiles(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Slices of the head with the first word of each."""
-    return ((start, weight[start : start + TILE_WORDS]) for start in range(0, len(weight), TILE_WORDS))
+def _logits(rows: Tensor, weight: Tensor, start: int) -> Tensor:
+    """Of a tile of the vocabulary that begins at `start`, [tokens, words] float32."""
+    return functional.linear(rows, weight[start : start + TILE_WORDS]).float()
 
 
 class _Sums:

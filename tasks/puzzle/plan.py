@@ -65,6 +65,10 @@ class Work:
     evaluate_tokens: int
     baseline_tokens: int
     num_baselines: int
+    export_tokens: int
+    num_ggufs: int
+    child_export_ratio: float
+    parent_export_ratio: float
     benchmark_prefill_tokens: int
     benchmark_decode_steps: int
 
@@ -106,6 +110,7 @@ class Planner:
         yield self._bld()
         yield self._score()
         yield self._estimate("measure_costs")
+        yield self._export("export_parent", self._work.parent_export_ratio * self._parent_bytes)
         for target in targets:
             yield self._estimate(f"search_architecture@{target}", starts=0.6)
         for target in targets:
@@ -115,6 +120,8 @@ class Planner:
             yield self._estimate(f"assemble_child@{target}", moved=3 * size, disk=size)
         for target, share in targets.items():
             yield self._gkd(target, share)
+        for target, share in targets.items():
+            yield self._export(f"export_child@{target}", self._work.child_export_ratio * self._child_bytes(share))
         for target, share in targets.items():
             yield self._benchmark(target, share)
         for target, share in targets.items():
@@ -301,9 +308,15 @@ class Planner:
             f"evaluate_child@{target}",
             blocks=(2 * work.evaluate_tokens + baselines) * blocks,
             head=(4 * work.evaluate_tokens + baselines) * self._head,
+            float32=work.num_ggufs * work.export_tokens * (2 * blocks + 4 * self._head),
             memory=work.compute_bytes * (self._outside + work.workers * 3 * self._block_params),
             moved=4 * self._child_bytes(share),
         )
+
+    def _export(self, stage: str, size: float) -> Estimate:
+        """Tensors are read for each form, written, and hashed; a tensor is there in 16 bit and once more encoded."""
+        embedding = 4.0 * self._config.hidden_size * self._config.vocab_size
+        return self._estimate(stage, moved=3 * size, memory=self._work.workers * embedding, disk=size)
 
     def _benchmark(self, target: str, share: float) -> Estimate:
         config, work = self._config, self._work

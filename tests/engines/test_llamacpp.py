@@ -3,22 +3,25 @@
 import asyncio
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from storage.files import InputError
 from storage.gguf import embedded_parent
 from storage.gguf_child import write_gguf
-from storage.model_config import to_nemotron_nas
+from storage.model_config import ModelConfig
 from storage.records import Attention, Ffn
 from tasks.benchmark_server import Load, Server, benchmark_servers, serving_text
 from tasks.engines.client import Endpoint, load, models
 from tasks.engines.llamacpp import LlamaCpp, Work, time_files
-from tasks.puzzle.child import DeciLMForCausalLM, NemotronNasConfig
-from tests.tiny import save_tiny
+from tasks.puzzle.runtimes import refusals
+from tests.tiny import FAMILIES, LLAMA3_ROPE, random_child, save_tiny
 
 NO_ATTENTION, LINEAR, NO_FFN = Attention("no_op"), Attention("linear"), Ffn("no_op")
 FULL, ONE = Attention("gqa", 2), Attention("gqa", 1)
@@ -36,25 +39,64 @@ LOG_PROBABILITY_ERROR = 1.3e-3
 """The most that RUNTIMES.md found in float32; usual is a quarter of it."""
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("name", CHILDREN)
-def test_it_computes_what_torch_computes(name: str, family: str, tmp_path: Path) -> None:
-    _, config = save_tiny(family, tmp_path / "parent")
-    blocks = CHILDREN[name]
-    torch.manual_seed(1)
-    model = DeciLMForCausalLM(NemotronNasConfig(**to_nemotron_nas(config, blocks, {}, "float32")))
-    for key, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, 1.0 if "norm" in key else 0.0, 0.1)
+def check_parity(config: ModelConfig, blocks: Blocks, folder: Path, tokens: int = 24) -> None:
+    """The 20 likeliest next tokens of llama.cpp have torch's log-probabilities."""
+    model = random_child(config, blocks)
     tensors = model.state_dict()
-    write_gguf(tmp_path / "child.gguf", config, blocks, lambda key: tensors[key].numpy(), "F32")
-    engine = LlamaCpp(tmp_path / "child.gguf", threads=1, sequences=1, context=64, exact=True)
-    prompt = torch.randint(config.vocab_size, (1, 24))
+    write_gguf(folder / "child.gguf", config, blocks, lambda key: iter([tensors[key].numpy()]), "F32")
+    engine = LlamaCpp(folder / "child.gguf", threads=1, sequences=1, context=2 * tokens, exact=True)
+    prompt = torch.randint(config.vocab_size, (1, tokens))
     with torch.inference_mode():
         wanted = torch.log_softmax(model(input_ids=prompt).logits[0, -1], -1)
     found = engine.complete(prompt[0].tolist(), 1, logprobs=20)["choices"][0]["logprobs"]["content"][0]
     assert len(found["top_logprobs"]) == 20
     for token in found["top_logprobs"]:
         assert token["logprob"] == pytest.approx(wanted[token["id"]].item(), abs=LOG_PROBABILITY_ERROR)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", CHILDREN)
+def test_it_computes_what_torch_computes(name: str, family: str, tmp_path: Path) -> None:
+    _, config = save_tiny(family, tmp_path / "parent")
+    check_parity(config, CHILDREN[name], tmp_path)
+
+
+_ROPES: list[dict[str, Any]] = [
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 64, "beta_fast": 16.0, "beta_slow": 2.0},
+    LLAMA3_ROPE,
+]
+
+
+@pytest.mark.parametrize("name", ["alike", "kv heads and widths", "stand-ins at both ends"])
+@pytest.mark.parametrize("rope", _ROPES)
+def test_scaled_rotary_positions(rope: dict[str, Any], name: str, tmp_path: Path) -> None:
+    """Over 100 tokens, beyond what the position scaling calls the original context."""
+    _, config = save_tiny("llama", tmp_path / "parent")
+    config = replace(config, rope={"rope_theta": 10000.0, **rope}, context=128)
+    check_parity(config, CHILDREN[name], tmp_path, tokens=100)
+
+
+_ANY_ATTENTION = st.sampled_from([FULL, ONE, Attention("gqa", 4), LINEAR, NO_ATTENTION])
+_ANY_FFN = st.sampled_from([WIDE, NARROW, Ffn("gated", 33), NO_FFN])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    blocks=st.lists(st.tuples(_ANY_ATTENTION, _ANY_FFN), min_size=1, max_size=7),
+    family=st.sampled_from(FAMILIES),
+)
+def test_random_architectures(blocks: Blocks, family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whatever the rules say that llama.cpp runs it computes right, and what they refuse is not written."""
+    folder = tmp_path_factory.mktemp("random")
+    _, config = save_tiny(family, folder / "parent")
+    if reasons := refusals(config, blocks)["llama.cpp"]:
+        assert [one.reason for one in reasons] == ["it loads no model without kv heads"]
+        with pytest.raises(InputError, match="no block has an attention with kv heads"):
+            write_gguf(folder / "child.gguf", config, blocks, None, "F32")
+        return
+    check_parity(config, blocks, folder)
 
 
 def test_a_damaged_file_is_one_error(tmp_path: Path) -> None:

@@ -61,6 +61,10 @@ WORK = Work(
     evaluate_tokens=4,
     baseline_tokens=0,
     num_baselines=0,
+    export_tokens=4,
+    num_ggufs=0,
+    child_export_ratio=1.5,
+    parent_export_ratio=1.0,
     benchmark_prefill_tokens=8,
     benchmark_decode_steps=0,
 )
@@ -124,7 +128,16 @@ def test_bytes_by_hand() -> None:
     assert found["cache_activations"].disk_bytes == 4 * 24 * 8 * 2  # boundaries, tokens, hidden, bfloat16
     assert found["distill_blocks"].disk_bytes == 3 * (3 * 8 * 8) * 4
     params = 3 * (4 * 64 + 3 * 128 + 2 * 8) + 80
-    assert found["prepare_parent"].disk_bytes == 2 * params
+    assert found["prepare_parent"].disk_bytes == found["export_parent"].disk_bytes == 2 * params
+    assert found["export_child@t"].disk_bytes == 1.5 * 2 * params
+
+
+def test_exported_ggufs_are_compared_in_float32_by_hand() -> None:
+    """Four tokens of each of two files: torch's blocks and llama.cpp's, the head of both twice."""
+    rates = replace(RATES, block_flops=1e30, head_flops=1e30, float32_flops=1.0)
+    found = estimates(replace(WORK, num_ggufs=2), rates)["evaluate_child@t"].seconds
+    head = 2 * CONFIG.hidden_size * CONFIG.vocab_size
+    assert found == pytest.approx(2 * 4 * (2 * 3 * BLOCK + 4 * head))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +149,8 @@ def test_bytes_by_hand() -> None:
         ("initial_score_tokens", {"score_blocks"}),
         ("gkd_tokens", {"distill_child@t"}),
         ("evaluate_tokens", {"evaluate_child@t"}),
+        ("num_ggufs", {"evaluate_child@t"}),
+        ("child_export_ratio", {"export_child@t"}),
         ("benchmark_decode_steps", {"benchmark_throughput@t"}),
     ],
 )

@@ -1,6 +1,9 @@
 """Which layers a child's blocks become in a GGUF, by hand (RUNTIMES.md); tests/engines run them in llama.cpp."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,9 +11,13 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from storage.files import InputError
-from storage.gguf_child import Layer, layers, write_gguf
+from storage.gguf_child import FileType, Layer, layers, write_gguf
+from storage.model_config import expected_shapes
 from storage.records import Attention, Ffn
 from tests.tiny import save_tiny
 
@@ -69,7 +76,7 @@ def test_the_files_tensors_are_the_checkpoints(tmp_path: Path) -> None:
     model, config = save_tiny("llama", tmp_path / "parent")
     tensors = model.state_dict()
     blocks = [(FULL, WIDE)] * 3
-    write_gguf(tmp_path / "child.gguf", config, blocks, lambda name: tensors[name].numpy(), "F16")
+    write_gguf(tmp_path / "child.gguf", config, blocks, lambda name: iter([tensors[name].numpy()]), "F16")
     reader = GGUFReader(tmp_path / "child.gguf")
     assert reader.fields["general.architecture"].contents() == "llama"
     found = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
@@ -82,10 +89,68 @@ def test_the_files_tensors_are_the_checkpoints(tmp_path: Path) -> None:
     assert len(found) == 2 + 9 * 3
 
 
-def test_scaled_rotary_positions_are_refused_and_leave_no_file(tmp_path: Path) -> None:
-    model, config = save_tiny("llama3-untied-head_dim-bias", tmp_path / "parent")
-    with pytest.raises(InputError, match=r"rotary positions are scaled \(llama3\), which is not written to GGUF yet"):
-        write_gguf(
-            tmp_path / "a.gguf", config, [(FULL, WIDE)] * 3, lambda name: model.state_dict()[name].numpy(), "F32"
-        )
-    assert not (tmp_path / "a.gguf").exists()
+def test_llama3_rotary_factors_are_those_of_the_reference(tmp_path: Path) -> None:
+    """The file's factors divide the unscaled frequencies; transformers' own scaled ones are the reference."""
+    _, config = save_tiny("llama3-untied-head_dim-bias", tmp_path / "parent")
+    write_gguf(tmp_path / "a.gguf", config, [(FULL, WIDE)] * 3, None, "F32")
+    found = next(one.data for one in GGUFReader(tmp_path / "a.gguf").tensors if one.name == "rope_freqs.weight")
+    plain = 1.0 / config.rope["rope_theta"] ** (np.arange(0, config.head_dim, 2) / config.head_dim)
+    of_rotary: dict[str, Any] = {"head_dim": config.head_dim, "rope_parameters": config.rope}
+    of_rotary["max_position_embeddings"] = config.context
+    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](PreTrainedConfig(**of_rotary))
+    assert found == pytest.approx(plain / wanted.numpy(), rel=1e-6)  # float32
+    assert found.min() == 1.0 < found.max() == 8.0  # pairs that turn fast, and slow ones
+
+
+@pytest.mark.parametrize(
+    ("file_type", "error"), [("F16", 2**-11), ("BF16", 2**-8), ("Q8_0", 1 / 254 + 2**-11), ("F32", 0.0)]
+)
+def test_matrices_are_rounded_as_the_type_says(file_type: FileType, error: float, tmp_path: Path) -> None:
+    """Relative to the value (F16 and BF16: half a unit in the last place), or to the largest of 32
+    (Q8_0: half a step of 127, and a scale in F16)."""
+    _, config = save_tiny("llama", tmp_path / "parent")
+    config = replace(config, hidden_size=64)
+    draw = np.random.default_rng(0)
+    shapes = expected_shapes(config)
+    tensors = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+    def rows(name: str) -> Iterator[NDArray[np.float32]]:
+        return (tensors[name][at : at + 7] for at in range(0, len(tensors[name]), 7))
+
+    write_gguf(tmp_path / "a.gguf", config, [(FULL, Ffn("gated", 96))] * 3, rows, file_type)
+    write_gguf(tmp_path / "b.gguf", config, [(FULL, Ffn("gated", 96))] * 3, lambda key: iter([tensors[key]]), file_type)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()  # in rows, or whole
+    found = {one.name: dequantize(one.data, one.tensor_type) for one in GGUFReader(tmp_path / "a.gguf").tensors}
+    wanted = tensors["model.layers.1.mlp.up_proj.weight"]
+    scale = np.abs(wanted)
+    if file_type == "Q8_0":
+        scale = np.repeat(scale.reshape(96, 2, 32).max(-1), 32).reshape(96, 64)
+    assert np.all(np.abs(found["blk.1.ffn_up.weight"] - wanted) <= error * scale * 1.001)
+    assert np.array_equal(found["output_norm.weight"], tensors["model.norm.weight"])
+
+
+def test_rows_that_q8_0_cannot_divide_are_f16(tmp_path: Path) -> None:
+    _, config = save_tiny("llama", tmp_path / "parent")  # hidden size 48
+    write_gguf(tmp_path / "a.gguf", config, [(FULL, WIDE)] * 3, None, "Q8_0")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "a.gguf").tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "Q8_0"  # rows of 96
+    assert kinds["blk.0.ffn_up.weight"] == kinds["token_embd.weight"] == "F16"
+    assert kinds["blk.0.ffn_norm.weight"] == "F32"
+
+
+def test_what_a_file_cannot_say_is_refused_and_leaves_none(tmp_path: Path) -> None:
+    model, config = save_tiny("llama", tmp_path / "parent")
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "mscale": 2.0,
+    }
+    with pytest.raises(InputError, match=r"\(yarn\) set mscale, which GGUF does not say; leave the gguf formats out"):
+        write_gguf(tmp_path / "a.gguf", replace(config, rope=yarn), [(FULL, WIDE)] * 3, None, "F32")
+    tensors = model.state_dict()
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
+    with pytest.raises(InputError, match=r"blk.1.ffn_up.weight has a weight beyond F16; export it as gguf-bf16"):
+        write_gguf(tmp_path / "a.gguf", config, [(FULL, WIDE)] * 3, lambda key: iter([tensors[key].numpy()]), "F16")
+    assert not list(tmp_path.glob("a.gguf*"))

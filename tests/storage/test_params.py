@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from storage.files import InputError
-from storage.params import BenchmarkThroughput, Params, load, parse, parse_section
+from storage.params import Params, load, parse, parse_section
+from storage.sections import BenchmarkThroughput
 from tests.settings import SEQ_LEN, tiny_params, tiny_values
 
 

@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from storage.checkpoints import CheckpointWriter
 from storage.files import DamagedFileError, InputError, read_json, write_json
 from storage.model_config import EMBEDDING, NORM, to_nemotron_nas
-from storage.params import AccuracyTask, Params
+from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.records import Attention, Ffn, Replacement
+from storage.sections import AccuracyTask
 from tasks import measure_accuracy as stage
 from tasks.prepare_parent import prepare_parent
 from tasks.puzzle.assembly import compose

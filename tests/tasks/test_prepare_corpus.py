@@ -17,8 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from storage.corpus import SPLITS, read_manifest, read_sequences
 from storage.files import InputError, write_json
 from storage.model_config import ModelConfig
-from storage.params import Params, PrepareCorpus, Run
+from storage.params import Params
 from storage.paths import Paths
+from storage.sections import PrepareCorpus, Run
 from tasks.prepare_corpus import pack_corpus
 
 CONFIG = ModelConfig(

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tasks.prepare_parent as module
 from storage.files import DamagedFileError, InputError, read_json, write_json
-from storage.model_config import EMBEDDING, LM_HEAD
-from storage.parent import Parent, expected_shapes
+from storage.model_config import EMBEDDING, LM_HEAD, expected_shapes
+from storage.parent import Parent
 from storage.paths import Paths
 from tasks.prepare_parent import prepare_parent
 from tests.settings import tiny_params

