@@ -24,7 +24,8 @@ def closing_table(paths: Paths, targets: list[str]) -> str:
         decode = _decode(evaluation, "assembled")
         lines.append(_row(f"{label} assembled", predicted["params"], evaluation["assembled"], score, decode))
         lines.append(_row(f"{label} distilled", predicted["params"], evaluation["distilled"], None, ""))
-        notes += ["", *_constraints(evaluation), *_baselines(evaluation), f"  {paths.distilled(target)}"]
+        notes += ["", *_constraints(evaluation), *_speeds(evaluation), *_baselines(evaluation), *_exports(evaluation)]
+        notes.append(f"  {paths.exports(target)}")
     return "\n".join([*lines, *notes, ""])
 
 
@@ -55,6 +56,37 @@ def _constraints(evaluation: dict[str, Any]) -> list[str]:
         lines.append(f"  speed measured at {speed['scenario']}, batch {speed['batch']}, on {where}:")
         lines.append(f"    {speed['machine']}")
     return lines
+
+
+def _speeds(evaluation: dict[str, Any]) -> list[str]:
+    """Child over parent in every engine and batch, measured, and beside it what the tables predict."""
+    lines, last = [], ""
+    for one in evaluation["speeds"]:
+        setting = f"{one['engine']}, {one['precision']}, {one['scenario']}"
+        if setting != last:
+            lines.append(
+                f"  {f'times the parent ({setting})':<44} {'measured':>9} {'spread':>7} {'predicted':>10} {'bytes':>7}"
+            )
+            last = setting
+        phase = {"prefill": "prompt tokens/s", "decode": "decode tokens/s"}[one["phase"]]
+        predicted, read = (f"{one[key]:.3f}" if one[key] else "-" for key in ("predicted", "read_bytes"))
+        lines.append(
+            f"    {phase}, batch {one['batch']:<20} {one['measured']:>9.3f} {one['measured_spread']:>7.1%} "
+            f"{predicted:>10} {read:>7}"
+        )
+    return [*lines, "    (bytes: what a decode step reads, parent over child)"] if lines else []
+
+
+def _exports(evaluation: dict[str, Any]) -> list[str]:
+    """How far each GGUF is from the child in torch."""
+    formats = evaluation["exports"]["formats"]
+    lines = [
+        f"    {name:<12} KL {one['kl']:.6f} ± {one['kl_stderr']:.6f}, perplexity {one['perplexity']:.3f} "
+        f"(torch {one['torch_perplexity']:.3f})"
+        for name, one in formats.items()
+    ]
+    tokens = evaluation["exports"]["tokens"]
+    return [f"  exported, in llama.cpp against torch on {tokens:,} tokens:", *lines] if lines else []
 
 
 def _baselines(evaluation: dict[str, Any]) -> list[str]:

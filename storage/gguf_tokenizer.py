@@ -4,9 +4,9 @@ In: tokenizer.json and the small files beside it, read without torch or transfor
 BPE whose pre-tokenizer llama.cpp has, and BPE with byte fallback as converted from SentencePiece. All else is refused:
 llama.cpp takes a wrong tokenizer as gladly as the right one.
 
-What still differs, all of it pinned by the test: texts that are not in NFC, where the tokenizer brings them to it, and
-texts that begin with a space under Metaspace (both are logged); letters and digits newer than Unicode 15; the long s
-behind an apostrophe; what merges across a byte that has no token (SmolLM2 lacks six control characters).
+What still differs, all of it pinned by the test: texts that are not in NFC, where the tokenizer brings them to it;
+under Metaspace a space that begins a text or follows a special token (both are logged); letters and digits newer than
+Unicode 15; the long s behind an apostrophe; what merges across a byte without a token (SmolLM2 lacks six controls).
 """
 
 import itertools

@@ -6,10 +6,9 @@ sequence, for paired comparisons).
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,17 +23,16 @@ from storage.checkpoints import Checkpoint, read_blocks
 from storage.corpus import read_sequences
 from storage.files import read_json, write_json, write_whole
 from storage.library import Library
-from storage.model_config import EMBEDDING, ModelConfig
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import Architecture, Attention, Replacement, ThroughputRow, Weights
+from storage.records import Architecture, Replacement, Weights
 from storage.tables import read_throughput
 from storage.targets import SPEED_METRICS
 from tasks.export_quality import export_quality, last_hidden
 from tasks.gguf_files import gguf_files
+from tasks.measured import count, measured, speed_at, speed_ratios
 from tasks.puzzle.blocks import Block
-from tasks.puzzle.costs import ModelSizes, ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
 from tasks.puzzle.evaluation import SequenceQuality, paired_difference, per_sequence, summarise
 from tasks.puzzle.head import Head, compare_with_parent
@@ -148,12 +146,12 @@ def write_evaluation(
     config, blocks = read_blocks(child)
     own = [parent_attention(parent.config)] * parent.config.num_blocks
     counted = {
-        "parent": _count(parent.checkpoint, parent.config, own),
-        "assembled": _count(child, config, [attention for attention, _ in blocks]),
+        "parent": count(parent.checkpoint, parent.config, own),
+        "assembled": count(child, config, [attention for attention, _ in blocks]),
     }
     timed = read_throughput(paths.throughput(target))
-    constraints = [{**one, "measured": _measured(one, counted, timed)} for one in chosen["constraints"]]
-    speeds = (_speed(one, timed) for one in chosen["constraints"] if one["metric"] in SPEED_METRICS)
+    constraints = [{**one, "measured": measured(one, counted, timed)} for one in chosen["constraints"]]
+    speeds = (speed_at(one, timed) for one in chosen["constraints"] if one["metric"] in SPEED_METRICS)
     write_json(
         paths.evaluation(target),
         {
@@ -176,103 +174,6 @@ def write_evaluation(
             "predicted": {"score": chosen["predicted"]["score"], "score_stderr": chosen["predicted"]["score_stderr"]},
             "constraints": constraints,
             "speed": next((speed for speed in speeds if speed), None),
+            "speeds": list(speed_ratios(timed, counted)),
         },
     )
-
-
-def _speed(limit: Mapping[str, Any], rows: Sequence[ThroughputRow]) -> dict[str, Any] | None:
-    """What benchmark_throughput measured of parent and child where a speed limit holds: medians in ms and tokens/s.
-
-    Returns:
-        None where that was not measured: another engine, several devices, or a mix of scenarios.
-    """
-    at = (limit["engine"], limit["scenario"], limit["batch"], limit["tensor_parallel"])
-    found = {
-        (row.model, row.phase): row
-        for row in rows
-        if row.measured_ms is not None and (row.engine, row.scenario, row.batch, row.tensor_parallel) == at
-    }
-    if not found or "mix" in limit:
-        return None
-    one = found["parent", "decode"]
-    result: dict[str, Any] = {
-        "hardware": limit["hardware"],
-        "machine": one.machine,
-        "is_timed_machine": one.hardware == limit["hardware"],
-        "engine": one.engine,
-        "precision": one.precision,
-        "scenario": one.scenario,
-        "batch": one.batch,
-        "origin": "measured",
-    }
-    for name, model in (("parent", "parent"), ("assembled", "child")):
-        prefill, decode = (found[model, phase].measured_ms for phase in ("prefill", "decode"))
-        assert prefill is not None
-        assert decode is not None
-        speed = ModelSpeed(Setting.of(one), prefill, decode)
-        result[name] = {
-            "prefill_ms": prefill,
-            "decode_ms": decode,
-            "throughput": speed.throughput,
-            "decode_throughput": speed.decode_throughput,
-            "latency_ms": speed.latency_ms,
-            "time_to_first_token_ms": prefill,
-            "time_per_token_ms": decode,
-        }
-    return result
-
-
-@dataclass(frozen=True)
-class _Counted:
-    """Sizes of a checkpoint, counted on its tensors."""
-
-    sizes: ModelSizes
-    attention_blocks: int
-
-
-def _count(checkpoint: Checkpoint, config: ModelConfig, attentions: Sequence[Attention]) -> _Counted:
-    params = block_params = weight_bytes = 0
-    for name in checkpoint.files:
-        tensor = checkpoint.tensor(name)
-        params += tensor.numel()
-        weight_bytes += tensor.numel() * tensor.element_size()
-        block_params += tensor.numel() * name.startswith("model.layers.")
-    element = checkpoint.tensor(EMBEDDING).element_size()
-    kv_bytes = 2 * sum(attention.num_kv_heads for attention in attentions) * config.head_dim * element
-    return _Counted(
-        ModelSizes(params, block_params, weight_bytes, kv_bytes), sum(one.kind == "gqa" for one in attentions)
-    )
-
-
-def _measured(limit: Mapping[str, Any], counted: dict[str, _Counted], rows: Sequence[ThroughputRow]) -> float | None:
-    """A limit's value on the assembled child in the limit's unit, None where it cannot be had on this machine.
-
-    A limit that counts a workspace has none: the workspace is modelled.
-    """
-    if limit.get("workspace_gib"):
-        return None
-    if limit["metric"] in SPEED_METRICS:
-        speed = _speed(limit, rows)
-        if speed is None:
-            return None
-        values = {name: float(speed[name][limit["metric"]]) for name in counted}
-    else:
-        values = {name: _size(limit, one) for name, one in counted.items()}
-    return values["assembled"] / values["parent"] if limit["relative"] else values["assembled"]
-
-
-def _size(limit: Mapping[str, Any], counted: _Counted) -> float:
-    sizes = counted.sizes
-    match limit["metric"]:
-        case "params":
-            return sizes.params
-        case "block_params":
-            return sizes.block_params
-        case "attention_blocks":
-            return counted.attention_blocks
-        case "weight_bytes":
-            return sizes.weight_bytes
-        case "kv_bytes":
-            return sizes.kv_bytes_per_token
-        case _:
-            return sizes.memory_gib(limit["batch"], limit["context"], limit["tensor_parallel"])

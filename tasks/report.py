@@ -73,6 +73,7 @@ def write_report(params: Params, paths: Paths) -> None:
         _scores(run, paths),
         _gkd(run),
         _throughput(run),
+        _exports(run),
         _predicted(run),
     ]
     page = Page(
@@ -269,6 +270,15 @@ def _gkd(run: _Run) -> Section | None:
         "training batch and on held-out text; the weights that are kept are those of the dotted line."
     )
     return Section("gkd", "Global distillation (GKD)", text, gkd_curves(curves, run.dpi))
+
+
+def _exports(run: _Run) -> Section | None:
+    table = tables.exports_table(run.children)
+    if table is None:
+        run.lacks("quality of exported GGUF files", "evaluate_child")
+        return None
+    text = "What a user of the file gets: 16 bit changes hardly anything, eight bit a little; a broken file would show."
+    return Section("exports", "Exports", text, tables=[table])
 
 
 def _throughput(run: _Run) -> Section | None:

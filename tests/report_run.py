@@ -178,6 +178,8 @@ def _measure(target: str, number: int, paths: Paths) -> None:
         "predicted": {"score": score, "score_stderr": 0.01},
         "constraints": [{**one, "measured": one["predicted"] * 1.01} for one in chosen["constraints"]],
         "speed": speed,
+        "speeds": [],
+        "exports": {"tokens": 512, "formats": {"gguf-q8_0": {**_quality(score * 0.001), "torch_perplexity": 8.9}}},
     }
     write_json(paths.evaluation(target), evaluation)
     write_json(paths.baselines(target), {"target": target, "baselines": _baselines(chosen)})

@@ -55,6 +55,7 @@ NOT_STAGE_TASKS = {
     "gguf_files",
     "limits",
     "machine",
+    "measured",
     "plan",
     "replacements",
     "time_machine",

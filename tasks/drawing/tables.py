@@ -131,6 +131,28 @@ def _measured_table(label: str, pairs: Sequence[tuple[ThroughputRow, ThroughputR
     return Table(f"{label}: tokens/s, measured on {where}", columns, rows, num_words=2)
 
 
+def exports_table(children: Sequence[Child]) -> Table | None:
+    """How far each exported GGUF is from the child in torch, as llama.cpp computes it; None where none was measured."""
+    rows, tokens = [], 0
+    for child in children:
+        found = (child.evaluation or {}).get("exports") or {"formats": {}}
+        tokens = max(tokens, found.get("tokens", 0))
+        rows += [
+            (
+                child.label,
+                name,
+                f"{one['kl']:.6f} ± {one['kl_stderr']:.6f}",
+                f"{one['perplexity']:.3f}",
+                f"{one['torch_perplexity']:.3f}",
+                _percent(one["top1_agreement"]),
+            )
+            for name, one in found["formats"].items()
+        ]
+    columns = ("child", "format", "KL to torch, nats/token", "perplexity", "perplexity in torch", "top-1 agreement")
+    caption = f"Exported GGUF files in llama.cpp against the child in torch, {tokens:,} validation tokens, measured"
+    return Table(caption, columns, rows, num_words=2) if rows else None
+
+
 def modelled_throughput(child: Child) -> Table | None:
     """Tokens/s of parent and child on hardware that was modelled, none of it measured; None without any."""
     pairs = _pairs(row for row in child.throughput if row.modelled_tokens_per_s is not None)

@@ -80,7 +80,9 @@ OLD = [
 ]
 PIECES = st.one_of(
     st.sampled_from(list("ab zZ01 '\n\t\r.,!_=-<>/▁sdmtrevl")),
-    st.sampled_from(["é", "e\u0301", "日", "한", "न", "्", "🙂", "\u200d", "½", "\u00a0", "\u3000", "'s", "'LL", "  "]),
+    st.sampled_from(
+        ["é", "e\u0301", "日", "한", "न", "्", "🙂", "\u200d", "½", "\u00a0", "\u3000", "'s", "'LL", "  ", "2048"]
+    ),
     st.sampled_from([*SPECIAL, "<|im_end|>", " hello", "abc"]),
     st.sampled_from(OLD),
 )
@@ -187,7 +189,7 @@ def sentencepiece(
 ) -> Tokenizer:
     """As transformers converts it from SentencePiece: merges of any two tokens that make a third, by its score.
 
-    `newer`: where scores are alike, longer tokens come first, as transformers has it today; else the third's ids count.
+    `newer`: where scores are alike, longer tokens merge first, as in transformers today; else by the third's id.
     """
     pieces = _sentencepiece_pieces()
     texts = [*SPECIAL[:3], *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
@@ -232,16 +234,16 @@ DIFFER: dict[str, Callable[[str], bool]] = {
 }
 
 
-def load(folder: Path, name: str) -> Both:
-    """The tokenizer of a folder, in a model that is as small as its vocabulary lets it be."""
+def load(name: str, folder: Path, path: Path) -> Both:
+    """The tokenizer of a folder, in a model (at `path`) that is as small as its vocabulary lets it be."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     size = tokenizer.get_vocab_size()
     sizes = {**SIZES, "num_hidden_layers": 1, "vocab_size": size, "tie_word_embeddings": True}
     config = ModelConfig.from_hf({"architectures": ["LlamaForCausalLM"], **sizes}, "the test")
     blocks = [(Attention("gqa", 1), Ffn("gated", 32))]
     add = functools.partial(add_tokenizer, folder=folder, vocab_size=size)
-    write_gguf(folder / "child.gguf", config, blocks, None, "F32", tokenizer=add)
-    return Both(tokenizer, LlamaCpp(folder / "child.gguf", 1, 1, 64), DIFFER.get(name, lambda text: False))
+    write_gguf(path, config, blocks, None, "F32", tokenizer=add)
+    return Both(tokenizer, LlamaCpp(path, 1, 1, 64), DIFFER.get(name, lambda text: False))
 
 
 @pytest.fixture(scope="module")
@@ -250,10 +252,10 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
     @functools.cache
     def load_once(name: str) -> Both:
+        folder = tmp_path_factory.mktemp("tokenizer")
         if name == "SmolLM2":
-            return load(request.getfixturevalue("smollm"), name)
-        folder = tmp_path_factory.mktemp("tokenizer") / "child"
-        return load(save((BYTE_LEVEL | SENTENCEPIECE)[name](), folder), name)
+            return load(name, request.getfixturevalue("smollm"), folder / "child.gguf")
+        return load(name, save((BYTE_LEVEL | SENTENCEPIECE)[name](), folder / "child"), folder / "child.gguf")
 
     return load_once
 
