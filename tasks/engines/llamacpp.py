@@ -249,8 +249,8 @@ class Work:
 
     @property
     def steps(self) -> int:
-        """Decode steps of one timing, around the mean context."""
-        return min(_STEPS, self.mean_context)
+        """Decode steps of one timing, around the mean context: fewer of a large batch, which are long enough."""
+        return min(_STEPS, max(4, 128 // self.batch), self.mean_context)
 
     @property
     def context(self) -> int:
