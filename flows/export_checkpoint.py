@@ -14,12 +14,13 @@ from flows.exports import export_all
 from flows.server import ensure
 from flows.stage import run_cleanly
 from storage.records import ExportFormat
-from tasks.exports import read_source
+from tasks.exports import check_folder, read_source
 
 
 @flow(name="export_checkpoint", description="A checkpoint in the forms that stock runtimes load.")
 def export_checkpoint(checkpoint: Path, out: Path, formats: tuple[ExportFormat, ...], max_shard_gib: float) -> None:
     """Every format, tensor by tensor."""
+    check_folder(out, checkpoint)
     source = read_source(out.resolve().name, checkpoint, "the export or download of this checkpoint again")
     export_all(source, formats, out, max_shard_gib, "--formats")
 
@@ -28,7 +29,13 @@ def main() -> None:
     """Read the arguments, export."""
     parser = argparse.ArgumentParser(prog="python -m flows.export_checkpoint", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="config.json and safetensors")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="its name is the model's")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="new, or of an earlier export; its name is the model's",
+    )
     parser.add_argument("--formats", nargs="+", default=["nemotron-nas"], choices=get_args(ExportFormat))
     parser.add_argument("--max-shard-gib", type=float, default=4.0, help="largest safetensors file")
     args = parser.parse_args()

@@ -129,6 +129,8 @@ def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     rope.pop("type", None)
+    if rope["rope_type"] in ("llama3", "yarn") and "max_position_embeddings" in config:  # as transformers fills it in
+        rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
     if rope["rope_type"] not in ROPE_TYPES:
         raise InputError(
             f"{where}: rope type {rope['rope_type']!r} is not supported: it is not one of {', '.join(ROPE_TYPES)}"
@@ -286,7 +288,7 @@ def _common(config: ModelConfig) -> dict[str, Any]:
         "hidden_act": config.activation,
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.context,
-        "rope_parameters": config.rope,
+        "rope_parameters": dict(config.rope),  # transformers writes into what it is given
         "rope_theta": config.rope["rope_theta"],
         "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
         "tie_word_embeddings": config.tie_embeddings,

@@ -50,6 +50,12 @@ _AUTO_MAP = {
     "AutoConfig": "configuration_nemotron_nas.NemotronNasConfig",
     "AutoModelForCausalLM": f"modeling_nemotron_nas.{CHILD_ARCHITECTURE}",
 }
+_ABOUT = {
+    "plain": "A plain model of the parent's family, since all blocks are alike: any tool loads it.",
+    "padded-llama": "The same model as a plain Llama, with zeros where the child has nothing: any tool that loads a "
+    "Llama computes it, no faster than the parent.",
+}
+"""Behind the card, which is of the nemotron-nas form."""
 _FILE_TYPES: dict[str, FileType] = {"gguf-f32": "F32", "gguf-f16": "F16", "gguf-bf16": "BF16", "gguf-q8_0": "Q8_0"}
 _ROWS = 8192
 """Of a tensor that are float32 at once."""
@@ -123,6 +129,15 @@ def check(source: Source, formats: Sequence[ExportFormat], what: str) -> None:
             raise InputError(f"{source.name} cannot be exported as {wanted}: {reasons}; or take {wanted} out of {what}")
         if wanted in _FILE_TYPES:
             add_tokenizer(GGUFWriter(None, "llama"), source.checkpoint.folder, source.config.vocab_size)
+
+
+def check_folder(out: Path, checkpoint: Path) -> None:
+    """Raise InputError where exports would take the place of something else: what they do not know in `out` goes."""
+    is_ours = (out / OVERVIEW).is_file() or Pieces(out, "").names()
+    if out.exists() and not is_ours and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} holds something else; expected a new folder, an empty one, or one of earlier exports")
+    if out.resolve() == checkpoint.resolve() or out.resolve() in checkpoint.resolve().parents:
+        raise InputError(f"{out} holds the checkpoint {checkpoint}; name another folder")
 
 
 def begin(
@@ -205,6 +220,9 @@ def _write_folder(wanted: ExportFormat, source: Source, into: Path, max_shard_by
     write_json(into / "config.json", raw)
     for file in _kept(source):
         shutil.copyfile(file, into / file.name)
+    if wanted != "nemotron-nas" and (into / "README.md").is_file():
+        with (into / "README.md").open("a", encoding="utf-8") as card:
+            card.write(f"\n## This folder\n\n{_ABOUT[wanted]}\n")
 
 
 def _tensors(source: Source, to: tuple[Attention, Ffn] | None) -> Iterator[Mapping[str, Tensor]]:

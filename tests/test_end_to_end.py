@@ -30,21 +30,36 @@ from storage.library import Library
 from storage.parent import Parent
 from storage.records import Architecture
 from storage.tables import read_throughput
+from tasks.engines.llamacpp import LlamaCpp
 from tasks.puzzle.child import DeciLMForCausalLM, build  # importing it is what makes children load
 from tasks.puzzle.device import Compute
 from tasks.replacements import Replacements
-from tests.clone import NUM_BLOCKS, TIMINGS, Clone, Ended, make_clone, tiny_documents, tiny_parent, tiny_run_params
+from tests.clone import (
+    NUM_BLOCKS,
+    SEQ_LEN,
+    TIMINGS,
+    Clone,
+    Ended,
+    make_clone,
+    tiny_documents,
+    tiny_parent,
+    tiny_run_params,
+)
 from tests.reference import replace_block
 from tests.stages import checksums
 from tests.tiny import SIZES, flip_byte
 
 TARGETS = ("small", "fast")
-SHARED = ("prepare_parent", "prepare_corpus", "cache_activations", "distill_blocks", "score_blocks", "measure_costs")
+SHARED = (
+    *("prepare_parent", "measure_costs", "export_parent", "prepare_corpus"),
+    *("cache_activations", "distill_blocks", "score_blocks"),
+)
 PER_TARGET = (
     "search_architecture",
     "search_baselines",
     "assemble_child",
     "distill_child",
+    "export_child",
     "benchmark_throughput",
     "evaluate_child",
     "measure_accuracy",
@@ -204,8 +219,9 @@ def _one_error(ended: Ended, code: int, *words: str) -> None:
 
 def test_every_stage_ran_once(built: Built) -> None:
     assert sorted(built.first_run) == sorted(ALL_STAGES)
-    early, *_ = (stage for stage in built.first_run if stage != "prepare_parent")
-    assert early == "measure_costs"  # it refuses timings that lack a variant before anything is trained
+    early = [stage for stage in built.first_run if stage != "prepare_parent"][:2]
+    # they refuse timings that lack a variant, and a tokenizer that llama.cpp lacks, before anything is trained
+    assert sorted(early) == ["export_parent", "measure_costs"]
 
 
 def test_a_second_repro_runs_nothing(built: Built) -> None:
@@ -417,6 +433,31 @@ def test_constraints_hold_as_measured(built: Built, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_the_exported_file_says_what_the_distilled_child_says(built: Built, target: str) -> None:
+    """In llama.cpp: a chat in its template, and the quality that evaluation.json has of both files."""
+    exports = built.one.child(target) / "exports"
+    engine = LlamaCpp(exports / f"gguf-f16/{target}-F16.gguf", threads=1, sequences=1, context=64)
+    words: Any = AutoTokenizer.from_pretrained(exports / "nemotron-nas")
+    chat = [{"role": "user", "content": "abc"}]
+    prompt = words.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    model: Any = AutoModelForCausalLM.from_pretrained(exports / "nemotron-nas", dtype=torch.float32)
+    with torch.inference_mode():
+        wanted = model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    found = engine.complete(prompt, 1, logprobs=20)["choices"][0]["logprobs"]["content"][0]
+    for one in found["top_logprobs"]:
+        assert one["logprob"] == pytest.approx(wanted[one["id"]].item(), abs=0.04)  # F16, as RUNTIMES.md found
+    [*pieces] = engine.chat(chat, max_tokens=1)
+    assert pieces[-1].prompt_tokens == len(prompt)
+    measured = built.one.json(f"children/{target}/evaluation.json")["exports"]
+    assert measured["tokens"] == 6 * SEQ_LEN
+    assert set(measured["formats"]) == {"gguf-f16", "gguf-q8_0"}
+    for one in measured["formats"].values():
+        assert 0 <= one["kl"] < 1e-3
+        assert one["perplexity"] == pytest.approx(one["torch_perplexity"], rel=0.01)
+    assert built.one.json(f"children/{target}/exports/exports.json")["runtimes"]["llama.cpp"]["takes"] == ["GGUF"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_quality_is_what_the_whole_models_give(built: Built, target: str) -> None:
     tokens = _validation(built)
     with torch.inference_mode():
@@ -496,7 +537,7 @@ def test_both_clones_hold_the_same_bytes(built: Built) -> None:
         assert checksums(built.one.artifacts / folder) == checksums(built.two.artifacts / folder), folder
     for child in ("assembled", "distilled"):
         assert checksums(built.one.child("small") / child) == checksums(built.two.child("small") / child), child
-    of_child = (f"children/small/{name}.json" for name in ("architecture", "gkd"))
+    of_child = [f"children/small/{name}.json" for name in ("architecture", "gkd", "exports/exports")]
     for file in ("scores.parquet", "costs.parquet", *of_child):
         assert (built.one.artifacts / file).read_bytes() == (built.two.artifacts / file).read_bytes(), file
 
@@ -515,7 +556,7 @@ def test_a_learning_rate_reruns_from_distill_blocks(built: Built) -> None:
     assert built.one.stale() == {"distill_blocks"}
     would_run = set(built.one.must("dvc", "repro", "--dry", "--force-downstream").ran())
     built.one.set_params(back)
-    upstream = {"prepare_parent", "prepare_corpus", "cache_activations", "measure_costs"}
+    upstream = {"prepare_parent", "prepare_corpus", "cache_activations", "measure_costs", "export_parent"}
     assert would_run == ALL_STAGES - upstream
 
 

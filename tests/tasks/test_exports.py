@@ -261,6 +261,20 @@ def test_what_would_be_computed_wrong_is_refused_with_the_way_out(tmp_path: Path
     write(source, tmp_path / "exports", "nemotron-nas")
 
 
+def test_exports_never_take_the_place_of_something_else(tmp_path: Path) -> None:
+    """What they do not know in their folder goes, so it must be theirs."""
+    theirs = tmp_path / "models"
+    save_child(theirs / "child", geometry("llama", tmp_path / "parent"), NO_LINEAR)
+    for out in (theirs, theirs / "child", theirs / "child/config.json"):
+        with pytest.raises(InputError, match=r"holds something else; expected a new folder, an empty one"):
+            exports.check_folder(out, theirs / "child")
+    exports.check_folder(tmp_path / "new", theirs / "child")
+    write(read_source("tiny", theirs / "child", "again"), tmp_path / "new", "gguf-f16")
+    exports.check_folder(tmp_path / "new", theirs / "child")
+    with pytest.raises(InputError, match=r"holds the checkpoint .*gguf-f16; name another folder"):
+        exports.check_folder(tmp_path / "new", tmp_path / "new/gguf-f16")
+
+
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
