@@ -65,16 +65,19 @@ def _speeds(evaluation: dict[str, Any]) -> list[str]:
         setting = f"{one['engine']}, {one['precision']}, {one['scenario']}"
         if setting != last:
             lines.append(
-                f"  {f'times the parent ({setting})':<44} {'measured':>9} {'spread':>7} {'predicted':>10} {'bytes':>7}"
+                f"  {f'times the parent ({setting})':<44} {'measured':>9} {'spread':>7} {'predicted':>10} "
+                f"{'bytes':>7} {'drift':>7}"
             )
             last = setting
         phase = {"prefill": "prompt tokens/s", "decode": "decode tokens/s"}[one["phase"]]
-        predicted, read = (f"{one[key]:.3f}" if one[key] else "-" for key in ("predicted", "read_bytes"))
+        predicted, *rest = (f"{one[key]:.3f}" if one[key] else "-" for key in ("predicted", "read_bytes", "drift"))
         lines.append(
             f"    {phase}, batch {one['batch']:<20} {one['measured']:>9.3f} {one['measured_spread']:>7.1%} "
-            f"{predicted:>10} {read:>7}"
+            f"{predicted:>10} {' '.join(f'{one:>7}' for one in rest)}"
         )
-    return [*lines, "    (bytes: what a decode step reads, parent over child)"] if lines else []
+    lines.append("    (bytes: what a decode step reads, parent over child; drift: the parent's speed as measured here")
+    lines.append("    over what the timings in git predict)")
+    return lines if last else []
 
 
 def _exports(evaluation: dict[str, Any]) -> list[str]:

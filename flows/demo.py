@@ -24,16 +24,6 @@ def demo() -> None:
         code = subprocess.run([sys.executable, "-m", "dvc", "repro"], env=environment, check=False).returncode
         if code:
             sys.exit(code)
-        scratch = [
-            sys.executable,
-            "-m",
-            "flows.measure_costs",
-            "--scratch",
-            "--time",
-            *params.measure_costs.timings[:1],
-        ]
-        if params.measure_costs.timings:
-            subprocess.run(scratch, check=True)
         paths = Paths()
         table = closing_table(paths, list(params.targets))
         sys.stdout.write(f"\n{table}\nreport: {paths.report / 'index.html'}\n")

@@ -1,13 +1,11 @@
 """Costs of every variant to artifacts/costs.parquet. Run: `python -m flows.measure_costs`.
 
 `python -m flows.measure_costs --time NAME` times this machine and writes storage/timings/NAME.parquet, input data for
-git, in torch or with `--engine llama.cpp`, whose rows stand beside each other; with `--scratch` only the parent is
-timed, to artifacts/timings/, and compared with the table of that name.
+git, in torch or with `--engine llama.cpp`, whose rows stand beside each other.
 """
 
 import argparse
 import sys
-from pathlib import Path
 
 from prefect import flow
 
@@ -27,27 +25,14 @@ def measure_costs(params: Params, paths: Paths) -> None:
     tasks.write_cost_table(params, paths)
 
 
-def time_machine(name: str, engine: str, scratch: bool) -> None:
-    """Time this machine in an engine; with `scratch` say how far it is from the table of that name."""
-    from tasks import (
-        time_machine as timing,
-    )  # here: it imports transformers' model classes, which the stage does not need
+def time_machine(name: str, engine: str) -> None:
+    """Time this machine in an engine."""
+    from tasks import time_machine as timing  # here: it imports transformers' model classes, which the stage needs not
 
-    params, paths, kept = load(), Paths(), TIMINGS / f"{name}.parquet"
-    if engine == "llama.cpp":
-        timing.time_llamacpp(params, paths, name, kept)
-        sys.stdout.write(f"wrote {kept}\n")
-        return
-    computes, timed = on_this_machine(params).run.dtype, params.measure_costs.precision
-    if scratch and computes != timed:
-        sys.stdout.write(f"this machine computes in {computes}, {kept} holds {timed}: its drift is not measured\n")
-        return
-    if scratch and not timing.comparable(kept, params):
-        sys.stdout.write(f"{kept} has no torch timings in {timed}: the drift of this machine is not measured\n")
-        return
-    written: Path = paths.root / "timings" / kept.name if scratch else kept
-    timing.time_this_machine(params, paths, name, written, parent_only=scratch)
-    sys.stdout.write(timing.drift(written, kept, params) if scratch else f"wrote {written}\n")
+    table = TIMINGS / f"{name}.parquet"
+    take = timing.time_llamacpp if engine == "llama.cpp" else timing.time_torch
+    take(on_this_machine(load()), Paths(), name, table)
+    sys.stdout.write(f"wrote {table}\n")
 
 
 if __name__ == "__main__":
@@ -55,10 +40,7 @@ if __name__ == "__main__":
         parser = argparse.ArgumentParser(prog="python -m flows.measure_costs", description=__doc__)
         parser.add_argument("--time", required=True, metavar="NAME", help="name of the hardware")
         parser.add_argument("--engine", default="torch", choices=("torch", "llama.cpp"), help="what is timed")
-        parser.add_argument("--scratch", action="store_true", help="write to artifacts/timings/ and compare")
         arguments = parser.parse_args()
-        if arguments.scratch and arguments.engine != "torch":
-            parser.error("--scratch compares timings of torch only")
-        run_cleanly(lambda: time_machine(arguments.time, arguments.engine, arguments.scratch))
+        run_cleanly(lambda: time_machine(arguments.time, arguments.engine))
     else:
         main(measure_costs)

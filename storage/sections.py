@@ -209,7 +209,7 @@ class MeasureCosts(Section):
     tensor_parallel: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (1,), min_length=1, description="Devices that share each matrix, modelled for tensorrt-llm; roofline knows one."
     )
-    precision: Precision = Field("bfloat16", description="Precision of weights and KV cache.")
+    precision: Precision = Field("bfloat16", description="Precision of weights and KV cache on the modelled hardware.")
     scenarios: tuple[Scenario, ...] = Field(("128/128",), description="Input length / output length, in tokens.")
     batches: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8), description="Sequences at once.")
     threads: int = Field(2, ge=1, le=256, description="Threads where `--time` and benchmark_throughput time a CPU.")

@@ -22,7 +22,8 @@ class Counted:
 
 def speed_ratios(rows: Sequence[ThroughputRow], counted: Mapping[str, Counted]) -> Iterator[dict[str, Any]]:
     """Child over parent at every setting that benchmark_throughput measured: measured, predicted, and for decode what
-    the bytes that a step reads would allow (weights with the head, KV cache at the mean context).
+    the bytes that a step reads would allow (weights with the head, KV cache at the mean context); `drift` is the
+    parent's speed as measured here over what the timings in git predict, 1 on the machine that they are of.
     """
     children = {_at(row): row for row in rows if row.model == "child"}
     for parent in rows:
@@ -35,6 +36,7 @@ def speed_ratios(rows: Sequence[ThroughputRow], counted: Mapping[str, Counted]) 
             "measured": _over(child.measured_tokens_per_s, parent.measured_tokens_per_s),
             "measured_spread": max(parent.measured_spread or 0.0, child.measured_spread or 0.0),
             "predicted": _over(child.predicted_tokens_per_s, parent.predicted_tokens_per_s),
+            "drift": _over(parent.measured_tokens_per_s, parent.predicted_tokens_per_s),
             "read_bytes": read[0] / read[1] if parent.phase == "decode" else None,
         }
 

@@ -18,7 +18,7 @@ from storage.parent import Parent
 from storage.paths import Paths
 from storage.records import ANY_VARIANT, Attention, Component, Ffn, Precision, TimingRow
 from storage.sections import MeasureCosts
-from storage.tables import read_timings, read_timings_or_costs, write_timings
+from storage.tables import read_timings, write_timings
 from tasks.engines import designs, llamacpp
 from tasks.puzzle.child import DeciLMForCausalLM, build
 from tasks.puzzle.device import Compute, compute
@@ -28,24 +28,16 @@ from tasks.puzzle.variants import attention_variants, component_sizes, ffn_varia
 Timings = dict[tuple[Component, str], Timing]
 
 
-def time_this_machine(params: Params, paths: Paths, name: str, path: Path, parent_only: bool) -> None:
-    """Time every component in torch and write the table to `path`; `parent_only` leaves out the variants.
-
-    Raises:
-        InputError: torch has no kernels for measure_costs.precision.
-    """
+def time_torch(params: Params, paths: Paths, name: str, path: Path) -> None:
+    """Time every component in torch, in the device and dtype of `run`, and add the rows to `path`."""
     settings = params.measure_costs
-    if settings.precision not in ("bfloat16", "float32"):
-        raise InputError(
-            f"measure_costs.precision is {settings.precision}, but torch is timed in bfloat16 or float32; set one of "
-            "them to time this machine"
-        )
     kept = _others(path, ENGINE)
-    device, parent = compute(params.run.device, settings.precision, settings.threads), Parent(paths.parent)
-    about = _About(name, ENGINE, settings.precision, machine(device.device), software(), settings)
+    device, parent = compute(params.run.device, params.run.dtype, settings.threads), Parent(paths.parent)
+    precision: Precision = "bfloat16" if device.dtype == torch.bfloat16 else "float32"
+    about = _About(name, ENGINE, precision, machine(device.device), software(), settings)
     rows: list[TimingRow] = []
     for scenario, batch in itertools.product(settings.scenarios, settings.batches):
-        timings, fit = _in_torch(params, parent, Workload.of(scenario, batch), scenario, device, parent_only)
+        timings, fit = _in_torch(params, parent, Workload.of(scenario, batch), scenario, device)
         rows += about.rows(parent.config, scenario, batch, timings, {of: how + fit for of, how in _HOW.items()})
     write_timings(path, [*kept, *rows])
 
@@ -124,16 +116,12 @@ class _About:
             )
 
 
-def _in_torch(
-    params: Params, parent: Parent, work: Workload, scenario: str, device: Compute, parent_only: bool
-) -> tuple[Timings, str]:
+def _in_torch(params: Params, parent: Parent, work: Workload, scenario: str, device: Compute) -> tuple[Timings, str]:
     """Each subblock variant, embedding and head in one setting; how they were fitted to the whole."""
     settings, config = params.measure_costs, parent.config
     bld = params.distill_blocks
-    variants: list[Attention | Ffn] = [parent_attention(config), parent_ffn(config)]
-    if not parent_only:
-        ffns = ffn_variants(config, bld.ffn_ratios, bld.width_multiple, linear=True)
-        variants = [*attention_variants(config, linear=True), *ffns]
+    ffns = ffn_variants(config, bld.ffn_ratios, bld.width_multiple, linear=True)
+    variants: list[Attention | Ffn] = [*attention_variants(config, linear=True), *ffns]
     copies = min(settings.copies, max(1, config.num_blocks // 2))
     timings: Timings = {}
     timed = Components(config, work, device, copies, settings.repeats)
@@ -234,29 +222,3 @@ def _whole_parent(parent: Parent, device: Compute) -> DeciLMForCausalLM:
     config = parent.config
     tensors = {name: parent.checkpoint.tensor(name) for name in parent.checkpoint.files}
     return build(config, [(parent_attention(config), parent_ffn(config))] * config.num_blocks, tensors, device)
-
-
-def comparable(path: Path, params: Params) -> dict[tuple[str, ...], TimingRow]:
-    """Decode timings of attention, FFN and head that a table has in torch and the precision of params; else nothing."""
-    if not path.is_file():
-        return {}
-    return {
-        (row.component, row.variant, row.scenario, str(row.batch)): row
-        for row in read_timings_or_costs(path)
-        if isinstance(row, TimingRow)
-        if (row.engine, row.precision) == (ENGINE, params.measure_costs.precision)
-        if row.component in ("attention", "ffn", "head") and row.decode_ms > 0
-    }
-
-
-def drift(scratch: Path, kept: Path, params: Params) -> str:
-    """How far this machine's timings are from the table in git, as text; nothing reads the scratch table."""
-    here, table = comparable(scratch, params), comparable(kept, params)
-    ratios = [here[key].decode_ms / row.decode_ms for key, row in table.items() if key in here]
-    if not ratios:
-        return f"{kept} and this machine's timings have no scenario and batch in common: no drift\n"
-    ours, theirs = (next(iter(rows.values())).machine for rows in (here, table))
-    return (
-        f"measured decode time of components on this machine ({ours}) / in {kept} ({theirs}): "
-        f"median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}\n"
-    )

@@ -18,7 +18,9 @@ from storage.params import Params, parse
 from storage.paths import Paths
 from storage.records import Architecture, CostRow, Phase, ScoreRow, ThroughputRow
 from storage.tables import write_costs, write_scores, write_throughput
+from tasks.measured import Counted, speed_ratios
 from tasks.puzzle.cost_model import modelled_rows
+from tasks.puzzle.costs import ModelSizes
 from tasks.puzzle.hardware import device_named
 from tasks.puzzle.variants import attention_variants, ffn_variants, parent_attention, parent_ffn
 from tasks.search_architecture import search
@@ -160,6 +162,7 @@ def _measure(target: str, number: int, paths: Paths) -> None:
         **_AT,
         **{name: {"decode_throughput": rate} for name, rate in (("parent", parent), ("assembled", parent * 1.23))},
     }
+    rows = list(_throughput(parent))
     evaluation = {
         "target": target,
         "label": chosen["label"],
@@ -178,13 +181,17 @@ def _measure(target: str, number: int, paths: Paths) -> None:
         "predicted": {"score": score, "score_stderr": 0.01},
         "constraints": [{**one, "measured": one["predicted"] * 1.01} for one in chosen["constraints"]],
         "speed": speed,
-        "speeds": [],
+        "speeds": list(speed_ratios(rows, {"parent": _counted(1.0), "assembled": _counted(0.8)})),
         "exports": {"tokens": 512, "formats": {"gguf-q8_0": {**_quality(score * 0.001), "torch_perplexity": 8.9}}},
     }
     write_json(paths.evaluation(target), evaluation)
     write_json(paths.baselines(target), {"target": target, "baselines": _baselines(chosen)})
     write_json(paths.gkd(target), _gkd(target, score, number))
-    write_throughput(paths.throughput(target), _throughput(parent))
+    write_throughput(paths.throughput(target), rows)
+
+
+def _counted(share: float) -> Counted:
+    return Counted(ModelSizes(10_000, 9_000, round(40_000 * share), 0.0), 5, 0)
 
 
 def _quality(kl: float) -> dict[str, float]:

@@ -92,6 +92,17 @@ def random_child(config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], s
     return model
 
 
+def save_tokenizer(folder: Path) -> None:
+    """Save a byte-level tokenizer of 259 tokens, the last three <s>, </s> and <pad>."""
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>", "<pad>"]
+    tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(words[-3:])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(folder)
+
+
 def save_child(folder: Path, config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]]) -> DeciLMForCausalLM:
     """A random child as a checkpoint folder of this project, with a byte-level tokenizer of 259 tokens."""
     model = random_child(config, blocks)
@@ -103,13 +114,7 @@ def save_child(folder: Path, config: ModelConfig, blocks: Sequence[tuple[Attenti
     writer.finish()
     special = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
     write_json(folder / "config.json", to_nemotron_nas(config, blocks, special, "float32"))
-    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>", "<pad>"]
-    tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(words[-3:])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    fast.save_pretrained(folder)
+    save_tokenizer(folder)
     (folder / "LICENSE").write_text("The tiny licence.\n", encoding="utf-8")
     return model
 

@@ -271,3 +271,22 @@ def test_a_length_scale_that_makes_two_scenarios_one_is_refused() -> None:
     assert found.measured_scenarios == {"16/16": "128/128", "16/32": "128/256"}
     with pytest.raises(InputError, match=r"length_scale 0\.001 makes two of the scenarios the same"):
         parse_section({"scenarios": scenarios, "length_scale": 0.001}, "test", BenchmarkThroughput)
+
+
+def test_what_is_measured_in_llama_cpp_is_exported_for_it() -> None:
+    """The child and the parent beside it, whether an engine or a limit asks."""
+    exports = {"export_child": {"formats": ["nemotron-nas"]}, "export_parent": {"formats": ["gguf-f32"]}}
+    asked = "measures in llama.cpp, which runs gguf-f16; add it to"
+    assert problems(tiny_values(benchmark_throughput={"engines": ["llama.cpp"]}, **exports)) == [
+        f"benchmark_throughput.engines {asked} {section}.formats" for section in exports
+    ]
+    values = with_constraint(**SPEED, at_least_ratio=1.2, engine="llama.cpp")
+    values["export_parent"] = exports["export_parent"]
+    assert problems(values) == [f"targets.small.constraints.limit {asked} export_parent.formats"]
+    parse(tiny_values(**exports), "params.yaml")
+
+
+def test_no_target_is_called_as_the_parent_is() -> None:
+    values = tiny_values()
+    values["targets"]["parent"] = values["targets"]["small"]
+    assert problems(values) == ["targets.parent: `parent` stands for the parent itself; choose another name"]

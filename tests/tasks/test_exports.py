@@ -1,6 +1,7 @@
 """Exports: each form computes what the child computes, comes back as it was, and lies of a checkpoint are refused."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -22,12 +23,14 @@ from storage.files import DamagedFileError, InputError, read_json, write_json
 from storage.model_config import ModelConfig, to_nemotron_nas
 from storage.pieces import Pieces
 from storage.records import Attention, ExportFormat, Ffn
+from storage.sections import Run
 from tasks import exports
+from tasks.export_quality import export_quality
 from tasks.exports import Source, read_source
 from tasks.puzzle.child import DeciLMForCausalLM
 from tasks.puzzle.runtimes import format_refusals
 from tests.clone import ROOT
-from tests.tiny import FAMILIES, LLAMA3_ROPE, flip_byte, random_child, save_child, save_tiny
+from tests.tiny import FAMILIES, LLAMA3_ROPE, flip_byte, random_child, save_child, save_tiny, save_tokenizer
 
 FULL, ONE, NO_ATTENTION, LINEAR = Attention("gqa", 2), Attention("gqa", 1), Attention("no_op"), Attention("linear")
 WIDE, NARROW, NO_FFN, LINEAR_FFN = Ffn("gated", 96), Ffn("gated", 40), Ffn("no_op"), Ffn("linear")
@@ -164,6 +167,22 @@ def test_a_foreign_checkpoint_loads_and_exports(tmp_path: Path) -> None:
     assert read_json(tmp_path / "exports/nemotron-nas/config.json", "")["eos_token_id"] == [257, 258]
     padded = LlamaForCausalLM.from_pretrained(tmp_path / "exports/padded-llama")
     torch.testing.assert_close(logits(padded, 272), logits(model, 272), atol=LOGITS_ERROR, rtol=0.0)
+
+
+def test_a_foreign_checkpoint_evaluates(tmp_path: Path) -> None:
+    """As evaluate_child does with a child's: block by block in torch, and its GGUF in llama.cpp."""
+    model, _ = foreign(tmp_path / "theirs")
+    save_tokenizer(tmp_path / "theirs")
+    source = read_source("theirs", tmp_path / "theirs", "again")
+    write(source, tmp_path / "exports", "gguf-f32")
+    tokens = torch.randint(272, (2, 48), generator=torch.Generator().manual_seed(5))
+    run = Run(seed=0, dtype="float32", device="cpu", threads=1, workers=1)
+    found = export_quality(tmp_path / "exports/gguf-f32/theirs-F32.gguf", source.checkpoint, tokens, run)
+    with torch.inference_mode():
+        loss = model(input_ids=tokens, labels=tokens).loss.item()
+    assert math.log(found["torch_perplexity"]) == pytest.approx(loss, abs=1e-5)
+    assert math.log(found["perplexity"]) == pytest.approx(loss, abs=1e-3)
+    assert 0 <= found["kl"] < 1e-5  # keys and values are F16 in llama.cpp
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

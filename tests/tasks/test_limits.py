@@ -19,7 +19,7 @@ from storage.records import Architecture, Attention, Ffn, Replacement, ScoreRow
 from storage.tables import write_costs
 from tasks.explain import explain
 from tasks.frontier import frontier
-from tasks.limits import ParentFacts, TargetTables, solver_settings
+from tasks.limits import ParentFacts, TargetTables, exportable, solver_settings
 from tasks.puzzle.cost_model import ENGINE, modelled_rows, workspace_bytes
 from tasks.puzzle.costs import GIB, CostTable, Setting, model_sizes, model_speed, subblocks
 from tasks.puzzle.hardware import DEVICES
@@ -343,3 +343,15 @@ def test_a_speed_limit_in_llama_cpp_forbids_what_it_does_not_run(engine: str) ->
     own = parent()[1]
     assert tables._is_allowed(own)
     assert tables._is_allowed(replace(own, ffn=Ffn("linear"))) == (engine == "torch")
+
+
+def test_a_child_can_have_every_form_that_is_asked_for() -> None:
+    """GGUF has no linear FFN, and a Llama nothing linear; what the target itself forbids or names stays."""
+    target = tiny_search_params(SIZE, {"allowed": {"attention": ["gqa", "linear"]}}).targets["like-51b"]
+    assert exportable(target, ["nemotron-nas", "plain"]) == target
+    in_gguf = exportable(target, ["gguf-q8_0"])
+    assert (in_gguf.runtimes, in_gguf.allowed) == (("llama.cpp",), target.allowed)
+    assert exportable(in_gguf, ["gguf-f16"]) == in_gguf
+    padded = exportable(target, ["padded-llama"])
+    assert (padded.runtimes, padded.allowed.attention) == ((), ("gqa",))
+    assert padded.allowed.ffn == tuple(kind for kind in target.allowed.ffn if kind != "linear")

@@ -28,7 +28,7 @@ from tasks.puzzle.variants import (
     parent_blocks,
     parent_ffn,
 )
-from tasks.time_machine import comparable, drift, time_llamacpp
+from tasks.time_machine import time_llamacpp
 from tests.settings import tiny_params
 
 
@@ -234,19 +234,3 @@ def test_llama_cpp_is_timed_beside_torch(case: tuple[Params, Paths], monkeypatch
     assert all("xllamacpp" in row.versions and "least squares over 4 whole models" in row.how for row in found.values())
     assert min(row.decode_ms for row in found.values()) >= 0 < max(row.decode_ms for row in found.values())
     assert sorted(paths.root.glob("tmp*")) == []
-
-
-def test_drift_compares_what_can_be_compared(case: tuple[Params, Paths]) -> None:
-    """Torch against torch in the precision of params, though llama.cpp's rows are there; a brought table has none."""
-    params, paths = case
-    costs = params.measure_costs.model_copy(update={"precision": "float32"})
-    params = params.model_copy(update={"measure_costs": costs})
-    rows = timings(params, paths, linear=False)
-    kept, scratch = TIMINGS / "laptop.parquet", Path("scratch.parquet")
-    write_timings(kept, [*rows, *(dataclasses.replace(row, engine="llama.cpp", decode_ms=9.0) for row in rows)])
-    write_timings(scratch, [dataclasses.replace(row, decode_ms=2 * row.decode_ms) for row in rows])
-    assert "median 2.00, from 2.00 to 2.00" in drift(scratch, kept, params)
-    write_timings(kept, [dataclasses.replace(row, scenario="16/16") for row in rows])
-    assert "no drift" in drift(scratch, kept, params)
-    pq.write_table(pa.Table.from_pylist(brought(params, paths)), kept)
-    assert comparable(kept, params) == {}

@@ -148,6 +148,8 @@ def test_numbers_are_those_of_the_artifacts(run: tuple[Params, Paths]) -> None:
             assert f"{one['kl_difference']:+.3f} ± {one['stderr']:.3f}" in text
         for one in found["constraints"]:
             assert f"{one['predicted']:.4g}" in text and f"{one['measured']:.4g}" in text
+        for one in found["exports"]["formats"].values():
+            assert f"{one['kl']:.6f} ± {one['kl_stderr']:.6f}" in text and f"{one['torch_perplexity']:.3f}" in text
         predicted = read_json(paths.architecture(target), "the test")["predicted"]
         assert f"{predicted['params']:,}" in text
         for row in read_throughput(paths.throughput(target)):
