@@ -19,7 +19,7 @@ def evaluate_child(params: Params, paths: Paths, target: str) -> None:
     batches = tasks.plan_batches(params)
     quality = run_pieces(tasks.measure_quality, batches, target, params, paths, unit="batch")
     files = tasks.exported_files(target, params, paths)
-    exports = run_pieces(tasks.measure_export, files, target, params, paths, unit="file")
+    exports = run_pieces(tasks.measure_export, files, params, paths, unit="file", in_order=True)
     tasks.write_evaluation(target, quality, exports, params, paths)
 
 

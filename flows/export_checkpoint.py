@@ -12,17 +12,22 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.exports import export_all
 from flows.server import ensure
-from flows.stage import run_cleanly
+from flows.stage import run_cleanly, workers
 from storage.records import ExportFormat
-from tasks.exports import check_folder, read_source
+from tasks.exports import exported, read_source
 
 
-@flow(name="export_checkpoint", description="A checkpoint in the forms that stock runtimes load.")
+@flow(
+    name="export_checkpoint",
+    description="A checkpoint in the forms that stock runtimes load.",
+    task_runner=workers(1),
+)
 def export_checkpoint(checkpoint: Path, out: Path, formats: tuple[ExportFormat, ...], max_shard_gib: float) -> None:
-    """Every format, tensor by tensor."""
-    check_folder(out, checkpoint)
-    source = read_source(out.resolve().name, checkpoint, "the export or download of this checkpoint again")
-    export_all(source, formats, out, max_shard_gib, "--formats")
+    """Every format, tensor by tensor, beside those that are there already."""
+    name = out.resolve().name
+    there = exported(name, out, checkpoint)
+    source = read_source(name, checkpoint, "the export or download of this checkpoint again")
+    export_all(source, tuple(dict.fromkeys([*formats, *there])), out, max_shard_gib, "--formats")
 
 
 def main() -> None:

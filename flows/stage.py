@@ -51,7 +51,7 @@ def _run(stage: Flow[..., Any], params: Params, arguments: dict[str, Any]) -> No
         params.target(arguments["target"])
     url, _ = ensure()
     with temporary_settings({PREFECT_API_URL: url}):
-        stage.with_options(task_runner=_workers(params.run.workers))(params=params, paths=Paths(), **arguments)
+        stage.with_options(task_runner=workers(params.run.workers))(params=params, paths=Paths(), **arguments)
     name = f"{stage.name}@{arguments['target']}" if "target" in arguments else stage.name
     _record(name, time.monotonic() - _BEGAN, Paths())
 
@@ -62,7 +62,7 @@ def _record(name: str, seconds: float, paths: Paths) -> None:
     write_json(paths.seconds, {**earlier, name: seconds})
 
 
-def _workers(count: int) -> Any:
+def workers(count: int) -> Any:
     """Where pieces run: threads of this process (torch releases the GIL in every kernel)."""
     return ThreadPoolTaskRunner(max_workers=count)
 

@@ -23,6 +23,7 @@ from storage.records import Attention, Ffn
 CHECKSUMS = "checksums.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_DERIVED = ".rotary_emb.inv_freq"
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -40,7 +41,7 @@ class Checkpoint:
 
     @functools.cached_property
     def files(self) -> dict[str, Path]:
-        """Tensor name -> the file that holds it.
+        """Tensor name -> the file that holds it; rotary frequencies, which older ones keep, follow from config.json.
 
         Raises:
             InputError: no safetensors in the folder.
@@ -66,7 +67,7 @@ class Checkpoint:
                 raise DamagedFileError(
                     f"{file} lacks tensors that {_INDEX} names: {sorted(lacking)[:3]}; run `{self.rebuild}`"
                 )
-        return found
+        return {name: file for name, file in found.items() if not name.endswith(_DERIVED)}
 
     @functools.cached_property
     def checksums(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
@@ -20,7 +20,7 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 
 from storage.files import InputError, write_whole
-from storage.model_config import EMBEDDING, LM_HEAD, NORM, ModelConfig
+from storage.model_config import EMBEDDING, LM_HEAD, NORM, ModelConfig, unsaid_by_gguf
 from storage.records import Attention, Ffn
 
 FileType = Literal["F32", "F16", "BF16", "Q8_0"]
@@ -122,7 +122,7 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for key, shape, make in tensors:
             parts = iter([_noise(shape)]) if tensor is None and key != _ROPE_FACTORS else make()
-            writer.write_tensor_data(_encoded(parts, _kind(shape, file_type), key))
+            writer.write_tensor_data(_encoded(parts, shape, _kind(shape, file_type), key))
         writer.close()
 
 
@@ -148,14 +148,21 @@ def _bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     return math.prod(shape) // values * size
 
 
-def _encoded(parts: Iterator[Array], kind: GGMLQuantizationType, name: str) -> NDArray[Any]:
-    """Rows as the file has them; memory holds the encoded tensor and some rows in float32."""
-    encoded = []
+def _encoded(
+    parts: Iterator[Array], shape: tuple[int, ...], kind: GGMLQuantizationType, name: str
+) -> NDArray[np.uint8]:
+    """Bytes of a tensor as the file has them; memory holds them and some rows in float32."""
+    encoded, end = np.empty(_bytes(shape, kind), np.uint8), 0
     for part in parts:
-        if kind == GGMLQuantizationType.F16 and np.abs(part).max(initial=0) > np.finfo(np.float16).max:
+        largest = np.abs(part).max(initial=0)  # nan where there is one
+        if not np.isfinite(largest):
+            raise InputError(f"{name} has a weight that is not finite; the checkpoint is broken")
+        if kind == GGMLQuantizationType.F16 and largest > np.finfo(np.float16).max:
             raise InputError(f"{name} has a weight beyond F16; export it as gguf-bf16 or gguf-f32 instead")
-        encoded.append(quantize(part, kind))
-    return np.concatenate(encoded)
+        rows = np.ascontiguousarray(quantize(part, kind)).view(np.uint8).reshape(-1)
+        start, end = end, end + len(rows)
+        encoded[start:end] = rows
+    return encoded
 
 
 def _write_rope(writer: GGUFWriter, config: ModelConfig) -> None:
@@ -169,19 +176,13 @@ def _write_rope(writer: GGUFWriter, config: ModelConfig) -> None:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
     elif rope["rope_type"] == "yarn":
-        if beyond := sorted(key for key in _NOT_YARN if rope.get(key) is not None):
-            raise InputError(
-                f"the rotary positions (yarn) set {', '.join(beyond)}, which GGUF does not say; "
-                "leave the gguf formats out of export_child.formats"
-            )
+        if beyond := unsaid_by_gguf(rope):
+            raise InputError(f"the rotary positions (yarn) set {', '.join(beyond)}, which GGUF does not say")
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(rope["factor"]))
         writer.add_rope_scaling_orig_ctx_len(int(rope.get("original_max_position_embeddings") or config.context))
         writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
         writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
-
-
-_NOT_YARN = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
 
 
 def _llama3_factors(config: ModelConfig) -> Array:

@@ -76,7 +76,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
         raise InputError(f"{path} is not a tokenizer ({error}); save it anew with transformers") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    last = max(tokenizer.get_vocab().values())
+    last = max(tokenizer.get_vocab().values(), default=-1)
     if last >= vocab_size:
         raise InputError(
             f"{path} has tokens up to id {last}, the embedding {vocab_size} rows; remove those without one"
@@ -103,6 +103,8 @@ def _add(writer: GGUFWriter, tokenizer: Tokenizer, folder: Path, vocab_size: int
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(_space_prefix(spec))
         writer.add_token_scores(_scores(texts, types, model))
+    elif not model["merges"]:
+        raise _OtherwiseError("merges of bytes", "none")
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_tokenizer(spec))

@@ -125,7 +125,10 @@ _REQUIRED = (
 
 def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Rotary parameters in the form of transformers 5, from that form or from rope_theta + rope_scaling (4.x)."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: expected an object for the rope parameters, found {found!r}")
+    rope = dict(found)
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     rope.pop("type", None)
@@ -135,7 +138,25 @@ def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise InputError(
             f"{where}: rope type {rope['rope_type']!r} is not supported: it is not one of {', '.join(ROPE_TYPES)}"
         )
+    needed = ("rope_theta", *_ROPE_FIELDS.get(rope["rope_type"], ()))
+    if wrong := [key for key in needed if not isinstance(rope.get(key), int | float) or rope[key] <= 0]:
+        raise InputError(
+            f"{where}: rope parameters of type {rope['rope_type']} must have numbers above 0 for {', '.join(wrong)}"
+        )
     return rope
+
+
+_ROPE_FIELDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+_UNSAID = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
+
+
+def unsaid_by_gguf(rope: Mapping[str, Any]) -> list[str]:
+    """Settings of yarn that a GGUF file has no key for."""
+    return [key for key in _UNSAID if rope["rope_type"] == "yarn" and rope.get(key) is not None]
 
 
 def _activation(config: Mapping[str, Any], where: str) -> str:
@@ -325,12 +346,11 @@ def from_nemotron_nas(config: Mapping[str, Any], where: str) -> tuple[ModelConfi
             mlp_bias=bool(config.get("mlp_bias", False)),
             activation=_activation(config, where),
         )
+        count = int(config.get("num_hidden_layers", len(blocks)))
     except (KeyError, TypeError, ValueError, ZeroDivisionError, AssertionError) as error:
         raise InputError(f"{where}: not a nemotron-nas config.json ({type(error).__name__}: {error})") from error
-    if int(config.get("num_hidden_layers", len(blocks))) != len(blocks):
-        raise InputError(
-            f"{where}: num_hidden_layers is {config['num_hidden_layers']} but block_configs has {len(blocks)}"
-        )
+    if count != len(blocks):
+        raise InputError(f"{where}: num_hidden_layers is {count} but block_configs has {len(blocks)}")
     return geometry, blocks
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TIMINGS = Path("storage/timings")
+EXPORTS_OVERVIEW = "exports.json"
+"""In a folder of exports: files of every format with sizes and checksums, and what each runtime takes."""
 
 
 @dataclass(frozen=True)

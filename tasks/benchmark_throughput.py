@@ -6,7 +6,7 @@ It is the only stage with a clock: the bytes of its table differ from run to run
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from tqdm import tqdm
 
 from storage.checkpoints import Checkpoint, read_blocks
-from storage.files import InputError, read_json
+from storage.files import read_json
 from storage.model_config import ModelConfig
 from storage.params import Params
 from storage.parent import Parent
@@ -26,7 +26,7 @@ from storage.records import Architecture, Attention, Ffn, Precision, Replacement
 from storage.tables import read_costs, read_throughput, read_timings_or_costs, write_throughput
 from storage.targets import SPEED_METRICS
 from tasks.engines import llamacpp
-from tasks.gguf_files import FORMAT, PARENT, gguf_of
+from tasks.gguf_files import FORMAT, PARENT, gguf_of, whole
 from tasks.puzzle.child import DeciLMForCausalLM, build
 from tasks.puzzle.costs import ModelSpeed, Setting
 from tasks.puzzle.device import Compute, compute
@@ -107,7 +107,11 @@ def measure_throughput(target: str, params: Params, paths: Paths) -> list[Throug
     limits = _speed_limits(target, paths)
     engines = dict.fromkeys([*settings.engines, *limits])
     if llamacpp.ENGINE in engines:
-        _check_llamacpp(Parent(paths.parent).config, settings.measured_scenarios)
+        llamacpp.check_installed()
+        asked = {f"benchmark_throughput.scenarios, {scenario}": scenario for scenario in settings.measured_scenarios}
+        asked |= {f"targets.{target}.constraints.{one['name']}": one["scenario"] for one in limits.get("llama.cpp", [])}
+        works = {name: _in_llamacpp(Workload.of(scenario, 1)) for name, scenario in asked.items()}
+        llamacpp.check_room(works, Parent(paths.parent).config.context)
         _exported(target, paths)
     rows: list[ThroughputRow] = []
     for engine in engines:
@@ -123,18 +127,6 @@ def measure_throughput(target: str, params: Params, paths: Paths) -> list[Throug
     return rows
 
 
-def _check_llamacpp(config: ModelConfig, scenarios: Iterable[str]) -> None:
-    """Raise InputError where llama.cpp is not installed, or a scenario is too long for it."""
-    llamacpp.check_installed()
-    for scenario in scenarios:
-        work = Workload.of(scenario, 1)
-        if (longest := max(work.input_tokens, work.mean_context) + llamacpp.MARGIN) > config.context:
-            raise InputError(
-                f"benchmark_throughput.scenarios has {scenario}, for which timing in llama.cpp needs {longest} tokens "
-                f"of context; the parent has {config.context}"
-            )
-
-
 def _timer(engine: str, target: str, params: Params, paths: Paths, device: Compute) -> Callable[[Workload], _Rounds]:
     """What times parent and child in an engine: torch as checkpoints, llama.cpp as they were exported."""
     parent, repeats = Parent(paths.parent), params.benchmark_throughput.repeats
@@ -143,18 +135,20 @@ def _timer(engine: str, target: str, params: Params, paths: Paths, device: Compu
         models = parent_and_child(parent, child, device)
         return lambda work: time_models(parent.config, models, work, repeats, device)
     files, threads = _exported(target, paths), params.measure_costs.threads
-    return lambda work: llamacpp.time_files(
-        files, llamacpp.Work(work.batch, work.input_tokens, work.mean_context), repeats, threads
-    )
+    return lambda work: llamacpp.time_files(files, _in_llamacpp(work), repeats, threads)
+
+
+def _in_llamacpp(work: Workload) -> llamacpp.Work:
+    return llamacpp.Work(work.batch, work.input_tokens, work.mean_context)
 
 
 def _exported(target: str, paths: Paths) -> dict[str, Path]:
     """GGUF files of parent and child, of the same precision.
 
     Raises:
-        InputError: one of them is not there.
+        InputError: one of them is not there, or damaged.
     """
-    return {"parent": gguf_of(PARENT, FORMAT, paths).path, "child": gguf_of(target, FORMAT, paths).path}
+    return {"parent": whole(gguf_of(PARENT, FORMAT, paths)), "child": whole(gguf_of(target, FORMAT, paths))}
 
 
 def _speed_limits(target: str, paths: Paths) -> dict[str, list[dict[str, Any]]]:

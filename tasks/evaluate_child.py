@@ -8,7 +8,6 @@ sequence, for paired comparisons).
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,7 +29,7 @@ from storage.records import Architecture, Replacement, Weights
 from storage.tables import read_throughput
 from storage.targets import SPEED_METRICS
 from tasks.export_quality import export_quality, last_hidden
-from tasks.gguf_files import gguf_files
+from tasks.gguf_files import GgufFile, gguf_files, whole
 from tasks.measured import count, measured, speed_at, speed_ratios
 from tasks.puzzle.blocks import Block
 from tasks.puzzle.device import Compute, compute
@@ -68,7 +67,7 @@ def measure_quality(sequences: range, target: str, params: Params, paths: Paths)
     models: Models = {"parent": last}
     for name, folder in (("assembled", paths.assembled(target)), ("distilled", paths.distilled(target))):
         rebuild = f"dvc repro {'assemble' if name == 'assembled' else 'distill'}_child@{target}"
-        models[name] = last_hidden(Checkpoint(folder, rebuild), tokens, device)
+        models[name] = last_hidden(Checkpoint(folder, rebuild), tokens, device, len(tokens))
     if sequences[0] < params.evaluate_child.baseline_tokens // params.prepare_corpus.seq_len:
         models |= _baselines(target, tokens, device, paths)
     _, norm, lm_head = parent.outside(device.device, device.dtype)
@@ -78,23 +77,23 @@ def measure_quality(sequences: range, target: str, params: Params, paths: Paths)
     return {name: per_sequence(one) for name, one in zip(models, losses, strict=True)}
 
 
-def exported_files(target: str, params: Params, paths: Paths) -> list[tuple[str, Path]]:
-    """The child's GGUF files with their formats; none where params ask for no tokens to compare on."""
-    return list(gguf_files(target, paths.exports(target)).items()) if params.evaluate_child.export_tokens else []
+def exported_files(target: str, params: Params, paths: Paths) -> list[GgufFile]:
+    """The child's GGUF files; none where params ask for no tokens to compare on."""
+    there = gguf_files(target, paths.exports(target)) if params.evaluate_child.export_tokens else {}
+    return [GgufFile(target, name, path) for name, path in there.items()]
 
 
 @task(cache_policy=NO_CACHE)
-def measure_export(piece: tuple[str, Path], target: str, params: Params, paths: Paths) -> tuple[str, dict[str, float]]:
+def measure_export(file: GgufFile, params: Params, paths: Paths) -> tuple[str, dict[str, float]]:
     """How far an exported GGUF is from the distilled child, as llama.cpp computes it.
 
     Raises:
         InputError: llama.cpp is not installed, a file is missing or damaged.
     """
-    name, file = piece
     count = params.evaluate_child.export_tokens // params.prepare_corpus.seq_len
     tokens = torch.from_numpy(read_sequences(paths.corpus, "validation", 0, count)).long()
-    child = Checkpoint(paths.distilled(target), f"dvc repro distill_child@{target}")
-    return name, export_quality(file, child, tokens, params.run)
+    child = Checkpoint(paths.distilled(file.name), f"dvc repro distill_child@{file.name}")
+    return file.format, export_quality(whole(file), child, tokens, params.run)
 
 
 def _baselines(target: str, tokens: Tensor, device: Compute, paths: Paths) -> Models:

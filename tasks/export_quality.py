@@ -52,7 +52,7 @@ def _in_torch(checkpoint: Checkpoint, tokens: Tensor, device: Compute) -> Projec
         for name in (EMBEDDING if config.tie_embeddings else LM_HEAD, NORM)
     )
     with torch.inference_mode():
-        hidden = Head(norm, head, config.rms_norm_eps).normalise(last_hidden(checkpoint, tokens, device))
+        hidden = Head(norm, head, config.rms_norm_eps).normalise(last_hidden(checkpoint, tokens, device, 1))
     return hidden.cpu(), head.cpu()
 
 
@@ -63,10 +63,10 @@ def _in_llamacpp(path: Path, tokens: Tensor, threads: int) -> Projected:
     return torch.from_numpy(hidden), torch.from_numpy(head)
 
 
-def last_hidden(checkpoint: Checkpoint, tokens: Tensor, device: Compute) -> Tensor:
+def last_hidden(checkpoint: Checkpoint, tokens: Tensor, device: Compute, sequences_per_batch: int) -> Tensor:
     """A child's hidden states before the final norm, [sequences, tokens, hidden], one block in memory at a time."""
     config, blocks = read_blocks(checkpoint)
     embedding = checkpoint.tensor(EMBEDDING).to(device.device, device.dtype)
     lazily = ((*blocks[i], checkpoint.block(i, device.device, device.dtype)) for i in range(config.num_blocks))
-    *_, last = boundaries(config, embedding, lazily, tokens, len(tokens))
+    *_, last = boundaries(config, embedding, lazily, tokens, sequences_per_batch)
     return last

@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+import torch
 from gguf import GGUFWriter
 from numpy.typing import NDArray
 from prefect import task
@@ -20,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from storage.checkpoints import Checkpoint, CheckpointWriter
-from storage.files import DamagedFileError, InputError, digest_of, read_json, sha256, write_json
+from storage.files import InputError, digest_of, read_json, sha256, write_json
 from storage.gguf_child import FileType, write_gguf
 from storage.gguf_tokenizer import add_tokenizer
 from storage.model_config import (
@@ -35,13 +37,13 @@ from storage.model_config import (
     to_nemotron_nas,
 )
 from storage.parent import TOKENIZER_FILES
+from storage.paths import EXPORTS_OVERVIEW
 from storage.pieces import Pieces, code_digest
 from storage.records import Attention, ExportFormat, Ffn
 from tasks.check_runtimes import runtimes_lines, runtimes_of
 from tasks.puzzle.padding import padded_block, padded_config, padded_variants
 from tasks.puzzle.runtimes import format_refusals
 
-OVERVIEW = "exports.json"
 _KEPT = (*TOKENIZER_FILES, "README.md", "LICEN[CS]E*", "USE_POLICY*", "NOTICE*")
 """Patterns of what travels unchanged into every folder but GGUF's."""
 _REMOTE_CODE = Path(__file__).parents[1] / "storage/remote_code"
@@ -57,7 +59,8 @@ _ABOUT = {
 }
 """Behind the card, which is of the nemotron-nas form."""
 _FILE_TYPES: dict[str, FileType] = {"gguf-f32": "F32", "gguf-f16": "F16", "gguf-bf16": "BF16", "gguf-q8_0": "Q8_0"}
-_ROWS = 8192
+_WRITERS = ("checkpoints", "gguf_child", "gguf_tokenizer", "model_config")
+_ELEMENTS = 2**24
 """Of a tensor that are float32 at once."""
 
 
@@ -131,13 +134,27 @@ def check(source: Source, formats: Sequence[ExportFormat], what: str) -> None:
             add_tokenizer(GGUFWriter(None, "llama"), source.checkpoint.folder, source.config.vocab_size)
 
 
-def check_folder(out: Path, checkpoint: Path) -> None:
-    """Raise InputError where exports would take the place of something else: what they do not know in `out` goes."""
-    is_ours = (out / OVERVIEW).is_file() or Pieces(out, "").names()
-    if out.exists() and not is_ours and (not out.is_dir() or any(out.iterdir())):
+def exported(name: str, out: Path, checkpoint: Path) -> list[ExportFormat]:
+    """Formats that `out` already holds of a model of that name.
+
+    Raises:
+        InputError: it holds something else as well, which exports would delete.
+    """
+    known = get_args(ExportFormat)
+    if out.exists() and (
+        not out.is_dir() or {one.name for one in out.iterdir()} - {*known, EXPORTS_OVERVIEW, ".pieces"}
+    ):
         raise InputError(f"{out} holds something else; expected a new folder, an empty one, or one of earlier exports")
     if out.resolve() == checkpoint.resolve() or out.resolve() in checkpoint.resolve().parents:
         raise InputError(f"{out} holds the checkpoint {checkpoint}; name another folder")
+    if (out / EXPORTS_OVERVIEW).is_file() and (
+        of := read_json(out / EXPORTS_OVERVIEW, "the export again")["name"]
+    ) != name:
+        raise InputError(f"{out} holds exports of {of}, not of {name}; name another folder")
+    done = Pieces(out, "").names()
+    if out.is_dir() and set(done) - set(known):
+        raise InputError(f"{out} holds pieces of something else; name another folder")
+    return [one for one in known if one in done]
 
 
 def begin(
@@ -152,7 +169,8 @@ def begin(
         "model": [source.config.to_json(), [list(map(str, of)) for of in source.blocks], source.special_tokens],
         "files": {file.name: sha256(file) for file in files},
         "max_shard_gib": max_shard_gib,
-        "code": code_digest("tasks.exports", "storage.gguf_child", "storage.gguf_tokenizer", "storage.model_config"),
+        "code": code_digest("tasks.exports", *(f"storage.{name}" for name in _WRITERS)),
+        "versions": {name: metadata.version(name) for name in ("gguf", "tokenizers", "safetensors")},
     }
     keys: dict[str, str] = {wanted: digest_of({**common, "format": wanted}) for wanted in formats}
     left = pieces.keep_only(keys)
@@ -187,7 +205,8 @@ def gguf_name(name: str, wanted: str) -> str:
 
 def _write_gguf(source: Source, path: Path, file_type: FileType) -> None:
     def rows(name: str) -> Iterator[NDArray[np.float32]]:
-        return (part.float().numpy() for part in source.checkpoint.tensor(name).split(_ROWS))
+        tensor = source.checkpoint.tensor(name)
+        return (part.float().numpy() for part in tensor.split(max(1, _ELEMENTS // tensor[0].numel())))
 
     config = source.config
     tokenizer = partial(add_tokenizer, folder=source.checkpoint.folder, vocab_size=config.vocab_size)
@@ -231,8 +250,9 @@ def _tensors(source: Source, to: tuple[Attention, Ffn] | None) -> Iterator[Mappi
     yield {EMBEDDING: checkpoint.tensor(EMBEDDING)}
     for index, block in enumerate(source.blocks):
         tensors = {short: checkpoint.tensor(name) for short, name in checkpoint.block_names(index).items()}
-        padded = padded_block(source.config, block, to, tensors) if to else tensors
-        yield {f"model.layers.{index}.{short}": tensor for short, tensor in padded.items()}
+        if to:
+            tensors = padded_block(source.config, block, to, tensors, getattr(torch, source.dtype))
+        yield {f"model.layers.{index}.{short}": tensor for short, tensor in tensors.items()}
     yield {name: checkpoint.tensor(name) for name in (NORM, *([] if source.config.tie_embeddings else [LM_HEAD]))}
 
 
@@ -261,7 +281,7 @@ def write_overview(source: Source, formats: Sequence[ExportFormat], folder: Path
         },
         "runtimes": runtimes_of(source.config, source.blocks),
     }
-    write_json(folder / OVERVIEW, overview)
+    write_json(folder / EXPORTS_OVERVIEW, overview)
     return overview
 
 
@@ -271,18 +291,3 @@ def overview_text(overview: Mapping[str, Any], folder: Path) -> str:
     for name, of in overview["formats"].items():
         lines.append(f"  {name:<14} {sum(file['bytes'] for file in of['files'].values()) / 2**20:>8,.1f} MiB")
     return "\n".join([*lines, *(f"  {line}" for line in runtimes_lines(overview["runtimes"])), ""])
-
-
-def read_overview(folder: Path, rebuild: str) -> dict[str, Any]:
-    """exports.json.
-
-    Raises:
-        InputError: it is not there.
-        DamagedFileError: it is not JSON, or a file that it names is gone or of another size.
-    """
-    overview: dict[str, Any] = read_json(folder / OVERVIEW, rebuild)
-    for of in overview["formats"].values():
-        for file, facts in of["files"].items():
-            if not (folder / file).is_file() or (folder / file).stat().st_size != facts["bytes"]:
-                raise DamagedFileError(f"{folder / file} is missing or of another size; run `{rebuild}`")
-    return overview

@@ -7,8 +7,8 @@ begins here, so that errors name the command that makes what is missing.
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.files import InputError
-from storage.paths import Paths
+from storage.files import DamagedFileError, InputError, read_json, sha256
+from storage.paths import EXPORTS_OVERVIEW, Paths
 from tasks.engines.llamacpp import LlamaCpp
 
 PARENT = "parent"
@@ -66,6 +66,21 @@ def gguf_files(name: str, folder: Path) -> dict[str, Path]:
         if path.is_file():
             found[inner.name] = path
     return found
+
+
+def whole(file: GgufFile) -> Path:
+    """The file, if its bytes are those that were exported.
+
+    Raises:
+        DamagedFileError: they differ, or exports.json does not know them.
+    """
+    rebuild = f"dvc repro export_{'parent' if file.name == PARENT else f'child@{file.name}'}"
+    folder = file.path.parents[1]
+    formats = read_json(folder / EXPORTS_OVERVIEW, rebuild)["formats"]
+    known = formats.get(file.format, {"files": {}})["files"].get(str(file.path.relative_to(folder)))
+    if known is None or sha256(file.path) != known["sha256"]:
+        raise DamagedFileError(f"{file.path} is damaged (its sha256 is not that of the export); run `{rebuild}`")
+    return file.path
 
 
 def loaded(file: GgufFile, threads: int, sequences: int, context: int | None, port: int = 0) -> LlamaCpp:

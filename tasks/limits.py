@@ -25,7 +25,7 @@ from tasks.puzzle.mip import Settings
 from tasks.puzzle.operating_points import NOWHERE, OperatingPoint, Place, Wish, operating_points
 from tasks.puzzle.problem import Choice, Limit, Problem
 from tasks.puzzle.quantities import Quantity, measure
-from tasks.puzzle.runtimes import reasons_against
+from tasks.puzzle.runtimes import reasons_against, refusals
 from tasks.puzzle.score_rule import Scores
 from tasks.puzzle.search import Best, Point, alternatives, best_child
 from tasks.puzzle.variants import parent_blocks
@@ -328,6 +328,15 @@ class TargetTables:
             config and reasons_against(runtime, config, of.first_block, of.attention, of.ffn)
             for runtime in self._runtimes
         )
+
+    def check_runtimes(self, blocks: Sequence[Replacement]) -> None:
+        """Raise InputError where a runtime refuses a child as a whole, which none of its blocks shows."""
+        config, halves = self.parent.config, [(of.attention, of.ffn) for of in blocks]
+        for runtime in self._runtimes if config else ():
+            assert config is not None
+            if against := refusals(config, halves)[runtime]:
+                reasons = "; ".join(f"{one.text} ({one.way_out})" for one in against)
+                raise InputError(f"{self.target}: the best child does not run in {runtime}: {reasons}")
 
     @property
     def _runtimes(self) -> tuple[Runtime, ...]:

@@ -178,6 +178,7 @@ def _work(params: Params, config: ModelConfig) -> Work:
         num_ggufs=sum(one.startswith("gguf-") for one in params.export_child.formats),
         child_export_ratio=sum(_SIZES.get(one, 1.0) for one in params.export_child.formats),
         parent_export_ratio=sum(_SIZES.get(one, 1.0) for one in params.export_parent.formats),
+        export_shard_bytes=params.export_child.max_shard_gib * 2**30,
         benchmark_prefill_tokens=round(prefills),
         benchmark_decode_steps=round(decodes),
     )

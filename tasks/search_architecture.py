@@ -78,6 +78,7 @@ def _search(tables: TargetTables, section: SearchArchitecture, seed: int, out: P
     settings = solver_settings(section, seed)
     child = tables.search(WEIGHTS, settings)
     _recheck(child, tables)
+    tables.check_runtimes(child.blocks)
     others = list(tables.alternatives(child, WEIGHTS, settings, section.alternatives, section.min_distance))
     predicted = tables.predict(child.blocks, WEIGHTS, child.point)
     alternatives = [_alternative_json(other, child, tables) for other in others]

@@ -46,18 +46,26 @@ def time_llamacpp(params: Params, paths: Paths, name: str, path: Path) -> None:
     """Time random architectures and the parent in llama.cpp, divide them into components, add the rows to `path`.
 
     Raises:
-        InputError: xllamacpp is not installed.
+        InputError: xllamacpp is not installed, or a scenario is longer than the parent was made for.
     """
     llamacpp.check_installed()
     kept = _others(path, llamacpp.ENGINE)
     settings, config = params.measure_costs, Parent(paths.parent).config
+    points = list(itertools.product(settings.scenarios, settings.batches))
+    works = [_llamacpp_work(Workload.of(*at)) for at in points]
+    asked = {f"measure_costs.scenarios, {at}": work for (at, _), work in zip(points, works, strict=True)}
+    llamacpp.check_room(asked, config.context)
     where = machine(torch.device("cpu"))
     about = _About(name, llamacpp.ENGINE, llamacpp.PRECISION, where, llamacpp.software(), settings)
     rows: list[TimingRow] = []
-    for scenario, batch in itertools.product(settings.scenarios, settings.batches):
-        timings, how = _in_llamacpp(params, config, Workload.of(scenario, batch), scenario, paths.root)
+    for (scenario, batch), work in zip(points, works, strict=True):
+        timings, how = _in_llamacpp(params, config, work, scenario, paths.root)
         rows += about.rows(config, scenario, batch, timings, dict.fromkeys(_HOW, how))
     write_timings(path, [*kept, *rows])
+
+
+def _llamacpp_work(work: Workload) -> llamacpp.Work:
+    return llamacpp.Work(work.batch, work.input_tokens, work.mean_context)
 
 
 def _others(path: Path, engine: str) -> list[TimingRow]:
@@ -145,7 +153,9 @@ _DESIGNS = 14
 """Random architectures that are timed beside the parent: twice as many as there are usual unknowns."""
 
 
-def _in_llamacpp(params: Params, config: ModelConfig, work: Workload, scenario: str, disk: Path) -> tuple[Timings, str]:
+def _in_llamacpp(
+    params: Params, config: ModelConfig, work: llamacpp.Work, scenario: str, disk: Path
+) -> tuple[Timings, str]:
     """As :func:`_in_torch`, but of whole models, each in turn with one that stays: a wandering speed cancels."""
     settings, bld = params.measure_costs, params.distill_blocks
     attentions = attention_variants(config, linear=True)
@@ -153,7 +163,6 @@ def _in_llamacpp(params: Params, config: ModelConfig, work: Workload, scenario: 
     own = (attentions[0], ffns[0])
     models: list[designs.Blocks] = [[own] * config.num_blocks]
     models += designs.designs(attentions, ffns, config.num_blocks, _DESIGNS, params.run.seed)
-    at = llamacpp.Work(work.batch, work.input_tokens, work.mean_context)
     times: dict[str, list[list[float]]] = {"prefill": [], "decode": []}
     speed: dict[str, float] = {}
     with tempfile.TemporaryDirectory(dir=disk) as scratch:
@@ -162,7 +171,7 @@ def _in_llamacpp(params: Params, config: ModelConfig, work: Workload, scenario: 
         label = f"timing llama.cpp, {scenario}, batch {work.batch}"
         for blocks in tqdm(models, desc=label, unit="model", disable=None):
             write_gguf(files["model"], config, blocks, None, "F16")
-            rounds = llamacpp.time_files(files, at, settings.repeats, settings.threads)
+            rounds = llamacpp.time_files(files, work, settings.repeats, settings.threads)
             for phase, found in times.items():
                 speed.setdefault(phase, statistics.median(rounds["reference"][phase]))
                 pairs = zip(rounds["model"][phase], rounds["reference"][phase], strict=True)

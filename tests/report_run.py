@@ -191,7 +191,7 @@ def _measure(target: str, number: int, paths: Paths) -> None:
 
 
 def _counted(share: float) -> Counted:
-    return Counted(ModelSizes(10_000, 9_000, round(40_000 * share), 0.0), 5, 0)
+    return Counted(ModelSizes(10_000, 9_000, round(40_000 * share), 0), 5, 0)
 
 
 def _quality(kl: float) -> dict[str, float]:

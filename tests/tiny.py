@@ -93,18 +93,20 @@ def random_child(config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], s
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Save a byte-level tokenizer of 259 tokens, the last three <s>, </s> and <pad>."""
-    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>", "<pad>"]
-    tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    """Save a byte-level tokenizer of 260 tokens: bytes, <s>, </s>, <pad> and the only merge, `ab`."""
+    special = ["<s>", "</s>", "<pad>"]
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *special, "ab"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(words[-3:])
+    tokenizer.add_special_tokens(special)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.save_pretrained(folder)
 
 
 def save_child(folder: Path, config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]]) -> DeciLMForCausalLM:
-    """A random child as a checkpoint folder of this project, with a byte-level tokenizer of 259 tokens."""
+    """A random child as a checkpoint folder of this project, with a byte-level tokenizer of 260 tokens."""
     model = random_child(config, blocks)
     folder.mkdir(parents=True)
     tensors = {name: one for name, one in model.state_dict().items() if name in expected_shapes(config, blocks)}

@@ -191,7 +191,7 @@ class LlamaCpp:
         asked = {"prompt": list(prompt), "max_tokens": tokens, "ignore_eos": True, "samplers": ["top_k"], "top_k": 1}
         found: dict[str, Any] = self._server.handle_completions({**asked, **options})
         if "error" in found:
-            raise RuntimeError(f"llama.cpp: {found['error']}")
+            raise InputError(f"llama.cpp answers with an error: {found['error']}")
         return found
 
     def _together(self, prompts: Sequence[Sequence[int]], tokens: int, *, keep: bool) -> list[dict[str, Any]]:
@@ -221,7 +221,7 @@ class LlamaCpp:
 
 def _piece(event: dict[str, Any]) -> Piece:
     if "error" in event:
-        raise RuntimeError(f"llama.cpp: {event['error']}")
+        raise InputError(f"llama.cpp answers with an error: {event['error']}")
     (choice,), timings = event["choices"], event.get("timings", {})
     tokens = timings.get("predicted_n", 0)
     return Piece(
@@ -260,6 +260,15 @@ class Work:
     def prompts(self, tokens: int) -> list[list[int]]:
         """Token ids that differ between sequences; what they are plays no part."""
         return [[(1 + sequence + 31 * at) % 97 + 1 for at in range(tokens)] for sequence in range(self.batch)]
+
+
+def check_room(works: Mapping[str, Work], context: int) -> None:
+    """Raise InputError where something to be timed, given with what people call it, is too long for a model."""
+    for name, work in works.items():
+        if work.context > context:
+            raise InputError(
+                f"{name}: timing it in llama.cpp needs {work.context} tokens of context; the parent has {context}"
+            )
 
 
 def time_files(files: Mapping[str, Path], work: Work, repeats: int, threads: int) -> dict[str, dict[str, list[float]]]:

@@ -1,7 +1,7 @@
 """Any child without linear layers as a plain Llama of equal blocks: exact, for tools that know no other, no faster.
 
-Narrow FFNs get zero channels, shared kv heads are repeated, removed subblocks become ones of zero weights, and a child
-whose q, k and v alone have biases gets a zero one on the output. Tensors are named as within a Llama layer.
+Narrow FFNs get zero channels, shared kv heads are repeated, removed subblocks become ones of zero weights, and where
+some projections of attentions have biases the others get zero ones. Tensors are named as within a Llama layer.
 """
 
 import math
@@ -19,7 +19,8 @@ Blocks = Sequence[tuple[Attention, Ffn]]
 
 def padded_config(config: ModelConfig) -> ModelConfig:
     """Geometry with the biases of a Llama, whose q, k, v and output projections have them all or none."""
-    return replace(config, architecture="LlamaForCausalLM", output_bias=config.output_bias or config.qkv_bias)
+    bias = config.output_bias or config.qkv_bias
+    return replace(config, architecture="LlamaForCausalLM", output_bias=bias, qkv_bias=bias)
 
 
 def padded_variants(blocks: Blocks) -> tuple[Attention, Ffn]:
@@ -29,7 +30,11 @@ def padded_variants(blocks: Blocks) -> tuple[Attention, Ffn]:
 
 
 def padded_block(
-    config: ModelConfig, block: tuple[Attention, Ffn], to: tuple[Attention, Ffn], tensors: Mapping[str, Tensor]
+    config: ModelConfig,
+    block: tuple[Attention, Ffn],
+    to: tuple[Attention, Ffn],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """One block's tensors in the shapes of `to`, computing the same.
 
@@ -38,11 +43,11 @@ def padded_block(
         block: what it is.
         to: what it becomes (:func:`padded_variants`).
         tensors: its tensors, [rows, columns] or [rows].
+        dtype: of what is added.
     """
     attention, _ = block
     repeats = to[0].num_kv_heads // attention.num_kv_heads if attention.kind == "gqa" else 1
     shapes = expected_shapes(padded_config(config), [to])
-    dtype = next(iter(tensors.values())).dtype if tensors else torch.float32
     found = {}
     for name, shape in shapes.items():
         if not name.startswith("model.layers.0."):

@@ -69,6 +69,7 @@ class Work:
     num_ggufs: int
     child_export_ratio: float
     parent_export_ratio: float
+    export_shard_bytes: float
     benchmark_prefill_tokens: int
     benchmark_decode_steps: int
 
@@ -314,9 +315,10 @@ class Planner:
         )
 
     def _export(self, stage: str, size: float) -> Estimate:
-        """Tensors are read for each form, written, and hashed; a tensor is there in 16 bit and once more encoded."""
-        embedding = 4.0 * self._config.hidden_size * self._config.vocab_size
-        return self._estimate(stage, moved=3 * size, memory=self._work.workers * embedding, disk=size)
+        """Tensors are read for each form, written, hashed; memory has one in 16 bit and encoded, or a whole shard."""
+        embedding = 6.0 * self._config.hidden_size * self._config.vocab_size
+        held = max(embedding, min(self._work.export_shard_bytes, size))
+        return self._estimate(stage, moved=3 * size, memory=self._work.workers * held, disk=size)
 
     def _benchmark(self, target: str, share: float) -> Estimate:
         config, work = self._config, self._work

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from storage.model_config import ModelConfig, ffn_mult
+from storage.model_config import ModelConfig, ffn_mult, unsaid_by_gguf
 from storage.records import Attention, ExportFormat, Ffn, Runtime
 
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
@@ -138,6 +138,13 @@ _RULES = (
         as_llama=True,
     ),
     _Rule(
+        ("llama.cpp",),
+        lambda of: bool(unsaid_by_gguf(of.config.rope)),
+        "GGUF has no key for some settings of its rotary positions (yarn: attention_factor, mscale, truncate)",
+        "leave the gguf formats out",
+        of_parent=True,
+    ),
+    _Rule(
         ("mlx-lm",),
         lambda of: of.config.activation == "gelu_pytorch_tanh",
         "it does not know gelu_pytorch_tanh",
@@ -147,7 +154,7 @@ _RULES = (
     ),
 )
 _NO_KV_HEADS = Refusal(
-    "it loads no model without kv heads", "", "allow fewer linear attentions in the target's `allowed`"
+    "it loads no model without kv heads", "", "add a constraint {metric: attention_blocks, at_least: 1} to the target"
 )
 
 
@@ -211,6 +218,8 @@ def format_refusals(wanted: ExportFormat, config: ModelConfig, blocks: Blocks) -
         return refusals(config, blocks)["llama.cpp"]
     if wanted == "plain" and not are_alike(blocks):
         return [Refusal("its blocks differ", "", _PADDED)]
+    if wanted == "plain" and config.output_bias and not config.qkv_bias:
+        return [Refusal("its output projection alone has a bias, and no family has that", "", _PADDED)]
     linear = [index for index, of in enumerate(blocks) if "linear" in (of[0].kind, of[1].kind)]
     if wanted == "padded-llama" and linear:
         where = _listed(linear, len(blocks))
@@ -221,7 +230,7 @@ def format_refusals(wanted: ExportFormat, config: ModelConfig, blocks: Blocks) -
 def verdicts(config: ModelConfig, blocks: Blocks) -> list[Verdict]:
     """What each runtime makes of a model of these blocks, in every form that it may be exported in."""
     against = refusals(config, blocks)
-    as_llama = "plain" if are_alike(blocks) else "padded-llama"
+    as_llama = "padded-llama" if format_refusals("plain", config, blocks) else "plain"
     has_llama = not format_refusals("padded-llama", config, blocks)
     found = []
     for runtime in RUNTIMES:

@@ -65,6 +65,7 @@ WORK = Work(
     num_ggufs=0,
     child_export_ratio=1.5,
     parent_export_ratio=1.0,
+    export_shard_bytes=2.0**31,
     benchmark_prefill_tokens=8,
     benchmark_decode_steps=0,
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from hypothesis import given
@@ -19,6 +20,7 @@ from storage.files import InputError
 from storage.gguf_child import FileType, Layer, layers, write_gguf
 from storage.model_config import expected_shapes
 from storage.records import Attention, Ffn
+from tasks.puzzle.runtimes import format_refusals
 from tests.tiny import save_tiny
 
 FULL, NO_ATTENTION, LINEAR = Attention("gqa", 2), Attention("no_op"), Attention("linear")
@@ -147,10 +149,15 @@ def test_what_a_file_cannot_say_is_refused_and_leaves_none(tmp_path: Path) -> No
         "original_max_position_embeddings": 32,
         "mscale": 2.0,
     }
-    with pytest.raises(InputError, match=r"\(yarn\) set mscale, which GGUF does not say; leave the gguf formats out"):
+    with pytest.raises(InputError, match=r"\(yarn\) set mscale, which GGUF does not say"):
         write_gguf(tmp_path / "a.gguf", replace(config, rope=yarn), [(FULL, WIDE)] * 3, None, "F32")
+    [known] = format_refusals("gguf-f32", replace(config, rope=yarn), [(FULL, WIDE)] * 3)
+    assert "settings of its rotary positions" in known.text and known.way_out == "leave the gguf formats out"
     tensors = model.state_dict()
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
     with pytest.raises(InputError, match=r"blk.1.ffn_up.weight has a weight beyond F16; export it as gguf-bf16"):
         write_gguf(tmp_path / "a.gguf", config, [(FULL, WIDE)] * 3, lambda key: iter([tensors[key].numpy()]), "F16")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    with pytest.raises(InputError, match=r"blk.1.ffn_up.weight has a weight that is not finite"):
+        write_gguf(tmp_path / "a.gguf", config, [(FULL, WIDE)] * 3, lambda key: iter([tensors[key].numpy()]), "Q8_0")
     assert not list(tmp_path.glob("a.gguf*"))

@@ -487,6 +487,7 @@ def without_a_byte() -> Tokenizer:
 
 REFUSED: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     "Unigram": (lambda: Tokenizer(models.Unigram([("a", 0.0)])), "expected a plain BPE model, found Unigram"),
+    "bytes alone": (lambda: changed(small(), model={"merges": []}), "expected merges of bytes, found none"),
     "dropout": (lambda: changed(small(), model={"dropout": 0.1}), "found BPE with dropout"),
     "suffix": (lambda: changed(small(), model={"end_of_word_suffix": "</w>"}), "found BPE with end_of_word_suffix"),
     "tekken": (lambda: byte_level(split(TEKKEN), ignore_merges=True), "pre-tokenizer like gpt-2, smollm, .*Lu"),

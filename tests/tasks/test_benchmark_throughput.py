@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from storage.checkpoints import Checkpoint
-from storage.files import InputError, read_json, write_json
+from storage.files import InputError, read_json, sha256, write_json
 from storage.gguf_child import write_gguf
 from storage.model_config import LM_HEAD
 from storage.params import Params
 from storage.parent import Parent
-from storage.paths import Paths
+from storage.paths import EXPORTS_OVERVIEW, Paths
 from storage.records import ANY_VARIANT, Architecture, Component, Replacement, ThroughputRow, TimingRow
 from storage.tables import read_costs, read_throughput, write_costs, write_timings
 from tasks.benchmark_throughput import measure_throughput, model_throughput, parent_and_child, throughput_text
@@ -28,6 +28,7 @@ from tasks.puzzle.timing import machine
 from tasks.puzzle.variants import component_sizes, parent_blocks
 from tests.settings import tiny_params
 from tests.stages import assemble, benchmark
+from tests.tiny import flip_byte
 
 HERE = machine(torch.device("cpu"))
 SPEED = {"metric": "decode_throughput", "at_least_ratio": 0.01, "scenario": "8/4", "batch": 2, "precision": "float32"}
@@ -231,7 +232,11 @@ def _export(paths: Paths) -> None:
     for name, folder in (("parent", paths.parent_exports), ("fast", paths.exports("fast"))):
         variants = [(of.attention, of.ffn) for of in blocks["parent" if name == "parent" else "child"]]
         (folder / "gguf-f16").mkdir(parents=True)
-        write_gguf(folder / f"gguf-f16/{name}-F16.gguf", config, variants, None, "F16")
+        file = f"gguf-f16/{name}-F16.gguf"
+        write_gguf(folder / file, config, variants, None, "F16")
+        write_json(
+            folder / EXPORTS_OVERVIEW, {"formats": {"gguf-f16": {"files": {file: {"sha256": sha256(folder / file)}}}}}
+        )
 
 
 def test_llama_cpp_measures_parent_and_child_as_well(built: Paths) -> None:
@@ -264,7 +269,9 @@ def test_a_limit_on_llama_cpp_is_measured_in_it(built: Paths) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("context", "has 120/8, for which timing in llama.cpp needs 158 tokens of context; the parent has 128"),
+        ("context", "scenarios, 120/8: timing it in llama.cpp needs 158 tokens of context; the parent has 128"),
+        ("limit", r"fast.constraints.\w+: timing it in llama.cpp needs 158 tokens of context; the parent has 128"),
+        ("damaged", r"fast-F16.gguf is damaged .*; run `dvc repro export_child@fast`"),
         ("missing", "llama.cpp is not installed"),
         ("not exported", r"no GGUF file of fast is in .*; run `dvc repro export_child@fast`"),
     ],
@@ -278,6 +285,12 @@ def test_what_llama_cpp_cannot_do_is_said_before_anything_is_timed(
         monkeypatch.setitem(sys.modules, "xllamacpp", None)
     elif fault == "not exported":
         shutil.rmtree(built.exports("fast"))
+    elif fault == "damaged":
+        flip_byte(built.exports("fast") / "gguf-f16/fast-F16.gguf")
+    elif fault == "limit":
+        chosen = read_json(built.architecture("fast"), "the test")
+        limit = {**chosen["constraints"][0], "engine": "llama.cpp", "scenario": "120/8"}
+        write_json(built.architecture("fast"), {**chosen, "constraints": [limit]})
     scenarios = ["120/8" if fault == "context" else "8/4"]
     with pytest.raises(InputError, match=words):
         measure_throughput.fn("fast", _params(engines=["torch", "llama.cpp"], scenarios=scenarios), built)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from storage.files import DamagedFileError, InputError, read_json, write_json
@@ -27,6 +28,7 @@ from storage.sections import Run
 from tasks import exports
 from tasks.export_quality import export_quality
 from tasks.exports import Source, read_source
+from tasks.gguf_files import GgufFile, whole
 from tasks.puzzle.child import DeciLMForCausalLM
 from tasks.puzzle.runtimes import format_refusals
 from tests.clone import ROOT
@@ -179,10 +181,40 @@ def test_a_foreign_checkpoint_evaluates(tmp_path: Path) -> None:
     run = Run(seed=0, dtype="float32", device="cpu", threads=1, workers=1)
     found = export_quality(tmp_path / "exports/gguf-f32/theirs-F32.gguf", source.checkpoint, tokens, run)
     with torch.inference_mode():
-        loss = model(input_ids=tokens, labels=tokens).loss.item()
-    assert math.log(found["torch_perplexity"]) == pytest.approx(loss, abs=1e-5)
-    assert math.log(found["perplexity"]) == pytest.approx(loss, abs=1e-3)
+        loss = functional.cross_entropy(model(input_ids=tokens).logits[:, :-1].transpose(1, 2), tokens[:, 1:])
+    assert math.log(found["torch_perplexity"]) == pytest.approx(loss.item(), abs=1e-5)
+    assert math.log(found["perplexity"]) == pytest.approx(loss.item(), abs=1e-3)
     assert 0 <= found["kl"] < 1e-5  # keys and values are F16 in llama.cpp
+
+
+def test_a_child_in_16_bit_is_padded_in_16_bit(tmp_path: Path) -> None:
+    """A block that was removed as well, of which the checkpoint has no tensor."""
+    save_child(tmp_path / "child", geometry("llama", tmp_path / "parent"), [(FULL, WIDE), (NO_ATTENTION, NO_FFN)])
+    tensors = {
+        name: tensor.bfloat16()
+        for file in (tmp_path / "child").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)  # as checkpoints of 2023 keep it
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    save_file(tensors, theirs / "model.safetensors")
+    shutil.copyfile(tmp_path / "child/config.json", theirs / "config.json")
+    write(read_source("theirs", theirs, "again"), tmp_path / "exports", "padded-llama")
+    padded = load_file(tmp_path / "exports/padded-llama/model.safetensors")
+    assert {tensor.dtype for tensor in padded.values()} == {torch.bfloat16}
+    assert not any("rotary" in name for name in padded)
+
+
+def test_an_output_bias_alone_is_a_llama_only_with_zero_ones_beside_it(tmp_path: Path) -> None:
+    config = replace(geometry("llama", tmp_path / "parent"), output_bias=True)
+    child = save_child(tmp_path / "child", config, [(FULL, WIDE)] * 2)
+    source = read_source("tiny", tmp_path / "child", "again")
+    with pytest.raises(InputError, match=r"output projection alone has a bias.*export it as padded-llama"):
+        write(source, tmp_path / "exports", "plain")
+    write(source, tmp_path / "exports", "padded-llama")
+    model = loaded(LlamaForCausalLM, tmp_path / "exports/padded-llama")
+    torch.testing.assert_close(logits(model, 272), logits(child, 272), atol=LOGITS_ERROR, rtol=0.0)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -219,6 +251,16 @@ LIES: dict[str, tuple[Callable[[Raw, Tensors], object], str]] = {
         lambda raw, _: raw["block_configs"][0]["attention"].update(n_heads_in_group=0),
         r"not a nemotron-nas config.json .*n_heads_in_group 0",
     ),
+    "no number of blocks": (lambda raw, _: raw.update(num_hidden_layers=None), r"not a nemotron-nas config.json"),
+    "no scale": (
+        lambda raw, _: raw["rope_scaling"].pop("factor"),
+        r"rope parameters of type llama3 must have numbers above 0 for factor",
+    ),
+    "no angle": (
+        lambda raw, _: raw.update(rope_theta=None),
+        r"must have numbers above 0 for rope_theta",
+    ),
+    "words for a scale": (lambda raw, _: raw.update(rope_scaling="yarn"), r"expected an object .*, found 'yarn'"),
     "too few blocks": (lambda raw, _: raw["block_configs"].pop(), r"num_hidden_layers is 3 but block_configs has 2"),
     "another family": (
         lambda raw, _: [raw.pop("block_configs"), raw.update(architectures=["Qwen3ForCausalLM"])],
@@ -286,12 +328,20 @@ def test_exports_never_take_the_place_of_something_else(tmp_path: Path) -> None:
     save_child(theirs / "child", geometry("llama", tmp_path / "parent"), NO_LINEAR)
     for out in (theirs, theirs / "child", theirs / "child/config.json"):
         with pytest.raises(InputError, match=r"holds something else; expected a new folder, an empty one"):
-            exports.check_folder(out, theirs / "child")
-    exports.check_folder(tmp_path / "new", theirs / "child")
-    write(read_source("tiny", theirs / "child", "again"), tmp_path / "new", "gguf-f16")
-    exports.check_folder(tmp_path / "new", theirs / "child")
+            exports.exported("tiny", out, theirs / "child")
+    new = tmp_path / "new"
+    assert exports.exported("tiny", new, theirs / "child") == []
+    (new / "gguf-f16").mkdir(parents=True)  # a first export that was killed
+    assert exports.exported("tiny", new, theirs / "child") == []
+    write(read_source("tiny", theirs / "child", "again"), new, "gguf-f16")
+    assert exports.exported("tiny", new, theirs / "child") == ["gguf-f16"]
+    with pytest.raises(InputError, match=r"new holds exports of tiny, not of other; name another folder"):
+        exports.exported("other", new, theirs / "child")
     with pytest.raises(InputError, match=r"holds the checkpoint .*gguf-f16; name another folder"):
-        exports.check_folder(tmp_path / "new", tmp_path / "new/gguf-f16")
+        exports.exported("tiny", new, new / "gguf-f16")
+    Pieces(tmp_path / "library", "").finish("block-000", "key", [])
+    with pytest.raises(InputError, match=r"library holds pieces of something else"):
+        exports.exported("tiny", tmp_path / "library", theirs / "child")
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
@@ -314,19 +364,20 @@ def test_finished_formats_are_taken_as_they_are_and_others_go(tmp_path: Path) ->
     assert len(exports.begin(other, ("nemotron-nas", "gguf-f16"), folder, 4.0)) == 2
 
 
-def test_the_overview_says_files_and_runtimes_and_finds_what_is_gone(tmp_path: Path) -> None:
+def test_the_overview_says_files_and_runtimes_and_what_is_damaged(tmp_path: Path) -> None:
     save_child(tmp_path / "child", geometry("llama", tmp_path / "parent"), NO_LINEAR)
     source, folder = read_source("tiny", tmp_path / "child", "again"), tmp_path / "exports"
     overview = write(source, folder, "nemotron-nas", "gguf-f16")
-    assert exports.read_overview(folder, "again") == overview
+    file = GgufFile("tiny", "gguf-f16", folder / "gguf-f16/tiny-F16.gguf")
+    assert whole(file) == file.path
     assert set(overview["formats"]["gguf-f16"]["files"]) == {"gguf-f16/tiny-F16.gguf"}
     assert overview["runtimes"]["llama.cpp"] == {"takes": ["GGUF"], "refusals": []}
     assert overview["runtimes"]["sglang"]["takes"] == ["padded-llama"]  # its widths are no multiples of 256
     text = exports.overview_text(overview, folder)
     assert max(map(len, text.splitlines())) <= 100 + len(str(folder))
-    (folder / "gguf-f16/tiny-F16.gguf").unlink()
-    with pytest.raises(DamagedFileError, match=r"tiny-F16.gguf is missing or of another size; run `again`"):
-        exports.read_overview(folder, "again")
+    flip_byte(file.path)
+    with pytest.raises(DamagedFileError, match=r"tiny-F16.gguf is damaged .*; run `dvc repro export_child@tiny`"):
+        whole(file)
 
 
 def test_a_gguf_has_the_tokenizer_of_its_checkpoint(tmp_path: Path) -> None:

@@ -345,6 +345,19 @@ def test_a_speed_limit_in_llama_cpp_forbids_what_it_does_not_run(engine: str) ->
     assert tables._is_allowed(replace(own, ffn=Ffn("linear"))) == (engine == "torch")
 
 
+def test_a_child_without_any_attention_is_refused_where_the_runtime_needs_one() -> None:
+    """No block of it is wrong by itself; llama.cpp loads no model without kv heads."""
+    target = tiny_search_params(SIZE, {"runtimes": ["llama.cpp"]}).targets["like-51b"]
+    tables = TargetTables.of(
+        "like-51b", target, ParentFacts("tiny", "", parent(), CONFIG), scores(random.Random(0)), [], 0.0
+    )
+    linear = [replace(of, attention=Attention("linear")) for of in parent()]
+    assert all(tables._is_allowed(of) for of in linear)
+    with pytest.raises(InputError, match=r"does not run in llama.cpp: .* without kv heads \(add .* attention_blocks"):
+        tables.check_runtimes(linear)
+    tables.check_runtimes([*linear[:2], parent()[2]])
+
+
 def test_a_child_can_have_every_form_that_is_asked_for() -> None:
     """GGUF has no linear FFN, and a Llama nothing linear; what the target itself forbids or names stays."""
     target = tiny_search_params(SIZE, {"allowed": {"attention": ["gqa", "linear"]}}).targets["like-51b"]
