@@ -74,7 +74,7 @@ def model_card(
             'model = AutoModelForCausalLM.from_pretrained("this folder")',
             "```",
             "",
-            "Stock runtimes (read from their sources, not run here):",
+            "Stock runtimes (llama.cpp was run, the loaders of the others were read):",
             "",
             *runtimes,
             "",

@@ -1,8 +1,8 @@
-"""Peak memory of caching, BLD and scoring over parents of one width and 8 to 64 blocks; a parent larger than memory.
+"""Peak memory of caching, BLD, scoring, exports over parents of one width, 8 to 64 blocks; a parent larger than memory.
 
 Run: `python -m tests.benchmarks.bench_memory`. Parents are synthetic, in float32. Each stage runs in a process of its
 own, whose peak resident memory is read from the kernel; ratios are to the parent of 8 blocks. Last, a parent whose
-weights are larger than the data that the processes may have (RLIMIT_DATA) goes through all three.
+weights are larger than the data that the processes may have (RLIMIT_DATA) goes through all of them.
 """
 
 import json
@@ -19,11 +19,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from storage.params import Params
 from storage.paths import Paths
+from storage.records import ExportFormat
+from tasks import exports
+from tasks.exports import read_source
 from tasks.prepare_parent import prepare_parent
 from tasks.puzzle.timing import machine
 from tests.settings import SEQ_LEN, tiny_params
 from tests.stages import STAGES
-from tests.tiny import tiny_corpus
+from tests.tiny import save_tokenizer, tiny_corpus
 
 DEPTHS = (8, 16, 32, 64)
 WIDTH, LARGE_WIDTH, LARGE_BLOCKS = 256, 1024, 48
@@ -47,6 +50,7 @@ def write_parent(folder: Path, width: int, blocks: int) -> None:
     heads: dict[str, Any] = {"num_attention_heads": width // 64, "num_key_value_heads": max(2, width // 128)}
     config = LlamaConfig(**sizes, **heads, num_hidden_layers=blocks, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(folder / "source", max_shard_size="100MB")
+    save_tokenizer(folder / "source")
     paths = Paths(folder / "artifacts")
     prepare_parent.fn(params_of(folder), paths)
     tiny_corpus(paths.corpus, VOCABULARY, SEQ_LEN)
@@ -65,9 +69,20 @@ def peak_mib(*arguments: str, limit: int | None = None) -> float:
     return float(ended.stdout.split()[-1])
 
 
+def export(_: Params, paths: Paths) -> None:
+    """The parent in every kind of form, in shards of 10 MiB."""
+    formats: tuple[ExportFormat, ...] = ("nemotron-nas", "padded-llama", "gguf-f32", "gguf-q8_0")
+    source, shard = read_source("parent", paths.parent, "the benchmark"), 0.01
+    for piece in exports.begin(source, formats, paths.parent_exports, shard):
+        exports.export.fn(piece, source, paths.parent_exports, shard)
+
+
+MEASURED = (*STAGES, export)
+
+
 def run(what: str, folder: Path) -> None:
     """One stage in this process; prints its peak."""
-    stage = next(stage for stage in STAGES if stage.__name__ == what)
+    stage = next(stage for stage in MEASURED if stage.__name__ == what)
     stage(params_of(folder), Paths(folder / "artifacts"))
     status = Path("/proc/self/status").read_text(encoding="utf-8")  # getrusage counts the process before exec as well
     sys.stdout.write(f"{int(status.partition('VmHWM:')[2].split()[0]) / 1024}\n")
@@ -76,7 +91,7 @@ def run(what: str, folder: Path) -> None:
 def main() -> None:
     """Print a table and a JSON line."""
     here = machine(torch.device("cpu"))
-    names = [stage.__name__ for stage in STAGES]
+    names = [stage.__name__ for stage in MEASURED]
     sys.stdout.write(f"peak resident memory, MiB (ratio to {DEPTHS[0]} blocks), width {WIDTH}, {here}\n")
     sys.stdout.write(f"{'blocks':>6} {'weights':>8}" + "".join(f"{name:>18}" for name in names) + "\n")
     peaks: dict[int, dict[str, float]] = {}
