@@ -44,11 +44,16 @@ SPEED = {"hardware": "h100-sxm", "engine": ENGINE, "scenario": "128/128", "batch
 def tiny_search_params(
     constraints: dict[str, Any], more: dict[str, Any] | None = None, **search_section: Any
 ) -> Params:
-    """Params with one target: its constraints, and `more` of it (pins, allowed, runtimes)."""
+    """Params with one target: its constraints, and `more` of it (pins, allowed, runtimes).
+
+    Its child is not exported for llama.cpp, unless a limit holds there: any child may be the best.
+    """
     stages = ("run", "prepare_parent", "prepare_corpus", "cache_activations", "distill_blocks", "score_blocks")
     later = ("measure_costs", "search_baselines", "assemble_child", "distill_child", "evaluate_child")
     last = ("export_child", "export_parent", "benchmark_throughput", "measure_accuracy", "report")
     raw: dict[str, Any] = {stage: {} for stage in (*stages, *later, *last)}
+    if all(one.get("engine") != "llama.cpp" for one in constraints.values()):
+        raw["export_child"] = {"formats": ["nemotron-nas"]}
     raw["search_architecture"] = {"speed_margin": MARGIN, **search_section}
     raw["targets"] = {"like-51b": {"label": "51B-like", "constraints": constraints, **(more or {})}}
     return parse(raw, "test")

@@ -159,7 +159,7 @@ def _disturbed(clone: Clone, timed: "Future[tuple[list[str], bytes]]") -> tuple[
     clone.must("dvc", "repro", "assemble_child@small")
     clone.kill_when((clone.child("small") / ".gkd/.pieces/state.json").is_file, "dvc", "repro", "distill_child@small")
     assert not (clone.child("small") / "gkd.json").exists()
-    clone.must("dvc", "repro", "distill_child@small")
+    clone.must("dvc", "repro", "export_child@small")
     return distill, damaged, score
 
 

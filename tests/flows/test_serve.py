@@ -75,6 +75,7 @@ elif stage == "evaluate":
         for name, one in constraints.items()
     ]
     told = {name: quality for name in ("parent", "assembled", "distilled")} | {"baselines": {}, "paired": {}}
+    told |= {"speeds": [], "exports": {"tokens": 0, "formats": {}}}
     told |= {"label": target.title(), "predicted": {"score": 0.4}}
     (folder / "evaluation.json").write_text(json.dumps({**told, "constraints": limits, "speed": None}))
 else:
