@@ -18,7 +18,7 @@ from storage.files import InputError
 from storage.params import load
 from storage.paths import Paths
 from tasks.engines.llamacpp import LlamaCpp, Piece
-from tasks.gguf_files import CONTEXT, FORMAT, PARENT, gguf_of, loaded, parent_beside
+from tasks.gguf_files import CONTEXT, FORMAT, PARENT, gguf_of, loaded, parent_beside, precision_note
 
 _MAX_TOKENS = 512
 _UNSHOWN = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -177,6 +177,7 @@ def main() -> None:
         files.append(parent_beside(files[0], paths))
     threads = args.threads or params.measure_costs.threads
     speakers = [Speaker(file.name, loaded(file, threads, 1, args.context)) for file in files]
+    sys.stderr.write(precision_note(files))
     options = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": params.run.seed}
     screen = Screen(sys.stdout, sys.stderr, sys.stdin.isatty())
     if screen.is_interactive:

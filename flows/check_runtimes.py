@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="CONFIG_JSON", help="Llama-like or nemotron-nas")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args()
-    found = check_runtimes(args.config)
+    found = check_runtimes(args.config / "config.json" if args.config.is_dir() else args.config)
     sys.stdout.write(json.dumps(found) + "\n" if args.json else checked_text(found))
 
 

@@ -12,17 +12,18 @@ from storage.paths import Paths
 def closing_table(paths: Paths, targets: list[str]) -> str:
     """Quality and constraints of every child, from evaluation.json and architecture.json; fits 100 columns."""
     titles = f"{'model':<19} {'params':>12} {'KL':>15} {'perplexity':>11} {'top-1':>7} {'score sum':>10}"
-    lines = [f"{titles} {'decode tok/s':>13}"]
+    lines = [f"{titles} {'decode':>13}"]
     notes = []
     for position, target in enumerate(targets):
         evaluation = read_json(paths.evaluation(target), f"dvc repro evaluate_child@{target}")
         predicted = read_json(paths.architecture(target), f"dvc repro search_architecture@{target}")["predicted"]
         if position == 0:
             parent_params = round(predicted["params"] / predicted["params_ratio"])
-            lines.append(_row("parent", parent_params, evaluation["parent"], None, _decode(evaluation, "parent")))
+            lines.append(_row("parent", parent_params, evaluation["parent"], None, "1.00 x"))
         label, score = evaluation["label"], evaluation["predicted"]["score"]
-        decode = _decode(evaluation, "assembled")
-        lines.append(_row(f"{label} assembled", predicted["params"], evaluation["assembled"], score, decode))
+        lines.append(
+            _row(f"{label} assembled", predicted["params"], evaluation["assembled"], score, _decode(evaluation))
+        )
         lines.append(_row(f"{label} distilled", predicted["params"], evaluation["distilled"], None, ""))
         notes += ["", *_constraints(evaluation), *_speeds(evaluation), *_baselines(evaluation), *_exports(evaluation)]
         notes.append(f"  {paths.exports(target)}")
@@ -38,8 +39,12 @@ def _row(name: str, params: int, quality: dict[str, Any], score: float | None, d
     )
 
 
-def _decode(evaluation: dict[str, Any], model: str) -> str:
-    return f"{evaluation['speed'][model]['decode_throughput']:.0f}" if evaluation["speed"] else ""
+def _decode(evaluation: dict[str, Any]) -> str:
+    """Tokens/s where the first speed limit holds, over those of the parent that was timed beside it."""
+    if not evaluation["speed"]:
+        return ""
+    child, parent = (evaluation["speed"][name]["decode_throughput"] for name in ("assembled", "parent"))
+    return f"{child / parent:.2f} x"
 
 
 def _constraints(evaluation: dict[str, Any]) -> list[str]:
@@ -49,13 +54,22 @@ def _constraints(evaluation: dict[str, Any]) -> list[str]:
         sign = ">=" if one["kind"] == "at_least" else "<="
         measured = "-" if one["measured"] is None else f"{one['measured']:.3f}"
         name = f"{one['metric']} ({one['name']})"
-        lines.append(f"  {name:<28} {sign}{one['limit']:>7.3f} {one['predicted']:>10.3f} {measured:>9}  {one['unit']}")
+        text = f"  {name:<28} {sign}{one['limit']:>7.3f} {one['predicted']:>10.3f} {measured:>9}  {one['unit']}"
+        lines.append(text + "  MISSED" * _is_missed(one))
     speed = evaluation["speed"]
     if speed:
         where = "the timed machine" if speed["is_timed_machine"] else f"NOT the timed machine {speed['hardware']}"
         lines.append(f"  speed measured at {speed['scenario']}, batch {speed['batch']}, on {where}:")
         lines.append(f"    {speed['machine']}")
     return lines
+
+
+def _is_missed(constraint: dict[str, Any]) -> bool:
+    """Whether what was measured is on the wrong side of the limit."""
+    measured, limit = constraint["measured"], constraint["limit"]
+    if measured is None:
+        return False
+    return bool(measured < limit if constraint["kind"] == "at_least" else measured > limit)
 
 
 def _speeds(evaluation: dict[str, Any]) -> list[str]:

@@ -24,10 +24,16 @@ from tasks.exports import exported, read_source
 )
 def export_checkpoint(checkpoint: Path, out: Path, formats: tuple[ExportFormat, ...], max_shard_gib: float) -> None:
     """Every format, tensor by tensor, beside those that are there already."""
-    name = out.resolve().name
-    there = exported(name, out, checkpoint)
-    source = read_source(name, checkpoint, "the export or download of this checkpoint again")
+    source = read_source(out.resolve().name, checkpoint, "the export or download of this checkpoint again")
+    there = exported(out, source)
     export_all(source, tuple(dict.fromkeys([*formats, *there])), out, max_shard_gib, "--formats")
+
+
+def _gib(value: str) -> float:
+    found = float(value)
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value!r}: expected a number above 0")
+    return found
 
 
 def main() -> None:
@@ -42,7 +48,7 @@ def main() -> None:
         help="new, or of an earlier export; its name is the model's",
     )
     parser.add_argument("--formats", nargs="+", default=["nemotron-nas"], choices=get_args(ExportFormat))
-    parser.add_argument("--max-shard-gib", type=float, default=4.0, help="largest safetensors file")
+    parser.add_argument("--max-shard-gib", type=_gib, default=4.0, help="largest safetensors file")
     args = parser.parse_args()
     url, _ = ensure()
     with temporary_settings({PREFECT_API_URL: url}):

@@ -18,7 +18,7 @@ from storage.files import InputError
 from storage.params import load
 from storage.paths import Paths
 from tasks.engines.llamacpp import check_port
-from tasks.gguf_files import CONTEXT, FORMAT, PARENT, gguf_of, loaded, parent_beside
+from tasks.gguf_files import CONTEXT, FORMAT, PARENT, gguf_of, loaded, parent_beside, precision_note
 
 _PORT = 8080
 _LAST_PORT = 65_535
@@ -115,6 +115,7 @@ def main() -> None:
         file.name: loaded(file, threads, args.parallel, args.context, port)
         for file, port in zip(files, ports, strict=False)
     }
+    sys.stderr.write(precision_note(files))
     ended = threading.Event()
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, lambda *_: ended.set())

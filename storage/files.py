@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 _CHUNK_BYTES = 1 << 20
+_FULL = ("No space left", "Not enough free space", "requested and")
+"""How libraries say that a disk is full where they keep no errno; numpy: `8 requested and 3 written`."""
 
 
 class InputError(ValueError):
@@ -51,7 +53,7 @@ def write_whole(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)  # some writers make files that only their owner reads
         temporary.replace(path)
     except Exception as error:  # raised again below: libraries wrap ENOSPC in types of their own
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        if getattr(error, "errno", None) == errno.ENOSPC or any(text in str(error) for text in _FULL):
             raise DiskFullError(
                 f"the disk is full: {path} could not be written; free some space and run the same command again "
                 "(finished pieces are kept)"

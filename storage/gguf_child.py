@@ -1,4 +1,4 @@
-"""A model as a GGUF file that llama.cpp computes right, written tensor by tensor (RUNTIMES.md, found by running).
+"""A model as a GGUF file that llama.cpp computes right, written tensor by tensor (docs/runtimes.md, found by running).
 
 Arch `llama` where all blocks are alike, else `deci`, whose metadata have head counts and widths per layer. llama.cpp
 gets some removed subblocks wrong, so the file has stand-ins for them: an FFN of 32 channels with zero weights for every

@@ -69,9 +69,14 @@ class ModelConfig:
             raise InputError(
                 f"{where}: architecture {architecture} is not supported: {reason}. Supported: {', '.join(SUPPORTED)}"
             )
-        missing = [key for key in _REQUIRED if not isinstance(config.get(key), int | float)]
+        kind = architecture.removesuffix("ForCausalLM").lower()
+        if config.get("model_type", kind) != kind:
+            raise InputError(f"{where}: model_type is {config['model_type']!r}, but the architecture is {architecture}")
+        missing = [key for key in _REQUIRED if not isinstance(config.get(key), int | float) or config[key] <= 0]
         if missing:
-            raise InputError(f"{where}: config.json of a {architecture} must have numbers for {', '.join(missing)}")
+            raise InputError(
+                f"{where}: config.json of a {architecture} must have numbers above 0 for {', '.join(missing)}"
+            )
         heads = int(config["num_attention_heads"])
         bias = bool(config.get("attention_bias", False))
         window = config.get("sliding_window")
@@ -206,7 +211,7 @@ def expected_shapes(
 
 NEMOTRON_NAS = "nemotron-nas"
 CHILD_ARCHITECTURE = "DeciLMForCausalLM"
-_FFN_MULTIPLE = 256  # engines that read ffn_mult round the width to it (RUNTIMES.md)
+_FFN_MULTIPLE = 256  # engines that read ffn_mult round the width to it (docs/runtimes.md)
 
 
 def ffn_mult(intermediate_size: int, hidden_size: int) -> float | None:
@@ -245,7 +250,7 @@ def _block_config(config: ModelConfig, attention: Attention, ffn: Ffn) -> dict[s
 def to_nemotron_nas(
     config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], special_tokens: Mapping[str, Any], dtype: str
 ) -> dict[str, Any]:
-    """config.json of a child in the nemotron-nas form (RUNTIMES.md).
+    """config.json of a child in the nemotron-nas form (docs/runtimes.md).
 
     An FFN has `ffn_mult` where the engines' formula gives its width, else its exact `intermediate_size`, which vLLM and
     our class read: engines that know the formula alone then fail to load it instead of computing another width.

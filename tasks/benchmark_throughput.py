@@ -122,9 +122,19 @@ def measure_throughput(target: str, params: Params, paths: Paths) -> list[Throug
         points |= dict.fromkeys((one["scenario"], one["batch"]) for one in held)
         for scenario, batch in tqdm(points, desc=f"measure in {engine}", unit="setting", disable=None):
             setting = Setting(here.predictor or here.machine, engine, here.precision, 1, scenario, batch)
-            for model, rounds in timed(Workload.of(scenario, batch)).items():
+            for model, rounds in _paired(timed(Workload.of(scenario, batch))).items():
                 rows += _measured_rows(here, model, setting, rounds, predict(costs, blocks[model], setting))
     return rows
+
+
+def _paired(rounds: _Rounds) -> _Rounds:
+    """The child's rounds at the speed that the parent's median has: what wanders from round to round cancels."""
+    parent = {phase: (times, statistics.median(times)) for phase, times in rounds["parent"].items()}
+    child = {
+        phase: [parent[phase][1] * time / beside for time, beside in zip(times, parent[phase][0], strict=True)]
+        for phase, times in rounds["child"].items()
+    }
+    return {"parent": rounds["parent"], "child": child}
 
 
 def _timer(engine: str, target: str, params: Params, paths: Paths, device: Compute) -> Callable[[Workload], _Rounds]:
@@ -218,7 +228,8 @@ def _measured_rows(
             measured_spread=spread(rounds[phase]),
             predicted_tokens_per_s=_tokens_per_s(predicted, phase) if predicted else None,
             predicted_hardware=here.predictor if predicted else None,
-            how=f"{phase}: median of {len(rounds[phase])} rounds, parent and child in turn; {_source(here, predicted)}",
+            how=f"{phase}: median of {len(rounds[phase])} rounds in turn, the child's as multiples of the parent's "
+            f"beside them; {_source(here, predicted)}",
         )
 
 

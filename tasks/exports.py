@@ -1,13 +1,13 @@
-"""A checkpoint in the forms that stock runtimes load, a folder each (RUNTIMES.md).
+"""A checkpoint in the forms that stock runtimes load, a folder each (docs/runtimes.md).
 
 In: any checkpoint in nemotron-nas or Llama form. Out: `<folder>/<format>/`, written tensor by tensor and taken as it is
 when it is there already, and `<folder>/exports.json`, which says what each runtime takes.
 """
 
+import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
@@ -45,19 +45,30 @@ from tasks.puzzle.padding import padded_block, padded_config, padded_variants
 from tasks.puzzle.runtimes import format_refusals
 
 _KEPT = (*TOKENIZER_FILES, "README.md", "LICEN[CS]E*", "USE_POLICY*", "NOTICE*")
-"""Patterns of what travels unchanged into every folder but GGUF's."""
+"""Patterns of what travels into every folder; a GGUF has the tokenizer within."""
 _REMOTE_CODE = Path(__file__).parents[1] / "storage/remote_code"
 _CODE = (_REMOTE_CODE / "configuration_nemotron_nas.py", _REMOTE_CODE / "modeling_nemotron_nas.py")
 _AUTO_MAP = {
     "AutoConfig": "configuration_nemotron_nas.NemotronNasConfig",
     "AutoModelForCausalLM": f"modeling_nemotron_nas.{CHILD_ARCHITECTURE}",
 }
+_CARD, _LOAD, _PROVENANCE = "README.md", "## Load it\n", "## Provenance\n"
 _ABOUT = {
-    "plain": "A plain model of the parent's family, since all blocks are alike: any tool loads it.",
-    "padded-llama": "The same model as a plain Llama, with zeros where the child has nothing: any tool that loads a "
-    "Llama computes it, no faster than the parent.",
+    "nemotron-nas": """With the class in this folder (`import tasks.puzzle.child` of Puzzle Pipeline does without it):
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
+```
+
+exports.json beside this folder says which other runtimes compute it right.""",
+    "plain": "A plain model of the parent's family, since all blocks are alike, for any tool that knows the family.",
+    "padded-llama": "The child as a plain Llama, with zeros where it has nothing: any tool that loads a Llama computes "
+    "the same, no faster than the parent.",
+    "gguf": "One file with tokenizer and chat template for llama.cpp: `llama-server -m FILE`.",
 }
-"""Behind the card, which is of the nemotron-nas form."""
+"""How to load a form, in place of what the child's own card says of it."""
 _FILE_TYPES: dict[str, FileType] = {"gguf-f32": "F32", "gguf-f16": "F16", "gguf-bf16": "BF16", "gguf-q8_0": "Q8_0"}
 _WRITERS = ("checkpoints", "gguf_child", "gguf_tokenizer", "model_config")
 _ELEMENTS = 2**24
@@ -76,6 +87,12 @@ class Source:
     blocks: tuple[tuple[Attention, Ffn], ...]
     special_tokens: dict[str, Any]
     dtype: str
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all tensors: from their checksums, or from the files of a checkpoint that others wrote."""
+        files = set() if self.checkpoint.checksums else set(self.checkpoint.files.values())
+        return digest_of(self.checkpoint.checksums or {file.name: sha256(file) for file in files})
 
 
 def read_source(name: str, folder: Path, rebuild: str) -> Source:
@@ -134,27 +151,34 @@ def check(source: Source, formats: Sequence[ExportFormat], what: str) -> None:
             add_tokenizer(GGUFWriter(None, "llama"), source.checkpoint.folder, source.config.vocab_size)
 
 
-def exported(name: str, out: Path, checkpoint: Path) -> list[ExportFormat]:
-    """Formats that `out` already holds of a model of that name.
+def exported(out: Path, source: Source) -> list[ExportFormat]:
+    """Formats that `out`, which is made, already holds of a checkpoint.
 
     Raises:
-        InputError: it holds something else as well, which exports would delete.
+        InputError: it holds something else, which exports would delete, or it cannot be made.
     """
-    known = get_args(ExportFormat)
-    if out.exists() and (
-        not out.is_dir() or {one.name for one in out.iterdir()} - {*known, EXPORTS_OVERVIEW, ".pieces"}
-    ):
-        raise InputError(f"{out} holds something else; expected a new folder, an empty one, or one of earlier exports")
-    if out.resolve() == checkpoint.resolve() or out.resolve() in checkpoint.resolve().parents:
-        raise InputError(f"{out} holds the checkpoint {checkpoint}; name another folder")
-    if (out / EXPORTS_OVERVIEW).is_file() and (
-        of := read_json(out / EXPORTS_OVERVIEW, "the export again")["name"]
-    ) != name:
-        raise InputError(f"{out} holds exports of {of}, not of {name}; name another folder")
-    done = Pieces(out, "").names()
-    if out.is_dir() and set(done) - set(known):
-        raise InputError(f"{out} holds pieces of something else; name another folder")
-    return [one for one in known if one in done]
+    checkpoint, other = source.checkpoint.folder.resolve(), "name another folder"
+    if out.resolve() == checkpoint or out.resolve() in checkpoint.parents:
+        raise InputError(f"{out} holds the checkpoint {source.checkpoint.folder}; {other}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be made a folder ({error.strerror}); {other}") from error
+    pieces = Pieces(out, "the export again")
+    records = {name: pieces.get(name) for name in pieces.names()}
+    ours = {EXPORTS_OVERVIEW, *(file for record in records.values() for file in record["files"])}
+    begun = {".pieces", *map(_begun, get_args(ExportFormat))}
+    for path in (path.relative_to(out) for path in sorted(out.rglob("*")) if path.is_file()):
+        if str(path) not in ours and path.parts[0] not in begun:
+            raise InputError(f"{out} holds something else, {path}; move it, or {other}")
+    if any(record["facts"].get("source") != source.digest for record in records.values()):
+        raise InputError(f"{out} holds exports of another checkpoint; {other}")
+    return [one for one in get_args(ExportFormat) if one in records]
+
+
+def _begun(wanted: str) -> str:
+    """The folder that a format is written to before it is whole."""
+    return f".{wanted}"
 
 
 def begin(
@@ -165,7 +189,7 @@ def begin(
     files = (*_CODE, *_kept(source))
     common = {
         "name": source.name,
-        "tensors": _digest(source),
+        "tensors": source.digest,
         "model": [source.config.to_json(), [list(map(str, of)) for of in source.blocks], source.special_tokens],
         "files": {file.name: sha256(file) for file in files},
         "max_shard_gib": max_shard_gib,
@@ -177,25 +201,22 @@ def begin(
     return [(wanted, keys[wanted]) for wanted in formats if wanted in left]
 
 
-def _digest(source: Source) -> str:
-    """Of all tensors: from their checksums, or from the files of a checkpoint that others wrote."""
-    checkpoint = source.checkpoint
-    files = {file.name: sha256(file) for file in set(checkpoint.files.values())} if not checkpoint.checksums else {}
-    return digest_of(checkpoint.checksums or files)
-
-
 @task(cache_policy=NO_CACHE)
 def export(piece: tuple[ExportFormat, str], source: Source, folder: Path, max_shard_gib: float) -> None:
     """Write one format, given with its key, to `folder`; it counts once its record is there."""
     wanted, key = piece
-    into = folder / wanted
-    shutil.rmtree(into, ignore_errors=True)  # what a killed run left
+    into, final = folder / _begun(wanted), folder / wanted
+    for old in (into, final):  # what a killed run left
+        shutil.rmtree(old, ignore_errors=True)
     into.mkdir(parents=True)
     if wanted in _FILE_TYPES:
         _write_gguf(source, into / gguf_name(source.name, wanted), _FILE_TYPES[wanted])
     else:
         _write_folder(wanted, source, into, int(max_shard_gib * 2**30))
-    Pieces(folder, source.checkpoint.rebuild).finish(wanted, key, [file for file in into.rglob("*") if file.is_file()])
+    _write_words(wanted, source, into)
+    written = {final / file.relative_to(into): sha256(file) for file in into.rglob("*") if file.is_file()}
+    Pieces(folder, source.checkpoint.rebuild).finish(wanted, key, written, {"source": source.digest})
+    into.rename(final)
 
 
 def gguf_name(name: str, wanted: str) -> str:
@@ -209,7 +230,7 @@ def _write_gguf(source: Source, path: Path, file_type: FileType) -> None:
         return (part.float().numpy() for part in tensor.split(max(1, _ELEMENTS // tensor[0].numel())))
 
     config = source.config
-    tokenizer = partial(add_tokenizer, folder=source.checkpoint.folder, vocab_size=config.vocab_size)
+    tokenizer = functools.partial(add_tokenizer, folder=source.checkpoint.folder, vocab_size=config.vocab_size)
     write_gguf(path, config, source.blocks, rows, file_type, name=source.name, tokenizer=tokenizer)
 
 
@@ -237,11 +258,19 @@ def _write_folder(wanted: ExportFormat, source: Source, into: Path, max_shard_by
         writer.add(tensors)
     writer.finish()
     write_json(into / "config.json", raw)
+
+
+def _write_words(wanted: ExportFormat, source: Source, into: Path) -> None:
+    """Tokenizer, which a GGUF has within, licence, and the card, which says how to load this form."""
     for file in _kept(source):
-        shutil.copyfile(file, into / file.name)
-    if wanted != "nemotron-nas" and (into / "README.md").is_file():
-        with (into / "README.md").open("a", encoding="utf-8") as card:
-            card.write(f"\n## This folder\n\n{_ABOUT[wanted]}\n")
+        if file.name != _CARD and not (wanted in _FILE_TYPES and any(file.match(one) for one in TOKENIZER_FILES)):
+            shutil.copyfile(file, into / file.name)
+    card = source.checkpoint.folder / _CARD
+    if card.is_file():
+        head, _, rest = card.read_text(encoding="utf-8").partition(_LOAD)
+        _, mark, behind = rest.partition(_PROVENANCE)
+        about = _ABOUT.get(wanted, _ABOUT["gguf"])
+        (into / _CARD).write_text(f"{head.rstrip()}\n\n{_LOAD}\n{about}\n\n{mark}{behind}", encoding="utf-8")
 
 
 def _tensors(source: Source, to: tuple[Attention, Ffn] | None) -> Iterator[Mapping[str, Tensor]]:

@@ -4,6 +4,7 @@ In: a target's key or `parent`, a format such as gguf-f16. Out: the file, an eng
 begins here, so that errors name the command that makes what is missing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def parent_beside(child: GgufFile, paths: Paths) -> GgufFile:
     """
     is_there = child.format in gguf_files(PARENT, paths.parent_exports)
     return gguf_of(PARENT, child.format if is_there else FORMAT, paths)
+
+
+def precision_note(files: Sequence[GgufFile]) -> str:
+    """A line for people where models of different precision stand beside each other, else nothing."""
+    if len({file.format for file in files}) == 1:
+        return ""
+    return " beside ".join(f"{file.name} as {file.format}" for file in files) + ": not the same precision\n"
 
 
 def gguf_files(name: str, folder: Path) -> dict[str, Path]:

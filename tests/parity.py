@@ -12,7 +12,7 @@ from tasks.engines.llamacpp import LlamaCpp
 from tasks.puzzle.child import DeciLMForCausalLM
 
 LOG_PROBABILITY_ERROR = 1.3e-3
-"""What float32 leaves: both add up the same products of 30 blocks in another order. 3e-4 is usual (RUNTIMES.md)."""
+"""Float32 leaves it: both add up the same products of 30 blocks in another order; 3e-4 is usual (docs/runtimes.md)."""
 _TOPICS = ("the sea", "prime numbers", "sourdough bread", "a bicycle", "the moon", "volcanoes", "bees", "a sonnet")
 _QUESTIONS = ("Explain {} to a child.", "Write one line about {}.", "What is the history of {}?", "List facts on {}:")
 _TEXTS = (

@@ -445,7 +445,7 @@ def test_the_exported_file_says_what_the_distilled_child_says(built: Built, targ
         wanted = model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
     found = engine.complete(prompt, 1, logprobs=20)["choices"][0]["logprobs"]["content"][0]
     for one in found["top_logprobs"]:
-        assert one["logprob"] == pytest.approx(wanted[one["id"]].item(), abs=0.04)  # F16, as RUNTIMES.md found
+        assert one["logprob"] == pytest.approx(wanted[one["id"]].item(), abs=0.04)  # F16, as docs/runtimes.md found
     [*pieces] = engine.chat(chat, max_tokens=1)
     assert pieces[-1].prompt_tokens == len(prompt)
     measured = built.one.json(f"children/{target}/evaluation.json")["exports"]

@@ -1,6 +1,6 @@
 """The heterogeneous model as a transformers class: `AutoModelForCausalLM` loads children once this is imported.
 
-The checkpoint form is nemotron-nas (RUNTIMES.md); no remote code is needed in our own process. The KV cache and
+The checkpoint form is nemotron-nas (docs/runtimes.md); no remote code is needed in our own process. The KV cache and
 `generate()` are transformers' own; only blocks with attention have a layer in the cache, numbered without holes.
 """
 

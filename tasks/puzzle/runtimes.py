@@ -1,4 +1,4 @@
-"""Which runtime computes which architecture right in which form, and why not (RUNTIMES.md). No torch.
+"""Which runtime computes which architecture right in which form, and why not (docs/runtimes.md). No torch.
 
 One table of rules: the search leaves out what a named runtime would get wrong, the export refuses to write it, the
 model card and `python -m flows.check_runtimes` say who loads a checkpoint. The rules were read from each runtime's
@@ -30,7 +30,7 @@ class Refusal:
     @property
     def text(self) -> str:
         """The reason and the blocks."""
-        return f"{self.reason}: {self.where}" if self.where else self.reason
+        return f"{self.reason}, unlike {self.where}" if self.where else self.reason
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class _Block:
 class _Rule:
     """What some runtimes get wrong: blocks of this kind, with the reason and the way out.
 
-    `of_parent`: true of every child. `as_llama`: also of a Llama that is computed so.
+    `lists_blocks`: which ones it is about is news. `as_llama`: also of a Llama that is computed so.
     """
 
     runtimes: tuple[str, ...]
     breaks: Callable[[_Block], bool]
     reason: str
     way_out: str
-    of_parent: bool = False
+    lists_blocks: bool = True
     as_llama: bool = False
 
 
@@ -79,19 +79,20 @@ _RULES = (
     _Rule(
         ("sglang", "tensorrt-llm", "mlx-lm"),
         _lacks_ffn_mult,
-        "its FFN widths are multiples of 256",
+        "it takes FFN widths in multiples of 256 only",
         f"search with distill_blocks.width_multiple: 256, or {_PADDED}",
     ),
     _Rule(
         ("vllm", "sglang", "mlx-lm"),
         lambda of: of.index == 0 and of.attention.kind == "no_op",
-        "block 0 must have its attention",
+        "it takes no model without attention in block 0",
         f"name the runtime in the target's `runtimes`, or {_PADDED}",
+        lists_blocks=False,
     ),
     _Rule(
         ("sglang",),
         lambda of: of.attention.kind == "gqa" and of.attention.num_kv_heads != of.config.num_kv_heads,
-        "all its blocks have the same number of kv heads",
+        "it takes one number of kv heads in all blocks",
         f"name the runtime in the target's `runtimes`, or {_PADDED}",
     ),
     _Rule(
@@ -106,35 +107,35 @@ _RULES = (
         "it has no linear FFN",
         "name the runtime in the target's `runtimes`",
     ),
-    _Rule(("tensorrt-llm",), _has_biases, "it takes no biases", _PADDED, of_parent=True),
+    _Rule(("tensorrt-llm",), _has_biases, "it takes no biases", _PADDED, lists_blocks=False),
     _Rule(
         ("sglang", "mlx-lm"),
         lambda of: of.config.qkv_bias != of.config.output_bias,
-        "its q, k, v and output projections have biases all or none",
+        "it takes biases on all of q, k, v and output or on none",
         _PADDED,
-        of_parent=True,
+        lists_blocks=False,
     ),
     _Rule(
         ("sglang",),
         lambda of: of.config.mlp_bias,
-        "its FFN has no biases",
+        "it takes no biases in FFNs",
         "use another runtime",
-        of_parent=True,
+        lists_blocks=False,
         as_llama=True,
     ),
     _Rule(
         ("mlx-lm",),
         lambda of: of.config.num_heads * of.config.head_dim != of.config.hidden_size,
-        "its heads share the hidden size evenly",
+        "it takes heads that share the hidden size evenly",
         _PADDED,
-        of_parent=True,
+        lists_blocks=False,
     ),
     _Rule(
         ("vllm", "sglang", "tensorrt-llm", "llama.cpp"),
         lambda of: of.config.activation != "silu",
         "it computes SiLU only",
-        "use transformers",
-        of_parent=True,
+        "use transformers, or mlx-lm",
+        lists_blocks=False,
         as_llama=True,
     ),
     _Rule(
@@ -142,14 +143,14 @@ _RULES = (
         lambda of: bool(unsaid_by_gguf(of.config.rope)),
         "GGUF has no key for some settings of its rotary positions (yarn: attention_factor, mscale, truncate)",
         "leave the gguf formats out",
-        of_parent=True,
+        lists_blocks=False,
     ),
     _Rule(
         ("mlx-lm",),
         lambda of: of.config.activation == "gelu_pytorch_tanh",
         "it does not know gelu_pytorch_tanh",
         "use transformers",
-        of_parent=True,
+        lists_blocks=False,
         as_llama=True,
     ),
 )
@@ -195,7 +196,7 @@ def _broken(runtime: Runtime, config: ModelConfig, blocks: Blocks, rules: Sequen
     for rule in rules:
         at = [index for index, (a, f) in enumerate(blocks) if rule.breaks(_Block(config, index, a, f))]
         if at and runtime in rule.runtimes:
-            found.append(Refusal(rule.reason, "" if rule.of_parent else _listed(at, len(blocks)), rule.way_out))
+            found.append(Refusal(rule.reason, _listed(at, len(blocks)) if rule.lists_blocks else "", rule.way_out))
     return found
 
 

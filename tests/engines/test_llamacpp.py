@@ -36,7 +36,7 @@ CHILDREN: dict[str, Blocks] = {
     "all attention removed": [(NO_ATTENTION, WIDE), (NO_ATTENTION, NARROW)],
 }
 LOG_PROBABILITY_ERROR = 1.3e-3
-"""The most that RUNTIMES.md found in float32; usual is a quarter of it."""
+"""The most that docs/runtimes.md found in float32; usual is a quarter of it."""
 
 
 def check_parity(config: ModelConfig, blocks: Blocks, folder: Path, tokens: int = 24) -> None:

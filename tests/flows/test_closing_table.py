@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flows.closing_table import closing_table
-from storage.files import InputError, read_json
+from storage.files import InputError, read_json, write_json
 from storage.paths import Paths
 from tests.report_run import TARGETS, write_run
 
@@ -28,6 +28,21 @@ def test_the_table_says_what_was_measured(tmp_path: Path) -> None:
     assert [line[-5:] for line in of_decode] == [["1.230", "2.0%", "1.230", "1.250", "0.952"]] * 2 * len(TARGETS)
     of_prompt = [line.split()[-5:] for line in text.splitlines() if "prompt tokens/s, batch 1" in line]
     assert of_prompt == [["1.230", "2.0%", "-", "-", "-"]] * 2 * len(TARGETS)
+
+
+def test_a_limit_that_the_measured_child_misses_is_marked(tmp_path: Path) -> None:
+    paths = Paths(tmp_path / "artifacts")
+    write_run(paths)
+    found = read_json(paths.evaluation("small"), "the test")
+    wrong = {"at_most": 1.01, "at_least": 0.99}
+    for one in found["constraints"]:
+        one["measured"] = one["limit"] * wrong[one["kind"]]
+    write_json(paths.evaluation("small"), found)
+    assert closing_table(paths, ["small"]).count("MISSED") == len(found["constraints"]) == 2
+    for one in found["constraints"]:
+        one["measured"] = one["limit"]
+    write_json(paths.evaluation("small"), found)
+    assert "MISSED" not in closing_table(paths, ["small"])
 
 
 def test_an_evaluation_that_is_not_there_is_named(tmp_path: Path) -> None:

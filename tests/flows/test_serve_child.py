@@ -64,7 +64,7 @@ def printed(run: Path) -> Iterator[list[str]]:
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
         assert process.stderr is not None
-        assert process.stderr.read() == ""
+        assert process.stderr.read() == "small as gguf-f32 beside parent as gguf-f16: not the same precision\n"
 
 
 def _urls(printed: list[str]) -> dict[str, str]:

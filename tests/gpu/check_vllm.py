@@ -6,6 +6,7 @@ artifacts/children/like-51b/exports/nemotron-nas --vllm-python PYTHON`. A row a 
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -105,6 +106,12 @@ def main() -> int:
     parser.add_argument("--vllm-python", type=Path, default=Path(sys.executable), help="interpreter that has vLLM")
     parser.add_argument("--precision", default="float32", choices=sorted(TOLERANCE), help="of both")
     args = parser.parse_args()
+    if not (args.checkpoint / "config.json").is_file():
+        parser.error(f"{args.checkpoint} holds no config.json; name a nemotron-nas export")
+    if shutil.which(args.vllm_python) is None:
+        parser.error(f"{args.vllm_python} is no program; name the interpreter of an environment that has vLLM")
+    if subprocess.run([args.vllm_python, "-c", "import vllm"], check=False, capture_output=True).returncode:
+        parser.error(f"{args.vllm_python} has no vLLM; name the interpreter of an environment that has it")
     prompts = AutoTokenizer.from_pretrained(args.checkpoint)(PROMPTS)["input_ids"]
     ours = own_answers(args.checkpoint, prompts, args.precision)
     theirs = vllm_answers(args.vllm_python, args.checkpoint, prompts, args.precision)

@@ -1,8 +1,11 @@
 """Files are whole or absent, and damage is named with the command that mends it."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from storage.files import (
@@ -121,7 +124,9 @@ def test_exit_codes_tell_wrong_input_from_damage() -> None:
     assert issubclass(DamagedFileError, InputError)
 
 
-def test_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", [lambda full: full.write(b"new"), lambda full: np.ones(100_000).tofile(full)])
+def test_a_full_disk_is_one_error_and_keeps_the_old_file(write: Callable[[Any], object], tmp_path: Path) -> None:
+    """Numpy says how much it wrote, and no errno."""
     path = tmp_path / "file.bin"
     path.write_text("old")
     with (
@@ -129,6 +134,6 @@ def test_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path: Path) -> None
         write_whole(path),
         Path("/dev/full").open("wb", buffering=0) as full,
     ):
-        full.write(b"new")
+        write(full)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""Which layers a child's blocks become in a GGUF, by hand (RUNTIMES.md); tests/engines run them in llama.cpp."""
+"""Which layers a child's blocks become in a GGUF, by hand (docs/runtimes.md); tests/engines run them in llama.cpp."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -126,6 +126,24 @@ def test_nemotron_nas_comes_back_byte_for_byte(family: str, tmp_path: Path) -> N
         assert f"class {name}(" in (there / f"{module}.py").read_text(encoding="utf-8")
 
 
+def test_the_card_says_how_to_load_each_form(tmp_path: Path) -> None:
+    """In place of what the child's own card says of it; the rest stays, and so it does the second time."""
+    save_child(tmp_path / "child", geometry("llama", tmp_path / "parent"), NO_LINEAR)
+    card = "# Tiny\n\nA child.\n\n## Load it\n\nimport ours\n\n## Provenance\n\n- parent: it\n"
+    (tmp_path / "child/README.md").write_text(card)
+    source = read_source("tiny", tmp_path / "child", "again")
+    write(source, tmp_path / "exports", "nemotron-nas", "padded-llama", "gguf-f16")
+    words = {"nemotron-nas": "trust_remote_code=True", "padded-llama": "a plain Llama", "gguf-f16": "llama-server -m"}
+    for name, wanted in words.items():
+        text = (tmp_path / "exports" / name / "README.md").read_text(encoding="utf-8")
+        assert wanted in text and "import ours" not in text
+        assert text.startswith("# Tiny\n\nA child.\n\n## Load it\n")
+        assert text.endswith("\n\n## Provenance\n\n- parent: it\n")
+    write(read_source("tiny", tmp_path / "exports/nemotron-nas", "again"), tmp_path / "b", "nemotron-nas")
+    cards = [tmp_path / of / "nemotron-nas/README.md" for of in ("exports", "b")]
+    assert cards[0].read_bytes() == cards[1].read_bytes()
+
+
 def foreign(folder: Path) -> tuple[DeciLMForCausalLM, Blocks]:
     """A checkpoint as others publish them: head_dim 128, untied, llama3 rope scaling, fields that ours has not."""
     rope = {**LLAMA3_ROPE, "rope_theta": 500000.0}
@@ -312,8 +330,8 @@ def test_what_would_be_computed_wrong_is_refused_with_the_way_out(tmp_path: Path
     source = read_source("like-51b", tmp_path / "child", "again")
     refused: dict[ExportFormat, str] = {
         "plain": r"plain: its blocks differ \(export it as padded-llama\); or take plain out of export_child.formats",
-        "padded-llama": r"a Llama has no linear layer: blocks 1, 2 \(export it as nemotron-nas",
-        "gguf-q8_0": r"as gguf-q8_0: it has no linear FFN: block 2 \(name the runtime in the target's `runtimes`\)",
+        "padded-llama": r"a Llama has no linear layer, unlike blocks 1, 2 \(export it as nemotron-nas",
+        "gguf-q8_0": r"as gguf-q8_0: it has no linear FFN, unlike block 2 \(name the runtime in the target's `runtimes`\)",
     }
     for wanted, expected in refused.items():
         with pytest.raises(InputError, match=expected):
@@ -323,25 +341,46 @@ def test_what_would_be_computed_wrong_is_refused_with_the_way_out(tmp_path: Path
 
 
 def test_exports_never_take_the_place_of_something_else(tmp_path: Path) -> None:
-    """What they do not know in their folder goes, so it must be theirs."""
-    theirs = tmp_path / "models"
-    save_child(theirs / "child", geometry("llama", tmp_path / "parent"), NO_LINEAR)
-    for out in (theirs, theirs / "child", theirs / "child/config.json"):
-        with pytest.raises(InputError, match=r"holds something else; expected a new folder, an empty one"):
-            exports.exported("tiny", out, theirs / "child")
-    new = tmp_path / "new"
-    assert exports.exported("tiny", new, theirs / "child") == []
-    (new / "gguf-f16").mkdir(parents=True)  # a first export that was killed
-    assert exports.exported("tiny", new, theirs / "child") == []
-    write(read_source("tiny", theirs / "child", "again"), new, "gguf-f16")
-    assert exports.exported("tiny", new, theirs / "child") == ["gguf-f16"]
-    with pytest.raises(InputError, match=r"new holds exports of tiny, not of other; name another folder"):
-        exports.exported("other", new, theirs / "child")
-    with pytest.raises(InputError, match=r"holds the checkpoint .*gguf-f16; name another folder"):
-        exports.exported("tiny", new, new / "gguf-f16")
+    """What they do not know in their folder goes, so all of it must be theirs, and of the same checkpoint."""
+    config = geometry("llama", tmp_path / "parent")
+    for name, blocks in (("child", NO_LINEAR), ("other", [(FULL, WIDE)])):
+        save_child(tmp_path / name, config, blocks)
+    source, other = (read_source("tiny", tmp_path / name, "again") for name in ("child", "other"))
+    for out in (tmp_path, tmp_path / "child"):
+        with pytest.raises(InputError, match=r"holds the checkpoint .*child; name another folder"):
+            exports.exported(out, source)
+    with pytest.raises(InputError, match=r"holds something else, LICENSE; move it, or name another folder"):
+        exports.exported(tmp_path / "other", source)
+    with pytest.raises(InputError, match=r"config.json cannot be made a folder"):
+        exports.exported(tmp_path / "other/config.json", source)
+    out = tmp_path / "out"
+    assert exports.exported(out, source) == []
+    write(source, out, "gguf-f16")
+    assert exports.exported(out, source) == ["gguf-f16"]
+    with pytest.raises(InputError, match=r"out holds exports of another checkpoint; name another folder"):
+        exports.exported(out, other)
+    (out / "gguf-f16/mine.gguf").write_text("precious")
+    with pytest.raises(InputError, match=r"out holds something else, gguf-f16/mine.gguf; move it"):
+        exports.exported(out, source)
     Pieces(tmp_path / "library", "").finish("block-000", "key", [])
-    with pytest.raises(InputError, match=r"library holds pieces of something else"):
-        exports.exported("tiny", tmp_path / "library", theirs / "child")
+    with pytest.raises(InputError, match=r"library holds exports of another checkpoint"):
+        exports.exported(tmp_path / "library", source)
+
+
+def test_an_export_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first was whole, and between its record and its rename; what it left is no stranger's."""
+    save_child(tmp_path / "child", geometry("llama", tmp_path / "parent"), NO_LINEAR)
+    source, out = read_source("tiny", tmp_path / "child", "again"), tmp_path / "out"
+    for step in ("finish", "rename"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(
+                Pieces if step == "finish" else Path, step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
+            write(source, out, "gguf-f16")
+        assert not (out / "gguf-f16").exists() and (out / ".gguf-f16").is_dir()
+        assert exports.exported(out, source) == (["gguf-f16"] if step == "rename" else [])
+    write(source, out, *exports.exported(out, source))
+    assert sorted(path.name for path in out.iterdir()) == [".pieces", "exports.json", "gguf-f16"]
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
@@ -359,7 +398,7 @@ def test_finished_formats_are_taken_as_they_are_and_others_go(tmp_path: Path) ->
     (folder / "gguf-f16").mkdir()
     (folder / "gguf-f16/.tiny-F16.gguf.killed").write_bytes(b"half")  # of a run that was killed
     exports.export.fn((left, key), source, folder, 4.0)
-    assert [path.name for path in (folder / "gguf-f16").iterdir()] == ["tiny-F16.gguf"]
+    assert sorted(path.name for path in (folder / "gguf-f16").iterdir()) == ["LICENSE", "tiny-F16.gguf"]
     other = replace(source, special_tokens={**source.special_tokens, "eos_token_id": 3})
     assert len(exports.begin(other, ("nemotron-nas", "gguf-f16"), folder, 4.0)) == 2
 
@@ -370,7 +409,7 @@ def test_the_overview_says_files_and_runtimes_and_what_is_damaged(tmp_path: Path
     overview = write(source, folder, "nemotron-nas", "gguf-f16")
     file = GgufFile("tiny", "gguf-f16", folder / "gguf-f16/tiny-F16.gguf")
     assert whole(file) == file.path
-    assert set(overview["formats"]["gguf-f16"]["files"]) == {"gguf-f16/tiny-F16.gguf"}
+    assert set(overview["formats"]["gguf-f16"]["files"]) == {"gguf-f16/tiny-F16.gguf", "gguf-f16/LICENSE"}
     assert overview["runtimes"]["llama.cpp"] == {"takes": ["GGUF"], "refusals": []}
     assert overview["runtimes"]["sglang"]["takes"] == ["padded-llama"]  # its widths are no multiples of 256
     text = exports.overview_text(overview, folder)
@@ -398,13 +437,13 @@ def run(*command: str) -> "subprocess.CompletedProcess[str]":
 
 def test_check_runtimes_answers_for_any_config(tmp_path: Path) -> None:
     foreign(tmp_path / "theirs")
-    ended = run("flows.check_runtimes", "--config", str(tmp_path / "theirs/config.json"))
+    ended = run("flows.check_runtimes", "--config", str(tmp_path / "theirs"))  # the folder will do
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()
     assert lines[0] == "nemotron-nas: 3 blocks, hidden size 192, 2 heads of 128"
     assert "vllm           nemotron-nas, padded-llama" in lines
     at = lines.index("mlx-lm         padded-llama")
-    assert lines[at + 1] == "               not nemotron-nas: its heads share the hidden size evenly"
+    assert lines[at + 1] == "               not nemotron-nas: it takes heads that share the hidden size evenly"
     assert max(map(len, lines)) <= 100
     found = json.loads(run("flows.check_runtimes", "--config", "params/llama-3.1-70b.config.json", "--json").stdout)
     assert found["runtimes"]["sglang"] == {"takes": ["nemotron-nas", "plain"], "refusals": []}

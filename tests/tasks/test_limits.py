@@ -262,7 +262,7 @@ def test_no_child_beats_the_frontier_in_quality_and_speed(paths: Paths) -> None:
 
 
 def test_every_runtime_says_which_blocks_it_refuses() -> None:
-    """RUNTIMES.md's table, for one child that breaks every rule of nemotron-nas."""
+    """docs/runtimes.md's table, for one child that breaks every rule of nemotron-nas."""
     gqa, gated = Attention("gqa", 2), Ffn("gated", 256)
     blocks = [
         (Attention("no_op"), gated),
@@ -271,13 +271,13 @@ def test_every_runtime_says_which_blocks_it_refuses() -> None:
         (gqa, Ffn("gated", 192)),
     ]
     found = {name: [one.text for one in of] for name, of in refusals(CONFIG, blocks).items()}
-    no_linear = ["it has no linear attention: block 1", "it has no linear FFN: block 2"]
-    first = "block 0 must have its attention: block 0"
-    odd = "its FFN widths are multiples of 256: block 3"
+    no_linear = ["it has no linear attention, unlike block 1", "it has no linear FFN, unlike block 2"]
+    first = "it takes no model without attention in block 0"
+    odd = "it takes FFN widths in multiples of 256 only, unlike block 3"
     assert found["vllm"] == [first, *no_linear]
     assert found["sglang"] == found["mlx-lm"] == [odd, first, *no_linear]
     assert found["tensorrt-llm"] == [odd]
-    assert found["llama.cpp"] == ["it has no linear FFN: block 2"]
+    assert found["llama.cpp"] == ["it has no linear FFN, unlike block 2"]
     assert not any(refusals(CONFIG, [(gqa, gated)] * 4).values())
 
 

@@ -138,7 +138,12 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda source: change_config(source, quantization_config={"quant_method": "gptq"}),
         "the checkpoint is quantised; the parent must hold bf16, fp16 or fp32 weights",
     ),
-    "no size": (lambda source: change_config(source, hidden_size=None), "must have numbers for hidden_size"),
+    "no size": (lambda source: change_config(source, hidden_size=None), "must have numbers above 0 for hidden_size"),
+    "no blocks": (lambda source: change_config(source, num_hidden_layers=0), "above 0 for num_hidden_layers"),
+    "of two minds": (
+        lambda source: change_config(source, model_type="mixtral"),
+        "model_type is 'mixtral', but the architecture is LlamaForCausalLM",
+    ),
     "uneven heads": (
         lambda source: change_config(source, num_key_value_heads=3),
         "4 attention heads cannot share 3 kv heads evenly",
