@@ -331,7 +331,7 @@ def test_what_would_be_computed_wrong_is_refused_with_the_way_out(tmp_path: Path
     refused: dict[ExportFormat, str] = {
         "plain": r"plain: its blocks differ \(export it as padded-llama\); or take plain out of export_child.formats",
         "padded-llama": r"a Llama has no linear layer, unlike blocks 1, 2 \(export it as nemotron-nas",
-        "gguf-q8_0": r"as gguf-q8_0: it has no linear FFN, unlike block 2 \(name the runtime in the target's `runtimes`\)",
+        "gguf-q8_0": r"gguf-q8_0: it has no linear FFN, unlike block 2 \(name the runtime in the target's `runtimes`\)",
     }
     for wanted, expected in refused.items():
         with pytest.raises(InputError, match=expected):
