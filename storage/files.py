@@ -9,14 +9,15 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 _CHUNK_BYTES = 1 << 20
-_FULL = ("No space left", "Not enough free space", "requested and")
-"""How libraries say that a disk is full where they keep no errno; numpy: `8 requested and 3 written`."""
+_FULL = re.compile(r"No space left|Not enough free space to write|^\d+ requested and \d+ written$")
+"""How libraries say that a disk is full where they keep no errno; the last two are numpy's."""
 
 
 class InputError(ValueError):
@@ -53,7 +54,7 @@ def write_whole(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)  # some writers make files that only their owner reads
         temporary.replace(path)
     except Exception as error:  # raised again below: libraries wrap ENOSPC in types of their own
-        if getattr(error, "errno", None) == errno.ENOSPC or any(text in str(error) for text in _FULL):
+        if getattr(error, "errno", None) == errno.ENOSPC or _FULL.search(str(error)):
             raise DiskFullError(
                 f"the disk is full: {path} could not be written; free some space and run the same command again "
                 "(finished pieces are kept)"

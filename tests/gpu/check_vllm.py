@@ -110,8 +110,10 @@ def main() -> int:
         parser.error(f"{args.checkpoint} holds no config.json; name a nemotron-nas export")
     if shutil.which(args.vllm_python) is None:
         parser.error(f"{args.vllm_python} is no program; name the interpreter of an environment that has vLLM")
-    if subprocess.run([args.vllm_python, "-c", "import vllm"], check=False, capture_output=True).returncode:
-        parser.error(f"{args.vllm_python} has no vLLM; name the interpreter of an environment that has it")
+    tried = subprocess.run([args.vllm_python, "-c", "import vllm"], check=False, capture_output=True, text=True)
+    if tried.returncode:
+        said = (tried.stderr.splitlines() or ["no word"])[-1]
+        parser.error(f"{args.vllm_python} does not import vllm ({said}); name an interpreter that does")
     prompts = AutoTokenizer.from_pretrained(args.checkpoint)(PROMPTS)["input_ids"]
     ours = own_answers(args.checkpoint, prompts, args.precision)
     theirs = vllm_answers(args.vllm_python, args.checkpoint, prompts, args.precision)

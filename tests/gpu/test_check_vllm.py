@@ -98,3 +98,29 @@ def test_the_script(
     assert len(lines) == 17
     assert lines[1].endswith("a log-probability at step 0" if error else "same")
     assert all(line.endswith("same") for line in lines[2:])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "python", "words"),
+    [
+        ("nowhere", sys.executable, "nowhere holds no config.json"),
+        ("here", "/nowhere/python", "/nowhere/python is no program"),
+        ("here", sys.executable, "does not import vllm (ModuleNotFoundError"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_computed(
+    checkpoint: str,
+    python: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/config.json").write_text("{}")
+    command = ["check_vllm", "--checkpoint", str(tmp_path / checkpoint), "--vllm-python", python]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        check_vllm.main()
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err

@@ -40,6 +40,11 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(
         path.write_text("old")
 
 
+def test_an_error_that_only_sounds_like_a_full_disk_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="was requested and"), write_whole(tmp_path / "file"):
+        raise OSError("a lock was requested and 3 written requests wait")
+
+
 def test_nothing_is_seen_under_the_name_before_the_write_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "table.parquet"
     with write_whole(path) as temporary:

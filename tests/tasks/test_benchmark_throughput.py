@@ -266,6 +266,19 @@ def test_a_limit_on_llama_cpp_is_measured_in_it(built: Paths) -> None:
     assert {(row.engine, row.batch) for row in rows} == {("torch", 1), ("llama.cpp", 1), ("llama.cpp", SPEED["batch"])}
 
 
+def test_a_machine_that_wanders_between_rounds_cancels(built: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child takes half of the parent's time in all rounds but one, whatever that is; their own medians say 0.8."""
+    parent = [10.0, 50.0, 10.0, 40.0, 20.0]
+    child = [5.0, 25.0, 5.0, 20.0, 16.0]
+    rounds = {model: {"prefill": ms, "decode": ms} for model, ms in (("parent", parent), ("child", child))}
+    monkeypatch.setattr("tasks.benchmark_throughput.time_models", lambda *_: rounds)
+    rows = measure_throughput.fn("small", _params(engines=["torch"], batches=[1]), built)
+    found = {(row.model, row.phase): row for row in rows}
+    for phase in ("prefill", "decode"):
+        assert (found["parent", phase].measured_ms, found["child", phase].measured_ms) == (20.0, 10.0)
+    assert found["child", "decode"].measured_spread == pytest.approx(0.3)
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
