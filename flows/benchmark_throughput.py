@@ -1,4 +1,7 @@
-"""Measure and model the speed of one target's child. Run: `python -m flows.benchmark_throughput --target like-51b`."""
+"""Measure and model the speed of a target's child and of its parent.
+
+Run: `puzzle stage benchmark_throughput --target like-51b`.
+"""
 
 import sys
 
@@ -8,7 +11,7 @@ from flows.stage import main
 from storage.params import Params
 from storage.paths import Paths
 from tasks import benchmark_throughput as tasks
-from tasks.machine import on_this_machine
+from tasks.engines.machine import on_this_machine
 
 
 @flow(
@@ -16,7 +19,7 @@ from tasks.machine import on_this_machine
     description="Tokens per second of parent and child: measured beside predicted, and modelled for a GPU.",
 )
 def benchmark_throughput(params: Params, paths: Paths, target: str) -> None:
-    """The model first, since it takes a second and finds wrong settings; then this machine; then both as text."""
+    """Model GPUs first, which takes a second and finds wrong settings, then time this machine, then print both."""
     params = on_this_machine(params)
     rows = tasks.model_throughput(target, params, paths)
     rows += tasks.measure_throughput(target, params, paths)
@@ -25,4 +28,4 @@ def benchmark_throughput(params: Params, paths: Paths, target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(benchmark_throughput, per_target=True)
+    main(benchmark_throughput)

@@ -1,4 +1,4 @@
-"""Cache the parent's hidden states to artifacts/activations/. Run: `python -m flows.cache_activations`."""
+"""Cache the parent's hidden states in artifacts/activations/. Run: `puzzle stage cache_activations`."""
 
 from prefect import flow
 
@@ -6,12 +6,12 @@ from flows.stage import main, run_pieces
 from storage.params import Params
 from storage.paths import Paths
 from tasks import cache_activations as tasks
-from tasks.machine import on_this_machine
+from tasks.engines.machine import on_this_machine
 
 
 @flow(name="cache_activations", description="Cache the parent's hidden states at every block boundary, shard by shard.")
 def cache_activations(params: Params, paths: Paths) -> None:
-    """Write the shards that are missing."""
+    """Compute the shards that are missing."""
     params = on_this_machine(params)
     shards = tasks.plan_shards(params, paths)
     run_pieces(tasks.cache_shard, shards, params, paths, unit="shard")

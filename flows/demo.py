@@ -1,13 +1,11 @@
-"""`make demo`: everything in params.yaml through `dvc repro`, then the closing table. Run: `python -m flows.demo`."""
+"""Reproduce everything in params.yaml with `dvc repro`, then print the closing table: `make demo`."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 from flows.closing_table import closing_table
+from flows.errors import run_cleanly
 from flows.server import ensure, stop
-from flows.stage import run_cleanly
 from storage.params import load
 from storage.paths import Paths
 
@@ -19,9 +17,7 @@ def demo() -> None:
     sys.stdout.write(f"Prefect UI while this runs: {url.removesuffix('/api')}\n")
     sys.stdout.flush()
     try:
-        # stages call `python`: the one that runs this, also where the virtual environment is not activated
-        environment = {**os.environ, "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
-        code = subprocess.run([sys.executable, "-m", "dvc", "repro"], env=environment, check=False).returncode
+        code = subprocess.run([sys.executable, "-m", "dvc", "repro"], check=False).returncode
         if code:
             sys.exit(code)
         paths = Paths()

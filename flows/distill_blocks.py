@@ -1,4 +1,4 @@
-"""Blockwise local distillation of every variant to artifacts/library/. Run: `python -m flows.distill_blocks`."""
+"""Train every variant of every block (BLD) into artifacts/library/. Run: `puzzle stage distill_blocks`."""
 
 from prefect import flow
 
@@ -6,7 +6,7 @@ from flows.stage import main, run_pieces
 from storage.params import Params
 from storage.paths import Paths
 from tasks import distill_blocks as tasks
-from tasks.machine import on_this_machine
+from tasks.engines.machine import on_this_machine
 
 
 @flow(name="distill_blocks", description="Train every variant of every block on the parent's cached activations (BLD).")

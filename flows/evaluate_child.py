@@ -1,4 +1,7 @@
-"""Measure the child of one target. Run: `python -m flows.evaluate_child --target like-51b`."""
+"""Measure the quality of a target's child, of its baselines and of its exports.
+
+Run: `puzzle stage evaluate_child --target like-51b`.
+"""
 
 from prefect import flow
 
@@ -6,7 +9,7 @@ from flows.stage import main, run_pieces
 from storage.params import Params
 from storage.paths import Paths
 from tasks import evaluate_child as tasks
-from tasks.machine import on_this_machine
+from tasks.engines.machine import on_this_machine
 
 
 @flow(
@@ -14,7 +17,7 @@ from tasks.machine import on_this_machine
     description="Quality of children and baselines, measured; each limit predicted and measured.",
 )
 def evaluate_child(params: Params, paths: Paths, target: str) -> None:
-    """Quality on the validation split, batch by batch, then that of every exported GGUF, then the tables."""
+    """Measure quality on the validation split batch by batch, then every exported GGUF, then write the tables."""
     params = on_this_machine(params)
     batches = tasks.plan_batches(params)
     quality = run_pieces(tasks.measure_quality, batches, target, params, paths, unit="batch")
@@ -24,4 +27,4 @@ def evaluate_child(params: Params, paths: Paths, target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(evaluate_child, per_target=True)
+    main(evaluate_child)

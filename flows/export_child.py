@@ -1,4 +1,4 @@
-"""Export the child of one target for stock runtimes. Run: `python -m flows.export_child --target like-51b`."""
+"""Export the child of a target for stock runtimes. Run: `puzzle stage export_child --target like-51b`."""
 
 from prefect import flow
 
@@ -9,13 +9,13 @@ from storage.paths import Paths
 from tasks import export_child as tasks
 
 
-@flow(name="export_child", description="The distilled child in the forms that stock runtimes load.")
+@flow(name="export_child", description="The distilled child in the formats that stock runtimes load.")
 def export_child(params: Params, paths: Paths, target: str) -> None:
-    """Every format of params, tensor by tensor."""
+    """Write every format that params name, tensor by tensor."""
     settings = params.export_child
-    source = tasks.source(target, paths)
-    export_all(source, settings.formats, paths.exports(target), settings.max_shard_gib, "export_child.formats")
+    child = tasks.read_child(target, paths)
+    export_all(child, settings.formats, paths.exports(target), settings.max_shard_gib, "export_child.formats")
 
 
 if __name__ == "__main__":
-    main(export_child, per_target=True)
+    main(export_child)

@@ -1,4 +1,4 @@
-"""Accuracy of parent and child of one target. Run: `python -m flows.measure_accuracy --target like-51b`."""
+"""Measure the accuracy of parent and child of a target. Run: `puzzle stage measure_accuracy --target like-51b`."""
 
 import sys
 
@@ -8,23 +8,22 @@ from flows.stage import main
 from storage.params import Params
 from storage.paths import Paths
 from tasks import measure_accuracy as tasks
-from tasks.machine import on_this_machine
+from tasks.engines.machine import on_this_machine
 
 
 @flow(
     name="measure_accuracy", description="Accuracy of parent and child on the tasks that params name, paired (lm-eval)."
 )
 def measure_accuracy(params: Params, paths: Paths, target: str) -> None:
-    """Look at every task, measure them, write accuracy.json, print it as a table.
+    """Check every accuracy task, measure them, write accuracy.json, print it as a table.
 
-    One task after the other, not on the workers: two threads that load a model at once left weights of it unloaded
+    One task runs after the other, not on the workers: two threads that load a model at once left weights of it unloaded
     (transformers 5.23 builds models under settings of the whole process).
     """
     params = on_this_machine(params)
-    wanted = tasks.plan_tasks(params)
-    measured = [tasks.measure(one, target, params, paths) for one in wanted]
+    measured = [tasks.measure(accuracy_task, target, params, paths) for accuracy_task in tasks.plan_tasks(params)]
     sys.stdout.write(tasks.write_accuracy(target, measured, params, paths))
 
 
 if __name__ == "__main__":
-    main(measure_accuracy, per_target=True)
+    main(measure_accuracy)

@@ -1,4 +1,4 @@
-"""Pack the corpus to artifacts/corpus/. Run: `python -m flows.prepare_corpus`."""
+"""Pack the corpus into artifacts/corpus/. Run: `puzzle stage prepare_corpus`."""
 
 from prefect import flow
 

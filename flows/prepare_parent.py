@@ -1,4 +1,4 @@
-"""Bring the parent to artifacts/parent/. Run: `python -m flows.prepare_parent`."""
+"""Bring the parent to artifacts/parent/. Run: `puzzle stage prepare_parent`."""
 
 from prefect import flow
 

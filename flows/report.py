@@ -1,4 +1,4 @@
-"""The report of all targets as one page. Run: `python -m flows.report`."""
+"""Write the report of all targets as one page. Run: `puzzle stage report`."""
 
 from prefect import flow
 

@@ -1,4 +1,4 @@
-"""Replace-1-block scores to artifacts/scores.parquet. Run: `python -m flows.score_blocks`."""
+"""Measure replace-1-block scores into artifacts/scores.parquet. Run: `puzzle stage score_blocks`."""
 
 from prefect import flow
 
@@ -6,15 +6,15 @@ from flows.stage import main, run_pieces
 from storage.params import Params
 from storage.paths import Paths
 from tasks import score_blocks as tasks
-from tasks.machine import on_this_machine
+from tasks.engines.machine import on_this_machine
 
 
 @flow(name="score_blocks", description="Measure the quality lost when one block of the parent is replaced.")
 def score_blocks(params: Params, paths: Paths) -> None:
     """Score what is missing, then write the table."""
     params = on_this_machine(params)
-    while groups := tasks.plan_groups(params, paths):  # more than once where tokens adapt
-        run_pieces(tasks.score_jobs, groups, params, paths, unit="group", in_order=params.cache_activations.rolling)
+    groups, in_order = tasks.plan_groups(params, paths), params.cache_activations.rolling
+    run_pieces(tasks.score_jobs, groups, params, paths, unit="group", in_order=in_order)
     tasks.write_score_table(params, paths)
 
 

@@ -1,4 +1,4 @@
-"""Search the baselines of one target. Run: `python -m flows.search_baselines --target like-51b`."""
+"""Search the baselines of a target. Run: `puzzle stage search_baselines --target like-51b`."""
 
 from prefect import flow
 
@@ -10,9 +10,9 @@ from tasks import search_baselines as tasks
 
 @flow(name="search_baselines", description="What simpler searches choose from the same library under the same limits.")
 def search_baselines(params: Params, paths: Paths, target: str) -> None:
-    """Choose and write baselines.json."""
+    """Choose the baselines and write baselines.json."""
     tasks.search_baselines(target, params, paths)
 
 
 if __name__ == "__main__":
-    main(search_baselines, per_target=True)
+    main(search_baselines)

@@ -1,13 +1,13 @@
 """This clone's one Prefect server on 127.0.0.1: found if it runs, started if not.
 
-Run: `python -m flows.server start`, `python -m flows.server stop`. PUZZLE_PORT chooses the port (default: any free);
-a PREFECT_API_URL in the environment names a server that already runs, and then none is started here.
+Every stage and `make serve` call `ensure`; `make stop` stops it. PUZZLE_PORT chooses the port (default: any free port).
+A PREFECT_API_URL in the environment names a server that already runs; then none is started.
 """
 
 import argparse
 import contextlib
 import fcntl
-import json
+import http.client
 import os
 import signal
 import socket
@@ -17,63 +17,88 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
+from typing import TextIO
+from urllib.parse import urlsplit
 
-from flows import HOME
-from storage.files import InputError, read_json, write_json
+from flows import HOME, without_prefect
+from flows.arguments import LAST_PORT
+from flows.errors import run_cleanly
+from flows.prefect_app import LIVES, STATE
+from storage.files import DamagedFileError, InputError, read_sealed
 
-_STATE = HOME / "server.json"
 _LOG = HOME / "server.log"
 _START_SECONDS = 120
-_LAST_PORT = 65_535
+_END_SECONDS = 20
+_ANSWER_SECONDS = 60
+"""How long a server of PREFECT_API_URL may take for an answer: its machine may be training."""
+_HEALTHY = b"true"
 
 
 def ensure() -> tuple[str, bool]:
     """The API address of a running server, and whether this call started it.
 
     Raises:
-        InputError: PUZZLE_PORT is no port or in use by another program, or the server did not come up (with its last
-            words) or no longer answers.
+        InputError: PUZZLE_PORT is no port or in use by another program, the server did not come up (with its last
+            words) or no longer answers, or no Prefect server answers at PREFECT_API_URL.
     """
-    if inherited := os.environ.get("PREFECT_API_URL"):
-        return inherited, False
-    with _locked():
+    if given := os.environ.get("PREFECT_API_URL"):
+        return _checked(given), False
+    with _locked() as lock:
         if (url := _running()) is not None:
             return url, False
-        return _start(), True
+        return _start(lock), True
 
 
 def stop() -> bool:
     """Stop this clone's server; whether there was one."""
     with _locked():
-        if not _STATE.is_file():
-            return False
-        pid, port = _state()
-        found = _is_ours(pid, port)
-        if found:
-            os.killpg(pid, signal.SIGTERM)
-            deadline = time.monotonic() + 20
-            while _is_ours(pid, port) and time.monotonic() < deadline:
-                time.sleep(0.1)
-            if _is_ours(pid, port):
-                os.killpg(pid, signal.SIGKILL)
-        _STATE.unlink()
-        return found
+        state = _state()
+        if state is not None:
+            pid, _ = state
+            for ending in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, ending)
+                deadline = time.monotonic() + _END_SECONDS
+                while _lives() and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                if not _lives():
+                    break
+        STATE.unlink(missing_ok=True)
+        return state is not None
 
 
 @contextlib.contextmanager
-def _locked() -> Iterator[None]:
+def _locked() -> Iterator[TextIO]:
     """One process at a time looks for the server or starts it."""
     HOME.mkdir(exist_ok=True)
     with (HOME / "server.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield handle
 
 
-def _state() -> tuple[int, int]:
-    """Process and port of the server that this clone started last."""
-    state = read_json(_STATE, f"rm {_STATE}")
-    return int(state["pid"]), int(state["port"])
+def _lives() -> bool:
+    """Whether a server of this clone lives: it holds a lock as long as it does."""
+    with LIVES.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _state() -> tuple[int, int] | None:
+    """Process and port of the server that lives, None if none does; it mends a record that is damaged."""
+    deadline = time.monotonic() + _END_SECONDS
+    while _lives():
+        try:
+            state = read_sealed(STATE, "make stop")
+        except InputError as error:
+            if time.monotonic() > deadline:
+                raise DamagedFileError(f"{STATE} stays damaged while a process holds {LIVES}; end it") from error
+            time.sleep(0.2)
+            continue
+        return int(state["pid"]), int(state["port"])
+    return None
 
 
 def _running() -> str | None:
@@ -81,12 +106,10 @@ def _running() -> str | None:
 
     A server that lives is waited for: on a busy machine it may be slow, and a second one would share its database.
     """
-    if not _STATE.is_file():
-        return None
-    pid, port = _state()
-    url = f"http://127.0.0.1:{port}/api"
     deadline = time.monotonic() + _START_SECONDS
-    while _is_ours(pid, port):
+    while (state := _state()) is not None:
+        pid, port = state
+        url = f"http://127.0.0.1:{port}/api"
         if _answers(url):
             return url
         if time.monotonic() > deadline:
@@ -95,32 +118,51 @@ def _running() -> str | None:
     return None
 
 
-def _is_ours(pid: int, port: int) -> bool:
-    """Whether the process lives and is the Prefect server of this port, not another program that got its number."""
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        listed = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, check=False)
-        command = listed.stdout
-    return b"prefect" in command and str(port).encode() in command
-
-
 def _answers(url: str) -> bool:
+    """Whether the server of this machine answers; no proxy is asked."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
-            return bool(json.load(reply) is True)
-    except (urllib.error.URLError, OSError, ValueError):
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/health", timeout=2) as reply:
+            return bool(reply.read(len(_HEALTHY) + 1) == _HEALTHY)
+    except (OSError, ValueError, http.client.HTTPException):
         return False
 
 
-def _start() -> str:
-    port = _free_port(_wanted_port())
-    url = f"http://127.0.0.1:{port}/api"
-    environment = {**os.environ, "PREFECT_API_URL": url, "PREFECT_SERVER_UI_API_URL": url}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with _LOG.open("wb") as log:
+def _checked(url: str) -> str:
+    """PREFECT_API_URL, where a Prefect server answers there."""
+    way_out = "expected http://HOST:PORT/api of a server that runs; unset it, and this clone starts a server of its own"
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets, a port that is no number
+        is_address = False
+    if not is_address:
+        raise InputError(f"PREFECT_API_URL is {url!r}, {way_out}")
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=_ANSWER_SECONDS) as reply:
+            is_prefect = reply.read(len(_HEALTHY) + 1) == _HEALTHY
+    except urllib.error.HTTPError as error:
+        is_prefect = error.code in (401, 403)  # Prefect's client has what it takes to get in
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise InputError(f"no Prefect server answers at PREFECT_API_URL {url} ({reason}); {way_out}") from error
+    if not is_prefect:
+        raise InputError(f"what answers at PREFECT_API_URL {url} is no Prefect API; {way_out}")
+    return url.rstrip("/")
+
+
+def _start(lock: TextIO) -> str:
+    """Start a server, which inherits the lock until its state is written; its address once it answers."""
+    with _listening(_chosen_port()) as listening, _LOG.open("wb") as log:
+        port = listening.getsockname()[1]
+        url = f"http://127.0.0.1:{port}/api"
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            [sys.executable, "-m", "flows.prefect_app", str(listening.fileno()), str(lock.fileno())],
+            env=without_prefect(dict(os.environ)),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=(listening.fileno(), lock.fileno()),
         )
     deadline = time.monotonic() + _START_SECONDS
     while not _answers(url):
@@ -129,29 +171,34 @@ def _start() -> str:
             last = " | ".join(_LOG.read_text(encoding="utf-8", errors="replace").splitlines()[-3:])
             raise InputError(f"the Prefect server did not start on 127.0.0.1:{port}; its last words: {last} ({_LOG})")
         time.sleep(0.2)
-    write_json(_STATE, {"pid": process.pid, "port": port})
     return url
 
 
-def _wanted_port() -> int:
+def _chosen_port() -> int:
     """PUZZLE_PORT, 0 (any) if it is not set."""
     given = os.environ.get("PUZZLE_PORT", "0")
-    if not given.isdecimal() or int(given) > _LAST_PORT:
-        raise InputError(f"PUZZLE_PORT is {given!r}, expected a port: a number from 1 to {_LAST_PORT}, or 0 for any")
+    if not given.isdecimal() or int(given) > LAST_PORT:
+        raise InputError(f"PUZZLE_PORT is {given!r}, expected a port: a number from 1 to {LAST_PORT}, or 0 for any")
     return int(given)
 
 
-def _free_port(wanted: int) -> int:
-    """`wanted` if nobody listens there, any free port for 0."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError as error:
-            raise InputError(
-                f"port {wanted} on 127.0.0.1 is in use by another program; set PUZZLE_PORT to a free port, or unset it"
-            ) from error
-        return int(probe.getsockname()[1])
+def _listening(port: int) -> socket.socket:
+    """A socket that listens on `port` of 127.0.0.1, to any free one for 0.
+
+    Raises:
+        InputError: another program has it.
+    """
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(("127.0.0.1", port))
+        listening.listen()  # from now on nobody else can have it
+    except OSError as error:
+        listening.close()
+        raise InputError(
+            f"port {port} on 127.0.0.1 cannot be used ({error.strerror}); set PUZZLE_PORT to a free port, or unset it"
+        ) from error
+    return listening
 
 
 def main() -> None:
@@ -159,16 +206,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="This clone's Prefect server on 127.0.0.1.")
     parser.add_argument("action", choices=("start", "stop"))
     action = parser.parse_args().action
-    try:
-        if action == "stop":
-            said = "stopped the Prefect server" if stop() else "no Prefect server of this clone is running"
-        else:
-            url, started = ensure()
-            said = f"{'started' if started else 'found'} the Prefect server: {url.removesuffix('/api')}"
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
-    sys.stdout.write(f"{said}\n")
+    run_cleanly(_print_stop if action == "stop" else _print_start)
+
+
+def _print_start() -> None:
+    url, started = ensure()
+    sys.stdout.write(f"{'started' if started else 'found'} the Prefect server: {url.removesuffix('/api')}\n")
+
+
+def _print_stop() -> None:
+    stopped = stop()
+    sys.stdout.write("stopped the Prefect server\n" if stopped else "no Prefect server of this clone is running\n")
 
 
 if __name__ == "__main__":

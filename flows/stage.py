@@ -1,69 +1,92 @@
-"""What every stage's main() shares: arguments, params, server, workers, progress, and errors as one line."""
+"""The common part of all stages' flows: arguments, params, server, workers, progress, and errors as one message."""
 
 import argparse
+import contextlib
 import gc
+import inspect
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from httpx import TransportError
 from prefect import Flow, Task
-from prefect.futures import as_completed
+from prefect.futures import PrefectFuture, as_completed
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 from tqdm import tqdm
 
-from flows.progress import PIECES, Shown, span
+from flows.durations import duration_text
+from flows.errors import run_cleanly
+from flows.orphans import close_orphans, hold, release
+from flows.progress import PIECES, ProgressArtifact
 from flows.server import ensure
-from storage.files import InputError, read_json, write_json
+from storage.files import InputError, write_sealed
 from storage.params import Params, load
 from storage.paths import Paths
+from storage.pipeline import read_seconds
 
 _BEGAN = time.monotonic()
 
 
-def main(stage: Flow[..., Any], *, per_target: bool = False) -> None:
-    """Run a stage's flow with the params of the working directory.
-
-    A wrong input ends the process with one message and the error's exit code; pieces that were finished stay.
-    """
+def main(stage: Flow[..., Any]) -> None:
+    """Run a stage as dvc.yaml does: `python -m flows.<stage> [--target TARGET]`."""
     parser = argparse.ArgumentParser(prog=f"python -m flows.{stage.name}", description=stage.description)
-    if per_target:
-        parser.add_argument("--target", required=True, help="key of the target in params.yaml, e.g. like-51b")
-    arguments = vars(parser.parse_args())
-    run_cleanly(lambda: _run(stage, load(), arguments))
+    parser.add_argument("--target", help="key of the target in params.yaml; of stages that run per target alone")
+    target = parser.parse_args().target
+    run_cleanly(lambda: run_stage(stage, target))
     gc.freeze()  # the process ends here: what torch and prefect made need not be looked through once more
 
 
-def run_cleanly(action: Callable[[], object]) -> None:
-    """Run `action`; an InputError becomes one message on stderr and its exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        action()
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
+def run_stage(stage: Flow[..., Any], target: str | None) -> None:
+    """Run a stage's flow with the params of the working directory; pieces that were finished before stay.
 
+    Args:
+        stage: flow of params and paths, and of a target where the stage runs per target.
+        target: key of the target, None for a stage that all targets share.
 
-def _run(stage: Flow[..., Any], params: Params, arguments: dict[str, Any]) -> None:
-    if "target" in arguments:
-        params.target(arguments["target"])
+    Raises:
+        InputError: a wrong input, also a target that is missing, unknown, or not the stage's business; or the server
+            was stopped meanwhile.
+    """
+    params = load()
+    _check_target(stage, target, params)
+    arguments = {} if target is None else {"target": target}
     url, _ = ensure()
     with temporary_settings({PREFECT_API_URL: url}):
-        stage.with_options(task_runner=workers(params.run.workers))(params=params, paths=Paths(), **arguments)
-    name = f"{stage.name}@{arguments['target']}" if "target" in arguments else stage.name
-    _record(name, time.monotonic() - _BEGAN, Paths())
+        try:
+            close_orphans()
+            tracked_stage = stage.with_options(task_runner=workers(params.run.workers), on_running=[hold])
+            tracked_stage(params=params, paths=Paths(), **arguments)
+        except TransportError as error:
+            logging.raiseExceptions = False  # Prefect would write once more that its log reaches nobody
+            raise InputError(
+                f"the Prefect server at {url} no longer answers ({error}); run the same command again: finished pieces "
+                "stay"
+            ) from error
+        finally:
+            release()
+    _record(stage.name if target is None else f"{stage.name}@{target}", time.monotonic() - _BEGAN, Paths())
+
+
+def _check_target(stage: Flow[..., Any], target: str | None, params: Params) -> None:
+    is_per_target = "target" in inspect.signature(stage.fn).parameters
+    if target is None and is_per_target:
+        raise InputError(f"{stage.name} runs per target; add --target with one of {', '.join(params.targets)}")
+    if target is not None and not is_per_target:
+        raise InputError(f"{stage.name} is the same for all targets; leave --target out")
+    if target is not None:
+        params.target(target)
 
 
 def _record(name: str, seconds: float, paths: Paths) -> None:
-    """Keep how long a stage took, for flows/plan.py to show beside its estimates."""
-    earlier = read_json(paths.seconds, "dvc repro") if paths.seconds.is_file() else {}
-    write_json(paths.seconds, {**earlier, name: seconds})
+    """Keep how long a stage took, which `puzzle plan` shows beside its estimates."""
+    with contextlib.suppress(InputError, OSError):  # the stage has done its work, and nothing needs the record
+        write_sealed(paths.seconds, {**read_seconds(paths.seconds), name: seconds})
 
 
 def workers(count: int) -> Any:
-    """Where pieces run: threads of this process (torch releases the GIL in every kernel)."""
+    """The runner of pieces: threads of this process (torch releases the GIL in every kernel)."""
     return ThreadPoolTaskRunner(max_workers=count)
 
 
@@ -72,16 +95,22 @@ def run_pieces(
 ) -> list[Any]:
     """Run `work(piece, *common)` for every piece on the flow's workers, with done/total and time left.
 
-    A terminal shows them as a bar, the UI as an artifact of the stage's run. `in_order` starts a piece when the one
-    before it has ended.
+    A terminal shows them as a bar, the UI as an artifact of the stage's run. The first failure ends the stage; pieces
+    that were finished stay, and the next run takes them.
+
+    Args:
+        work: task of a piece and of what all pieces share.
+        pieces: first argument of `work`, each.
+        common: further arguments of `work`.
+        unit: word for a piece, for the bar.
+        in_order: start a piece when the one before it has ended.
 
     Returns the results in the order of the pieces.
-    The first failure ends the stage; pieces that were finished stay, and the next run takes them.
     """
-    futures: list[Any] = []
-    began, shown, total = time.monotonic(), Shown(PIECES), len(pieces)
+    futures: list[PrefectFuture[Any]] = []
+    began, artifact, total = time.monotonic(), ProgressArtifact(PIECES), len(pieces)
 
-    def ended() -> Iterator[Any]:
+    def ended() -> Iterator[PrefectFuture[Any]]:
         for piece in pieces:
             futures.append(work.submit(piece, *common))
             if in_order:
@@ -92,7 +121,7 @@ def run_pieces(
     bar = tqdm(ended(), total=total, desc=work.name, unit=unit, disable=None)
     for done, future in enumerate(bar, start=1):
         future.result()
-        if shown.is_due() or done == total:
+        if artifact.is_due() or done == total:
             left = (time.monotonic() - began) * (total - done) / done
-            shown.show(100 * done / total, f"{unit} {done}/{total}, about {span(left)} left")
+            artifact.show(100 * done / total, f"{unit} {done}/{total}, about {duration_text(left)} left")
     return [future.result() for future in futures]

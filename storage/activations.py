@@ -51,7 +51,7 @@ def shard_name(split: str, shard_index: int) -> str:
 
 
 def shard_path(folder: Path, split: str, boundary: int, shard_index: int) -> Path:
-    """Where a boundary of a shard lies."""
+    """The file of one boundary of a shard."""
     return folder / split / f"boundary_{boundary:03d}" / f"shard_{shard_index:03d}.arrow"
 
 
@@ -96,7 +96,7 @@ class BoundaryReader:
     _shards: dict[int, NDArray[Any]] = field(default_factory=dict)
 
     def digest(self, start: int, stop: int) -> list[str]:
-        """Checksums of the files that hold sequences start .. stop-1: the input part of a later stage's keys."""
+        """Checksums of the files that hold sequences start .. stop-1, for the keys of a later stage."""
         pieces = Pieces(self.folder, self.rebuild)
         size = self._shard_size(pieces)
         return [self._checksum(pieces, shard) for shard in range(start // size, -(-stop // size))]

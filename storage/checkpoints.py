@@ -1,29 +1,47 @@
 """Safetensors checkpoints in the Hugging Face layout, read and written tensor by tensor, never as a whole.
 
-A checkpoint that this project wrote carries `checksums.json` {tensor name: sha256 of its bytes}; its tensors are
-compared with it as they are read, so a flipped byte is found by the stage that would have used it.
+Which file counts is what transformers takes: model.safetensors, also where an index and its shards lie beside it.
+A checkpoint that this project wrote carries `checksums.json`: the sha256 of every tensor, and of every other file in
+the folder. Tensors are compared with it as they are read, the other files before the first tensor, so the stage that
+would use a flipped byte refuses it.
 """
 
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+import re
+from collections.abc import Mapping, Set
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from storage.files import DamagedFileError, InputError, digest_of, read_json, write_json, write_whole
-from storage.model_config import ModelConfig, from_nemotron_nas
-from storage.records import Attention, Ffn
+from storage.files import (
+    SEAL,
+    InputError,
+    damaged,
+    digest_of,
+    sha256,
+    verify,
+    write_sealed,
+    write_whole,
+)
+from storage.json_files import read_object
+from storage.json_records import read_record
+from storage.model_config import ModelConfig
+from storage.nemotron_nas import from_nemotron_nas
+from storage.side_files import check_inside
+from storage.variants import Attention, Ffn
 
 CHECKSUMS = "checksums.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DERIVED = ".rotary_emb.inv_freq"
+_DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_MAX_INDEX_BYTES = 64 << 20
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -33,82 +51,162 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 @dataclass(frozen=True)
+class Checksums:
+    """The content of checksums.json: sha256 of tensors by name, and of the other files of the folder by theirs."""
+
+    tensors: dict[str, str]
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """A safetensors file's entry on a tensor: the file, the type by safetensors' name (such as BF16), the shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A folder with one safetensors file, or several and their index; `rebuild` is the command that makes it."""
+    """A folder with one safetensors file, or several and their index.
+
+    Attributes:
+        folder: the checkpoint.
+        rebuild: the command that makes it.
+        is_foreign: whether others may have made or changed it: checksums.json need not be there.
+    """
 
     folder: Path
     rebuild: str
+    is_foreign: bool = False
 
     @functools.cached_property
-    def files(self) -> dict[str, Path]:
-        """Tensor name -> the file that holds it; rotary frequencies, which older ones keep, follow from config.json.
+    def headers(self) -> dict[str, TensorHeader]:
+        """Name -> header of every tensor in the files, without rotary frequencies, which older checkpoints hold.
 
         Raises:
-            InputError: no safetensors in the folder.
-            DamagedFileError: a file is missing, truncated, or lacks a tensor that the index names.
+            InputError: no safetensors in the folder, or the index names a file outside of it.
+            DamagedFileError: a file is missing or truncated, or holds other tensors than the index says.
         """
-        if (self.folder / _INDEX).is_file():
-            index = read_json(self.folder / _INDEX, self.rebuild)
-            weight_map = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(weight_map, dict):
-                raise DamagedFileError(f"{self.folder / _INDEX} holds no weight_map; run `{self.rebuild}`")
-            found = {str(name): self.folder / str(file) for name, file in weight_map.items()}
-        elif (self.folder / _SINGLE).is_file():
-            with self._open(self.folder / _SINGLE) as handle:
-                found = dict.fromkeys(handle.keys(), self.folder / _SINGLE)
-        else:
+        weight_map = None if (self.folder / _SINGLE).is_file() else self._weight_map()
+        headers: dict[str, TensorHeader] = {}
+        for file in [self.folder / _SINGLE] if weight_map is None else sorted(set(weight_map.values())):
+            if file.exists():
+                check_inside(file, self.folder)
+            with self._open(file) as handle:
+                names = [name for name in list(handle.keys()) if not _DERIVED.fullmatch(name)]
+                parts = {name: handle.get_slice(name) for name in names}
+                held = {
+                    name: TensorHeader(file, parts[name].get_dtype(), tuple(parts[name].get_shape())) for name in names
+                }
+            if weight_map is not None:
+                named = {name for name, place in weight_map.items() if place == file and not _DERIVED.fullmatch(name)}
+                self._compare(file, named, held.keys())
+            headers |= held
+        return {name: headers[name] for name in weight_map or headers if name in headers}
+
+    def _weight_map(self) -> dict[str, Path]:
+        """Tensor name -> file, as the index has it."""
+        path = self.folder / _INDEX
+        if not path.is_file():
             pickled = any(self.folder.glob("*.bin"))
             hint = " (pickled .bin weights are not read: convert them to safetensors)" if pickled else ""
             raise InputError(f"{self.folder} has neither {_SINGLE} nor {_INDEX}{hint}; run `{self.rebuild}`")
-        for file in sorted(set(found.values())):
-            with self._open(file) as handle:
-                lacking = {name for name, place in found.items() if place == file} - set(handle.keys())
-            if lacking:
-                raise DamagedFileError(
-                    f"{file} lacks tensors that {_INDEX} names: {sorted(lacking)[:3]}; run `{self.rebuild}`"
-                )
-        return {name: file for name, file in found.items() if not name.endswith(_DERIVED)}
+        check_inside(path, self.folder)
+        weight_map = read_object(path, self.rebuild, _MAX_INDEX_BYTES).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise damaged(path, "holds no weight_map of names", self.rebuild)
+        for name in set(weight_map.values()):
+            if not name or "\0" in name or PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                raise InputError(f"{path} names {name!r:.80}, which is no file in {self.folder}; run `{self.rebuild}`")
+        return {name: self.folder / file for name, file in weight_map.items()}
+
+    def _compare(self, file: Path, named: Set[str], held: Set[str]) -> None:
+        """Raise DamagedFileError where a file holds other tensors than the index says."""
+        lacking, more = sorted(named - held)[:3], sorted(held - named)[:3]
+        if lacking:
+            raise damaged(file, f"lacks tensors that {_INDEX} names: {lacking}", self.rebuild)
+        if more:
+            raise damaged(file, f"holds tensors that {_INDEX} lacks or has in another file: {more}", self.rebuild)
 
     @functools.cached_property
-    def checksums(self) -> dict[str, str]:
-        """Tensor name -> sha256, empty for a checkpoint that others wrote."""
-        if not (self.folder / CHECKSUMS).is_file():
-            return {}
-        checksums: dict[str, str] = read_json(self.folder / CHECKSUMS, self.rebuild)
+    def files(self) -> dict[str, Path]:
+        """Tensor name -> the file that holds it; errors as of `headers`."""
+        return {name: header.file for name, header in self.headers.items()}
+
+    @functools.cached_property
+    def _recorded(self) -> Checksums:
+        """The content of checksums.json, once the files beside the tensors were compared with it.
+
+        Raises:
+            DamagedFileError: checksums.json is missing or damaged, or a file that it lists is, of a checkpoint of ours.
+        """
+        path = self.folder / CHECKSUMS
+        if self.is_foreign and not (path.is_file() and f'"{SEAL}"'.encode() in path.read_bytes()):
+            return Checksums({}, {})
+        if self.folder.is_dir() and not path.is_file():
+            raise damaged(path, "is missing although every checkpoint has one", self.rebuild)
+        checksums = read_record(path, Checksums, self.rebuild)
+        if not self.is_foreign:
+            for name, checksum in checksums.files.items():
+                verify(self.folder / name, checksum, self.rebuild)
         return checksums
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """Tensor name -> sha256; empty for a checkpoint that others wrote. Raises DamagedFileError as `tensor`."""
+        return self._recorded.tensors
+
+    def verify_files(self) -> None:
+        """Compare the files beside the tensors with their checksums; raises DamagedFileError."""
+        assert self._recorded
+
+    def config_json(self) -> dict[str, Any]:
+        """The content of config.json, compared with its checksum."""
+        self.verify_files()
+        return read_object(self.folder / "config.json", self.rebuild)
 
     def _open(self, file: Path) -> safe_open:
         if not file.is_file():
-            raise DamagedFileError(f"{file} is missing; run `{self.rebuild}`")
+            raise damaged(file, "is missing", self.rebuild)
         try:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise DamagedFileError(f"{file} is not a whole safetensors file ({error}); run `{self.rebuild}`") from error
+            raise damaged(file, f"is not a whole safetensors file ({error})", self.rebuild) from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
+        return self.headers[name].shape
+
+    def rows(self, name: str, part: slice) -> Tensor:
+        """Some rows of a tensor, whose bytes are compared with nothing."""
         with self._open(self.files[name]) as handle:
-            return tuple(handle.get_slice(name).get_shape())
+            rows: Tensor = handle.get_slice(name)[part].clone()
+        return rows
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor and compare it with its checksum.
 
         Raises:
-            InputError: the checkpoint has no such tensor.
+            InputError: the checkpoint has no such tensor, or it holds NaN or an infinite value.
             DamagedFileError: its bytes differ from those that were written.
         """
         if name not in self.files:
             raise InputError(f"{self.folder} has no tensor {name}; run `{self.rebuild}`")
         with self._open(self.files[name]) as handle:
             tensor: Tensor = handle.get_tensor(name).clone()  # else it keeps the whole file mapped
-        if name in self.checksums and tensor_sha256(tensor) != self.checksums[name]:
-            raise DamagedFileError(
-                f"{self.files[name]}: tensor {name} is damaged (sha256 differs); run `{self.rebuild}`"
+        if self.checksums and tensor_sha256(tensor) != self.checksums.get(name):
+            raise damaged(self.files[name], f"is damaged: sha256 of tensor {name} differs", self.rebuild)
+        if not _is_finite(tensor):
+            raise InputError(
+                f"{self.files[name]}: tensor {name} holds NaN or infinite values, expected finite weights; "
+                f"run `{self.rebuild}`, or take another revision of this checkpoint"
             )
         return tensor
 
     def block_names(self, block_index: int) -> dict[str, str]:
-        """Names of a block's tensors within the block -> in the checkpoint."""
+        """Names of a block's tensors: name within the block -> name in the checkpoint."""
         prefix = f"model.layers.{block_index}."
         return {name.removeprefix(prefix): name for name in self.files if name.startswith(prefix)}
 
@@ -122,17 +220,23 @@ class Checkpoint:
         return digest_of({short: self.checksums[name] for short, name in self.block_names(block_index).items()})
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, without a copy of the tensor."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
+
+
 def read_blocks(child: Checkpoint) -> tuple[ModelConfig, list[tuple[Attention, Ffn]]]:
     """Geometry and blocks of a child's checkpoint, from its config.json."""
-    path = child.folder / "config.json"
-    return from_nemotron_nas(read_json(path, child.rebuild), str(path))
+    return from_nemotron_nas(child.config_json(), str(child.folder / "config.json"))
 
 
 @dataclass
 class CheckpointWriter:
     """Writes tensors in shards of bounded size; the index and the checksums come last.
 
-    Use: `add` tensors in order, then `finish`. Peak memory is one shard.
+    Use: `add` tensors in order, write the other files of the folder, then `finish`. Peak memory is one shard.
     """
 
     folder: Path
@@ -140,20 +244,20 @@ class CheckpointWriter:
     _pending: dict[str, Tensor] = field(default_factory=dict)
     _pending_bytes: int = 0
     _shards: list[tuple[Path, list[str]]] = field(default_factory=list)
-    _checksums: dict[str, str] = field(default_factory=dict)
     _total_bytes: int = 0
+    checksums: dict[str, str] = field(default_factory=dict)
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take tensors; a full shard goes to disk."""
+        """Take tensors; a shard that is full is written."""
         for name, tensor in tensors.items():
-            assert name not in self._checksums, name
+            assert name not in self.checksums, name
             size = tensor.numel() * tensor.element_size()
             if self._pending and self._pending_bytes + size > self.max_shard_bytes:
                 self._flush()
             # a copy, since safetensors refuses tensors that share memory (tied ones, slices)
             self._pending[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             self._pending_bytes += size
-            self._checksums[name] = tensor_sha256(self._pending[name])
+            self.checksums[name] = tensor_sha256(self._pending[name])
 
     def _flush(self) -> None:
         path = self.folder / f"model-{len(self._shards) + 1:05d}.safetensors"
@@ -164,7 +268,7 @@ class CheckpointWriter:
         self._pending, self._pending_bytes = {}, 0
 
     def finish(self) -> None:
-        """Give the shards their final names and write index and checksums; one shard needs no index."""
+        """Give the shards their final names, write the index (one shard needs none) and the checksums of all files."""
         self._flush()
         count = len(self._shards)
         weight_map: dict[str, str] = {}
@@ -176,4 +280,6 @@ class CheckpointWriter:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
             with write_whole(self.folder / _INDEX) as temporary:
                 temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        write_json(self.folder / CHECKSUMS, self._checksums)
+        others = sorted(file for file in self.folder.rglob("*") if file.is_file() and file.suffix != ".safetensors")
+        files = {str(file.relative_to(self.folder)): sha256(file) for file in others if file.name != CHECKSUMS}
+        write_sealed(self.folder / CHECKSUMS, asdict(Checksums(self.checksums, files)))

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from storage.files import DamagedFileError, InputError, digest_of, read_json, verify, write_json, write_whole
+from storage.files import InputError, digest_of, read_sealed, verify, write_sealed, write_whole
 
 Tokens = NDArray[np.int32]
 SplitName = Literal["train", "calibration", "validation"]
@@ -45,7 +45,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Ingredient:
-    """What one source gave to the corpus: documents, and tokens with their separators."""
+    """The share of one source in the corpus: numbers of documents, and of tokens with their separators."""
 
     name: str
     version: str
@@ -56,7 +56,7 @@ class Ingredient:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that later stages and readers ask about a corpus.
+    """The description of a corpus, for later stages and for people.
 
     Attributes:
         key: digest of all that went in (params, seed, tokenizer, sources, code, library versions).
@@ -65,7 +65,7 @@ class Manifest:
         separator: the token after each document, with its id in `separator_id`.
         tokenizer: digest of the parent's tokenizer files.
         left_out: documents that were left out because they repeat earlier ones.
-        notes: how the documents were made and split, in sentences.
+        notes: sentences on the making and the splits of the documents.
     """
 
     key: str
@@ -80,7 +80,7 @@ class Manifest:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
+        """The manifest as a JSON object."""
         return asdict(self)
 
     @classmethod
@@ -136,7 +136,7 @@ def write_split(path: Path, sequences: Iterable[Tokens], seq_len: int) -> tuple[
 
 
 def _groups(sequences: Iterable[Tokens]) -> Iterator[Tokens]:
-    """Stack up to 1,024 sequences: int32 [rows, seq_len]."""
+    """Stacks of up to 1,024 sequences each: int32 [rows, seq_len]."""
     rows: list[Tokens] = []
     for sequence in sequences:
         rows.append(sequence)
@@ -149,8 +149,7 @@ def _groups(sequences: Iterable[Tokens]) -> Iterator[Tokens]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json with a seal over its own content; it comes after the splits."""
-    value = manifest.to_json()
-    write_json(folder / _MANIFEST, {**value, "seal": digest_of(value)})
+    write_sealed(folder / _MANIFEST, manifest.to_json())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -161,11 +160,8 @@ def read_manifest(folder: Path) -> Manifest:
         DamagedFileError: it is not what was written.
     """
     path = folder / _MANIFEST
-    value = read_json(path, REBUILD)
-    if not isinstance(value, dict) or value.pop("seal", None) != digest_of(value):
-        raise DamagedFileError(f"{path} is damaged (its seal does not fit); run `{REBUILD}`")
     try:
-        return Manifest.from_json(value)
+        return Manifest.from_json(read_sealed(path, REBUILD))
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} was written by another version of this project; run `{REBUILD}`") from error
 
@@ -185,7 +181,7 @@ def read_sequences(folder: Path, split: SplitName, start: int = 0, stop: int | N
         stop: end of the range; None is the end of the split.
 
     Returns:
-        Token ids, int32 [sequences, seq_len], the caller's own copy.
+        Token ids, int32 [sequences, seq_len], a copy that the caller may change.
 
     Raises:
         InputError: there is no corpus, or it has fewer sequences.
@@ -206,7 +202,7 @@ def read_sequences(folder: Path, split: SplitName, start: int = 0, stop: int | N
 
 
 def _read_rows(path: Path, seq_len: int, start: int, stop: int) -> Tokens:
-    """Rows of a verified file, reading only the row groups that hold them."""
+    """Rows of a verified file; only the row groups that hold them are read."""
     groups: list[int] = []
     first_row = end = 0
     with pq.ParquetFile(path) as file:
@@ -221,7 +217,7 @@ def _read_rows(path: Path, seq_len: int, start: int, stop: int) -> Tokens:
 
 
 def _verify(path: Path, expected_sha256: str) -> None:
-    """Compare a split with its checksum, but hash a file that did not change since only once per process.
+    """Compare a split with its checksum; a file that has not changed since is hashed once per process only.
 
     A stage reads a split shard by shard; hashing all of it for each would be quadratic. A file written less than two
     seconds ago is always hashed, since its next change could carry the same modification time.

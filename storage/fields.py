@@ -1,23 +1,36 @@
-"""What the models of params.yaml are made of: the base of all sections, and types that several share."""
+"""The parts of the models of params.yaml: the base of all sections, and types that several share."""
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
-
-Scenario = Annotated[str, StringConstraints(pattern=r"^[1-9]\d*/[1-9]\d*$")]
-"""Input length / output length, in tokens."""
-
-
-def scaled(scenario: str, factor: float) -> str:
-    """A scenario with both lengths times `factor`, at least a token each."""
-    return "/".join(str(max(1, round(int(length) * factor))) for length in scenario.split("/"))
-
+from pydantic import BaseModel, ConfigDict, model_validator
 
 Best = Literal["best"]
 """A batch or a tensor-parallel degree that the search chooses."""
 
+MAX_NUMBER = 10**15
+"""No number of params.yaml is larger: a petabyte in bytes, and within what int64 and float64 hold exactly."""
+
 
 class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused, numbers finite."""
+    """Base of all sections: immutable, unknown keys refused, numbers finite and at most MAX_NUMBER."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _numbers_are_sane(self) -> Self:
+        for name, value in self:
+            if any(abs(number) > MAX_NUMBER for number in _numbers(value)):
+                raise ValueError(f"{name} is beyond {MAX_NUMBER:.0e}, more than any machine has or counts")
+        return self
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in a field; sections within look after their own."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, dict):
+        yield from _numbers(list(value.values()))

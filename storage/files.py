@@ -1,27 +1,35 @@
-"""Files that are whole or absent: write by rename, checksums, JSON, and the errors that users see.
+"""Files that are whole or absent: write by rename, checksums, JSON and its seal, and the errors that users see.
 
-Every writer in the project goes through :func:`write_whole`, so a file that exists is complete. Every reader
-of an artifact compares the checksum that its manifest recorded, through :func:`verify`.
+Every writer in the project goes through :func:`write_whole`, so a file that exists is complete. Every reader of an
+artifact compares what it reads with what was written: with the checksum that a manifest recorded (:func:`verify`), or
+with the seal that the file itself carries (:func:`read_sealed`; tables: storage/parquet_files.py).
 """
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+SEAL = "seal"
+"""The last key of a record that this project writes: the digest of all others."""
 _CHUNK_BYTES = 1 << 20
-_FULL = re.compile(r"No space left|Not enough free space to write|^\d+ requested and \d+ written$")
-"""How libraries say that a disk is full where they keep no errno; the last two are numpy's."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_IS_FULL = re.compile(r"No space left|Not enough free space to write|^\d+ requested and \d+ written$")
+"""What libraries write when a disk is full and they keep no errno; the last two are numpy's."""
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_IS_REFUSED = re.compile(r"Permission denied|Operation not permitted|Read-only file system")
+"""The same where a file may not be written."""
 
 
 class InputError(ValueError):
-    """Something a user gave cannot be used. The message says: expected, found, where, what to do."""
+    """An input cannot be used. The message says what was expected, what was found, where, and what to do."""
 
     exit_code = 2
 
@@ -38,6 +46,45 @@ class DiskFullError(InputError):
     exit_code = 5
 
 
+def damaged(path: Path, problem: str, rebuild: str) -> DamagedFileError:
+    """The error for a file that is not as its stage wrote it; `rebuild` names the command that makes it anew.
+
+    The file gets a new date: DVC goes by date and size, and would call a stage up to date whose bytes rotted.
+    """
+    if rebuild.startswith("dvc "):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+    return DamagedFileError(f"{path} {problem}; run `{rebuild}`")
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of an error message: `, did you mean seed?` with the nearest of `names`; empty if none is near."""
+    nearest = difflib.get_close_matches(name, list(names), n=1)
+    return f", did you mean {nearest[0]}?" if nearest else ""
+
+
+def explained(error: Exception, path: Path | None = None) -> InputError | None:
+    """The error for people where a file could not be written, and None where `error` is another.
+
+    Args:
+        error: the exception of a library; some wrap the system's error in types of their own.
+        path: the file; None: the one that the error names.
+    """
+    number, text = getattr(error, "errno", None), str(error)
+    place = path or getattr(error, "filename2", None) or getattr(error, "filename", None) or "a file"
+    if number in _FULL or _DISK_IS_FULL.search(text):
+        return DiskFullError(
+            f"the disk is full: {place} could not be written; free some space and run the same command again "
+            "(finished pieces are kept)"
+        )
+    if number in _REFUSED or _IS_REFUSED.search(text):
+        return InputError(
+            f"{place} cannot be read or written: the system refuses it (permission denied, or a read-only disk); give "
+            "this user the right to the file and its folder, and run the same command again"
+        )
+    return None
+
+
 @contextlib.contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it into place.
@@ -45,23 +92,30 @@ def write_whole(path: Path) -> Iterator[Path]:
     A block that raises leaves `path` as it was and no temporary file behind. The suffix is kept, since some
     writers look at it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         temporary.chmod(0o644)  # some writers make files that only their owner reads
         temporary.replace(path)
-    except Exception as error:  # raised again below: libraries wrap ENOSPC in types of their own
-        if getattr(error, "errno", None) == errno.ENOSPC or _FULL.search(str(error)):
-            raise DiskFullError(
-                f"the disk is full: {path} could not be written; free some space and run the same command again "
-                "(finished pieces are kept)"
-            ) from error
+    except InputError:
+        raise
+    except Exception as error:  # raised again below: libraries wrap the system's errors in types of their own
+        if readable := explained(error, path):
+            raise readable from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a folder that nobody may write to; the first error counts
+            temporary.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Give a whole folder its final name; an earlier folder of that name stays until then, and goes with `new`'s."""
+    if final.exists():
+        final.rename(new.with_name(f"{new.name}.earlier"))
+    new.rename(final)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -81,12 +135,33 @@ def read_json(path: Path, rebuild: str) -> Any:
         raise InputError(f"{path} is missing; run `{rebuild}`")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DamagedFileError(f"{path} is not valid JSON ({error}); run `{rebuild}`") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5,000 digits; nested too deep
+        raise damaged(path, f"is not valid JSON ({error})", rebuild) from error
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a record as JSON with its seal as the last key."""
+    content = json.loads(json.dumps(value))  # as it will be read: keys are texts, tuples are lists
+    write_json(path, {**content, SEAL: digest_of(content)})
+
+
+def read_sealed(path: Path, rebuild: str) -> dict[str, Any]:
+    """Read a record that :func:`write_sealed` wrote, without its seal.
+
+    Raises:
+        InputError: the file is missing.
+        DamagedFileError: its content is not what was sealed.
+    """
+    value = read_json(path, rebuild)
+    seal = value.pop(SEAL, None) if isinstance(value, dict) else None
+    if seal is None or seal != digest_of(value):
+        raise damaged(path, f"is damaged ({'its seal does not fit' if seal else 'it has no seal'})", rebuild)
+    record: dict[str, Any] = value
+    return record
 
 
 def sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read in pieces of 1 MiB."""
+    """Hex sha256 of a file's bytes, read 1 MiB at a time."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while chunk := handle.read(_CHUNK_BYTES):
@@ -95,7 +170,7 @@ def sha256(path: Path) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """Hex sha256 of a JSON value in canonical form (sorted keys): the content key of params and manifests."""
+    """Hex sha256 of a JSON value in canonical form (sorted keys)."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -107,8 +182,6 @@ def verify(path: Path, expected_sha256: str, rebuild: str) -> None:
     """
     if not path.is_file():
         raise DamagedFileError(f"{path} is missing although its manifest lists it; run `{rebuild}`")
-    found = sha256(path)
-    if found != expected_sha256:
-        raise DamagedFileError(
-            f"{path} is damaged: sha256 {found[:12]}…, expected {expected_sha256[:12]}…; run `{rebuild}`"
-        )
+    digest = sha256(path)
+    if digest != expected_sha256:
+        raise damaged(path, f"is damaged: sha256 {digest[:12]}…, expected {expected_sha256[:12]}…", rebuild)

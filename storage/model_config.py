@@ -1,22 +1,52 @@
-"""The geometry of a Llama-like decoder, read from a Hugging Face config.json without importing torch.
+"""The geometry of a Llama-like decoder, read from and written to a Hugging Face config.json without importing torch.
 
-Supported parents: Llama (SmolLM2 included), Mistral, Qwen2: RMSNorm before each subblock, rotary positions,
-grouped-query or multi-head attention with optional biases, a gated FFN. Everything else is refused by name.
+Supported parents are the rows of FAMILIES: Llama (SmolLM2 included), Mistral, Qwen2. All have RMSNorm before each
+subblock, rotary positions, grouped-query or multi-head attention with optional biases, and a gated FFN. Every other
+architecture is refused by name. A family that differs in its biases or its sliding window alone is one more row; one
+with other tensors or another computation changes :func:`expected_shapes` and tasks/puzzle/model as well. Children,
+whose blocks differ, have a config.json of their own (storage/nemotron_nas.py).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from storage.config_fields import MAX_BLOCKS, MAX_TOKENS, MAX_VOCABULARY, Fields, is_number
 from storage.files import InputError
-from storage.records import Attention, Ffn
+from storage.variants import Attention, Ffn
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of parents: what its config.json means beyond the fields that all families share.
+
+    Attributes:
+        qkv_bias: whether q, k and v have biases: the same for the whole family, or the field that says so.
+        output_bias: whether the output projection of attention has a bias, in the same form.
+        mlp_bias: whether the projections of the FFN have biases, in the same form.
+        window_switch: the field that turns `sliding_window` on; None: the window holds wherever it is set.
+        full_attention: fields of a config.json that is written, which say that there is no sliding window.
+    """
+
+    qkv_bias: bool | str = False
+    output_bias: bool | str = False
+    mlp_bias: bool | str = False
+    window_switch: str | None = None
+    full_attention: Mapping[str, bool | None] = field(default_factory=dict)
+
+
+_LLAMA, _QWEN2 = "LlamaForCausalLM", "Qwen2ForCausalLM"
+FAMILIES: Mapping[str, Family] = {
+    _LLAMA: Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
+    "MistralForCausalLM": Family(full_attention={"sliding_window": None}),
+    _QWEN2: Family(qkv_bias=True, window_switch="use_sliding_window", full_attention={"use_sliding_window": False}),
+}
+"""The supported parents, by the name of their architecture."""
+
 _REFUSED = {
     "Qwen3ForCausalLM": "it normalises queries and keys (qk-norm), which no heterogeneous format expresses",
     "Phi3ForCausalLM": "its q/k/v and gate/up projections are fused; convert it to the Llama form first",
@@ -29,11 +59,41 @@ _REFUSED = {
     "GPT2LMHeadModel": "its FFN is not gated and its positions are learned",
     "OPTForCausalLM": "its FFN is not gated and its positions are learned",
 }
+"""Why well-known architectures are refused."""
+
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+"""Activations of a gated FFN, by their names in config.json."""
+_ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+"""Supported types of rotary positions, with the numbers that a type needs besides rope_theta."""
+ROPE_TYPES = tuple(_ROPE_FIELDS)
+_ROPE_NUMBERS = (
+    *{name for names in _ROPE_FIELDS.values() for name in names},
+    *("rope_theta", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+)
+"""Fields of rotary positions that are numbers where they are there."""
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_WITHOUT_GGUF_KEY = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
+"""Settings of yarn that a GGUF file has no key for."""
+_REQUIRED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+"""Fields of every family's config.json that must be numbers above 0."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the method needs to know of a parent; sizes in elements, `context` in tokens.
+    """The geometry of a model as the method needs it; sizes in elements, `context` in tokens.
 
     `rope` is in the form of transformers 5: {"rope_type", "rope_theta", and the type's own fields}. `context` is
     the longest sequence on which full attention is what the parent computes (its sliding window, if it has one).
@@ -61,54 +121,39 @@ class ModelConfig:
         """Read config.json of a supported parent; `where` is named in errors.
 
         Raises:
-            InputError: another architecture (with the reason), a missing field, sizes that do not fit together.
+            InputError: another architecture (with the reason), a field that is missing or of another type, sizes that
+                are out of bounds or do not fit together.
         """
-        architecture = (config.get("architectures") or ["(none named)"])[0]
-        if architecture not in SUPPORTED:
-            reason = _REFUSED.get(architecture, "its blocks are not known to be Llama-like")
-            raise InputError(
-                f"{where}: architecture {architecture} is not supported: {reason}. Supported: {', '.join(SUPPORTED)}"
-            )
-        kind = architecture.removesuffix("ForCausalLM").lower()
-        if config.get("model_type", kind) != kind:
-            raise InputError(f"{where}: model_type is {config['model_type']!r}, but the architecture is {architecture}")
-        missing = [key for key in _REQUIRED if not isinstance(config.get(key), int | float) or config[key] <= 0]
-        if missing:
-            raise InputError(
-                f"{where}: config.json of a {architecture} must have numbers above 0 for {', '.join(missing)}"
-            )
-        heads = int(config["num_attention_heads"])
-        bias = bool(config.get("attention_bias", False))
-        window = config.get("sliding_window")
-        if architecture == "Qwen2ForCausalLM" and not config.get("use_sliding_window", False):
-            window = None
-        context = int(config["max_position_embeddings"])
-        result = cls(
+        fields = Fields(config, where)
+        architecture = _architecture(config)
+        _check_supported(architecture, config, where)
+        family, heads = FAMILIES[architecture], fields.count("num_attention_heads")
+        geometry = cls(
             architecture=architecture,
-            hidden_size=int(config["hidden_size"]),
-            num_blocks=int(config["num_hidden_layers"]),
+            hidden_size=fields.count("hidden_size"),
+            num_blocks=fields.count("num_hidden_layers", MAX_BLOCKS),
             num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            intermediate_size=int(config["intermediate_size"]),
-            vocab_size=int(config["vocab_size"]),
-            rms_norm_eps=float(config["rms_norm_eps"]),
-            rope=_rope(config, where),
-            context=min(context, int(window)) if window else context,
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=architecture == "Qwen2ForCausalLM" or (architecture == "LlamaForCausalLM" and bias),
-            output_bias=architecture == "LlamaForCausalLM" and bias,
-            mlp_bias=architecture == "LlamaForCausalLM" and bool(config.get("mlp_bias", False)),
-            activation=_activation(config, where),
+            num_kv_heads=fields.count("num_key_value_heads", default=heads),
+            head_dim=read_head_dim(fields),
+            intermediate_size=fields.count("intermediate_size"),
+            vocab_size=fields.count("vocab_size", MAX_VOCABULARY),
+            rms_norm_eps=fields.number("rms_norm_eps", 1),
+            rope=read_rope(config, where),
+            context=_full_attention_context(family, fields),
+            tie_embeddings=fields.switch("tie_word_embeddings"),
+            qkv_bias=_has_bias(family.qkv_bias, fields),
+            output_bias=_has_bias(family.output_bias, fields),
+            mlp_bias=_has_bias(family.mlp_bias, fields),
+            activation=read_activation(config, where),
         )
-        if result.num_heads % result.num_kv_heads:
+        if geometry.num_heads % geometry.num_kv_heads:
             raise InputError(
-                f"{where}: {result.num_heads} attention heads cannot share {result.num_kv_heads} kv heads evenly"
+                f"{where}: {geometry.num_heads} attention heads cannot share {geometry.num_kv_heads} kv heads evenly"
             )
-        return result
+        return geometry
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
+        """The geometry as a JSON object."""
         return asdict(self)
 
     @classmethod
@@ -117,197 +162,168 @@ class ModelConfig:
         return cls(**value)
 
 
-_REQUIRED = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-    "rms_norm_eps",
-    "max_position_embeddings",
-)
+def _architecture(config: Mapping[str, Any]) -> str:
+    """The name of the architecture in a config.json."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "(none named)"
 
 
-def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Rotary parameters in the form of transformers 5, from that form or from rope_theta + rope_scaling (4.x)."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(found, dict):
-        raise InputError(f"{where}: expected an object for the rope parameters, found {found!r}")
-    rope = dict(found)
+def _check_supported(architecture: str, config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for an architecture that is no row of FAMILIES, or a config.json that does not fit its own."""
+    if architecture not in FAMILIES:
+        reason = _REFUSED.get(architecture, "its blocks are not known to be Llama-like")
+        raise InputError(
+            f"{where}: architecture {architecture} is not supported: {reason}. Supported: {', '.join(FAMILIES)}"
+        )
+    model_type = _model_type(architecture)
+    if config.get("model_type", model_type) != model_type:
+        raise InputError(f"{where}: model_type is {config['model_type']!r}, but the architecture is {architecture}")
+    missing = [key for key in _REQUIRED if not is_number(config.get(key)) or config[key] <= 0]
+    if missing:
+        raise InputError(f"{where}: config.json of a {architecture} must have numbers above 0 for {', '.join(missing)}")
+
+
+def _model_type(architecture: str) -> str:
+    """The field `model_type` of an architecture's config.json."""
+    return architecture.removesuffix("ForCausalLM").lower()
+
+
+def read_head_dim(fields: Fields) -> int:
+    """Size of an attention head: `head_dim`, or the heads' share of the hidden size.
+
+    Raises:
+        InputError: the heads do not share the hidden size evenly, or the size is odd, which rotary positions cannot be.
+    """
+    hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    if fields.values.get("head_dim") is None and hidden % heads:
+        raise InputError(f"{fields.where}: {heads} attention heads cannot share a hidden size of {hidden} evenly")
+    head_dim = fields.count("head_dim", default=hidden // heads)
+    if head_dim % 2:
+        raise InputError(f"{fields.where}: the head_dim {head_dim} is odd, rotary positions take pairs of elements")
+    return head_dim
+
+
+def special_token_ids(config: Mapping[str, Any], where: str) -> dict[str, int | list[int] | None]:
+    """Token ids of a config.json by key, those that it has of bos, eos and pad.
+
+    Raises:
+        InputError: one of them is no token id, nor a list of them or null.
+    """
+    ids = {key: config[key] for key in _SPECIAL_TOKENS if key in config}
+    for key, value in ids.items():
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(index, int) and -1 <= index <= MAX_TOKENS and index is not True for index in listed):
+            raise InputError(f"{where}: {key} is no token id, nor a list of them or null")
+    return ids
+
+
+def _has_bias(setting: bool | str, fields: Fields) -> bool:
+    """Whether projections have biases, from a family's setting for them."""
+    return setting if isinstance(setting, bool) else fields.switch(setting)
+
+
+def _full_attention_context(family: Family, fields: Fields) -> int:
+    """Tokens of the longest sequence on which the parent's attention is full."""
+    context = fields.count("max_position_embeddings", MAX_TOKENS)
+    if family.window_switch and not fields.switch(family.window_switch):
+        return context
+    return min(context, fields.count("sliding_window", MAX_TOKENS, default=context))
+
+
+def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Rotary parameters in the form of transformers 5, from that form or from rope_theta + rope_scaling (4.x).
+
+    Raises:
+        InputError: another type than the supported ones, or a number that the type needs is missing.
+    """
+    rope = dict(Fields(config, where).inner(_given_rope(config), "rope_parameters").values)
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     rope.pop("type", None)
+    rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor" or value is not None}
+    if rope.pop("partial_rotary_factor", config.get("partial_rotary_factor") or 1) != 1:
+        raise InputError(f"{where}: partial_rotary_factor is set, which is not supported: all of a head must turn")
     if rope["rope_type"] in ("llama3", "yarn") and "max_position_embeddings" in config:  # as transformers fills it in
         rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
     if rope["rope_type"] not in ROPE_TYPES:
         raise InputError(
-            f"{where}: rope type {rope['rope_type']!r} is not supported: it is not one of {', '.join(ROPE_TYPES)}"
+            f"{where}: rope type {rope['rope_type']!r:.80} is not supported: it is not one of {', '.join(ROPE_TYPES)}"
         )
-    needed = ("rope_theta", *_ROPE_FIELDS.get(rope["rope_type"], ()))
-    if wrong := [key for key in needed if not isinstance(rope.get(key), int | float) or rope[key] <= 0]:
+    needed = {"rope_theta", *_ROPE_FIELDS[rope["rope_type"]]}
+    present = {key for key in _ROPE_NUMBERS if rope.get(key) is not None}
+    wrong = sorted(key for key in needed | present if not is_number(rope.get(key)) or not 0 < rope[key] <= 1e15)
+    if wrong:
         raise InputError(
             f"{where}: rope parameters of type {rope['rope_type']} must have numbers above 0 for {', '.join(wrong)}"
         )
+    layered = [key for key, value in rope.items() if isinstance(value, dict | list)]
+    if layered:
+        raise InputError(f"{where}: rope parameters that differ by layer ({layered[0]:.40}) are not supported")
+    if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise InputError(f"{where}: high_freq_factor of the rope parameters must be above low_freq_factor")
     return rope
 
 
-_ROPE_FIELDS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
-_UNSAID = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
+def _given_rope(config: Mapping[str, Any]) -> Any:
+    """The object that holds a config.json's rope parameters; empty: there is none."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
-def unsaid_by_gguf(rope: Mapping[str, Any]) -> list[str]:
-    """Settings of yarn that a GGUF file has no key for."""
-    return [key for key in _UNSAID if rope["rope_type"] == "yarn" and rope.get(key) is not None]
+def rope_without_gguf_key(rope: Mapping[str, Any]) -> list[str]:
+    """Names of the rotary settings of a model (all of yarn) that a GGUF file has no key for."""
+    return [key for key in _WITHOUT_GGUF_KEY if rope["rope_type"] == "yarn" and rope.get(key) is not None]
 
 
-def _activation(config: Mapping[str, Any], where: str) -> str:
-    """Of the gated FFN."""
-    name = str(config.get("hidden_act", "silu"))
+def read_activation(config: Mapping[str, Any], where: str) -> str:
+    """The activation of the gated FFN.
+
+    Raises:
+        InputError: it is none of ACTIVATIONS.
+    """
+    name = Fields(config, where).text("hidden_act", "silu")
     if name not in ACTIVATIONS:
-        raise InputError(f"{where}: hidden_act {name!r} is not supported: it is not one of {', '.join(ACTIVATIONS)}")
+        raise InputError(
+            f"{where}: hidden_act {name!r:.80} is not supported: it is not one of {', '.join(ACTIVATIONS)}"
+        )
     return name
 
 
-def expected_shapes(
-    config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]] | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a model of these blocks must have; None: the parent's own."""
-    hidden, dim = config.hidden_size, config.head_dim
-    if blocks is None:
-        blocks = [(Attention("gqa", config.num_kv_heads), Ffn("gated", config.intermediate_size))] * config.num_blocks
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
-    for block_index, (attention, ffn) in enumerate(blocks):
-        queries, keys, width = config.num_heads * dim, attention.num_kv_heads * dim, ffn.intermediate_size
-        linears: dict[str, tuple[int, int, bool]] = {}
-        if attention.kind == "linear":
-            linears["self_attn.linear_attn"] = (hidden, hidden, False)
-        elif attention.kind == "gqa":
-            linears["self_attn.q_proj"] = (queries, hidden, config.qkv_bias)
-            linears["self_attn.k_proj"] = linears["self_attn.v_proj"] = (keys, hidden, config.qkv_bias)
-            linears["self_attn.o_proj"] = (hidden, queries, config.output_bias)
-        if ffn.kind == "linear":
-            linears["mlp.linear_mlp"] = (hidden, hidden, False)
-        elif ffn.kind == "gated":
-            linears["mlp.gate_proj"] = linears["mlp.up_proj"] = (width, hidden, config.mlp_bias)
-            linears["mlp.down_proj"] = (hidden, width, config.mlp_bias)
-        prefix = f"model.layers.{block_index}"
-        if attention.kind != "no_op":
-            shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        if ffn.kind != "no_op":
-            shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-        for name, (rows, columns, bias) in linears.items():
-            shapes[f"{prefix}.{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}.{name}.bias"] = (rows,)
-    shapes[NORM] = (hidden,)
-    if not config.tie_embeddings:
-        shapes[LM_HEAD] = (config.vocab_size, hidden)
-    return shapes
-
-
-NEMOTRON_NAS = "nemotron-nas"
-CHILD_ARCHITECTURE = "DeciLMForCausalLM"
-_FFN_MULTIPLE = 256  # engines that read ffn_mult round the width to it (docs/runtimes.md)
-
-
-def ffn_mult(intermediate_size: int, hidden_size: int) -> float | None:
-    """The multiplier from which engines compute this FFN width, None where their formula cannot give it.
-
-    Engines compute round_up_256(int(2 * ffn_mult * hidden / 3)), the Llama rule of DeciLM's configs.
-    """
-    multiplier = 3 * intermediate_size / (2 * hidden_size)
-    for candidate in (multiplier, multiplier * (1 + 1e-9)):
-        base = int(2 * candidate * hidden_size / 3)
-        if -(-base // _FFN_MULTIPLE) * _FFN_MULTIPLE == intermediate_size:
-            return candidate
-    return None
-
-
-def _block_config(config: ModelConfig, attention: Attention, ffn: Ffn) -> dict[str, Any]:
-    heads = config.num_heads // attention.num_kv_heads if attention.kind == "gqa" else None
-    width = ffn.intermediate_size or None
-    multiplier = ffn_mult(width, config.hidden_size) if width else None
-    exact = {"intermediate_size": width} if width and multiplier is None else {}  # mlx-lm refuses a key it has not
-    return {
-        "attention": {
-            "n_heads_in_group": heads,
-            "no_op": attention.kind == "no_op",
-            "replace_with_linear": attention.kind == "linear",
-        },
-        "ffn": {
-            "ffn_mult": multiplier,
-            **exact,
-            "no_op": ffn.kind == "no_op",
-            "replace_with_linear": ffn.kind == "linear",
-        },
-    }
-
-
-def to_nemotron_nas(
-    config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], special_tokens: Mapping[str, Any], dtype: str
+def to_hf(
+    config: ModelConfig,
+    num_blocks: int,
+    block: tuple[Attention, Ffn],
+    special_tokens: Mapping[str, Any],
+    dtype: str,
 ) -> dict[str, Any]:
-    """config.json of a child in the nemotron-nas form (docs/runtimes.md).
+    """config.json of a model of equal blocks, in the form of its family.
 
-    An FFN has `ffn_mult` where the engines' formula gives its width, else its exact `intermediate_size`, which vLLM and
-    our class read: engines that know the formula alone then fail to load it instead of computing another width.
+    A model whose q, k and v alone have biases becomes a Qwen2; any other one of no supported family becomes a Llama.
     """
-    return {
-        "architectures": [CHILD_ARCHITECTURE],
-        "model_type": NEMOTRON_NAS,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": len(blocks),
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": None,
-        "head_dim": config.head_dim,
-        "intermediate_size": None,
-        **_common(config),
-        "attention_bias": config.output_bias,
-        "qkv_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
-        **special_tokens,
-        "dtype": dtype,
-        "block_configs": [_block_config(config, attention, ffn) for attention, ffn in blocks],
-    }
-
-
-def to_llama(
-    config: ModelConfig, blocks: tuple[int, Attention, Ffn], special_tokens: Mapping[str, Any], dtype: str
-) -> dict[str, Any]:
-    """config.json of a model of so many equal blocks, in the form of its family.
-
-    A parent whose q, k and v alone have biases is a Qwen2; every other one can be said as a Llama or a Mistral.
-    """
-    count, attention, ffn = blocks
-    architecture = "LlamaForCausalLM" if config.architecture not in SUPPORTED else config.architecture
+    attention, ffn = block
+    architecture = config.architecture if config.architecture in FAMILIES else _LLAMA
     if config.qkv_bias and not config.output_bias:
-        architecture = "Qwen2ForCausalLM"
-    own: dict[str, dict[str, Any]] = {
-        "LlamaForCausalLM": {"attention_bias": config.output_bias, "mlp_bias": config.mlp_bias},
-        "MistralForCausalLM": {"sliding_window": None},
-        "Qwen2ForCausalLM": {"use_sliding_window": False},
-    }
+        architecture = _QWEN2
+    family = FAMILIES[architecture]
+    biases = {family.output_bias: config.output_bias, family.mlp_bias: config.mlp_bias}
     return {
         "architectures": [architecture],
-        "model_type": architecture.removesuffix("ForCausalLM").lower(),
+        "model_type": _model_type(architecture),
         "hidden_size": config.hidden_size,
-        "num_hidden_layers": count,
+        "num_hidden_layers": num_blocks,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": attention.num_kv_heads,
         "head_dim": config.head_dim,
         "intermediate_size": ffn.intermediate_size,
-        **_common(config),
-        **own[architecture],
+        **common_fields(config),
+        **{name: value for name, value in biases.items() if isinstance(name, str)},
+        **family.full_attention,
         **special_tokens,
         "dtype": dtype,
     }
 
 
-def _common(config: ModelConfig) -> dict[str, Any]:
-    """Fields that every form has; `rope_theta` and `rope_scaling` repeat `rope_parameters` for older readers."""
+def common_fields(config: ModelConfig) -> dict[str, Any]:
+    """Fields that every config.json has; `rope_theta` and `rope_scaling` repeat `rope_parameters` for older readers."""
     scaling = {key: value for key, value in config.rope.items() if key != "rope_theta"}
     return {
         "vocab_size": config.vocab_size,
@@ -321,89 +337,44 @@ def _common(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def from_nemotron_nas(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, list[tuple[Attention, Ffn]]]:
-    """Geometry and blocks of a nemotron-nas config.json, ours or another's.
-
-    Raises:
-        InputError: it is not in that form, with the field that is wrong.
-    """
-    try:
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        blocks = [
-            (_attention_from(block["attention"], heads), _ffn_from(block["ffn"], hidden))
-            for block in config["block_configs"]
-        ]
-        geometry = ModelConfig(
-            architecture=CHILD_ARCHITECTURE,
-            hidden_size=hidden,
-            num_blocks=len(blocks),
-            num_heads=heads,
-            num_kv_heads=max((attention.num_kv_heads for attention, _ in blocks), default=0),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            intermediate_size=max((ffn.intermediate_size for _, ffn in blocks), default=0),
-            vocab_size=int(config["vocab_size"]),
-            rms_norm_eps=float(config["rms_norm_eps"]),
-            rope=_rope(config, where),
-            context=int(config["max_position_embeddings"]),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=bool(config.get("qkv_bias", config.get("attention_bias", False))),
-            output_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            activation=_activation(config, where),
-        )
-        count = int(config.get("num_hidden_layers", len(blocks)))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, AssertionError) as error:
-        raise InputError(f"{where}: not a nemotron-nas config.json ({type(error).__name__}: {error})") from error
-    if count != len(blocks):
-        raise InputError(f"{where}: num_hidden_layers is {count} but block_configs has {len(blocks)}")
-    return geometry, blocks
+def expected_shapes(
+    config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a model of these blocks must have; None: the parent's own."""
+    hidden = config.hidden_size
+    if blocks is None:
+        blocks = [(Attention("gqa", config.num_kv_heads), Ffn("gated", config.intermediate_size))] * config.num_blocks
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
+    for block_index, (attention, ffn) in enumerate(blocks):
+        prefix = f"model.layers.{block_index}"
+        if attention.kind != "no_op":
+            shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        if ffn.kind != "no_op":
+            shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        for name, (rows, columns, has_bias) in _linear_layers(config, attention, ffn).items():
+            shapes[f"{prefix}.{name}.weight"] = (rows, columns)
+            if has_bias:
+                shapes[f"{prefix}.{name}.bias"] = (rows,)
+    shapes[NORM] = (hidden,)
+    if not config.tie_embeddings:
+        shapes[LM_HEAD] = (config.vocab_size, hidden)
+    return shapes
 
 
-def from_config_json(raw: Any, where: str) -> tuple[ModelConfig, list[tuple[Attention, Ffn]]]:
-    """Geometry and blocks of a nemotron-nas, Llama, Mistral or Qwen2 config.json; `where` is named in errors.
-
-    Raises:
-        InputError: it is of another kind, or wrong.
-    """
-    if not isinstance(raw, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(raw).__name__}")
-    if "block_configs" in raw or CHILD_ARCHITECTURE in (raw.get("architectures") or []):
-        return from_nemotron_nas(raw, where)
-    config = ModelConfig.from_hf(raw, where)
-    own = (Attention("gqa", config.num_kv_heads), Ffn("gated", config.intermediate_size))
-    return config, [own] * config.num_blocks
-
-
-_BEYOND = ("window_length", "num_sink_tokens", "sparsify", "unshifted_sink", "use_prefill_window_in_sink_attention")
-"""Fields of others' block_configs that change what a block computes, and that no runtime named here reads."""
-
-
-def _attention_from(attention: Mapping[str, Any], num_heads: int) -> Attention:
-    _refuse_beyond(attention)
-    if attention.get("no_op"):
-        return Attention("no_op")
-    if attention.get("replace_with_linear"):
-        return Attention("linear")
-    group = int(attention["n_heads_in_group"])
-    if group <= 0 or num_heads % group:
-        raise ValueError(f"n_heads_in_group {group} does not divide {num_heads} heads")
-    return Attention("gqa", num_heads // group)
-
-
-def _refuse_beyond(half: Mapping[str, Any]) -> None:
-    if found := [key for key in _BEYOND if half.get(key)]:
-        raise ValueError(f"{', '.join(found)} is set, which is not supported")
-
-
-def _ffn_from(ffn: Mapping[str, Any], hidden_size: int) -> Ffn:
-    _refuse_beyond(ffn)
-    if ffn.get("no_op"):
-        return Ffn("no_op")
-    if ffn.get("replace_with_linear"):
-        return Ffn("linear")
-    exact = ffn.get("intermediate_size")
-    base = int(exact) if exact else int(2 * float(ffn["ffn_mult"]) * hidden_size / 3)
-    width = base if exact else -(-base // _FFN_MULTIPLE) * _FFN_MULTIPLE
-    if width <= 0:
-        raise ValueError(f"an FFN of width {width}")
-    return Ffn("gated", width)
+def _linear_layers(config: ModelConfig, attention: Attention, ffn: Ffn) -> dict[str, tuple[int, int, bool]]:
+    """Name -> rows, columns and whether there is a bias, of the linear layers in a block."""
+    hidden, width = config.hidden_size, ffn.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, attention.num_kv_heads * config.head_dim
+    layers: dict[str, tuple[int, int, bool]] = {}
+    if attention.kind == "linear":
+        layers["self_attn.linear_attn"] = (hidden, hidden, False)
+    elif attention.kind == "gqa":
+        layers["self_attn.q_proj"] = (queries, hidden, config.qkv_bias)
+        layers["self_attn.k_proj"] = layers["self_attn.v_proj"] = (keys, hidden, config.qkv_bias)
+        layers["self_attn.o_proj"] = (hidden, queries, config.output_bias)
+    if ffn.kind == "linear":
+        layers["mlp.linear_mlp"] = (hidden, hidden, False)
+    elif ffn.kind == "gated":
+        layers["mlp.gate_proj"] = layers["mlp.up_proj"] = (width, hidden, config.mlp_bias)
+        layers["mlp.down_proj"] = (hidden, width, config.mlp_bias)
+    return layers

@@ -1,18 +1,19 @@
-"""params.yaml as typed records (its sections: storage/sections.py); unknown keys are refused.
+"""params.yaml as typed records: read, checked, and refused with every problem in one error.
 
+In: params.yaml, or a target in a file of its own. Out: :class:`Params`, a field a section. What a key means is said in
+storage/sections.py and storage/targets.py; what the sections must agree on is checked here. Unknown keys are refused.
 The same models are the form that the Prefect UI shows.
 """
 
-import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
-from storage.fields import Section
-from storage.files import InputError
+from storage.fields import MAX_NUMBER, Section
+from storage.files import InputError, did_you_mean
+from storage.formats import LLAMACPP_FORMAT
 from storage.sections import (
     AssembleChild,
     BenchmarkThroughput,
@@ -33,8 +34,11 @@ from storage.sections import (
     SearchBaselines,
 )
 from storage.targets import Target
+from storage.yaml_files import read_yaml
 
 PARAMS_FILE = Path("params.yaml")
+_MOST_PROBLEMS = 20
+_MOST_CHARACTERS = 80
 S = TypeVar("S", bound=Section)
 
 
@@ -58,97 +62,114 @@ class Params(Section):
     evaluate_child: EvaluateChild
     measure_accuracy: MeasureAccuracy
     report: Report
-    targets: dict[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")], Target] = Field(min_length=1)
+    targets: dict[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,59}$")], Target] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
-        corpus, seq_len = self.prepare_corpus, self.prepare_corpus.seq_len
-        wanted = {
-            "distill_child.tokens + the most of distill_blocks.tokens, variant_tokens, fit_tokens": (
-                self.distill_blocks.used_tokens + self.distill_child.tokens,
-                corpus.train_tokens,
-                "train_tokens",
-            ),
-            "distill_child.held_out_tokens": (
-                self.distill_child.held_out_tokens,
-                corpus.calibration_tokens,
-                "calibration_tokens",
-            ),
-            "score_blocks.tokens + distill_blocks.held_out_tokens": (
-                self.score_blocks.tokens + self.distill_blocks.held_out_tokens,
-                corpus.calibration_tokens,
-                "calibration_tokens",
-            ),
-            "evaluate_child.tokens": (self.evaluate_child.tokens, corpus.validation_tokens, "validation_tokens"),
-        }
-        problems = [
-            f"{name} is {tokens}, more than prepare_corpus.{budget} = {available}"
-            for name, (tokens, available, budget) in wanted.items()
-            if tokens > available
-        ]
-        step, batch = self.distill_blocks.sequences_per_step * seq_len, self.score_blocks.sequences_per_batch * seq_len
-        multiples = {
-            "prepare_corpus.train_tokens": (corpus.train_tokens, seq_len),
-            "prepare_corpus.calibration_tokens": (corpus.calibration_tokens, seq_len),
-            "prepare_corpus.validation_tokens": (corpus.validation_tokens, seq_len),
-            "distill_blocks.fit_tokens": (self.distill_blocks.fit_tokens, seq_len),
-            "distill_blocks.tokens": (self.distill_blocks.tokens, step),
-            **{
-                f"distill_blocks.variant_tokens.{name}": (tokens, step)
-                for name, tokens in self.distill_blocks.variant_tokens.items()
-            },
-            "score_blocks.tokens": (self.score_blocks.tokens, batch),
-            "score_blocks.initial_tokens": (self.score_blocks.initial_tokens, batch),
-            "distill_child.tokens": (
-                self.distill_child.tokens,
-                self.distill_child.sequences_per_step * seq_len,
-            ),
-            "distill_child.held_out_tokens": (self.distill_child.held_out_tokens, seq_len),
-            "evaluate_child.tokens": (self.evaluate_child.tokens, seq_len),
-            "evaluate_child.baseline_tokens": (self.evaluate_child.baseline_tokens, seq_len),
-            "evaluate_child.export_tokens": (self.evaluate_child.export_tokens, seq_len),
-        }
-        problems += [
-            f"{name} is {tokens}, expected a multiple of {unit} (seq_len x sequences at once)"
-            for name, (tokens, unit) in multiples.items()
-            if tokens % unit
-        ]
-        if self.score_blocks.initial_tokens > self.score_blocks.tokens:
-            problems.append("score_blocks.initial_tokens must not exceed score_blocks.tokens")
-        if self.evaluate_child.baseline_tokens > self.evaluate_child.tokens:
-            problems.append("evaluate_child.baseline_tokens must not exceed evaluate_child.tokens")
-        if self.evaluate_child.export_tokens > self.evaluate_child.tokens:
-            problems.append("evaluate_child.export_tokens must not exceed evaluate_child.tokens")
-        if "parent" in self.targets:
-            problems.append("targets.parent: `parent` stands for the parent itself; choose another name")
-        problems += [
-            f"{who} measures in llama.cpp, which runs gguf-f16; add it to {section}.formats"
-            for who in self._in_llama_cpp()
-            for section, formats in (
-                ("export_child", self.export_child.formats),
-                ("export_parent", self.export_parent.formats),
-            )
-            if "gguf-f16" not in formats
-        ]
+    def _sections_agree(self) -> Self:
+        """Everything that one section alone cannot check; all problems in one error."""
+        checks = (_too_short_splits, _broken_sequences, _parts_above_their_whole, _target_names, _formats_for_llamacpp)
+        problems = [problem for check in checks for problem in check(self)]
         if problems:
             raise ValueError("\n  ".join(problems))
         return self
-
-    def _in_llama_cpp(self) -> Iterator[str]:
-        """Keys of what makes benchmark_throughput measure in llama.cpp."""
-        if "llama.cpp" in self.benchmark_throughput.engines:
-            yield "benchmark_throughput.engines"
-        for name, of in self.targets.items():
-            limits = of.constraints.items()
-            yield from (f"targets.{name}.constraints.{key}" for key, one in limits if one.engine == "llama.cpp")
 
     def target(self, name: str) -> Target:
         """The target with this key, or InputError with the nearest one."""
         if name not in self.targets:
             raise InputError(
-                f"unknown target {name!r}{_nearest(name, list(self.targets))}; known: {', '.join(self.targets)}"
+                f"unknown target {name!r}{did_you_mean(name, self.targets)}; known: {', '.join(self.targets)}"
             )
         return self.targets[name]
+
+
+def _too_short_splits(params: Params) -> Iterator[str]:
+    """Budgets of tokens that are larger than their split of the corpus."""
+    corpus, bld, score = params.prepare_corpus, params.distill_blocks, params.score_blocks
+    gkd, evaluate = params.distill_child, params.evaluate_child
+    budgets = (
+        (
+            "distill_child.tokens + the most of distill_blocks.tokens, variant_tokens, fit_tokens",
+            bld.used_tokens + gkd.tokens,
+            "train_tokens",
+            corpus.train_tokens,
+        ),
+        ("distill_child.held_out_tokens", gkd.held_out_tokens, "calibration_tokens", corpus.calibration_tokens),
+        (
+            "score_blocks.tokens + distill_blocks.held_out_tokens",
+            score.tokens + bld.held_out_tokens,
+            "calibration_tokens",
+            corpus.calibration_tokens,
+        ),
+        ("evaluate_child.tokens", evaluate.tokens, "validation_tokens", corpus.validation_tokens),
+    )
+    for key, tokens, split, available in budgets:
+        if tokens > available:
+            yield f"{key} is {tokens}, more than prepare_corpus.{split} = {available}"
+
+
+def _broken_sequences(params: Params) -> Iterator[str]:
+    """Budgets of tokens that are not a whole number of sequences, or of the sequences that are taken at once."""
+    corpus, bld, score = params.prepare_corpus, params.distill_blocks, params.score_blocks
+    gkd, evaluate, seq_len = params.distill_child, params.evaluate_child, params.prepare_corpus.seq_len
+    bld_step = bld.sequences_per_step * seq_len
+    budgets = [
+        ("prepare_corpus.train_tokens", corpus.train_tokens, seq_len),
+        ("prepare_corpus.calibration_tokens", corpus.calibration_tokens, seq_len),
+        ("prepare_corpus.validation_tokens", corpus.validation_tokens, seq_len),
+        ("distill_blocks.fit_tokens", bld.fit_tokens, seq_len),
+        ("distill_blocks.tokens", bld.tokens, bld_step),
+    ]
+    for variant, tokens in bld.variant_tokens.items():
+        budgets.append((f"distill_blocks.variant_tokens.{variant}", tokens, bld_step))
+    budgets += [
+        ("score_blocks.tokens", score.tokens, score.sequences_per_batch * seq_len),
+        ("score_blocks.initial_tokens", score.initial_tokens, score.sequences_per_batch * seq_len),
+        ("distill_child.tokens", gkd.tokens, gkd.sequences_per_step * seq_len),
+        ("distill_child.held_out_tokens", gkd.held_out_tokens, seq_len),
+        ("evaluate_child.tokens", evaluate.tokens, seq_len),
+        ("evaluate_child.baseline_tokens", evaluate.baseline_tokens, seq_len),
+        ("evaluate_child.export_tokens", evaluate.export_tokens, seq_len),
+    ]
+    for key, tokens, multiple in budgets:
+        if tokens % multiple:
+            yield f"{key} is {tokens}, expected a multiple of {multiple} (seq_len x sequences at once)"
+
+
+def _parts_above_their_whole(params: Params) -> Iterator[str]:
+    """Budgets of the first tokens of another budget that are larger than it."""
+    score, evaluate = params.score_blocks, params.evaluate_child
+    parts = (
+        ("score_blocks", "initial_tokens", score.initial_tokens, score.tokens),
+        ("evaluate_child", "baseline_tokens", evaluate.baseline_tokens, evaluate.tokens),
+        ("evaluate_child", "export_tokens", evaluate.export_tokens, evaluate.tokens),
+    )
+    for section, key, part, whole in parts:
+        if part > whole:
+            yield f"{section}.{key} must not exceed {section}.tokens"
+
+
+def _target_names(params: Params) -> Iterator[str]:
+    """Names and labels of targets that already name something else."""
+    if "parent" in params.targets:
+        yield "targets.parent: `parent` stands for the parent itself; choose another name"
+    keys: dict[str, str] = {}
+    for key, target in params.targets.items():
+        if (other := keys.setdefault(target.label, key)) != key:
+            yield f"targets.{key}.label is that of {other} too; tables and figures tell children by it, so change one"
+
+
+def _formats_for_llamacpp(params: Params) -> Iterator[str]:
+    """Exports that benchmark_throughput needs to measure in llama.cpp."""
+    needed_by = ["benchmark_throughput.engines"] if "llama.cpp" in params.benchmark_throughput.engines else []
+    for target, wishes in params.targets.items():
+        for key, constraint in wishes.constraints.items():
+            if constraint.engine == "llama.cpp":
+                needed_by.append(f"targets.{target}.constraints.{key}")
+    exports = (("export_child", params.export_child.formats), ("export_parent", params.export_parent.formats))
+    for needing in needed_by:
+        for section, formats in exports:
+            if LLAMACPP_FORMAT not in formats:
+                yield f"{needing} measures in llama.cpp, which runs {LLAMACPP_FORMAT}; add it to {section}.formats"
 
 
 def load(path: Path = PARAMS_FILE) -> Params:
@@ -158,22 +179,18 @@ def load(path: Path = PARAMS_FILE) -> Params:
         InputError: the file is missing, not YAML, or a key or value is wrong; one line per problem, each with the
             full name of the key, what was expected and the nearest known key for a misspelt one.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is missing; run from the project's root")
-    raw = read_yaml(path)
+    raw = read_yaml(path, "run from the project's root")
     if not isinstance(raw, dict):
         raise InputError(f"{path} must hold sections, found {type(raw).__name__}")
     return parse(raw, str(path))
 
 
 def load_target(path: Path) -> Target:
-    """A target in a file of its own: what stands under a key of `targets` in params.yaml.
+    """A target in a file of its own, in the form of a value of `targets` in params.yaml.
 
     Raises:
-        InputError: as :func:`load`.
+        InputError: the file is refused, as by :func:`load`.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
     return parse_section(read_yaml(path), str(path), Target)
 
 
@@ -185,39 +202,40 @@ def parse_section(raw: Any, where: str, section: type[S]) -> S:
         raise InputError(_problems(error, where, section)) from None
 
 
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds.
-
-    Raises:
-        InputError: it is not YAML.
-    """
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-
-
 def parse(raw: dict[str, Any], where: str) -> Params:
     """Check a params mapping; see :func:`load`."""
     return parse_section(raw, where, Params)
 
 
 def _problems(error: ValidationError, where: str, root: type[BaseModel]) -> str:
-    """One line per problem."""
+    """One line for each of the first problems."""
+    details = error.errors(include_url=False, include_context=False)
     lines = [
-        _problem(root, detail["loc"], detail["type"], detail["msg"], detail.get("input")) for detail in error.errors()
+        _problem(root, detail["loc"], detail["type"], detail["msg"], detail.get("input"))
+        for detail in details[:_MOST_PROBLEMS]
     ]
+    if len(details) > len(lines):
+        lines.append(f"and {len(details) - len(lines):,} more problems")
     return f"{where}: " + "\n  ".join(lines)
 
 
-def _problem(root: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str, found: Any) -> str:
-    name = ".".join(str(part) for part in location)
+def _problem(root: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
+    """A problem of pydantic's in words: the key in full, what was expected, what was found."""
+    key = ".".join(_shown(part) for part in location)
     if kind == "extra_forbidden":
-        known = sorted(_fields_at(root, location[:-1]))
-        return f"unknown key {name}{_nearest(str(location[-1]), known)} (known here: {', '.join(known)})"
-    shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
+        fields = sorted(_fields_at(root, location[:-1]))
+        return f"unknown key {key}{did_you_mean(str(location[-1]), fields)} (known here: {', '.join(fields)})"
+    shown = f" (found {_shown(value, repr)})" if isinstance(value, str | int | float | bool) else ""
     text = message.removeprefix("Value error, ") + shown
-    return f"{name}: {text}" if name else text
+    return f"{key}: {text}" if key else text
+
+
+def _shown(value: object, form: Callable[[object], str] = str) -> str:
+    """A value in a message, not longer than a line."""
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        return "a very large number"  # Python refuses to print one of more than 4,300 digits
+    text = form(value[: 2 * _MOST_CHARACTERS] if isinstance(value, str) else value)
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
 
 
 def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
@@ -230,12 +248,11 @@ def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> set[st
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The first section within a field's type: itself, or an argument of its dict, tuple or union."""
+    """The first section within a field's type: the type itself, or an argument of its dict, tuple or union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for argument in get_args(annotation) if (found := _section_in(argument))), None)
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {close[0]}?" if close else ""
+    for argument in get_args(annotation):
+        section = _section_in(argument)
+        if section is not None:
+            return section
+    return None

@@ -3,54 +3,40 @@
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from storage.checkpoints import Checkpoint
-from storage.files import read_json
 from storage.model_config import EMBEDDING, LM_HEAD, NORM, ModelConfig
-
-INFO = "puzzle_parent.json"
-REBUILD = "dvc repro prepare_parent"
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-)
-"""Patterns of what travels unchanged from source to parent to child."""
+from storage.parent_info import REBUILD, ParentInfo, read_parent_info
 
 
 @dataclass(frozen=True)
 class Parent:
-    """The parent in `folder`, read block by block; every tensor is compared with its checksum as it is read."""
+    """The parent in `folder`, read block by block; every tensor that is read is compared with its checksum."""
 
     folder: Path
 
     @functools.cached_property
-    def info(self) -> dict[str, Any]:
-        """{name, source, licence, licence_files, config, special_tokens, digest}."""
-        info: dict[str, Any] = read_json(self.folder / INFO, REBUILD)
-        return info
+    def info(self) -> ParentInfo:
+        """The parent's description, puzzle_parent.json."""
+        return read_parent_info(self.folder)
 
     @functools.cached_property
     def config(self) -> ModelConfig:
-        """Its geometry."""
-        return ModelConfig.from_json(self.info["config"])
+        """The parent's geometry."""
+        return self.info.config
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint:
-        """Its tensors."""
+        """The parent's tensors, by name."""
         return Checkpoint(self.folder, REBUILD)
 
     @property
     def digest(self) -> str:
         """Content digest of geometry and all tensors."""
-        return str(self.info["digest"])
+        return self.info.digest
 
     def block(self, block_index: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors of one block, named as within a Llama layer."""

@@ -1,4 +1,4 @@
-"""Where every artifact lies, relative to the root that DVC runs in."""
+"""The path of every artifact, relative to the folder that DVC runs in."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ class Paths:
 
     @property
     def rolling(self) -> Path:
-        """Boundaries that a stage holds at the moment in rolling mode, a folder each; gone when it has ended."""
+        """Boundaries that a stage in rolling mode holds, a folder each; the stage deletes them when it ends."""
         return self.root / "rolling"
 
     @property
@@ -46,7 +46,7 @@ class Paths:
 
     @property
     def scores(self) -> Path:
-        """Replace-1-block scores, a row per (replacement, sequence shard)."""
+        """Replace-1-block scores, a row per (replacement, calibration sequence)."""
         return self.root / "scores.parquet"
 
     @property
@@ -60,19 +60,19 @@ class Paths:
         return self.root / "costs.parquet"
 
     def child(self, target: str) -> Path:
-        """Everything of one target."""
+        """Folder of all artifacts of one target."""
         return self.root / "children" / target
 
     def architecture(self, target: str) -> Path:
-        """What the search chose."""
+        """The architecture that the search chose."""
         return self.child(target) / "architecture.json"
 
     def search(self, target: str) -> Path:
-        """How the search went: solver, bound, gap, times, what binds."""
+        """The course of the search: solver, bound, gap, times, binding limits."""
         return self.child(target) / "search.json"
 
     def baselines(self, target: str) -> Path:
-        """What simpler searches chose."""
+        """The architectures that simpler searches chose."""
         return self.child(target) / "baselines.json"
 
     def assembled(self, target: str) -> Path:
@@ -92,7 +92,7 @@ class Paths:
         return self.child(target) / "gkd.json"
 
     def gkd_state(self, target: str) -> Path:
-        """Checkpoint of a distillation under way; gone once it is finished."""
+        """Checkpoint of a distillation under way; it is deleted when the distillation is finished."""
         return self.child(target) / ".gkd"
 
     def evaluation(self, target: str) -> Path:
@@ -108,17 +108,17 @@ class Paths:
         return self.child(target) / "accuracy.json"
 
     def frontier(self, target: str) -> Path:
-        """Quality against the metric of one of a target's constraints: a table and a figure, without suffix."""
+        """Quality against the metric of a constraint: the path of a table and of a figure, without suffix."""
         return self.root / "frontier" / target
 
     @property
     def serving(self) -> Path:
-        """What servers measured under load: a table, and figures beside it; no stage reads it."""
+        """Speed of servers under load: a table, with figures beside it; no stage reads it."""
         return self.root / "serving.parquet"
 
     @property
     def seconds(self) -> Path:
-        """How long each stage took here, its imports left out, for flows/plan.py; no stage reads it."""
+        """Seconds that each stage took here, without its imports, for `puzzle plan`; no stage reads it."""
         return self.root / "seconds.json"
 
     @property

@@ -6,6 +6,7 @@ S3 is reached through s3fs. Endpoint, region and keys come only from the environ
 
 import contextlib
 import errno
+import glob
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ from storage.files import InputError, digest_of, sha256, write_whole
 
 _S3 = "s3://"
 _SETTINGS = "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
+_MAGIC = re.compile(r"[*?[]")
 _OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -37,9 +39,10 @@ def fetch(url: str, into: Path) -> Path:
         InputError: nothing is there, access is denied, the store cannot be reached, or the download ended early.
     """
     if not _is_s3(url):
-        path = Path(url).expanduser()
-        if not path.exists():
-            raise InputError(f"{url} does not exist (looked from {Path.cwd()}); check the path")
+        with _looked_up(url):
+            path = Path(url).expanduser()
+            if not path.exists():
+                raise InputError(f"{url} does not exist (looked from {Path.cwd()}); check the path")
         return path
     store = _store()
     key = url.removeprefix(_S3).rstrip("/")
@@ -61,37 +64,56 @@ def expand(pattern: str) -> list[str]:
     """Files that a local or s3:// pattern names, sorted.
 
     Args:
-        pattern: the address of one file, or a glob (`*`, `?`, `[...]`, `**`).
+        pattern: the address of one file, or a glob (`*`, `?`, `[...]`, `**`). Every part of it that exists under this
+            name is a name and no pattern.
 
     Raises:
         InputError: nothing matches, it is a folder, or the store refuses or cannot be reached.
     """
     if _is_s3(pattern):
-        with _explained(pattern):
-            infos = _store().glob(pattern, detail=True).values()
-        found = [_S3 + info["name"] for info in infos if info["type"] == "file"]
+        with _looked_up(pattern), _explained(pattern):
+            infos = _s3_matches(_store(), pattern.removeprefix(_S3))
+        addresses = [_S3 + info["name"] for info in infos if info["type"] == "file"]
     else:
-        found = _local_matches(Path(pattern).expanduser())
-    if not found:
-        where = f"check the address and {_SETTINGS}" if _is_s3(pattern) else f"looked from {Path.cwd()}"
-        raise InputError(f"no file matches {pattern} ({where}); for all files of a folder write folder/*.parquet")
-    return sorted(found)
+        with _looked_up(pattern):
+            addresses = _local_matches(Path(pattern).expanduser())
+    if not addresses:
+        advice = f"check the address and {_SETTINGS}" if _is_s3(pattern) else f"looked from {Path.cwd()}"
+        raise InputError(f"no file matches {pattern} ({advice}); for all files of a folder write folder/*.parquet")
+    return sorted(addresses)
 
 
 def _local_matches(pattern: Path) -> list[str]:
-    """Files, hidden ones left out; a name that exists is no pattern, whatever characters it has."""
+    """Files that a local pattern names; hidden ones only by their whole path."""
     if pattern.exists():
         return [str(pattern)] if pattern.is_file() else []
     root = Path(pattern.anchor)
-    matches = root.glob(str(pattern.relative_to(root)))
+    matches = {root}
+    for part in pattern.relative_to(root).parts:
+        folders, matches = matches, set()
+        for folder in folders:
+            path = folder / part
+            matches.update([path] if path.exists() else folder.glob(part))
     return [str(path) for path in matches if path.is_file() and not path.name.startswith(".")]
+
+
+def _s3_matches(store: Any, key: str) -> list[dict[str, Any]]:
+    """Files and folders that a key or pattern of S3 names; the parts before the first pattern may be names."""
+    names: list[str] = []
+    parts = key.split("/")
+    while parts and (not _MAGIC.search(parts[0]) or store.exists("/".join([*names, parts[0]]))):
+        names.append(parts.pop(0))
+    if not parts:
+        return [store.info("/".join(names))]
+    infos = store.glob("/".join([*map(glob.escape, names), *parts]), detail=True)
+    return list(infos.values())
 
 
 def fingerprint(url: str) -> str:
     """A digest that changes with the file's content: sha256 of a local file, the store's ETag and size on S3.
 
     Raises:
-        InputError: as for :func:`fetch`.
+        InputError: the source cannot be read, as for :func:`fetch`.
     """
     if not _is_s3(url):
         return sha256(fetch(url, Path()))
@@ -102,6 +124,9 @@ def fingerprint(url: str) -> str:
 
 def _is_s3(url: str) -> bool:
     if url.startswith(_S3):
+        bucket = url.removeprefix(_S3).partition("/")[0]
+        if not bucket or _MAGIC.search(bucket):
+            raise InputError(f"{url} names no bucket; write {_S3}bucket/...")
         return True
     if match := re.match(r"[a-z][a-z0-9+.-]+://", url):
         raise InputError(f"{url}: {match[0]} addresses cannot be read; give a local path or {_S3}bucket/...")
@@ -109,9 +134,13 @@ def _is_s3(url: str) -> bool:
 
 
 def _store() -> Any:
-    """A file system of its own for every call: s3fs otherwise keeps listings and settings of earlier ones."""
-    retries = {"connect_timeout": 10, "retries": {"max_attempts": 3}}
-    return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=retries)
+    """A file system of its own for every call: s3fs otherwise keeps listings and settings of earlier ones.
+
+    Checksums only where an operation needs them: stores that know S3 as it was refuse a request that names one.
+    """
+    config: dict[str, Any] = {"connect_timeout": 10, "retries": {"max_attempts": 3}}
+    config |= dict.fromkeys(("request_checksum_calculation", "response_checksum_validation"), "when_required")
+    return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
 
 
 def _download(store: Any, name: str, size: int, target: Path) -> None:
@@ -129,8 +158,19 @@ def _download(store: Any, name: str, size: int, target: Path) -> None:
 
 
 @contextlib.contextmanager
+def _looked_up(address: str) -> Iterator[None]:
+    """Turn an error of a name that no file can have, or of a folder that cannot be read, into one message."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~user of nobody
+        raise InputError(f"{address[:200]} cannot be looked up ({error}); check the path") from None
+
+
+@contextlib.contextmanager
 def _explained(url: str) -> Iterator[None]:
-    """Turn what the store answers into one message for people; a full local disk stays what it is."""
+    """Turn an error of the store into one message for people; an error of the local disk passes unchanged."""
     try:
         yield
     except FileNotFoundError:

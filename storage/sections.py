@@ -1,16 +1,24 @@
-"""The sections of params.yaml, a class each: every field has a sentence, a unit and bounds."""
+"""Descriptions of every key of params.yaml: a class for each section, a field with a sentence for each key.
+
+The sentence says the meaning and the unit, and what 0 or null does; default and bounds stand beside it. The form of the
+UI shows the same sentences. Keys of `targets` are described in storage/targets.py, metrics in storage/metrics.py, and
+export formats in storage/formats.py. A new section is also a field of Params in storage/params.py, which checks what
+several sections must agree on.
+"""
 
 import string
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from storage.fields import Scenario, Section, scaled
-from storage.records import ExportFormat, Precision
+from storage.fields import Section
+from storage.formats import FormatName
+from storage.records import Precision
+from storage.scenario import Scenario, ScenarioText
 
 
 class Run(Section):
-    """What every computing stage shares."""
+    """Settings that every computing stage shares."""
 
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
@@ -18,7 +26,7 @@ class Run(Section):
         description="Precision of compute; auto: bfloat16 where the hardware multiplies it, else float32. Masters of "
         "trained weights are float32 always.",
     )
-    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")] = Field(
         "auto", description="auto (a GPU if there is one), cpu, cuda or cuda:<n>."
     )
     threads: int = Field(1, ge=1, le=256, description="torch threads of each worker; results depend on it.")
@@ -44,7 +52,9 @@ class CorpusSource(Section):
         "embedded", description="embedded docstrings, a hub data set, or files."
     )
     path: str | None = Field(
-        None, description="Hub id, or a local or s3:// path or glob of .parquet, .jsonl or .txt files."
+        None,
+        description="Hub id, or a local or s3:// path or glob of .parquet, .jsonl or .txt files (the last two also as "
+        ".gz or .zst); what exists under this name is no glob.",
     )
     revision: str | None = Field(
         None, description="Hub revision (commit, tag); required for hub data sets, so that a rerun reads the same."
@@ -52,9 +62,15 @@ class CorpusSource(Section):
     subset: str | None = Field(None, description="Configuration of a hub data set that has several.")
     split: str = Field("train", description="Split of a hub data set.")
     weight: float = Field(1.0, gt=0, description="Share of tokens relative to the other sources.")
-    text: str = Field("text", description="Column with the text.")
+    text: str = Field(
+        "text",
+        description="Column with the text. Rows that cannot be used are skipped and counted, by reason; more than half "
+        "of a source's is an error.",
+    )
     messages: str | None = Field(
-        None, description="Column with chat messages, rendered by the parent's template; replaces `text`."
+        None,
+        description="Column with chat messages ({role, content}, or {from, value}), rendered by the parent's template; "
+        "replaces `text`.",
     )
     licence: str | None = Field(None, description="Licence to record in the manifest.")
 
@@ -117,8 +133,8 @@ class DistillBlocks(Section):
     sequences_per_step: int = Field(2, ge=1, description="Sequences in an optimizer step.")
     loss: Literal["normalised_mse", "token_mse", "cosine"] = Field(
         "normalised_mse",
-        description="Of a child block's output: mean squared error over the target's mean square, the same token by "
-        "token, or 1 - cosine (tasks/puzzle/losses.py).",
+        description="Loss of a child block's output: mean squared error over the target's mean square, the same token "
+        "by token, or 1 - cosine (tasks/puzzle/distill/losses.py).",
     )
     learning_rate: float = Field(2e-3, gt=0, le=1, description="Peak learning rate of AdamW.")
     learning_rates: dict[Literal["gqa", "gated", "linear", "whole"], Annotated[float, Field(gt=0, le=1)]] = Field(
@@ -156,7 +172,7 @@ class DistillBlocks(Section):
 
     def rate_of(self, kind: str) -> float:
         """Peak learning rate of a kind of subblock."""
-        return next((rate for of, rate in self.learning_rates.items() if of == kind), self.learning_rate)
+        return next((rate for name, rate in self.learning_rates.items() if name == kind), self.learning_rate)
 
     @property
     def most_tokens(self) -> int:
@@ -174,25 +190,8 @@ class ScoreBlocks(Section):
 
     tokens: int = Field(2_048, ge=1, description="Calibration tokens for trained weights.")
     initial_tokens: int = Field(1_024, ge=0, description="Calibration tokens for initial weights; 0 skips them.")
-    relative_error: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="A block's replacements need no more tokens once the standard error of each one's KL is at most "
-        "this share of it; 0: all take all tokens.",
-    )
-    drop_dominated: bool = Field(
-        False,
-        description="Whether a variant is given up, without a score, once another of its subblock, no larger, has a KL "
-        "that is lower by more than three standard errors of the difference.",
-    )
     blocks_per_group: int = Field(3, ge=1, description="Blocks whose replacements go through the parent together.")
     sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
-
-    @property
-    def adapts(self) -> bool:
-        """Whether some replacements take fewer tokens than others."""
-        return self.relative_error > 0 or self.drop_dominated
 
 
 class MeasureCosts(Section):
@@ -203,18 +202,22 @@ class MeasureCosts(Section):
     engines: tuple[Literal["roofline", "tensorrt-llm"], ...] = Field(
         ("roofline",),
         min_length=1,
-        description="Of modelled hardware: roofline, a lower bound of the time, or tensorrt-llm, a prediction "
+        description="Engines of modelled hardware: roofline, a lower bound of the time, or tensorrt-llm, a prediction "
         "(docs/costs.md).",
     )
     tensor_parallel: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (1,), min_length=1, description="Devices that share each matrix, modelled for tensorrt-llm; roofline knows one."
     )
     precision: Precision = Field("bfloat16", description="Precision of weights and KV cache on the modelled hardware.")
-    scenarios: tuple[Scenario, ...] = Field(("128/128",), description="Input length / output length, in tokens.")
+    scenarios: tuple[ScenarioText, ...] = Field(("128/128",), description="Input length / output length, in tokens.")
     batches: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8), description="Sequences at once.")
-    threads: int = Field(2, ge=1, le=256, description="Threads where `--time` and benchmark_throughput time a CPU.")
-    copies: int = Field(15, ge=1, description="N: `--time` compares stacks of 2N and N copies of a subblock.")
-    repeats: int = Field(4, ge=2, description="Rounds of `--time`; the median counts.")
+    threads: int = Field(
+        2, ge=1, le=256, description="Threads where `puzzle time-machine` and benchmark_throughput time a CPU."
+    )
+    copies: int = Field(
+        15, ge=1, description="N: `puzzle time-machine` compares stacks of 2N and N copies of a subblock."
+    )
+    repeats: int = Field(4, ge=2, description="Rounds of `puzzle time-machine`; the median counts.")
 
     def degrees(self, engine: str) -> tuple[int, ...]:
         """Tensor-parallel degrees of a modelled engine."""
@@ -224,7 +227,6 @@ class MeasureCosts(Section):
 class SearchArchitecture(Section):
     """The search (mixed-integer program)."""
 
-    solver: Literal["highs", "scip", "cp-sat"] = Field("highs", description="Solver behind ortools MathOpt.")
     relative_gap: float = Field(
         1e-6, ge=0, lt=1, description="Stop when bound and solution differ by less than this share."
     )
@@ -251,21 +253,21 @@ class AssembleChild(Section):
 
 
 class ExportChild(Section):
-    """The distilled child in the forms that stock runtimes load."""
+    """The distilled child in the formats that stock runtimes load."""
 
-    formats: tuple[ExportFormat, ...] = Field(
+    formats: tuple[FormatName, ...] = Field(
         ("nemotron-nas", "gguf-f16", "gguf-q8_0"),
         min_length=1,
-        description="Forms. The search leaves out what a form cannot have: linear FFNs in GGUF, linear layers in "
+        description="Formats. The search leaves out what a format cannot have: linear FFNs in GGUF, linear layers in "
         "padded-llama; plain is refused unless all blocks are alike.",
     )
     max_shard_gib: float = Field(2.0, gt=0, description="Largest safetensors file, GiB; memory holds one.")
 
 
 class ExportParent(Section):
-    """The parent in the forms that stock runtimes load, to compare children with."""
+    """The parent in the formats that stock runtimes load, to compare children with."""
 
-    formats: tuple[ExportFormat, ...] = Field(("gguf-f16",), min_length=1, description="Forms, as for the child.")
+    formats: tuple[FormatName, ...] = Field(("gguf-f16",), min_length=1, description="Formats, as for the child.")
 
 
 class DistillChild(Section):
@@ -291,16 +293,17 @@ class BenchmarkThroughput(Section):
     """Speed of parent and child: measured on this machine (at speed limits too), modelled for a GPU."""
 
     engines: tuple[Literal["torch", "llama.cpp"], ...] = Field(
-        ("torch",), min_length=1, description="What measures on this machine; llama.cpp needs the extra llamacpp."
+        ("torch",), min_length=1, description="Engines to measure on this machine; llama.cpp needs the extra llamacpp."
     )
-    scenarios: tuple[Scenario, ...] = Field(
+    scenarios: tuple[ScenarioText, ...] = Field(
         ("128/128",), min_length=1, description="Input/output lengths measured on this machine, in tokens."
     )
     length_scale: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="Of these lengths, for a small machine; printed tables say so. Limits are not scaled.",
+        description="Share of these lengths to measure, for a small machine; printed tables say so. Limits are not "
+        "scaled.",
     )
     batches: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (1, 8), min_length=1, description="Sequences at once, measured on this machine."
@@ -310,7 +313,7 @@ class BenchmarkThroughput(Section):
     )
     hardware: str = Field("h100-sxm", description="Hardware that is modelled.")
     precision: Precision = Field("bfloat16", description="Precision of weights and KV cache on the modelled hardware.")
-    modelled_scenarios: tuple[Scenario, ...] = Field(
+    modelled_scenarios: tuple[ScenarioText, ...] = Field(
         ("128/128", "128/1024", "128/2048", "128/4096", "2048/128", "2048/2048"),
         min_length=1,
         description="Input/output lengths on the modelled hardware; the default is the published table's.",
@@ -325,11 +328,11 @@ class BenchmarkThroughput(Section):
     @property
     def measured_scenarios(self) -> dict[str, str]:
         """The scenarios by the lengths that are measured for them."""
-        return {scaled(scenario, self.length_scale): scenario for scenario in self.scenarios}
+        return {str(Scenario.parse(text).scaled(self.length_scale)): text for text in self.scenarios}
 
 
 class EvaluateChild(Section):
-    """What is measured on the child."""
+    """Quality of the child on held-out tokens."""
 
     tokens: int = Field(16_384, ge=1, description="Validation tokens for KL, perplexity and top-1 agreement.")
     baseline_tokens: int = Field(
@@ -351,7 +354,7 @@ class AccuracyTask(Section):
     path: str | None = Field(None, description="Local or s3:// Parquet file; null takes lm-eval's task from the hub.")
     prompt: str = Field(
         "Question: {question}\nAnswer:",
-        description="What comes before a space and a choice; {column} is the file's column (path only).",
+        description="Text before a space and a choice; {column} is the file's column (path only).",
     )
     choices: str = Field("choices", description="Column with each question's list of choices (path only).")
     label: str = Field("label", description="Column with the right choice's index, from 0 (path only).")
@@ -373,7 +376,7 @@ class AccuracyTask(Section):
 class MeasureAccuracy(Section):
     """Accuracy of parent and child on public or own tasks (lm-eval, the extra `eval`)."""
 
-    tasks: tuple[AccuracyTask, ...] = Field((), description="What is measured; empty measures nothing.")
+    tasks: tuple[AccuracyTask, ...] = Field((), description="Tasks to measure; empty measures nothing.")
     sequences_per_batch: int = Field(8, ge=1, description="Choices in one forward pass.")
 
 

@@ -3,7 +3,7 @@
 In and out: the records of a row. A table may come from a user (their own TensorRT-LLM timings, say), so everything is
 checked on reading, and an error names the file, row, column, what was found and what was expected. Rows are numbered
 from 0. Tables may be CSV or JSON as well, by the file's suffix. Columns that we do not know are ignored, and the log
-says which.
+says which. Tables of this project carry a seal (storage/parquet_files.py), those of users need none.
 """
 
 import difflib
@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import csv
 
-from storage.files import DamagedFileError, InputError, write_whole
+from storage.files import DamagedFileError, InputError
+from storage.parquet_files import read_table, write_table
+from storage.paths import TIMINGS
 from storage.records import (
     ANY_VARIANT,
-    Attention,
     Component,
     CostRow,
-    Ffn,
     Origin,
     Phase,
     Precision,
@@ -37,10 +36,12 @@ from storage.records import (
     TimingRow,
     Weights,
 )
+from storage.variants import Attention, Ffn
 
 _log = logging.getLogger(__name__)
+_SUFFIXES = (".parquet", ".csv", ".json")
 _LARGEST_COSINE = 1 + 1e-4
-"""Of float32 vectors: 1 and its rounding."""
+"""Largest cosine of two float32 vectors: 1 and its rounding."""
 _SMALLEST_KL = -1e-3
 """KL is never negative in exact arithmetic; rounding of a replacement that changes nothing stays far above this."""
 
@@ -64,15 +65,15 @@ class _Column:
 
     @property
     def expected(self) -> str:
-        """What a value must be, in words."""
+        """The values that are accepted, in words."""
         if self.allowed:
             return f"one of {', '.join(self.allowed)}"
         if self.pattern:
             return f"text like {self.unit}"
         bounds = [f"at least {self.minimum:g}" if self.minimum is not None else ""]
         bounds += [f"at most {self.maximum:g}" if self.maximum is not None else ""]
-        what = {"int64": "a whole number", "double": "a finite number"}.get(str(self.type), "a text")
-        return " ".join([what, " and ".join(filter(None, bounds))]).strip()
+        kind = {"int64": "a whole number", "double": "a finite number"}.get(str(self.type), "a text")
+        return " ".join([kind, " and ".join(filter(None, bounds))]).strip()
 
     def accepts(self, value: Any) -> bool:
         """Whether `value` (of the column's type) is allowed."""
@@ -93,7 +94,16 @@ _Row = TypeVar("_Row", ScoreRow, CostRow, TimingRow, ThroughputRow, ServingRow)
 
 @dataclass(frozen=True)
 class _Table(Generic[_Row]):
-    """A table: its record, columns, the columns that name a row, checks across columns, and how to make it anew."""
+    """A kind of table.
+
+    Attributes:
+        record: the type of a row.
+        columns: all columns, in order.
+        key: names of the columns that identify a row.
+        check_row: refuses a row whose columns do not fit each other.
+        rebuild: the command that makes the table anew.
+        check_all: refuses rows that do not fit each other.
+    """
 
     record: type[_Row]
     columns: tuple[_Column, ...]
@@ -145,7 +155,7 @@ def _check_serving(row: ServingRow) -> None:
 
 
 def _check_hashes(rows: Sequence[ScoreRow], path: Path) -> None:
-    """All shards of a replacement must come from the same tensors, or their mean is of nothing."""
+    """Refuse shards of a replacement that were scored with different tensors: their mean would mean nothing."""
     first: dict[tuple[Any, ...], tuple[int, str]] = {}
     for index, row in enumerate(rows):
         key = (row.replacement, row.weights, row.around)
@@ -231,7 +241,7 @@ _SCORES = _Table(
 _SETTING = tuple(column.name for column in _SETTING_COLUMNS)
 _COST_KEY = (*_SETTING, "component", "variant", "first_block", "span")
 _COSTS = _Table(CostRow, _COST_COLUMNS, _COST_KEY, _check_cost, "dvc repro measure_costs")
-_TIMINGS = _Table(TimingRow, _TIMING_COLUMNS, _COST_KEY, _check_cost, "python -m flows.measure_costs --time NAME")
+_TIMINGS = _Table(TimingRow, _TIMING_COLUMNS, _COST_KEY, _check_cost, "puzzle time-machine NAME")
 
 _THROUGHPUT_KEY = (*_SETTING, "phase", "model")
 _THROUGHPUT = _Table(
@@ -255,24 +265,25 @@ _SERVING = _Table(
         _number("seconds", "s", 0),
         _number("measured_tokens_per_s", _TOKENS_PER_S, 0, nullable=True),
         _number("measured_user_tokens_per_s", _TOKENS_PER_S, 0, nullable=True),
-        *(_number(f"{what}_p{share}_ms", "ms", 0, nullable=True) for what in ("ttft", "itl") for share in (50, 95, 99)),
+        *(_number(f"ttft_p{percentile}_ms", "ms", 0, nullable=True) for percentile in (50, 95, 99)),
+        *(_number(f"itl_p{percentile}_ms", "ms", 0, nullable=True) for percentile in (50, 95, 99)),
     ),
     ("name", "scenario", "input_tokens", "output_tokens", "concurrency"),
     _check_serving,
-    "python -m flows.benchmark_server NAME=URL",
+    "puzzle benchmark-server NAME=URL",
 )
 
 
-def read_scores(path: Path) -> tuple[ScoreRow, ...]:
-    """Read and check a table of scores.
+def read_scores(path: Path, takes_foreign: bool = False) -> tuple[ScoreRow, ...]:
+    """Read and check a table of scores; `takes_foreign`: a user may have made it, so that it needs no seal.
 
     Raises:
         InputError: the file is missing or empty, a column is missing or has another type or unit, a value is null,
             NaN, out of range or no known name, two rows describe the same measurement, or the shards of one
             replacement were measured with different weights.
-        DamagedFileError: the file is not Parquet (nor CSV, JSON, if its suffix says so).
+        DamagedFileError: the file is not Parquet (nor CSV, JSON, if its suffix says so), or not what was sealed.
     """
-    return _read(path, _SCORES)
+    return _read(path, _SCORES, takes_foreign)
 
 
 def write_scores(path: Path, rows: Iterable[ScoreRow]) -> None:
@@ -280,9 +291,9 @@ def write_scores(path: Path, rows: Iterable[ScoreRow]) -> None:
     _write(path, tuple(rows), _SCORES)
 
 
-def read_costs(path: Path) -> tuple[CostRow, ...]:
-    """Read and check a table of costs; errors as in :func:`read_scores`."""
-    return _read(path, _COSTS)
+def read_costs(path: Path, takes_foreign: bool = False) -> tuple[CostRow, ...]:
+    """Read and check a table of costs; as :func:`read_scores`."""
+    return _read(path, _COSTS, takes_foreign)
 
 
 def write_costs(path: Path, rows: Iterable[CostRow]) -> None:
@@ -291,16 +302,38 @@ def write_costs(path: Path, rows: Iterable[CostRow]) -> None:
 
 
 def read_timings(path: Path) -> tuple[TimingRow, ...]:
-    """Read and check a table of timings; errors as in :func:`read_scores`."""
-    return _read(path, _TIMINGS)
+    """Read and check a table of timings, also a user's; errors as in :func:`read_scores`."""
+    return _read(path, _TIMINGS, takes_foreign=True)
+
+
+def timings_named(name: str) -> Path:
+    """The file in storage/timings with this name.
+
+    Raises:
+        InputError: no file, or more than one, has the name.
+    """
+    candidates = [TIMINGS / f"{name}{suffix}" for suffix in _SUFFIXES]
+    files = [path for path in candidates if path.is_file()]
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise InputError(
+            f"measure_costs.timings names {name!r}, which {' and '.join(map(str, files))} are; keep one of them"
+        )
+    has = ", ".join(sorted(file.stem for file in TIMINGS.glob("*") if file.suffix in _SUFFIXES)) or "none"
+    raise InputError(
+        f"measure_costs.timings names {name!r}, but {TIMINGS / name}.parquet is missing (has: {has}); time that "
+        f"machine with `puzzle time-machine {name}`, bring a table of that name (.parquet, .csv, "
+        ".json), or take the name out"
+    )
 
 
 def read_timings_or_costs(path: Path) -> tuple[TimingRow, ...] | tuple[CostRow, ...]:
-    """A table of timings, or one of costs that a user brings, which says less of how it was made; errors as above."""
-    found = _load(path, _TIMINGS.columns, _TIMINGS.rebuild)
-    if {column.name for column in _TIMINGS.columns} <= set(found.column_names):
-        return _rows(found, path, _TIMINGS)
-    return _rows(found, path, _COSTS)
+    """Read a table of timings, or one of costs that a user brings, which has fewer columns; errors as above."""
+    loaded = _load(path, _TIMINGS.columns, _TIMINGS.rebuild, takes_foreign=True)
+    if {column.name for column in _TIMINGS.columns} <= set(loaded.column_names):
+        return _rows(loaded, path, _TIMINGS)
+    return _rows(loaded, path, _COSTS)
 
 
 def write_timings(path: Path, rows: Iterable[TimingRow]) -> None:
@@ -324,38 +357,38 @@ def read_serving(path: Path) -> tuple[ServingRow, ...]:
 
 
 def write_serving(path: Path, rows: Iterable[ServingRow]) -> None:
-    """Write what servers measured, sorted. Raises InputError as on reading."""
+    """Write speeds of servers, sorted. Raises InputError as on reading."""
     _write(path, tuple(rows), _SERVING)
 
 
-def _read(path: Path, table: _Table[_Row]) -> tuple[_Row, ...]:
+def _read(path: Path, table: _Table[_Row], takes_foreign: bool = False) -> tuple[_Row, ...]:
     if not path.is_file():
         raise InputError(f"{path} is missing; run `{table.rebuild}`")
-    return _rows(_load(path, table.columns, table.rebuild), path, table)
+    return _rows(_load(path, table.columns, table.rebuild, takes_foreign), path, table)
 
 
-def _load(path: Path, columns: Sequence[_Column], rebuild: str) -> pa.Table:
+def _load(path: Path, columns: Sequence[_Column], rebuild: str, takes_foreign: bool) -> pa.Table:
     """Columns of a Parquet file, or of what users write by hand: CSV with a header line, JSON as a list of objects."""
-    kind = {".csv": "CSV", ".json": "JSON"}.get(path.suffix, "Parquet")
+    kind = {".csv": "CSV", ".json": "JSON"}.get(path.suffix)
+    if kind is None:
+        return read_table(path, rebuild, takes_foreign)
     try:
         if kind == "CSV":
             types = {column.name: column.type for column in columns}
             return csv.read_csv(path, convert_options=csv.ConvertOptions(column_types=types))
-        if kind == "JSON":
-            rows = [dict(row) for row in json.loads(path.read_text(encoding="utf-8"))]
-            names = dict.fromkeys(itertools.chain.from_iterable(rows))
-            return pa.table({name: [row.get(name) for row in rows] for name in names})
-        return pq.ParquetFile(path).read()  # read_table imports pandas, a second for each stage
-    except (pa.ArrowException, OSError, ValueError, AttributeError, TypeError, OverflowError) as error:
-        what = f"{kind} file" + (": a list of objects" if kind == "JSON" else "")
-        raise DamagedFileError(f"{path} is not a {what} ({error}); correct it, or run `{rebuild}`") from error
+        rows = [dict(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        names = dict.fromkeys(itertools.chain.from_iterable(rows))
+        return pa.table({name: [row.get(name) for row in rows] for name in names})
+    except (pa.ArrowException, OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+        form = f"{kind} file" + (": a list of objects" if kind == "JSON" else "")
+        raise DamagedFileError(f"{path} is not a {form} ({error}); correct it, or run `{rebuild}`") from error
 
 
-def _rows(found: pa.Table, path: Path, table: _Table[_Row]) -> tuple[_Row, ...]:
-    values = {column.name: _values(found, column, path) for column in table.columns}
-    if unknown := [name for name in found.column_names if name not in values]:
+def _rows(loaded: pa.Table, path: Path, table: _Table[_Row]) -> tuple[_Row, ...]:
+    values = {column.name: _values(loaded, column, path) for column in table.columns}
+    if unknown := [name for name in loaded.column_names if name not in values]:
         _log.info("%s: ignoring the columns %s", path, ", ".join(unknown))
-    if not found.num_rows:
+    if not loaded.num_rows:
         raise InputError(f"{path} has no rows; run `{table.rebuild}`")
     rows = tuple(table.record(**dict(zip(values, row, strict=True))) for row in zip(*values.values(), strict=True))
     _check_rows(rows, table, path)
@@ -368,29 +401,28 @@ def _write(path: Path, rows: tuple[_Row, ...], table: _Table[_Row]) -> None:
     _check_rows(rows, table, path)
     rows = tuple(sorted(rows, key=lambda row: [(-1 if v is None else v) for v in _key(row, table)]))
     arrays = [pa.array([getattr(row, column.name) for row in rows], column.type) for column in table.columns]
-    with write_whole(path) as temporary:
-        pq.write_table(pa.Table.from_arrays(arrays, schema=table.schema), temporary, compression="zstd")
+    write_table(path, pa.Table.from_arrays(arrays, schema=table.schema))
 
 
-def _values(found: pa.Table, column: _Column, path: Path) -> list[Any]:
+def _values(loaded: pa.Table, column: _Column, path: Path) -> list[Any]:
     """The checked values of one column of a file."""
-    if column.name not in found.column_names:
-        close = difflib.get_close_matches(column.name, found.column_names, n=1)
+    if column.name not in loaded.column_names:
+        close = difflib.get_close_matches(column.name, loaded.column_names, n=1)
         hint = f" (is it {close[0]}?)" if close else ""
-        raise InputError(f"{path} has no column {column.name!r} [{column.unit}]{hint}; has: {_names(found)}")
-    unit = (found.schema.field(column.name).metadata or {}).get(b"unit", column.unit.encode()).decode()
+        raise InputError(f"{path} has no column {column.name!r} [{column.unit}]{hint}; has: {_names(loaded)}")
+    unit = (loaded.schema.field(column.name).metadata or {}).get(b"unit", column.unit.encode()).decode()
     if unit != column.unit:
         raise InputError(f"{path}: column {column.name} is in {unit!r}, expected {column.unit!r}; convert it")
     try:
-        values: list[Any] = found.column(column.name).cast(column.type).to_pylist()
+        values: list[Any] = loaded.column(column.name).cast(column.type).to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"{path}: column {column.name}: expected {column.expected}, found {error}") from error
     _check_values(values, column, path)
     return values
 
 
-def _names(found: pa.Table) -> str:
-    return ", ".join(found.column_names) or "none"
+def _names(loaded: pa.Table) -> str:
+    return ", ".join(loaded.column_names) or "none"
 
 
 def _check_values(values: Sequence[Any], column: _Column, path: Path) -> None:
@@ -403,7 +435,7 @@ def _check_values(values: Sequence[Any], column: _Column, path: Path) -> None:
 
 
 def _check_rows(rows: Sequence[_Row], table: _Table[_Row], path: Path) -> None:
-    """Names that depend on other columns, and rows that describe the same thing twice."""
+    """Check what depends on several columns, and refuse two rows that describe the same measurement."""
     seen: dict[tuple[Any, ...], int] = {}
     for index, row in enumerate(rows):
         try:
@@ -412,8 +444,8 @@ def _check_rows(rows: Sequence[_Row], table: _Table[_Row], path: Path) -> None:
             raise InputError(f"{path}, row {index}: {error}") from None
         key = _key(row, table)
         if key in seen:
-            what = ", ".join(f"{name}={value}" for name, value in zip(table.key, key, strict=True))
-            raise InputError(f"{path}: rows {seen[key]} and {index} are both for {what}; keep one")
+            shared = ", ".join(f"{name}={value}" for name, value in zip(table.key, key, strict=True))
+            raise InputError(f"{path}: rows {seen[key]} and {index} are both for {shared}; keep one")
         seen[key] = index
     if table.check_all:
         table.check_all(rows, path)

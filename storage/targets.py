@@ -1,37 +1,30 @@
 """Targets in params.yaml: what a child must keep. Limits on metrics, pinned blocks, allowed variants, runtimes."""
 
+import unicodedata
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from storage.fields import Best, Scenario, Section
-from storage.records import AttentionKind, FfnKind, Metric, Precision, Runtime
-
-SPEED_METRICS: tuple[Metric, ...] = (
-    "throughput",
-    "decode_throughput",
-    "latency_ms",
-    "time_to_first_token_ms",
-    "time_per_token_ms",
-)
-LOWER_LIMITS: tuple[Metric, ...] = ("throughput", "decode_throughput", "attention_blocks")
-"""Metrics of which a target asks for at least so much."""
+from storage.fields import Best, Section
+from storage.metrics import METRICS, MetricName
+from storage.records import Precision, Runtime
+from storage.scenario import ScenarioText
+from storage.variants import AttentionKind, FfnKind
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+_NOT_IN_A_LINE = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode's categories of control characters, surrogates, and separators of lines and paragraphs."""
 
 
 class Constraint(Section):
     """One limit that the child must meet, absolute or relative to the parent.
 
-    Units: params, block_params and attention_blocks count; weight_bytes bytes; kv_bytes bytes per token; memory_gib GiB
-    per device at (batch, context); throughput generated tokens/s of whole requests; decode_throughput tokens/s of
-    decoding alone; latency_ms of a whole request; time_to_first_token_ms of reading the input; time_per_token_ms of a
-    decode step. A speed relative to the parent's is relative to the parent at its own best batch where the batch is
-    `best`.
+    The metrics and their units are those of storage.metrics. A speed relative to the parent's is relative to the parent
+    at its own best batch where the batch is `best`.
     """
 
-    metric: Metric = Field(description="What is limited.")
+    metric: MetricName = Field(description="What is limited.")
     at_most: Positive | None = Field(None, description="Absolute upper limit, in the metric's unit.")
     at_least: Positive | None = Field(None, description="Absolute lower limit, in the metric's unit.")
     at_most_ratio: Positive | None = Field(None, description="Upper limit as a multiple of the parent's value.")
@@ -39,8 +32,8 @@ class Constraint(Section):
     hardware: str | None = Field(None, description="Hardware of a speed limit.")
     engine: str = Field("torch", description="Engine of a speed limit.")
     precision: Precision = Field("bfloat16", description="Precision of weights and KV cache.")
-    scenario: Scenario | None = Field(None, description="Input/output lengths of a speed limit, in tokens.")
-    mix: dict[Scenario, Positive] = Field(
+    scenario: ScenarioText | None = Field(None, description="Input/output lengths of a speed limit, in tokens.")
+    mix: dict[ScenarioText, Positive] = Field(
         {}, description="In place of `scenario`: several, each with its weight, the share of requests."
     )
     batch: Count | Best = Field(1, description="Sequences at once (speed and memory); best: the search chooses.")
@@ -55,6 +48,22 @@ class Constraint(Section):
         return {name: weight / sum(self.mix.values()) for name, weight in self.mix.items()}
 
     @property
+    def limit(self) -> float:
+        """The limit, in the metric's unit or as a multiple of the parent's value."""
+        limits = (self.at_most, self.at_least, self.at_most_ratio, self.at_least_ratio)
+        return next(limit for limit in limits if limit is not None)
+
+    @property
+    def is_lower(self) -> bool:
+        """Whether the child must have at least so much."""
+        return self.at_least is not None or self.at_least_ratio is not None
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether the limit is a multiple of the parent's value."""
+        return self.at_most_ratio is not None or self.at_least_ratio is not None
+
+    @property
     def is_open(self) -> bool:
         """Whether the search chooses its batch or tensor-parallel degree."""
         return "best" in (self.batch, self.tensor_parallel)
@@ -64,16 +73,16 @@ class Constraint(Section):
         limits = [self.at_most, self.at_least, self.at_most_ratio, self.at_least_ratio]
         if sum(limit is not None for limit in limits) != 1:
             raise ValueError("a constraint needs exactly one of at_most, at_least, at_most_ratio, at_least_ratio")
-        lower = self.at_least is not None or self.at_least_ratio is not None
-        if lower != (self.metric in LOWER_LIMITS) and self.metric != "attention_blocks":
-            raise ValueError(f"{self.metric} takes {'at_least' if not lower else 'at_most'} (or its _ratio)")
+        metric = METRICS[self.metric]
+        if metric.direction not in ("either", "at_least" if self.is_lower else "at_most"):
+            raise ValueError(f"{self.metric} takes {metric.direction} (or its _ratio)")
         if self.scenario and self.mix:
             raise ValueError("a constraint has `scenario` or `mix`, not both")
-        if self.metric in SPEED_METRICS and not (self.hardware and self.scenarios):
+        if metric.speed and not (self.hardware and self.scenarios):
             raise ValueError(f"{self.metric} needs `hardware` and `scenario` (or `mix`)")
-        if self.metric == "memory_gib" and self.context is None and not self.scenario:
-            raise ValueError("memory_gib needs `context`, or a `scenario` that it is the end of")
-        if self.metric not in SPEED_METRICS and self.mix:
+        if metric.needs_context and self.context is None and not self.scenario:
+            raise ValueError(f"{self.metric} needs `context`, or a `scenario` that it is the end of")
+        if self.mix and not metric.speed:
             raise ValueError(f"{self.metric} has no `mix`")
         if self.is_open and not (self.hardware and self.scenarios):
             raise ValueError("`best` needs `hardware` and `scenario` (or `mix`), where it is looked up")
@@ -96,12 +105,19 @@ class Allowed(Section):
 
 
 class Target(Section):
-    """What a child must keep."""
+    """The requirements of a child."""
 
-    label: str = Field(min_length=1, description="The name that people see, e.g. 51B-like.")
+    label: str = Field(min_length=1, max_length=80, description="The name that people see, e.g. 51B-like; one line.")
     constraints: dict[str, Constraint] = Field(min_length=1, description="The limits, by name.")
     pins: tuple[Pin, ...] = Field((), description="Blocks that keep what they are.")
     allowed: Allowed = Field(
         default_factory=Allowed.model_construct, description="Kinds of variants that may be chosen."
     )
     runtimes: tuple[Runtime, ...] = Field((), description="Runtimes that must load the child and compute it right.")
+
+    @field_validator("label")
+    @classmethod
+    def _is_a_line(cls, label: str) -> str:
+        if not label.strip() or any(unicodedata.category(character) in _NOT_IN_A_LINE for character in label):
+            raise ValueError("expected a line of text, without control characters")
+        return label

@@ -1,6 +1,9 @@
-"""assemble_child: architecture.json + parent + library -> a checkpoint in nemotron-nas form, written block by block."""
+"""assemble_child: architecture.json + parent + library -> the child's checkpoint in nemotron-nas form.
 
-from collections.abc import Iterator
+The checkpoint is written block by block. Run: `puzzle stage assemble_child --target like-51b`.
+"""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from prefect import task
@@ -13,9 +16,9 @@ from storage.model_config import EMBEDDING
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import Architecture
-from tasks.children import publish, read_architecture
-from tasks.replacements import Replacements
+from storage.variants import Replacement
+from tasks.checkpoints.children import architecture_for, publish
+from tasks.tensors.replacements import ReplacementWeights
 
 TRAINING = "Weights: the parent's, and variants trained by blockwise local distillation (BLD); no global distillation."
 
@@ -28,15 +31,14 @@ def assemble(target: str, params: Params, paths: Paths) -> None:
         InputError: the architecture was made for another parent.
     """
     parent, library = Parent(paths.parent), Library(paths.library)
-    rebuild = f"dvc repro search_architecture@{target}"
-    chosen, architecture = read_architecture(paths.architecture(target), parent, rebuild)
-    blocks = _blocks(architecture, parent, library)
+    chosen = architecture_for(parent, target, paths)
+    blocks = _blocks(chosen.blocks, parent, library)
     max_shard_gib = params.assemble_child.max_shard_gib
-    publish(paths.assembled(target), chosen, architecture, parent, blocks, TRAINING, max_shard_gib)
+    publish(paths.assembled(target), chosen, parent, blocks, TRAINING, max_shard_gib)
 
 
-def _blocks(architecture: Architecture, parent: Parent, library: Library) -> Iterator[dict[str, Tensor]]:
-    """Tensors of each block, from the parent and the library."""
+def _blocks(blocks: Sequence[Replacement], parent: Parent, library: Library) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of each block, from the parent and the library."""
     dtype, cpu = parent.checkpoint.tensor(EMBEDDING).dtype, torch.device("cpu")
-    for replacement in tqdm(architecture.blocks, desc="assemble", unit="block", disable=None):
-        yield Replacements(parent, library, cpu, dtype).tensors(replacement, "decoupled")
+    for replacement in tqdm(blocks, desc="assemble", unit="block", disable=None):
+        yield ReplacementWeights(parent, library, cpu, dtype).tensors(replacement, "decoupled")

@@ -1,8 +1,9 @@
-"""cache_activations: the parent's hidden states at block boundaries -> artifacts/activations/, a shard a piece.
+"""cache_activations: the parent's hidden states at block boundaries -> artifacts/activations/, one piece per shard.
 
-train and calibration keep all boundaries (BLD, scores), in rolling mode the first, the last and those that params name;
-validation keeps the last one only, from which the parent's logits come at evaluation. A shard walks through the parent
-block by block, so memory does not grow with depth.
+In: the parent and the corpus. Run: `puzzle stage cache_activations`. The splits train and calibration keep all
+boundaries (for BLD and scores), in rolling mode the first, the last and those that params name. Validation keeps the
+last one only, from which the parent's logits come at evaluation. A shard goes through the parent block by block, so
+memory does not grow with depth.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,25 +15,27 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from storage.activations import FORMAT_VERSION, REBUILD, shard_name, shard_path, write_shard
+from storage.code_digest import code_digest
 from storage.corpus import SplitName, read_manifest, read_sequences
 from storage.files import InputError, digest_of, sha256
 from storage.model_config import EMBEDDING
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.pieces import Pieces, code_digest
-from tasks.activations import STORED, read_tokens
-from tasks.puzzle.boundaries import boundaries
-from tasks.puzzle.device import compute
-from tasks.puzzle.variants import parent_attention, parent_ffn
+from storage.pieces import Pieces
+from tasks.puzzle.model.boundaries import boundaries
+from tasks.puzzle.model.device import prepare_compute
+from tasks.puzzle.search_space import parent_attention, parent_ffn
+from tasks.tensors.activations import STORED, read_tokens
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Sequences start .. stop-1 of a split, at the boundaries that are kept; `key` is the content key of its piece.
+    """Sequences start .. stop-1 of a split, to write at the boundaries `kept`.
 
-    `how` is the digest of all that goes into hidden states but tokens and the parent's blocks, `content` of all but the
-    parent's blocks.
+    how: digest of all inputs to hidden states except tokens and the parent's blocks.
+    content: digest of all inputs except the parent's blocks.
+    key: content key of the shard's piece.
     """
 
     split: SplitName
@@ -46,13 +49,13 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """Name of its piece."""
+        """Name of the shard's piece."""
         return shard_name(self.split, self.index)
 
 
 @task(cache_policy=NO_CACHE)
 def plan_shards(params: Params, paths: Paths) -> list[Shard]:
-    """Shards still to write; finished ones stay, strangers are deleted."""
+    """Plan the shards that are still to write; delete the pieces that no shard has."""
     parent, manifest = Parent(paths.parent), read_manifest(paths.corpus)
     size = params.cache_activations.sequences_per_shard
     inputs = {
@@ -62,7 +65,7 @@ def plan_shards(params: Params, paths: Paths) -> list[Shard]:
         "dtype": params.cache_activations.dtype,
         "sequences_per_batch": params.cache_activations.sequences_per_batch,
         "sequences_per_shard": size,
-        "code": code_digest("tasks.cache_activations", "tasks.activations"),
+        "code": code_digest("tasks.cache_activations:cache_shard", "tasks.tensors.activations:Activations"),
         "format": FORMAT_VERSION,
     }
     how, shards = digest_of(inputs), []
@@ -79,12 +82,12 @@ def plan_shards(params: Params, paths: Paths) -> list[Shard]:
 
 
 def _kept(split: SplitName, params: Params, parent: Parent) -> tuple[int, ...]:
-    """Boundaries of a split that stay on disk."""
+    """Return the boundaries of a split that stay on disk."""
     settings, last = params.cache_activations, parent.config.num_blocks
     for boundary in settings.keep:
         if not 0 <= boundary <= last:
             raise InputError(
-                f"cache_activations.keep names boundary {boundary}, {parent.info['name']} has 0 to {last}; change it"
+                f"cache_activations.keep names boundary {boundary}, {parent.info.name} has 0 to {last}; change it"
             )
     if split == "validation":
         return (last,)
@@ -93,14 +96,14 @@ def _kept(split: SplitName, params: Params, parent: Parent) -> tuple[int, ...]:
 
 @task(cache_policy=NO_CACHE)
 def cache_shard(shard: Shard, params: Params, paths: Paths) -> None:
-    """Write one shard at all boundaries that its split keeps."""
+    """Write one shard at every boundary that its split keeps."""
     run, parent = params.run, Parent(paths.parent)
-    device = compute(run.device, run.dtype, run.threads)
+    compute = prepare_compute(run.device, run.dtype, run.threads)
     config = parent.config
     tokens = read_tokens(paths, shard.split, range(shard.start, shard.stop))
-    embedding, _, _ = parent.outside(device.device, device.dtype)
+    embedding, _, _ = parent.outside(*compute)
     variants = parent_attention(config), parent_ffn(config)
-    blocks = ((*variants, parent.block(i, device.device, device.dtype)) for i in range(config.num_blocks))
+    blocks = ((*variants, parent.block(i, *compute)) for i in range(config.num_blocks))
     metadata = {"parent": parent.digest, "corpus": read_manifest(paths.corpus).content_hash, "split": shard.split}
     states = boundaries(config, embedding, blocks, tokens, params.cache_activations.sequences_per_batch)
     written: list[Future[tuple[Path, str]]] = []
@@ -110,7 +113,7 @@ def cache_shard(shard: Shard, params: Params, paths: Paths) -> None:
         write_shard(path, hidden, {**metadata, "boundary": str(boundary), "first_sequence": str(shard.start)})
         return path, sha256(path)
 
-    with ThreadPoolExecutor(1) as writer:  # while the next block computes; one boundary waits at most
+    with ThreadPoolExecutor(1) as writer:  # writes while the next block computes; at most one boundary waits
         for boundary, hidden in enumerate(states):
             if boundary in shard.kept:
                 stored = hidden.to(STORED[params.cache_activations.dtype]).cpu()

@@ -1,9 +1,12 @@
-"""distill_blocks: decoupled BLD of every variant of every block -> artifacts/library/, a (block, variant) a piece.
+"""distill_blocks: decoupled BLD of every variant of every block -> artifacts/library/, one piece per (block, variant).
 
-Variants of a block that are still to train do so together, from one pass over the block's two boundaries. A span has
-two boundaries as well, and a whole block of its own that is trained first and takes the parent's place.
+In: the parent and the activation cache. Out: the trained tensors and an index (METHOD.md, BLD). Run:
+`puzzle stage distill_blocks`. The variants of a block that are still to train do so together, in one pass over the
+block's two boundaries. A span has two boundaries, too, and a whole block that is trained first and takes the place of
+the parent's block.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +16,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
+from storage.code_digest import code_digest
 from storage.corpus import SplitName
 from storage.files import InputError, digest_of
 from storage.library import (
@@ -29,25 +33,25 @@ from storage.library import (
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.pieces import code_digest
-from storage.records import Attention, Ffn, Replacement
-from tasks.activations import Activations, clear
-from tasks.puzzle.assembly import initial_weights
-from tasks.puzzle.bld import Batch, Recipe, Trained, distill_block, distill_whole, rank_channels
-from tasks.puzzle.device import compute
-from tasks.puzzle.least_squares import fit_outputs
-from tasks.puzzle.losses import LOSSES
-from tasks.puzzle.optimizer import Schedule
-from tasks.puzzle.variants import attention_variants, ffn_variants, parent_attention, parent_ffn
-from tasks.replacements import Replacements
+from storage.variants import Attention, Ffn, Replacement
+from tasks.puzzle.distill.bld import Batch, Recipe, Trained, distill_block, distill_whole, rank_channels
+from tasks.puzzle.distill.least_squares import fit_outputs
+from tasks.puzzle.distill.losses import LOSSES
+from tasks.puzzle.distill.optimizer import Schedule
+from tasks.puzzle.model.assembly import initial_weights
+from tasks.puzzle.model.device import prepare_compute
+from tasks.puzzle.model.initialise import Tensors
+from tasks.puzzle.search_space import block_variants, parent_attention, parent_ffn
+from tasks.tensors.activations import Activations, clear
+from tasks.tensors.replacements import ReplacementWeights
 
 FIT_SEQUENCES = 8
-"""Sequences at once in the closed-form start; the sums are over all of them."""
+"""Sequences at once in the closed-form start, which sums over all sequences of `fit_tokens`."""
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What is still to make in place of `span` parent blocks: piece name -> key. The channel order is a piece too."""
+    """Pieces still to make in place of `span` parent blocks: name -> content key. The channel order is a piece, too."""
 
     first_block: int
     span: int
@@ -55,124 +59,131 @@ class BlockPlan:
 
     @property
     def order_name(self) -> str:
-        """The piece that ranks FFN channels."""
+        """Name of the piece that ranks FFN channels."""
         return channel_order_name(self.first_block, self.span)
 
     @property
     def whole_name(self) -> str:
-        """The piece that takes the parent's place in a span."""
+        """Name of the piece that holds a span's whole block."""
         return whole_name(self.first_block, self.span)
 
 
 def trained_variants(params: Params, parent: Parent) -> list[Attention | Ffn]:
-    """Variants with weights of their own: all but the parent's and the no-ops."""
-    settings, config = params.distill_blocks, parent.config
-    everything: list[Attention | Ffn] = [
-        *attention_variants(config, settings.linear),
-        *ffn_variants(config, settings.ffn_ratios, settings.width_multiple, settings.linear),
-    ]
-    kept = (parent_attention(config), parent_ffn(config))
-    return [variant for variant in everything if variant.kind != "no_op" and variant not in kept]
+    """List the variants that have weights to train: all but the parent's and the no-ops."""
+    config = parent.config
+    attentions, ffns = block_variants(config, params.distill_blocks)
+    variants: list[Attention | Ffn] = [*attentions, *ffns]
+    parents = (parent_attention(config), parent_ffn(config))
+    return [variant for variant in variants if variant.kind != "no_op" and variant not in parents]
 
 
-_OF_ALL_VARIANTS = {
+_SHARED_SETTINGS = {
     *("loss", "warmup", "weight_decay", "sequences_per_step", "held_out_tokens", "check_steps", "fit_tokens"),
 }
-"""Settings that go into every entry of the library; tokens and learning rate are a variant's own."""
+"""Settings that go into the key of every library entry; tokens and learning rate differ between variants."""
 
 
 @dataclass(frozen=True)
 class _Keys:
-    """Content keys of what is made between two boundaries, `ends`; `inputs` is what goes into all of it."""
+    """Content keys of the pieces that are made between two boundaries, `ends`; `inputs` goes into each of them."""
 
     params: Params
     activations: Activations
     ends: tuple[int, int]
     inputs: dict[str, Any]
 
-    def of(self, sequences: int, **more: Any) -> str:
-        """What reads so many train sequences."""
+    def reading(self, sequences: int, **more: Any) -> str:
+        """Return the key of a piece that reads that many train sequences."""
         held_out = _held_out(self.params)
         read = [
-            (self.activations.key("train", at, 0, sequences), self.activations.key("calibration", at, *held_out))
-            for at in self.ends
+            (
+                self.activations.key("train", boundary, 0, sequences),
+                self.activations.key("calibration", boundary, *held_out),
+            )
+            for boundary in self.ends
         ]
         return digest_of({**self.inputs, **more, "activations": read})
 
     def trained(self, name: str, kind: str, **more: Any) -> str:
-        """A variant, by its name in the library: it draws its tokens from a shuffle of `tokens`."""
+        """Return the key of a variant, by its name in the library; it draws its tokens from a shuffle of `tokens`."""
         settings, seq_len = self.params.distill_blocks, self.params.prepare_corpus.seq_len
         tokens = settings.tokens_of(name)
         recipe = {"variant": name, "tokens": tokens, "shuffled": settings.tokens, "rate": settings.rate_of(kind)}
         if settings.check_steps:
             recipe["patience"] = settings.patience
         read = max(tokens, settings.tokens, settings.fit_tokens) // seq_len
-        return self.of(max(read, _ranked(self.params)), **recipe, **more)
+        return self.reading(max(read, _ranked(self.params)), **recipe, **more)
 
 
 @task(cache_policy=NO_CACHE)
 def plan_blocks(params: Params, paths: Paths) -> list[BlockPlan]:
-    """Blocks and spans with something to make, in the parent's order; finished entries stay, strangers are deleted."""
+    """Plan the blocks and spans that lack pieces, in the parent's order; delete pieces that no plan has."""
     parent, library, settings = Parent(paths.parent), Library(paths.library), params.distill_blocks
     refuse_unknown(settings.variant_tokens, trained_variants(params, parent))
     common = {
-        "settings": settings.model_dump(include=_OF_ALL_VARIANTS),
+        "settings": settings.model_dump(include=_SHARED_SETTINGS),
         "ranked": _ranked(params),
         "run": params.run.model_dump(exclude={"workers"}),
         "config": parent.config.to_json(),
-        "code": code_digest("tasks.distill_blocks", "tasks.replacements", "tasks.activations"),
+        "code": code_digest("tasks.distill_blocks:train_block"),
         "format": FORMAT_VERSION,
     }
-    activations, wanted = _activations(params, paths), dict[tuple[int, int], dict[str, str]]()
-    for first, span in _places(params, parent):
+    activations, keys_by_range = _activations(params, paths), dict[tuple[int, int], dict[str, str]]()
+    for first, span in _block_ranges(params, parent):
         blocks = [parent.checkpoint.block_digest(index) for index in range(first, first + span)]
         keys = _Keys(params, activations, (first, first + span), {**common, "blocks": blocks})
         whole = keys.trained(WHOLE, WHOLE) if span > 1 else ""
         plan = BlockPlan(first, span, {})
-        wanted[first, span] = {
-            plan.order_name: keys.of(_ranked(params), whole=whole),
+        keys_by_range[first, span] = {
+            plan.order_name: keys.reading(_ranked(params), whole=whole),
             **({plan.whole_name: whole} if whole else {}),
             **{
                 entry_name(first, variant, span): keys.trained(name_of(variant), variant.kind, whole=whole)
                 for variant in trained_variants(params, parent)
             },
         }
-    missing = set(library.pieces.keep_only({name: key for of in wanted.values() for name, key in of.items()}))
-    plans = [
-        BlockPlan(first, span, {name: key for name, key in of.items() if name in missing})
-        for (first, span), of in sorted(wanted.items())
-    ]
-    return [plan for plan in plans if plan.missing]
+    all_keys: dict[str, str] = {}
+    for range_keys in keys_by_range.values():
+        all_keys |= range_keys
+    missing = set(library.pieces.keep_only(all_keys))
+    plans = []
+    for (first, span), range_keys in sorted(keys_by_range.items()):
+        if missing_keys := {name: key for name, key in range_keys.items() if name in missing}:
+            plans.append(BlockPlan(first, span, missing_keys))
+    return plans
 
 
-def _places(params: Params, parent: Parent) -> list[tuple[int, int]]:
-    """First block and length of everything that one child block may stand for: single blocks, then spans."""
+def _block_ranges(params: Params, parent: Parent) -> list[tuple[int, int]]:
+    """List first block and length of all that one child block may replace: single blocks, then spans."""
     count = parent.config.num_blocks
     for span in params.distill_blocks.spans:
         if span > count:
-            raise InputError(f"distill_blocks.spans has {span}, {parent.info['name']} has {count} blocks; leave it out")
-    return [(first, span) for span in (1, *params.distill_blocks.spans) for first in range(count - span + 1)]
+            raise InputError(f"distill_blocks.spans has {span}, {parent.info.name} has {count} blocks; leave it out")
+    ranges = []
+    for span in (1, *params.distill_blocks.spans):
+        ranges += [(first, span) for first in range(count - span + 1)]
+    return ranges
 
 
 def _train_sequences(params: Params) -> int:
-    """Train sequences that BLD reads, from the split's beginning."""
+    """Count the train sequences that BLD reads, from the split's beginning."""
     return params.distill_blocks.used_tokens // params.prepare_corpus.seq_len
 
 
 def _ranked(params: Params) -> int:
-    """Train sequences that rank the FFN channels."""
+    """Count the train sequences that rank the FFN channels."""
     return min(-(-params.distill_blocks.importance_tokens // params.prepare_corpus.seq_len), _train_sequences(params))
 
 
 def _activations(params: Params, paths: Paths) -> Activations:
-    """What BLD reads of the cache."""
+    """Open the part of the cache that BLD reads."""
     _, stop = _held_out(params)
     return Activations(params, paths, {"train": _train_sequences(params), "calibration": stop}, "distill_blocks")
 
 
 def _held_out(params: Params) -> tuple[int, int]:
-    """Calibration sequences for the losses before and after: the split's end; scores take its beginning."""
-    seq_len, corpus = params.prepare_corpus.seq_len, params.prepare_corpus
+    """Return first and stop of the calibration sequences for held-out losses: the split's end; scores use its start."""
+    corpus, seq_len = params.prepare_corpus, params.prepare_corpus.seq_len
     stop = corpus.calibration_tokens // seq_len
     return stop - -(-params.distill_blocks.held_out_tokens // seq_len), stop
 
@@ -180,63 +191,102 @@ def _held_out(params: Params) -> tuple[int, int]:
 @task(cache_policy=NO_CACHE)
 def train_block(plan: BlockPlan, params: Params, paths: Paths) -> None:
     """Rank the channels of one block (of a span: train its whole block first) and train its missing variants."""
-    run, settings, parent, library = params.run, params.distill_blocks, Parent(paths.parent), Library(paths.library)
-    device = compute(run.device, run.dtype, run.threads)
-    first, span, config, seq_len = plan.first_block, plan.span, parent.config, params.prepare_corpus.seq_len
-    activations, loss = _activations(params, paths), LOSSES[settings.loss]
-    activations.hold(first)
-    splits: tuple[SplitName, ...] = ("train", "calibration")
-    data = {(split, at): activations.reader(split, at) for split in splits for at in (first, first + span)}
-    steps = _groups(_shuffled(params, first, span), settings.sequences_per_step)
-    held_out = _groups(list(range(*_held_out(params))), settings.sequences_per_step)
+    training = _BlockTraining(plan, params, paths)
+    if plan.whole_name in plan.missing:
+        training.train_whole()
+    block = training.base_block()
+    if plan.order_name in plan.missing:
+        training.rank_channels(block)
+    training.train_variants(block)
 
-    def recipe(name: str, kind: str) -> Recipe:
-        count = settings.tokens_of(name) // (settings.sequences_per_step * seq_len)
-        schedule = Schedule(count, settings.rate_of(kind), settings.warmup, settings.weight_decay)
+
+class _BlockTraining:
+    """Makes the missing pieces of one plan on the calling thread, from the activations at its two boundaries."""
+
+    def __init__(self, plan: BlockPlan, params: Params, paths: Paths) -> None:
+        run, self._settings, self._seq_len = params.run, params.distill_blocks, params.prepare_corpus.seq_len
+        self._plan, self._params = plan, params
+        self._parent, self._library = Parent(paths.parent), Library(paths.library)
+        self._config, self._loss = self._parent.config, LOSSES[params.distill_blocks.loss]
+        self._compute = prepare_compute(run.device, run.dtype, run.threads)
+        self._first, self._behind = plan.first_block, plan.first_block + plan.span
+        activations = _activations(params, paths)
+        activations.hold(self._first)
+        splits: tuple[SplitName, ...] = ("train", "calibration")
+        self._readers = {}
+        for split, boundary in itertools.product(splits, (self._first, self._behind)):
+            self._readers[split, boundary] = activations.reader(split, boundary)
+        sequences_per_step = self._settings.sequences_per_step
+        self._steps = _groups(_shuffled(params, self._first, plan.span), sequences_per_step)
+        self._held_out = _groups(list(range(*_held_out(params))), sequences_per_step)
+
+    def train_whole(self) -> None:
+        """Train the whole block that takes the place of a span's parent blocks."""
+        blocks = [self._parent.block(index, *self._compute) for index in range(self._first, self._behind)]
+        steps, held_out = self._batches("train", self._steps), self._batches("calibration", self._held_out)
+        whole, start = distill_whole(self._config, blocks, steps, held_out, self._recipe(WHOLE, WHOLE), self._loss)
+        self._finish(self._plan.whole_name, WHOLE, WHOLE, whole, start=self._first + start)
+
+    def base_block(self) -> Tensors:
+        """Read the block that the variants are derived from: the parent's, or the span's whole block."""
+        attention, ffn = parent_attention(self._config), parent_ffn(self._config)
+        replacement = Replacement(self._first, self._plan.span, attention, ffn)
+        return ReplacementWeights(self._parent, self._library, *self._compute).tensors(replacement, "decoupled")
+
+    def rank_channels(self, block: Tensors) -> None:
+        """Rank the FFN channels of `block` and write their order."""
+        name = self._plan.order_name
+        groups = _groups(list(range(_ranked(self._params))), self._settings.sequences_per_step)
+        order = rank_channels(self._config, block, self._inputs(groups))
+        file = self._library.write(name, {"order": order})
+        self._library.pieces.finish(name, self._plan.missing[name], [file])
+
+    def train_variants(self, block: Tensors) -> None:
+        """Train the missing variants of `block` and write them."""
+        order = self._library.read(self._plan.order_name)["order"].to(self._compute.device)
+        initial = initial_weights(self._config, block, order)
+        names = {
+            variant: entry_name(self._first, variant, self._plan.span)
+            for variant in trained_variants(self._params, self._parent)
+        }
+        starts = {variant: initial(variant) for variant, name in names.items() if name in self._plan.missing}
+        fit = _groups(list(range(self._settings.fit_tokens // self._seq_len)), FIT_SEQUENCES)
+        trained = distill_block(
+            self._config,
+            block,
+            starts,
+            fit_outputs(self._config, block, starts, order, self._inputs(fit)) if fit else starts,
+            self._batches("train", self._steps),
+            self._batches("calibration", self._held_out),
+            {variant: self._recipe(name_of(variant), variant.kind) for variant in starts},
+            self._loss,
+        )
+        for variant, result in trained.items():
+            self._finish(names[variant], subblock_of(variant), variant.name, result)
+
+    def _recipe(self, name: str, kind: str) -> Recipe:
+        settings = self._settings
+        num_steps = settings.tokens_of(name) // (settings.sequences_per_step * self._seq_len)
+        schedule = Schedule(num_steps, settings.rate_of(kind), settings.warmup, settings.weight_decay)
         return Recipe(schedule, settings.check_steps, settings.patience)
 
-    def hidden(split: SplitName, boundary: int, sequences: list[int]) -> Tensor:
-        return data[split, boundary].read(sequences).to(device.device, device.dtype)
+    def _hidden(self, split: SplitName, boundary: int, sequences: list[int]) -> Tensor:
+        return self._readers[split, boundary].read(sequences).to(*self._compute)
 
-    def batches(split: SplitName, groups: list[list[int]]) -> Iterator[Batch]:
-        return ((hidden(split, first, group), hidden(split, first + span, group)) for group in groups)
+    def _inputs(self, groups: list[list[int]]) -> Iterator[Tensor]:
+        """Read the train split's hidden states before the block, group by group."""
+        return (self._hidden("train", self._first, group) for group in groups)
 
-    def finish(name: str, subblock: str, variant: str, result: Trained, **facts: int) -> None:
-        tokens = result.steps * settings.sequences_per_step * seq_len
-        row = _index_row(plan, subblock, variant, result, settings.loss, tokens)
-        library.pieces.finish(name, plan.missing[name], [library.write(name, result.tensors)], {**row, **facts})
+    def _batches(self, split: SplitName, groups: list[list[int]]) -> Iterator[Batch]:
+        """Read the hidden states before and behind the block, group by group."""
+        return ((self._hidden(split, self._first, group), self._hidden(split, self._behind, group)) for group in groups)
 
-    if plan.whole_name in plan.missing:
-        blocks = [parent.block(index, device.device, device.dtype) for index in range(first, first + span)]
-        whole, start = distill_whole(
-            config, blocks, batches("train", steps), batches("calibration", held_out), recipe(WHOLE, WHOLE), loss
-        )
-        finish(plan.whole_name, WHOLE, WHOLE, whole, start=first + start)
-    own = Replacement(first, span, parent_attention(config), parent_ffn(config))
-    block = Replacements(parent, library, device.device, device.dtype).tensors(own, "decoupled")
-    if plan.order_name in plan.missing:
-        groups = _groups(list(range(_ranked(params))), settings.sequences_per_step)
-        order = rank_channels(config, block, (hidden("train", first, group) for group in groups))
-        file = library.write(plan.order_name, {"order": order})
-        library.pieces.finish(plan.order_name, plan.missing[plan.order_name], [file])
-    order = library.read(plan.order_name)["order"].to(device.device)
-    initial = initial_weights(config, block, order)
-    names = {variant: entry_name(first, variant, span) for variant in trained_variants(params, parent)}
-    starts = {variant: initial(variant) for variant, name in names.items() if name in plan.missing}
-    fit = _groups(list(range(settings.fit_tokens // seq_len)), FIT_SEQUENCES)
-    inputs = (hidden("train", first, group) for group in fit)
-    trained = distill_block(
-        config,
-        block,
-        starts,
-        fit_outputs(config, block, starts, order, inputs) if fit else starts,
-        batches("train", steps),
-        batches("calibration", held_out),
-        {variant: recipe(name_of(variant), variant.kind) for variant in starts},
-        loss,
-    )
-    for variant, result in trained.items():
-        finish(names[variant], subblock_of(variant), variant.name, result)
+    def _finish(self, name: str, subblock: str, variant: str, result: Trained, **facts: int) -> None:
+        """Write a trained variant and its row of the index."""
+        tokens = result.steps * self._settings.sequences_per_step * self._seq_len
+        row = _index_row(self._plan, subblock, variant, result, self._settings.loss, tokens)
+        file = self._library.write(name, result.tensors)
+        self._library.pieces.finish(name, self._plan.missing[name], [file], {**row, **facts})
 
 
 def _index_row(plan: BlockPlan, subblock: str, variant: str, result: Trained, loss: str, tokens: int) -> dict[str, Any]:
@@ -255,7 +305,7 @@ def _index_row(plan: BlockPlan, subblock: str, variant: str, result: Trained, lo
 
 
 def _shuffled(params: Params, first_block: int, span: int) -> list[int]:
-    """Train sequences of BLD in a seeded order of the block's own; behind them those that only some variants take."""
+    """Shuffle BLD's train sequences by a seed of this block; behind them stand those that only some variants read."""
     generator = torch.Generator().manual_seed(params.run.seed * 100_003 + first_block + 1_009 * (span - 1))
     settings, seq_len = params.distill_blocks, params.prepare_corpus.seq_len
     count = settings.tokens // seq_len
@@ -269,6 +319,6 @@ def _groups(sequences: list[int], size: int) -> list[list[int]]:
 
 @task(cache_policy=NO_CACHE)
 def write_library_index(paths: Paths) -> None:
-    """Write index.parquet, last: a library with an index is whole. A window of boundaries goes."""
+    """Write index.parquet, last: a library with an index is whole. Delete a window of boundaries."""
     Library(paths.library).write_index()
     clear(paths)

@@ -7,10 +7,11 @@ measured, and masters, moments, position and the best weights so far go to a che
 from it and ends with the bytes of one that was not.
 """
 
+import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from statistics import fmean
 
 import torch
@@ -22,18 +23,21 @@ from tqdm import tqdm
 
 from storage.activations import REBUILD, BoundaryReader, shard_name
 from storage.checkpoints import Checkpoint, read_blocks
-from storage.files import digest_of, write_json, write_whole
+from storage.code_digest import code_digest
+from storage.files import digest_of, write_whole
+from storage.gkd import GkdCurve, GkdStep, HeldOutKl, write_gkd
+from storage.json_records import as_record
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.pieces import Pieces, code_digest
-from storage.records import Architecture
-from tasks.children import publish, read_architecture
-from tasks.puzzle.blocks import Block
-from tasks.puzzle.device import compute
-from tasks.puzzle.gkd import Child, Losses, LossWeights, States, gradients, kl_to_parent
-from tasks.puzzle.head import Head
-from tasks.puzzle.optimizer import MasterWeights, Schedule
+from storage.pieces import Pieces
+from storage.variants import Replacement
+from tasks.checkpoints.children import architecture_for, publish
+from tasks.puzzle.distill.gkd import Losses, LossWeights, States, TrainableChild, gradients, kl_to_parent
+from tasks.puzzle.distill.optimizer import MasterWeights, Schedule
+from tasks.puzzle.model.blocks import Block
+from tasks.puzzle.model.device import prepare_compute
+from tasks.puzzle.model.head import Head
 
 _STATE = "state"
 
@@ -46,50 +50,33 @@ def distill(target: str, params: Params, paths: Paths) -> None:
         InputError: the child was assembled for another parent.
     """
     parent, settings = Parent(paths.parent), params.distill_child
-    chosen, architecture = read_architecture(
-        paths.architecture(target), parent, f"dvc repro search_architecture@{target}"
-    )
-    training = _Training(target, architecture, params, paths)
+    chosen = architecture_for(parent, target, paths)
+    training = _Training(target, chosen.blocks, params, paths)
     training.run()
     curve = training.curve
-    said = (
+    sentence = (
         f"Weights: assembled from blockwise distilled variants, then globally distilled (GKD) on {settings.tokens:,} "
-        f"tokens; held-out KL {curve.held_out[0]['kl']:.3f} before, {curve.best_kl:.3f} after (nats/token)."
+        f"tokens; held-out KL {curve.held_out[0].kl:.3f} before, {curve.best.kl:.3f} after (nats/token)."
     )
     max_shard_gib = params.assemble_child.max_shard_gib
-    publish(paths.distilled(target), chosen, architecture, parent, training.best_blocks(), said, max_shard_gib)
-    write_json(paths.gkd(target), {"target": target, **asdict(curve)})
+    publish(paths.distilled(target), chosen, parent, training.best_blocks(), sentence, max_shard_gib)
+    write_gkd(paths.gkd(target), curve)
     shutil.rmtree(paths.gkd_state(target))
 
 
-@dataclass
-class _Curve:
-    """What happened so far: a row per step, a row per held-out measurement, where the best one was."""
-
-    steps: list[dict[str, float]] = field(default_factory=list)
-    held_out: list[dict[str, float]] = field(default_factory=list)
-    best_step: int = 0
-
-    @property
-    def best_kl(self) -> float:
-        """Lowest held-out KL, nats/token."""
-        return min(row["kl"] for row in self.held_out)
-
-
 class _Training:
-    """A child in training and its checkpoints."""
+    """A child in training, the curve so far, and the checkpoints of both."""
 
-    def __init__(self, target: str, architecture: Architecture, params: Params, paths: Paths) -> None:
+    def __init__(self, target: str, replacements: Sequence[Replacement], params: Params, paths: Paths) -> None:
         run, self._params, self._paths = params.run, params, paths
-        device, parent = compute(run.device, run.dtype, run.threads), Parent(paths.parent)
-        place = device.device, device.dtype
+        compute, parent = prepare_compute(run.device, run.dtype, run.threads), Parent(paths.parent)
         assembled = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
         config, variants = read_blocks(assembled)
-        blocks = [Block.load(config, *variant, assembled.block(i, *place)) for i, variant in enumerate(variants)]
+        blocks = [Block.load(config, *variant, assembled.block(i, *compute)) for i, variant in enumerate(variants)]
         kept = Pieces(paths.activations, REBUILD).get(shard_name("train", 0))["facts"]["kept"]
-        ends = [block.parent_blocks.stop for block in architecture.blocks]
-        self._child = Child(config, blocks, [end if end in kept else None for end in ends])
-        _, norm, lm_head = parent.outside(*place)
+        ends = [replacement.parent_blocks.stop for replacement in replacements]
+        self._child = TrainableChild(config, blocks, [end if end in kept else None for end in ends])
+        _, norm, lm_head = parent.outside(*compute)
         self._head = Head(norm, lm_head, config.rms_norm_eps)
         self._groups = _steps(params)
         settings = params.distill_child
@@ -97,11 +84,10 @@ class _Training:
         self._masters = MasterWeights(self._child, schedule)
         self._best = self._weights()
         self._pieces = Pieces(paths.gkd_state(target), f"dvc repro distill_child@{target}")
-        self._readers = {
-            (split, boundary): BoundaryReader(paths.activations, split, boundary)
-            for split in ("train", "calibration")
-            for boundary in (0, *(end for end in self._child.ends if end is not None))
-        }
+        boundaries = [0, *(end for end in self._child.ends if end is not None)]
+        self._readers = {}
+        for split, boundary in itertools.product(("train", "calibration"), boundaries):
+            self._readers[split, boundary] = BoundaryReader(paths.activations, split, boundary)
         self._key = digest_of(
             {
                 "settings": settings.model_dump(),
@@ -109,13 +95,13 @@ class _Training:
                 "child": assembled.checksums,
                 "activations": self._inputs(),
                 "steps": self._groups,
-                "code": code_digest("tasks.distill_child"),
+                "code": code_digest("tasks.distill_child:_Training"),
             }
         )
-        self.curve = _Curve()
+        self.curve = GkdCurve(target, (), (), 0)
 
     def run(self) -> None:
-        """Train from the last checkpoint, or from the start, to the end."""
+        """Train to the end, from the last checkpoint or from the start."""
         self._resume()
         every, total = self._params.distill_child.checkpoint_steps, len(self._groups)
         with ThreadPoolExecutor(self._params.run.workers) as pool:
@@ -127,7 +113,7 @@ class _Training:
                 progress.update()
                 if len(self.curve.steps) % every == 0 or len(self.curve.steps) == total:
                     self._measure(pool)
-                    progress.set_postfix(kl=f"{self.curve.held_out[-1]['kl']:.3f}")
+                    progress.set_postfix(kl=f"{self.curve.held_out[-1].kl:.3f}")
                     self._save()
             progress.close()
 
@@ -141,52 +127,56 @@ class _Training:
         rate = self._masters.rate
         total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self._masters.narrow]
         losses = []
-        for of_sequence, loss in pool.map(self._gradients, group):
-            torch._foreach_add_(total, of_sequence, alpha=1 / len(group))
+        for sequence_gradients, loss in pool.map(self._gradients, group):
+            torch._foreach_add_(total, sequence_gradients, alpha=1 / len(group))
             losses.append(loss)
         norm = float(torch.nn.utils.get_total_norm(total))
         if norm > self._params.distill_child.clip_norm:
             torch._foreach_mul_(total, self._params.distill_child.clip_norm / norm)
         self._masters.apply(total)
-        count = len(self.curve.steps) + 1
-        self.curve.steps.append(
-            {
-                "step": count,
-                "tokens": count * len(group) * self._params.prepare_corpus.seq_len,
-                "loss": fmean(loss.total for loss in losses),
-                "kl": fmean(loss.kl for loss in losses),
-                "cosine": fmean(loss.cosine for loss in losses),
-                "learning_rate": rate,
-            }
+        number = len(self.curve.steps) + 1
+        step = GkdStep(
+            step=number,
+            tokens=number * len(group) * self._params.prepare_corpus.seq_len,
+            loss=fmean(loss.total for loss in losses),
+            kl=fmean(loss.kl for loss in losses),
+            cosine=fmean(loss.cosine for loss in losses),
+            learning_rate=rate,
         )
+        self.curve = replace(self.curve, steps=(*self.curve.steps, step))
 
     def _gradients(self, sequence: int) -> tuple[list[Tensor], Losses]:
-        """One sequence on a worker's thread."""
+        """Gradients and losses of one sequence; runs on a worker's thread."""
         settings, run = self._params.distill_child, self._params.run
-        compute(run.device, run.dtype, run.threads)
+        prepare_compute(run.device, run.dtype, run.threads)
         weights = LossWeights(settings.kl_weight, settings.cosine_weight)
         return gradients(self._child, self._states("train", sequence), self._head, weights)
 
     def _measure(self, pool: Executor) -> None:
-        """Held-out KL; the weights are kept if it is the lowest so far."""
+        """Measure the held-out KL, and keep the weights if it is the lowest so far."""
         run, settings, seq_len = self._params.run, self._params.distill_child, self._params.prepare_corpus.seq_len
 
-        def one(sequence: int) -> float:
-            compute(run.device, run.dtype, run.threads)
+        def sequence_kl(sequence: int) -> float:
+            prepare_compute(run.device, run.dtype, run.threads)
             return kl_to_parent(self._child, self._states("calibration", sequence), self._head)
 
-        kl, done = fmean(pool.map(one, _held_out(self._params))), len(self.curve.steps)
-        if not self.curve.held_out or kl < self.curve.best_kl:
-            self.curve.best_step, self._best = done, self._weights()
-        tokens = done * settings.sequences_per_step * seq_len
-        self.curve.held_out.append({"step": done, "tokens": tokens, "kl": kl})
+        kl, done = fmean(pool.map(sequence_kl, _held_out(self._params))), len(self.curve.steps)
+        is_best = not self.curve.held_out or kl < self.curve.best.kl
+        if is_best:
+            self._best = self._weights()
+        measurement = HeldOutKl(done, done * settings.sequences_per_step * seq_len, kl)
+        self.curve = replace(
+            self.curve,
+            held_out=(*self.curve.held_out, measurement),
+            best_step=done if is_best else self.curve.best_step,
+        )
 
     def _states(self, split: str, sequence: int) -> States:
         device, narrow = self._head.weight.device, self._head.weight.dtype
         return lambda boundary: self._readers[split, boundary].read([sequence]).to(device, narrow)
 
     def _inputs(self) -> list[list[str]]:
-        """Checksums of all cached activations that the training reads."""
+        """Checksums of all cached activations that the training and its measurements read."""
         trained = [sequence for group in self._groups for sequence in group]
         read = {"train": range(min(trained), max(trained) + 1), "calibration": _held_out(self._params)}
         return [reader.digest(read[split].start, read[split].stop) for (split, _), reader in self._readers.items()]
@@ -195,7 +185,7 @@ class _Training:
         return {name: parameter.detach().clone() for name, parameter in self._child.named_parameters()}
 
     def _save(self) -> None:
-        """A checkpoint; its record comes after its tensors, and the one before goes last."""
+        """Write a checkpoint: the tensors, then their record; the earlier checkpoint is deleted last."""
         path = self._pieces.folder / f"state_{len(self.curve.steps):06d}.safetensors"
         best = {f"best.{name}": tensor for name, tensor in self._best.items()}
         with write_whole(path) as temporary:
@@ -204,11 +194,11 @@ class _Training:
         self._pieces.keep_only({_STATE: self._key})
 
     def _resume(self) -> None:
-        """Take the last checkpoint of this very training, if there is one; others are deleted."""
+        """Go on from the last checkpoint of this very training, if there is one; delete those of others."""
         if self._pieces.keep_only({_STATE: self._key}):
             return
         record = self._pieces.get(_STATE)
-        self.curve = _Curve(**record["facts"])
+        self.curve = as_record(record["facts"], GkdCurve, str(self._pieces.folder), self._pieces.rebuild)
         (name,) = record["files"]
         state = load_file(self._pieces.folder / name)
         self._best = {key: state[f"best.{key}"] for key in self._best}  # in the order of an uninterrupted run
@@ -216,7 +206,7 @@ class _Training:
 
 
 def _steps(params: Params) -> list[list[int]]:
-    """Train sequences of each step: those behind BLD's, in a seeded order, each once."""
+    """Train sequences of each step: those behind BLD's in the split, in a seeded order, each used once."""
     settings, seq_len = params.distill_child, params.prepare_corpus.seq_len
     first = params.distill_blocks.used_tokens // seq_len
     generator = torch.Generator().manual_seed(params.run.seed)
@@ -226,6 +216,6 @@ def _steps(params: Params) -> list[list[int]]:
 
 
 def _held_out(params: Params) -> range:
-    """Calibration sequences of the held-out KL: the split's end, as in BLD."""
+    """Calibration sequences of the held-out KL: the end of the split, as in BLD."""
     seq_len, stop = params.prepare_corpus.seq_len, params.prepare_corpus.calibration_tokens
     return range((stop - params.distill_child.held_out_tokens) // seq_len, stop // seq_len)

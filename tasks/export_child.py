@@ -1,17 +1,17 @@
-"""export_child: the distilled child of a target in the forms that stock runtimes load (tasks/exports.py)."""
+"""export_child: the distilled child of a target, to be exported for stock runtimes (tasks/checkpoints/exports.py)."""
 
 from dataclasses import replace
 
 from storage.parent import Parent
 from storage.paths import Paths
-from tasks.exports import Source, read_source
+from tasks.checkpoints.exports import CheckpointToExport, read_checkpoint
 
 
-def source(target: str, paths: Paths) -> Source:
-    """The child; it says its parent's architecture, for the plain form.
+def read_child(target: str, paths: Paths) -> CheckpointToExport:
+    """Read the child, with its parent's architecture, which the format `plain` has.
 
     Raises:
-        InputError: as :func:`tasks.exports.read_source`.
+        InputError: the checkpoint is refused, as by :func:`tasks.checkpoints.exports.read_checkpoint`.
     """
-    found = read_source(target, paths.distilled(target), f"dvc repro distill_child@{target}")
-    return replace(found, config=replace(found.config, architecture=Parent(paths.parent).config.architecture))
+    child = read_checkpoint(target, paths.distilled(target), f"dvc repro distill_child@{target}")
+    return replace(child, config=replace(child.config, architecture=Parent(paths.parent).config.architecture))

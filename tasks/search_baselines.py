@@ -1,31 +1,32 @@
-"""search_baselines: what simpler searches choose under a target's constraints -> children/<target>/baselines.json.
+"""search_baselines: the choices of simpler searches under a target's constraints -> children/<target>/baselines.json.
 
 Every baseline keeps the limits that the target's own search keeps, at the operating point that suits it best;
-evaluate_child assembles and measures them.
+evaluate_child assembles and measures them. Run: `puzzle stage search_baselines --target TARGET`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from prefect import task
 
-from storage.files import write_json
+from storage.architecture import Baseline, Baselines, write_baselines
 from storage.params import Params
 from storage.paths import Paths
-from storage.records import Architecture, Replacement, Weights
-from tasks.limits import TargetTables, solver_settings
-from tasks.puzzle.baselines import depth, greedy, uniform, with_random_scores
-from tasks.puzzle.infeasible import InfeasibleError
-from tasks.puzzle.mip import Settings
-from tasks.puzzle.operating_points import OperatingPoint
-from tasks.puzzle.problem import Choice, Problem
-from tasks.puzzle.search import best_child
+from storage.records import Weights
+from storage.variants import Replacement
+from tasks.puzzle.search.baselines import depth, greedy, uniform, with_random_scores
+from tasks.puzzle.search.best_child import best_child
+from tasks.puzzle.search.infeasible import InfeasibleError
+from tasks.puzzle.search.mip import SolverSettings
+from tasks.puzzle.search.operating_points import OperatingPoint
+from tasks.puzzle.search.problem import Choice, Problem
+from tasks.targets.target_tables import TargetTables, solver_settings
 
-Baseline = Callable[[Problem[Replacement], Sequence[Replacement]], tuple[Choice[Replacement], ...]]
-Chosen = tuple[tuple[Replacement, ...], OperatingPoint]
-_SIMPLE: dict[str, Baseline] = {"uniform": uniform, "greedy": greedy, "depth": depth}
+SimpleSearch = Callable[[Problem[Replacement], Sequence[Replacement]], tuple[Choice[Replacement], ...]]
+Child = tuple[tuple[Replacement, ...], OperatingPoint]
+"""Blocks, and the operating point where they were chosen."""
+_SIMPLE: dict[str, SimpleSearch] = {"uniform": uniform, "greedy": greedy, "depth": depth}
 
 
 @task
@@ -35,59 +36,53 @@ def search_baselines(target: str, params: Params, paths: Paths) -> None:
     Raises:
         InputError: a table is missing or wrong, or lacks a row that a constraint needs.
     """
-    tables, settings = (
-        TargetTables.read(target, params, paths),
-        solver_settings(params.search_architecture, params.run.seed),
-    )
-    found = {name: _row(tables, "decoupled", partial(_simple, tables, of)) for name, of in _SIMPLE.items()}
-    found["untrained"] = _row(tables, "initial", partial(_untrained, tables, settings))
+    tables = TargetTables.read(target, params, paths)
+    settings = solver_settings(params.search_architecture, params.run.seed)
+    baselines = {name: _baseline(tables, "decoupled", partial(_simple, tables, _SIMPLE[name])) for name in _SIMPLE}
+    baselines["untrained"] = _baseline(tables, "initial", partial(_untrained, tables, settings))
     for seed in range(params.search_baselines.random_seeds):
-        found[f"random_{seed}"] = _row(tables, "decoupled", partial(_random, tables, settings, seed))
-    write_json(paths.baselines(target), {"target": target, "baselines": found})
+        baselines[f"random_{seed}"] = _baseline(tables, "decoupled", partial(_random, tables, settings, seed))
+    write_baselines(paths.baselines(target), Baselines(target, baselines))
 
 
-def _untrained(tables: TargetTables, settings: Settings) -> Chosen:
-    """The same search over the variants before BLD."""
+def _untrained(tables: TargetTables, settings: SolverSettings) -> Child:
+    """The target's search over the variants before BLD."""
     child = tables.search("initial", settings)
     return child.blocks, child.point
 
 
-def _random(tables: TargetTables, settings: Settings, seed: int) -> Chosen:
-    """The same search with scores that mean nothing."""
+def _random(tables: TargetTables, settings: SolverSettings, seed: int) -> Child:
+    """The target's search with random scores, which mean nothing."""
     problem, points = tables.problem("decoupled")
     best = best_child(with_random_scores(problem, tables.parent.blocks, seed), settings, points)
-    return tuple(choice.replacement for choice in best.solution.chosen), tables.points[best.point]
+    return tuple(choice.replacement for choice in best.solution.chosen), tables.limits.points[best.point_index]
 
 
-def _simple(tables: TargetTables, baseline: Baseline) -> Chosen:
-    """A baseline's choice at the operating point where its sum of scores is least.
+def _simple(tables: TargetTables, simple_search: SimpleSearch) -> Child:
+    """The choice of a simple search at the operating point where its sum of scores is least.
 
     Raises:
         InfeasibleError: it keeps the limits at no point.
     """
     problem, points = tables.problem("decoupled")
-    children, error = [], None
-    for number, point in enumerate(points):
+    children, last_error = [], None
+    for index, point in enumerate(points):
         try:
-            chosen = baseline(replace(problem, limits=(*problem.limits, *point.limits)), tables.parent.blocks)
-        except InfeasibleError as found:
-            error = found
+            chosen = simple_search(replace(problem, limits=(*problem.limits, *point.limits)), tables.parent.blocks)
+        except InfeasibleError as error:
+            last_error = error
             continue
-        children.append((sum(choice.score for choice in chosen), number, chosen))
+        children.append((sum(choice.score for choice in chosen), index, chosen))
     if not children:
-        assert error is not None
-        raise error
-    _, number, chosen = min(children, key=lambda child: child[:2])
-    return tuple(choice.replacement for choice in chosen), tables.points[number]
+        assert last_error is not None
+        raise last_error
+    _, index, chosen = min(children, key=lambda child: child[:2])
+    return tuple(choice.replacement for choice in chosen), tables.limits.points[index]
 
 
-def _row(tables: TargetTables, weights: Weights, choose: Callable[[], Chosen]) -> dict[str, Any]:
+def _baseline(tables: TargetTables, weights: Weights, choose: Callable[[], Child]) -> Baseline:
     try:
         blocks, point = choose()
     except InfeasibleError as error:
-        return {"weights": weights, "infeasible": str(error)}
-    return {
-        "weights": weights,
-        "blocks": Architecture(blocks).to_json(),
-        "predicted": tables.predict(blocks, weights, point),
-    }
+        return Baseline(weights, infeasible=str(error))
+    return Baseline(weights, blocks=blocks, predicted=tables.predict(blocks, weights, point))

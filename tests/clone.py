@@ -18,6 +18,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from storage.params import Params
 from tests.tiny import SIZES
 
 ROOT = Path(__file__).parents[1]
@@ -55,11 +56,11 @@ class Clone:
 
     @property
     def artifacts(self) -> Path:
-        """Its artifacts."""
+        """The folder of its artifacts."""
         return self.folder / "artifacts"
 
     def child(self, target: str) -> Path:
-        """Everything of one target."""
+        """Folder of all artifacts of one target."""
         return self.artifacts / "children" / target
 
     def json(self, path: str) -> Any:
@@ -80,7 +81,7 @@ class Clone:
         )
 
     def run(self, *command: str) -> Ended:
-        """Run `python -m <command>` to its end, whatever that is."""
+        """Run `python -m <command>` until it ends, well or not."""
         process = self.start(*command)
         try:
             out, err = process.communicate(timeout=_SECONDS)
@@ -121,7 +122,7 @@ class Clone:
         path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
     def _environment(self) -> dict[str, str]:
-        """No server but the clone's own or the one named; this interpreter first, since dvc.yaml says `python`."""
+        """The environment of commands: no server but the clone's or the one given, this interpreter first on PATH."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "PUZZLE_"))}
         path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
         site = {"DVC_SITE_CACHE_DIR": str(self.folder.parent / "dvc-site"), "DVC_NO_ANALYTICS": "1"}
@@ -129,7 +130,7 @@ class Clone:
 
 
 def make_clone(folder: Path, params: dict[str, Any]) -> Clone:
-    """What git would carry to another machine, committed, with params.yaml for a tiny parent."""
+    """Make a clone of the files that git would carry to another machine, committed, with params for a tiny parent."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -145,7 +146,7 @@ def make_clone(folder: Path, params: dict[str, Any]) -> Clone:
 
 
 def tiny_parent(folder: Path) -> None:
-    """A random Llama of 4 blocks with a byte-level BPE tokenizer, chat template, licence and model card."""
+    """Write a random Llama of 4 blocks with a byte-level BPE tokenizer, chat template, licence and model card."""
     texts = [document["text"] for document in _documents(0, 200)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -167,7 +168,7 @@ def tiny_parent(folder: Path) -> None:
 
 
 def tiny_documents(folder: Path) -> None:
-    """text.jsonl and chats.jsonl: random words, no paragraph twice."""
+    """Write text.jsonl and chats.jsonl: random words, no paragraph twice."""
     folder.mkdir()
     texts = _documents(1, 400)
     turns = [[document["text"] for document in _documents(seed, 200)] for seed in (2, 3)]
@@ -189,7 +190,7 @@ def _documents(seed: int, count: int) -> list[dict[str, str]]:
 def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
     """params.yaml of the clones: enough work in BLD and scoring to be killed in its middle, seconds in all."""
     scenario = {"scenario": "8/8", "batch": 2, "precision": "float32"}
-    return {
+    values: dict[str, Any] = {
         "run": {"seed": 0, "dtype": "float32", "device": "cpu", "threads": 1, "workers": 2},
         "prepare_parent": {"source": str(parent)},
         "prepare_corpus": {
@@ -232,9 +233,6 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             "copies": 2,
             "repeats": 3,
         },
-        "search_architecture": {},
-        "search_baselines": {},
-        "assemble_child": {},
         "distill_child": {
             "tokens": 32 * SEQ_LEN,
             "sequences_per_step": 2,
@@ -242,7 +240,6 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             "checkpoint_steps": 2,
         },
         "export_child": {"formats": ["nemotron-nas", "gguf-f16", "gguf-q8_0"]},
-        "export_parent": {},
         "evaluate_child": {
             "tokens": 12 * SEQ_LEN,
             "baseline_tokens": 6 * SEQ_LEN,
@@ -250,7 +247,6 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             "sequences_per_batch": 5,
         },
         "benchmark_throughput": {"scenarios": ["8/8"], "batches": [1, 2], "repeats": 2},
-        "measure_accuracy": {},
         "report": {"png_dpi": 50},
         "targets": {
             "small": {
@@ -288,3 +284,4 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             },
         },
     }
+    return {section: values.get(section, {}) for section in Params.model_fields}

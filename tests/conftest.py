@@ -46,7 +46,7 @@ class S3:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    """SeaweedFS on 127.0.0.1, on free ports, gone after the session."""
+    """SeaweedFS on free ports of 127.0.0.1, which ends with the session."""
     folder = tmp_path_factory.mktemp("s3")
     with _weed(folder) as server:
         yield server
@@ -86,7 +86,7 @@ def _weed(folder: Path) -> Iterator[S3]:
 
 
 def _weed_command(folder: Path, s3_port: int) -> list[str]:
-    """Every service on a free port of its own; the ones that we do not need are off."""
+    """The command line: every service on a free port, and those that no test needs off."""
     services = ("s3.port.grpc", "master.port", "master.port.grpc", "filer.port", "filer.port.grpc", "volume.port")
     ports = {service: _free_port() for service in (*services, "volume.port.grpc")}
     return [
@@ -117,7 +117,7 @@ def _low_port() -> int:
 
 
 def _wait(server: S3, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the bucket is there."""
+    """Wait until the bucket exists."""
     values = server.environment
     store = s3fs.S3FileSystem(
         key=values["AWS_ACCESS_KEY_ID"],

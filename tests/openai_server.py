@@ -31,11 +31,11 @@ Manner = Literal[
 
 @dataclass
 class Scripted:
-    """Its URL, what it was asked for, and the most requests that were open at the same time."""
+    """A server that answers in the manners of a script; it keeps the requests and the most that were open at once."""
 
     manners: Sequence[Manner]
     url: str = ""
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     open: int = 0
     most_open: int = 0
@@ -46,9 +46,9 @@ class Scripted:
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions: a token of text an event, in the manner of this request."""
-        manner = self.manners[len(self.asked) % len(self.manners)]
-        asked = await request.json()
-        self.asked.append(asked)
+        manner = self.manners[len(self.requests) % len(self.manners)]
+        body = await request.json()
+        self.requests.append(body)
         self.keys.append(request.headers.get("Authorization"))
         self.open += 1
         self.most_open = max(self.most_open, self.open)
@@ -60,17 +60,17 @@ class Scripted:
                 return web.Response(body=b"\xff\xfe oops", status=500)
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
             await response.prepare(request)
-            await self._stream(response, request, manner, asked)
+            await self._stream(response, request, manner, body)
             return response
         finally:
             self.open -= 1
 
     async def _stream(
-        self, response: web.StreamResponse, request: web.Request, manner: Manner, asked: dict[str, Any]
+        self, response: web.StreamResponse, request: web.Request, manner: Manner, body: dict[str, Any]
     ) -> None:
-        count = asked["max_tokens"] - (manner == "short")
+        count = body["max_tokens"] - (manner == "short")
         events = [_event({"choices": [{"text": " a", "finish_reason": None}]}) for _ in range(count)]
-        usage: dict[str, Any] = {"prompt_tokens": len(asked["prompt"]), "completion_tokens": count}
+        usage: dict[str, Any] = {"prompt_tokens": len(body["prompt"]), "completion_tokens": count}
         if manner == "odd usage":
             usage = {"prompt_tokens": "many", "completion_tokens": None}
         closing = [_event({"choices": [{"text": "", "finish_reason": "length"}]})]

@@ -1,4 +1,4 @@
-"""Fifty prompts, answered greedily by llama.cpp and compared with torch, token by token."""
+"""Fifty prompts, answered greedily by llama.cpp; every step is compared with torch."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from tasks.engines.llamacpp import LlamaCpp
-from tasks.puzzle.child import DeciLMForCausalLM
+from tasks.puzzle.model.child import DeciLMForCausalLM
 
 LOG_PROBABILITY_ERROR = 1.3e-3
-"""Float32 leaves it: both add up the same products of 30 blocks in another order; 3e-4 is usual (docs/runtimes.md)."""
+"""Error that float32 leaves: both add up the same products of 30 blocks in another order; 3e-4 is usual
+(docs/runtimes.md)."""
 _TOPICS = ("the sea", "prime numbers", "sourdough bread", "a bicycle", "the moon", "volcanoes", "bees", "a sonnet")
 _QUESTIONS = ("Explain {} to a child.", "Write one line about {}.", "What is the history of {}?", "List facts on {}:")
 _TEXTS = (
@@ -41,7 +42,7 @@ _USERS = 4
 
 @dataclass(frozen=True)
 class Parity:
-    """Over all positions: how many greedy tokens differ, and by how much log-probabilities of llama.cpp's top 20 do.
+    """Over all positions: the number of greedy tokens that differ, and errors of log-probabilities of the top 20.
 
     A greedy token counts as different where torch's two best are further apart than the tolerance allows.
     """
@@ -58,53 +59,59 @@ def prompts(tokenizer: Any) -> list[list[int]]:
         tokenizer.apply_chat_template([{"role": "user", "content": chat}], add_generation_prompt=True, tokenize=False)
         for chat in CHATS
     ]
-    found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (*chats, *_TEXTS)]
-    assert len(found) == 50
-    return found
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (*chats, *_TEXTS)]
+    assert len(ids) == 50
+    return ids
 
 
 def compare(
-    path: Path, model: DeciLMForCausalLM, asked: Sequence[Sequence[int]], harmless: int, tokens: int, tolerance: float
+    path: Path,
+    model: DeciLMForCausalLM,
+    questions: Sequence[Sequence[int]],
+    harmless: int,
+    tokens: int,
+    tolerance: float,
 ) -> Parity:
-    """Answer prompts of token ids greedily in llama.cpp, exactly as it can, and compare each step with torch.
+    """Answer prompts of token ids greedily in llama.cpp, as exactly as it can, and compare every step with torch.
 
     Args:
         path: the GGUF file, in F32 for the tolerance to mean something.
         model: the same weights in float32.
-        asked: prompts.
+        questions: the prompts.
         harmless: a token that is a letter.
-        tokens: of each answer.
-        tolerance: of log-probabilities.
+        tokens: tokens of an answer.
+        tolerance: largest error of a log-probability.
     """
-    engine = LlamaCpp(path, threads=2, sequences=_USERS, context=max(map(len, asked)) + tokens + 2, exact=True)
+    engine = LlamaCpp(path, threads=2, sequences=_USERS, context=max(map(len, questions)) + tokens + 2, exact=True)
 
     def answer_share(slot: int) -> list[list[dict[str, Any]]]:
-        return [_answer(engine, slot, prompt, harmless, tokens) for prompt in asked[slot::_USERS]]
+        return [_answer(engine, slot, prompt, harmless, tokens) for prompt in questions[slot::_USERS]]
 
     with ThreadPoolExecutor(_USERS) as users:
         shares = list(users.map(answer_share, range(_USERS)))
     errors, different = [], 0
-    for number, prompt in enumerate(asked):
+    for number, prompt in enumerate(questions):
         steps = shares[number % _USERS][number // _USERS]
         tops = [step["top_logprobs"] for step in steps]
-        for top, wanted in zip(tops, _in_torch(model, prompt, [top[0]["id"] for top in tops]), strict=True):
-            different += wanted.max().item() - wanted[top[0]["id"]].item() > 2 * tolerance
-            errors += [abs(one["logprob"] - wanted[one["id"]].item()) for one in top]
-    assert len(errors) == 20 * tokens * len(asked)
-    return Parity(len(asked) * tokens, different, max(errors), sum(errors) / len(errors))
+        in_torch = _in_torch(model, prompt, [top[0]["id"] for top in tops])
+        for top, expected in zip(tops, in_torch, strict=True):
+            different += expected.max().item() - expected[top[0]["id"]].item() > 2 * tolerance
+            errors += [abs(token["logprob"] - expected[token["id"]].item()) for token in top]
+    assert len(errors) == 20 * tokens * len(questions)
+    return Parity(len(questions) * tokens, different, max(errors), sum(errors) / len(errors))
 
 
 def _answer(engine: LlamaCpp, slot: int, prompt: Sequence[int], harmless: int, tokens: int) -> list[dict[str, Any]]:
-    """Steps of a greedy answer, asked for one by one.
+    """Steps of a greedy answer, a request for each.
 
-    llama.cpp leaves out the log-probabilities of a token that ends amid a letter. So it is made to say another one,
-    `harmless`: what it reports is from before that.
+    llama.cpp leaves out the log-probabilities of a token that ends amid a letter. So it is made to generate another
+    token, `harmless`; the log-probabilities that it reports are from before that.
     """
     steps: list[dict[str, Any]] = []
     for _ in range(tokens):
         so_far = [*prompt, *(step["top_logprobs"][0]["id"] for step in steps)]
-        found = engine.complete(so_far, 1, logprobs=20, id_slot=slot, logit_bias=[[harmless, 1e4]])
-        steps += found["choices"][0]["logprobs"]["content"]
+        answer = engine.complete(so_far, 1, logprobs=20, id_slot=slot, logit_bias=[[harmless, 1e4]])
+        steps += answer["choices"][0]["logprobs"]["content"]
     return steps
 
 

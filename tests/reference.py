@@ -1,4 +1,4 @@
-"""Replacement of blocks in transformers' own model, run from the start with full logits: what scores must equal."""
+"""The reference for scores: blocks replaced in transformers' own model, run from the start with full logits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tasks.puzzle.head import TokenLosses
+from tasks.puzzle.model.head import TokenLosses
 from tests.tiny import tiny_model
 
 
@@ -36,26 +36,26 @@ def replace_block(model: Any, block_index: int, tensors: Mapping[str, Tensor]) -
         layer.mlp.add_module("linear_mlp", nn.Linear(hidden_size, hidden_size, bias=False))
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
-            own = tensors.get(name, torch.zeros(0))
+            kept = tensors.get(name, torch.zeros(0))
             if "k_proj" in name or "v_proj" in name:
-                heads = own.reshape(-1, layer.self_attn.head_dim, *own.shape[1:])
-                repeats = parameter.shape[0] // own.shape[0] if len(own) else 1
-                own = heads.repeat_interleave(repeats, 0).reshape(-1, *own.shape[1:])
+                heads = kept.reshape(-1, layer.self_attn.head_dim, *kept.shape[1:])
+                repeats = parameter.shape[0] // kept.shape[0] if len(kept) else 1
+                kept = heads.repeat_interleave(repeats, 0).reshape(-1, *kept.shape[1:])
             parameter.zero_()
-            if len(own):
-                parameter[tuple(slice(size) for size in own.shape)] = own
+            if len(kept):
+                parameter[tuple(slice(size) for size in kept.shape)] = kept
 
 
 def full_replacement(family: str, tokens: Tensor, changes: Mapping[int, Mapping[str, Tensor]]) -> TokenLosses:
-    """Losses from the full logits of transformers' own model, run from the start, in float64."""
+    """Compute losses from the full logits of transformers' own model, run from the start, in float64."""
     child = tiny_model(family)
     for index, tensors in changes.items():
         replace_block(child, index, tensors)
     with torch.no_grad():
         both = [model(tokens, output_hidden_states=True) for model in (tiny_model(family), child)]
-        parent_logits, child_logits = (one.logits[:, :-1].double() for one in both)
+        parent_logits, child_logits = (output.logits[:, :-1].double() for output in both)
         # transformers gives the last hidden states behind the final norm; but for its weight that scales each of them
-        last = [(one.hidden_states[-1] / child.model.norm.weight)[:, :-1] for one in both]
+        last = [(output.hidden_states[-1] / child.model.norm.weight)[:, :-1] for output in both]
     parent_log, child_log = parent_logits.log_softmax(-1), child_logits.log_softmax(-1)
     return TokenLosses(
         kl=functional.kl_div(child_log, parent_log, reduction="none", log_target=True).sum(-1).float(),

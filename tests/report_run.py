@@ -6,24 +6,49 @@ Nothing is trained: a parent's geometry is enough. Same config and targets, same
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from storage.files import read_json, write_json
+from storage.architecture import (
+    Baseline,
+    Baselines,
+    ChosenArchitecture,
+    ReachedLimit,
+    read_architecture,
+    write_baselines,
+)
+from storage.evaluation import (
+    BaselineQuality,
+    Evaluation,
+    ExportQuality,
+    Exports,
+    MeasuredLimit,
+    MeasuredSpeed,
+    PairedDifference,
+    PredictedScore,
+    Quality,
+    write_evaluation,
+)
+from storage.gkd import GkdCurve, GkdStep, HeldOutKl, write_gkd
+from storage.metrics import METRICS
 from storage.model_config import ModelConfig
 from storage.params import Params, parse
+from storage.parent_info import write_parent_info
+from storage.parquet_files import write_table
 from storage.paths import Paths
-from storage.records import Architecture, CostRow, Phase, ScoreRow, ThroughputRow
+from storage.records import CostRow, Phase, ScoreRow, ThroughputRow, Weights
+from storage.scenario import Setting
 from storage.tables import write_costs, write_scores, write_throughput
-from tasks.measured import Counted, speed_ratios
-from tasks.puzzle.cost_model import modelled_rows
-from tasks.puzzle.costs import ModelSizes
-from tasks.puzzle.hardware import device_named
-from tasks.puzzle.variants import attention_variants, ffn_variants, parent_attention, parent_ffn
+from storage.variants import Attention
+from tasks.puzzle.costs.cost_model import ENGINE, modelled_rows
+from tasks.puzzle.costs.cost_table import ModelSizes
+from tasks.puzzle.costs.hardware import device_named
+from tasks.puzzle.search_space import attention_variants, ffn_variants, parent_attention, parent_ffn
 from tasks.search_architecture import search
+from tasks.targets.measured import Counted, measured_speed, speed_ratios
+from tests.records import parent_info
 from tests.settings import tiny_values
 
 HARDWARE, SCENARIO, BATCH = "tiny-cpu", "8/8", 2
@@ -45,35 +70,46 @@ CONFIG = ModelConfig(
     mlp_bias=False,
     activation="silu",
 )
+RATE = 250.0
+"""The parent's decode tokens/s at BATCH in torch."""
 PHASES: dict[Phase, float] = {"prefill": 8.0, "decode": 1.0}
 BASELINES = ("uniform", "greedy", *(f"random_{number}" for number in range(5)), "untrained", "depth")
-_AT = {"hardware": HARDWARE, "engine": "torch", "precision": "float32", "scenario": SCENARIO, "batch": BATCH}
+_SETTING = {"hardware": HARDWARE, "engine": "torch", "precision": "float32", "scenario": SCENARIO, "batch": BATCH}
 TARGETS: dict[str, Any] = {
     "large": {
         "label": "Large <child>",
         "constraints": {
             "size": {"metric": "block_params", "at_most_ratio": 0.73},
-            "speed": {"metric": "decode_throughput", "at_least_ratio": 1.1, **_AT},
+            "speed": {"metric": "decode_throughput", "at_least_ratio": 1.1, **_SETTING},
         },
     },
     "small": {
         "label": "Small",
         "constraints": {
             "size": {"metric": "block_params", "at_most_ratio": 0.57},
-            "speed": {"metric": "decode_throughput", "at_least_ratio": 1.2, **_AT},
+            "speed": {"metric": "decode_throughput", "at_least_ratio": 1.2, **_SETTING},
         },
     },
 }
 
 
-def write_run(paths: Paths, config: ModelConfig = CONFIG, **overrides: dict[str, Any]) -> Params:
-    """Everything that the report reads, for TARGETS; the params of that run."""
-    params = parse({**tiny_values(**overrides), "targets": TARGETS}, "tests/report_run.py")
-    write_json(paths.parent / "puzzle_parent.json", {"name": "Tiny", "digest": "0" * 64, "config": config.to_json()})
+def speed_constraints(metric: str) -> dict[str, Any]:
+    """Constraints of a target whose speed limit is on this metric; the best child keeps them."""
+    bound = {"at_least_ratio": 1.1} if METRICS[metric].more_is_better else {"at_most_ratio": 0.9}
+    size = {"metric": "block_params", "at_most_ratio": 0.57}
+    return {"size": size, "speed": {"metric": metric, **bound, **_SETTING}}
+
+
+def write_run(
+    paths: Paths, config: ModelConfig = CONFIG, targets: dict[str, Any] = TARGETS, **overrides: dict[str, Any]
+) -> Params:
+    """Write everything that the report reads, for these targets; returns the params of that run."""
+    params = parse({**tiny_values(**overrides), "targets": targets}, "tests/report_run.py")
+    write_parent_info(paths.parent, parent_info(config, "Tiny", "0" * 64))
     write_costs(paths.costs, _costs(config, params))
     write_scores(paths.scores, _scores(config, params))
     paths.library.mkdir()
-    pq.write_table(pa.Table.from_pylist(list(_losses(config, params))), paths.library / "index.parquet")
+    write_table(paths.library / "index.parquet", pa.Table.from_pylist(list(_losses(config, params))))
     for number, target in enumerate(params.targets):
         search.fn(target, params, paths)
         _measure(target, number, paths)
@@ -81,20 +117,18 @@ def write_run(paths: Paths, config: ModelConfig = CONFIG, **overrides: dict[str,
 
 
 def _variants(config: ModelConfig, params: Params) -> list[tuple[str, str]]:
-    """(subblock, variant), the parent's own left out."""
+    """Subblock and variant of all but the parent's own."""
     ffns = ffn_variants(config, params.distill_blocks.ffn_ratios, params.distill_blocks.width_multiple, linear=False)
-    return [("attention", one.name) for one in attention_variants(config, linear=False)[1:]] + [
-        ("ffn", f.name) for f in ffns[1:]
-    ]
+    attentions = attention_variants(config, linear=False)
+    return [("attention", variant.name) for variant in attentions[1:]] + [("ffn", variant.name) for variant in ffns[1:]]
 
 
 def _costs(config: ModelConfig, params: Params) -> Iterator[CostRow]:
-    """A modelled GPU, and the same ten thousand times slower as if it had been timed."""
+    """Rows of a modelled GPU, and the same ten thousand times slower as if they had been timed."""
     ffns = ffn_variants(config, params.distill_blocks.ffn_ratios, params.distill_blocks.width_multiple, linear=False)
     device = device_named("h100-sxm")
-    for row in modelled_rows(
-        config, attention_variants(config, linear=False), ffns, device, "float32", SCENARIO, BATCH
-    ):
+    setting = Setting(device.name, ENGINE, "float32", 1, SCENARIO, BATCH)
+    for row in modelled_rows(config, attention_variants(config, linear=False), ffns, device, setting):
         yield row
         timed = replace(row, hardware=HARDWARE, engine="torch", origin="measured", how="made up")
         yield replace(timed, prefill_ms=row.prefill_ms * 1e4, decode_ms=row.decode_ms * 1e4)
@@ -126,7 +160,7 @@ def _scores(config: ModelConfig, params: Params) -> Iterator[ScoreRow]:
 
 
 def _harm(config: ModelConfig, block_index: int, variant: str) -> float:
-    """First and last block matter most, and so does what is taken away."""
+    """Score of a variant: the first and the last block matter most, and the more is taken away the higher it is."""
     kept = int(variant.rpartition("_")[2]) if variant[-1].isdigit() else 0
     whole = config.num_kv_heads if variant.startswith("kv") else config.intermediate_size
     edge: float = 1 + 6 * (block_index in (0, config.num_blocks - 1)) + math.sin(block_index) ** 2
@@ -151,91 +185,82 @@ def _losses(config: ModelConfig, params: Params) -> Iterator[dict[str, Any]]:
 
 
 def _measure(target: str, number: int, paths: Paths) -> None:
-    """evaluation.json, baselines.json, gkd.json, throughput.parquet of a child."""
-    chosen = read_json(paths.architecture(target), "the test")
-    score = chosen["predicted"]["score"]
-    parent = chosen["predicted"]["speed"]["parent"]
-    speed = {
-        "machine": "a made-up processor, 1 core",
-        "is_timed_machine": True,
-        "origin": "measured",
-        **_AT,
-        **{name: {"decode_throughput": rate} for name, rate in (("parent", parent), ("assembled", parent * 1.23))},
-    }
-    rows = list(_throughput(parent))
-    evaluation = {
-        "target": target,
-        "label": chosen["label"],
-        "tokens": 8192,
-        "sequences": 32,
-        "parent": _quality(0.0),
-        "assembled": _quality(score * 1.2),
-        "distilled": _quality(score * 0.8),
-        "baselines": {
-            name: {**_quality(score * (1.3 + 0.4 * rank)), "sequences": 16} for rank, name in enumerate(BASELINES)
+    """Write evaluation.json, baselines.json, gkd.json and throughput.parquet of a child."""
+    chosen, rows = read_architecture(target, paths), list(_throughput(RATE))
+    score = chosen.predicted.score
+    evaluation = Evaluation(
+        target=target,
+        label=chosen.label,
+        tokens=8192,
+        sequences=32,
+        parent=_quality(0.0),
+        assembled=_quality(score * 1.2),
+        distilled=_quality(score * 0.8),
+        baselines={
+            name: BaselineQuality(**asdict(_quality(score * (1.3 + 0.4 * rank))), sequences=16)
+            for rank, name in enumerate(BASELINES)
         },
-        "paired": {
-            name: {"kl_difference": 0.1 * rank - 0.1, "stderr": 0.01}
-            for rank, name in enumerate(("distilled", *BASELINES))
-        },
-        "predicted": {"score": score, "score_stderr": 0.01},
-        "constraints": [{**one, "measured": one["predicted"] * 1.01} for one in chosen["constraints"]],
-        "speed": speed,
-        "speeds": list(speed_ratios(rows, {"parent": _counted(1.0), "assembled": _counted(0.8)})),
-        "exports": {"tokens": 512, "formats": {"gguf-q8_0": {**_quality(score * 0.001), "torch_perplexity": 8.9}}},
-    }
-    write_json(paths.evaluation(target), evaluation)
-    write_json(paths.baselines(target), {"target": target, "baselines": _baselines(chosen)})
-    write_json(paths.gkd(target), _gkd(target, score, number))
+        paired={name: PairedDifference(0.1 * rank - 0.1, 0.01) for rank, name in enumerate(("distilled", *BASELINES))},
+        exports=Exports(512, {"gguf-q8_0": ExportQuality(**asdict(_quality(score * 0.001)), torch_perplexity=8.9)}),
+        predicted=PredictedScore(score, 0.01),
+        constraints=tuple(MeasuredLimit.from_limit(limit, limit.predicted * 1.01) for limit in chosen.constraints),
+        speed=_speed(rows, chosen.constraints),
+        speeds=tuple(speed_ratios(rows, {"parent": _counted(1.0), "assembled": _counted(0.8)})),
+    )
+    write_evaluation(paths.evaluation(target), evaluation)
+    write_baselines(paths.baselines(target), Baselines(target, _baselines(chosen)))
+    write_gkd(paths.gkd(target), _gkd(target, score, number))
     write_throughput(paths.throughput(target), rows)
 
 
+def _speed(rows: list[ThroughputRow], limits: tuple[ReachedLimit, ...]) -> MeasuredSpeed | None:
+    speeds = [measured_speed(limit, rows) for limit in limits if limit.is_speed]
+    return speeds[0] if speeds else None
+
+
 def _counted(share: float) -> Counted:
-    return Counted(ModelSizes(10_000, 9_000, round(40_000 * share), 0), 5, 0)
+    return Counted(ModelSizes(10_000, 9_000, round(40_000 * share), 0), (Attention("gqa", 2),) * 5, 0)
 
 
-def _quality(kl: float) -> dict[str, float]:
-    return {"kl": kl, "kl_stderr": kl / 20, "perplexity": 8.8 * math.exp(kl), "top1_agreement": math.exp(-kl / 2)}
+def _quality(kl: float) -> Quality:
+    return Quality(kl=kl, kl_stderr=kl / 20, perplexity=8.8 * math.exp(kl), top1_agreement=math.exp(-kl / 2))
 
 
-def _baselines(chosen: dict[str, Any]) -> dict[str, Any]:
-    predicted = chosen["predicted"]
-    return {
-        name: {
-            "blocks": Architecture.from_json(chosen["blocks"]).to_json(),
-            "weights": "initial" if name == "untrained" else "decoupled",
-            "predicted": {
-                "score": predicted["score"] * (1.2 + 0.3 * rank),
-                "block_params_ratio": predicted["block_params_ratio"],
-                "kv_ratio": predicted["kv_ratio"],
-                "throughput_ratio": predicted["throughput_ratio"] + 0.02 * (rank % 3),
-            },
-        }
-        for rank, name in enumerate(BASELINES)
-    }
+def _baselines(chosen: ChosenArchitecture) -> dict[str, Baseline]:
+    baselines = {}
+    for rank, name in enumerate(BASELINES):
+        ratio = chosen.predicted.throughput_ratio
+        predicted = replace(
+            chosen.predicted,
+            score=chosen.predicted.score * (1.2 + 0.3 * rank),
+            throughput_ratio=None if ratio is None else ratio + 0.02 * (rank % 3),
+        )
+        weights: Weights = "initial" if name == "untrained" else "decoupled"
+        baselines[name] = Baseline(weights, blocks=chosen.blocks, predicted=predicted)
+    return baselines
 
 
-def _gkd(target: str, score: float, number: int) -> dict[str, Any]:
-    def at(step: int) -> float:
+def _gkd(target: str, score: float, number: int) -> GkdCurve:
+    def kl(step: int) -> float:
         return score * (0.8 + 0.4 * math.exp(-step / 20))
 
     steps = [
-        {
-            "step": step,
-            "tokens": step * 512,
-            "loss": at(step) + 0.1,
-            "kl": at(step) * (1 + 0.1 * math.sin(step + number)),
-            "cosine": 0.1 * math.exp(-step / 50),
-            "learning_rate": 1e-4,
-        }
+        GkdStep(
+            step=step,
+            tokens=step * 512,
+            loss=kl(step) + 0.1,
+            kl=kl(step) * (1 + 0.1 * math.sin(step + number)),
+            cosine=0.1 * math.exp(-step / 50),
+            learning_rate=1e-4,
+        )
         for step in range(1, 61)
     ]
-    held_out = [{"step": step, "tokens": step * 512, "kl": at(step)} for step in range(0, 61, 10)]
-    return {"target": target, "steps": steps, "held_out": held_out, "best_step": 50}
+    held_out = [HeldOutKl(step, step * 512, kl(step)) for step in range(0, 61, 10)]
+    return GkdCurve(target, tuple(steps), tuple(held_out), 50)
 
 
 def _throughput(parent: float) -> Iterator[ThroughputRow]:
-    """In two engines; on the modelled GPU parent and child are best on different numbers of devices."""
+    """Rows of two engines, and of a modelled GPU where parent and child are best on different numbers of devices."""
     for (engine, pace), (model, faster), (phase, share), batch in itertools.product(
         (("torch", 1.0), ("llama.cpp", 0.37)), (("parent", 1.0), ("child", 1.23)), PHASES.items(), (1, BATCH)
     ):
@@ -252,7 +277,7 @@ def _throughput(parent: float) -> Iterator[ThroughputRow]:
             threads=1,
             machine="a made-up processor, 1 core",
             versions="torch 0",
-            measured_ms=1e3 / rate,
+            measured_ms=1e3 * batch * (1.0 if phase == "decode" else 8.0) / rate,
             measured_tokens_per_s=rate,
             measured_spread=0.02,
             predicted_tokens_per_s=rate * 1.05 if batch == BATCH else None,

@@ -7,17 +7,20 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from storage.files import write_json
 from storage.model_config import ModelConfig
 from storage.params import Params, parse
+from storage.parent_info import write_parent_info
 from storage.paths import Paths
-from storage.records import CostRow, Replacement, ScoreRow
+from storage.records import CostRow, ScoreRow
+from storage.scenario import Setting
 from storage.tables import write_costs, write_scores
-from tasks.puzzle.cost_model import ENGINE, modelled_rows
-from tasks.puzzle.hardware import device_named
-from tasks.puzzle.score_rule import Scores
-from tasks.puzzle.variants import attention_variants, ffn_variants, parent_blocks
-from tasks.search_architecture import Found, search
+from storage.variants import Replacement
+from tasks.puzzle.costs.cost_model import ENGINE, modelled_rows
+from tasks.puzzle.costs.hardware import device_named
+from tasks.puzzle.search.score_rule import Scores
+from tasks.puzzle.search_space import attention_variants, ffn_variants, parent_blocks
+from tasks.search_architecture import SearchSummary, search
+from tests.records import parent_info
 
 TARGET = "like-51b"
 MARGIN = 0.05
@@ -48,11 +51,8 @@ def tiny_search_params(
 
     Its child is not exported for llama.cpp, unless a limit holds there: any child may be the best.
     """
-    stages = ("run", "prepare_parent", "prepare_corpus", "cache_activations", "distill_blocks", "score_blocks")
-    later = ("measure_costs", "search_baselines", "assemble_child", "distill_child", "evaluate_child")
-    last = ("export_child", "export_parent", "benchmark_throughput", "measure_accuracy", "report")
-    raw: dict[str, Any] = {stage: {} for stage in (*stages, *later, *last)}
-    if all(one.get("engine") != "llama.cpp" for one in constraints.values()):
+    raw: dict[str, Any] = {section: {} for section in Params.model_fields}
+    if all(constraint.get("engine") != "llama.cpp" for constraint in constraints.values()):
         raw["export_child"] = {"formats": ["nemotron-nas"]}
     raw["search_architecture"] = {"speed_margin": MARGIN, **search_section}
     raw["targets"] = {"like-51b": {"label": "51B-like", "constraints": constraints, **(more or {})}}
@@ -67,10 +67,10 @@ def scores(rng: random.Random) -> list[ScoreRow]:
     replaced += [Replacement(0, 1, ATTENTIONS[1], FFNS[1]), Replacement(1, 2, parent_attention, parent_ffn)]
     return [
         ScoreRow(
-            first_block=of.first_block,
-            span=of.span,
-            attention=of.attention.name,
-            ffn=of.ffn.name,
+            first_block=replacement.first_block,
+            span=replacement.span,
+            attention=replacement.attention.name,
+            ffn=replacement.ffn.name,
             weights="decoupled",
             weights_hash="w",
             around="parent",
@@ -81,7 +81,7 @@ def scores(rng: random.Random) -> list[ScoreRow]:
             top1_agreement=0.9,
             cosine=0.9,
         )
-        for of in replaced
+        for replacement in replaced
         for kl in [rng.uniform(0.01, 0.5)]
         for shard in (0, 1)
     ]
@@ -89,35 +89,39 @@ def scores(rng: random.Random) -> list[ScoreRow]:
 
 def costs(scenario: str = "128/128", batch: int = 8) -> tuple[CostRow, ...]:
     """Modelled milliseconds and sizes of every variant."""
-    return modelled_rows(CONFIG, ATTENTIONS, FFNS, device_named("h100-sxm"), "bfloat16", scenario, batch)
+    setting = Setting("h100-sxm", ENGINE, "bfloat16", 1, scenario, batch)
+    return modelled_rows(CONFIG, ATTENTIONS, FFNS, device_named("h100-sxm"), setting)
 
 
 def write_tables(paths: Paths) -> None:
     """Artifacts that the search reads."""
-    write_json(paths.parent / "puzzle_parent.json", {"name": "tiny", "digest": "d1", "config": CONFIG.to_json()})
+    write_parent_info(paths.parent, parent_info(CONFIG))
     write_scores(paths.scores, scores(random.Random(0)))
     write_costs(paths.costs, costs())
 
 
 def run_search(
     constraints: dict[str, Any], paths: Paths, more: dict[str, Any] | None = None, **section: Any
-) -> tuple[Found, dict[str, Any], dict[str, Any]]:
-    """Search; what was found, architecture.json, search.json."""
-    found = search.fn("like-51b", tiny_search_params(constraints, more, **section), paths)
+) -> tuple[SearchSummary, dict[str, Any], dict[str, Any]]:
+    """Search; the summary, architecture.json, search.json."""
+    summary = search.fn("like-51b", tiny_search_params(constraints, more, **section), paths)
     architecture = json.loads(paths.architecture("like-51b").read_text())
-    return found, architecture, json.loads(paths.search("like-51b").read_text())
+    return summary, architecture, json.loads(paths.search("like-51b").read_text())
 
 
-def children(of: Scores) -> Iterator[tuple[Replacement, ...]]:
+def children(table: Scores) -> Iterator[tuple[Replacement, ...]]:
     """Every child that the tables allow."""
-    scored = [*parent_blocks(CONFIG), *of.replacements("decoupled")]
-    single = [[one for one in scored if one.first_block == block and one.span == 1] for block in range(3)]
+    scored = [*parent_blocks(CONFIG), *table.replacements("decoupled")]
+    single = [
+        [candidate for candidate in scored if candidate.first_block == block and candidate.span == 1]
+        for block in range(3)
+    ]
     yield from itertools.product(*single)
-    yield from itertools.product(single[0], [one for one in scored if one.span == 2])
+    yield from itertools.product(single[0], [candidate for candidate in scored if candidate.span == 2])
 
 
 @functools.cache
 def all_children() -> tuple[tuple[tuple[Replacement, ...], float], ...]:
     """Every child with its sum of scores."""
-    found = Scores.of(scores(random.Random(0)), CONFIG)
-    return tuple((child, found.total(child, "decoupled").mean) for child in children(found))
+    table = Scores.from_rows(scores(random.Random(0)), CONFIG)
+    return tuple((child, table.total(child, "decoupled").mean) for child in children(table))

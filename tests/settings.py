@@ -8,11 +8,10 @@ SEQ_LEN = 16
 
 
 def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
-    """The raw mapping behind :func:`tiny_params`: what a params.yaml of this size would hold."""
+    """Return the raw mapping behind :func:`tiny_params`, as a params.yaml of this size would hold it."""
     constraint = {"metric": "block_params", "at_most_ratio": 0.7}
-    values: dict[str, Any] = {
+    values: dict[str, Any] = {section: {} for section in Params.model_fields} | {
         "run": {"dtype": "float32", "device": "cpu", "threads": 1, "workers": 1},
-        "prepare_parent": {},
         "prepare_corpus": {
             "seq_len": SEQ_LEN,
             "train_tokens": 48 * SEQ_LEN,
@@ -37,10 +36,6 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
             "blocks_per_group": 2,
             "sequences_per_batch": 2,
         },
-        "measure_costs": {},
-        "search_architecture": {},
-        "search_baselines": {},
-        "assemble_child": {},
         "distill_child": {
             "tokens": 16 * SEQ_LEN,
             "sequences_per_step": 2,
@@ -48,16 +43,12 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
             "held_out_tokens": 4 * SEQ_LEN,
             "checkpoint_steps": 3,
         },
-        "export_child": {},
-        "export_parent": {},
         "evaluate_child": {
             "tokens": 8 * SEQ_LEN,
             "baseline_tokens": 4 * SEQ_LEN,
             "export_tokens": 4 * SEQ_LEN,
             "sequences_per_batch": 4,
         },
-        "benchmark_throughput": {},
-        "measure_accuracy": {},
         "report": {"png_dpi": 50},
         "targets": {"small": {"label": "Small", "constraints": {"size": constraint}}},
     }
@@ -67,5 +58,5 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def tiny_params(**overrides: dict[str, Any]) -> Params:
-    """Params for a parent of tests.tiny; `overrides` change single keys of a section: `run={"seed": 1}`."""
+    """Make params for a parent of tests.tiny; `overrides` change single keys of a section: `run={"seed": 1}`."""
     return parse(tiny_values(**overrides), "tests/settings.py")

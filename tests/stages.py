@@ -1,23 +1,26 @@
-"""Stages run in this process, as their flows do: plan, make the pieces, finish. No Prefect server, no DVC."""
+"""Run stages in this process as their flows do (plan, make the pieces, finish), without Prefect's server and DVC."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from storage.files import sha256, write_json
+from storage.architecture import write_architecture
+from storage.files import sha256
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import Architecture, Attention, Ffn, Replacement
+from storage.variants import Attention, Ffn, Replacement
 from tasks import assemble_child, benchmark_throughput, cache_activations, distill_blocks, score_blocks
 from tasks.prepare_parent import prepare_parent
+from tests.chosen import chosen_architecture
 from tests.settings import SEQ_LEN, tiny_params
-from tests.tiny import SIZES, save_tiny, tiny_corpus
+from tests.tiny import SIZES, save_tiny, save_tokenizer, tiny_corpus
 
 
 def prepare(family: str, root: Path, **overrides: dict[str, Any]) -> tuple[Params, Paths]:
-    """A tiny parent and corpus as artifacts under `root`, and the params that made them."""
+    """Make a tiny parent and corpus as artifacts under `root`; return the params that made them, and their paths."""
     save_tiny(family, root / "source")
+    save_tokenizer(root / "source")
     params = tiny_params(**overrides, prepare_parent={"source": str(root / "source")})
     paths = Paths(root / "artifacts")
     prepare_parent.fn(params, paths)
@@ -26,7 +29,7 @@ def prepare(family: str, root: Path, **overrides: dict[str, Any]) -> tuple[Param
 
 
 def cache(params: Params, paths: Paths) -> list[str]:
-    """Run cache_activations; the shards that it made."""
+    """Run cache_activations; return the names of the shards that it made."""
     shards = cache_activations.plan_shards.fn(params, paths)
     for shard in shards:
         cache_activations.cache_shard.fn(shard, params, paths)
@@ -34,7 +37,7 @@ def cache(params: Params, paths: Paths) -> list[str]:
 
 
 def planned_variants(params: Params, paths: Paths) -> list[str]:
-    """Entries of the library that distill_blocks would train."""
+    """Return the names of the library entries that distill_blocks would train."""
     return [
         name
         for plan in distill_blocks.plan_blocks.fn(params, paths)
@@ -44,7 +47,7 @@ def planned_variants(params: Params, paths: Paths) -> list[str]:
 
 
 def distill(params: Params, paths: Paths) -> list[str]:
-    """Run distill_blocks; the entries that it trained."""
+    """Run distill_blocks; return the names of the entries that it trained."""
     plans = distill_blocks.plan_blocks.fn(params, paths)
     for plan in plans:
         distill_blocks.train_block.fn(plan, params, paths)
@@ -64,28 +67,18 @@ def assemble(params: Params, paths: Paths, variants: list[tuple[str, str]]) -> N
 def assemble_blocks(params: Params, paths: Paths, blocks: list[Replacement]) -> None:
     """Assemble target `small` from these blocks."""
     parent = Parent(paths.parent)
-    predicted = {"params": 1, "params_ratio": 1.0, "block_params_ratio": 1.0, "kv_ratio": 1.0}
-    chosen = {
-        "target": "small",
-        "label": "Small",
-        "parent": {"name": parent.info["name"], "digest": parent.digest},
-        "blocks": Architecture(tuple(blocks)).to_json(),
-        "predicted": predicted,
-        "constraints": [],
-    }
-    write_json(paths.architecture("small"), chosen)
+    chosen = chosen_architecture(blocks, parent.info.name, parent.digest)
+    write_architecture(paths.architecture("small"), chosen)
     assemble_child.assemble.fn("small", params, paths)
 
 
-def score(params: Params, paths: Paths) -> list[score_blocks.Job]:
-    """Run score_blocks; the jobs that it computed."""
-    jobs: list[score_blocks.Job] = []
-    while groups := score_blocks.plan_groups.fn(params, paths):
-        for group in groups:
-            score_blocks.score_jobs.fn(group, params, paths)
-            jobs += group.jobs
+def score(params: Params, paths: Paths) -> list[score_blocks.ScoreJob]:
+    """Run score_blocks; return the jobs that it computed."""
+    groups = score_blocks.plan_groups.fn(params, paths)
+    for group in groups:
+        score_blocks.score_jobs.fn(group, params, paths)
     score_blocks.write_score_table.fn(params, paths)
-    return jobs
+    return [job for group in groups for job in group.jobs]
 
 
 def benchmark(params: Params, paths: Paths, target: str) -> None:
@@ -99,5 +92,5 @@ STAGES: tuple[Callable[[Params, Paths], Any], ...] = (cache, distill, score)
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Path below `folder` -> sha256, of every file."""
+    """Return the sha256 of every file by its path below `folder`."""
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}

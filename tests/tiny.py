@@ -20,9 +20,10 @@ from transformers import (
 from storage.checkpoints import CheckpointWriter
 from storage.corpus import SPLITS, Manifest, Split, content_hash, split_path, write_manifest, write_split
 from storage.files import read_json, sha256, write_json
-from storage.model_config import ModelConfig, expected_shapes, to_nemotron_nas
-from storage.records import Attention, Ffn
-from tasks.puzzle.child import DeciLMForCausalLM, NemotronNasConfig
+from storage.model_config import ModelConfig, expected_shapes
+from storage.nemotron_nas import to_nemotron_nas
+from storage.variants import Attention, Ffn
+from tasks.puzzle.model.child import DeciLMForCausalLM, NemotronNasConfig
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -47,7 +48,7 @@ FAMILIES = ("llama", "llama3-untied-head_dim-bias", "mistral", "qwen2")
 
 
 def tiny_model(family: str) -> Any:
-    """A random parent of a family, float32, the same on every call."""
+    """Make a random parent of a family, float32, the same on every call."""
     torch.manual_seed(0)
     model: Any
     match family:
@@ -77,14 +78,14 @@ def tiny_model(family: str) -> Any:
 
 
 def save_tiny(family: str, folder: Path, max_shard_size: str = "20KB") -> tuple[Any, ModelConfig]:
-    """Save a tiny parent as a sharded checkpoint; also its geometry as this project reads it."""
+    """Save a tiny parent as a sharded checkpoint; return the model, and its geometry as this project reads it."""
     model = tiny_model(family)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model, ModelConfig.from_hf(read_json(folder / "config.json", "the test"), str(folder))
 
 
 def random_child(config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], seed: int = 1) -> DeciLMForCausalLM:
-    """A child with weights large enough that every subblock changes the logits."""
+    """Make a child with weights large enough that every subblock changes the logits."""
     torch.manual_seed(seed)
     model = DeciLMForCausalLM(NemotronNasConfig(**to_nemotron_nas(config, blocks, {}, "float32")))
     for key, parameter in model.named_parameters():
@@ -106,18 +107,18 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_child(folder: Path, config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]]) -> DeciLMForCausalLM:
-    """A random child as a checkpoint folder of this project, with a byte-level tokenizer of 260 tokens."""
+    """Save a random child as a checkpoint of this project, with the tokenizer of save_tokenizer; return the model."""
     model = random_child(config, blocks)
     folder.mkdir(parents=True)
-    tensors = {name: one for name, one in model.state_dict().items() if name in expected_shapes(config, blocks)}
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in expected_shapes(config, blocks)}
     writer = CheckpointWriter(folder, 40_000)
     for name, tensor in tensors.items():
         writer.add({name: tensor})
-    writer.finish()
     special = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
     write_json(folder / "config.json", to_nemotron_nas(config, blocks, special, "float32"))
     save_tokenizer(folder)
     (folder / "LICENSE").write_text("The tiny licence.\n", encoding="utf-8")
+    writer.finish()
     return model
 
 
@@ -129,7 +130,7 @@ def flip_byte(path: Path, position: int = -1) -> None:
 
 
 def tiny_corpus(folder: Path, vocab_size: int, seq_len: int, sequences: tuple[int, int, int] = (48, 16, 8)) -> None:
-    """Write a corpus of random ids as prepare_corpus would, with so many sequences in SPLITS; the same on every call.
+    """Write a corpus of random ids as prepare_corpus would, the same on every call; `sequences` counts them by split.
 
     A shorter corpus holds the first sequences of a longer one.
     """

@@ -26,7 +26,7 @@ class JsonObject:
                 setattr(self, name, JsonObject(value) if isinstance(value, dict) else value)
 
     def to_dict(self) -> dict[str, Any]:
-        """The object as it was read, with what has been set since."""
+        """The object as it was read, with the attributes that were set since."""
         fields = {name: getattr(self, name, None) for name in self._names}
         return {name: value.to_dict() if isinstance(value, JsonObject) else value for name, value in fields.items()}
 
@@ -50,7 +50,9 @@ class NemotronNasConfig(PretrainedConfig):
         dtype: Any = None,
         **fields: Any,
     ) -> None:
-        self.block_configs: list[Any] = [JsonObject(one) if isinstance(one, dict) else one for one in block_configs]
+        self.block_configs: list[Any] = [
+            JsonObject(block) if isinstance(block, dict) else block for block in block_configs
+        ]
         self.max_position_embeddings = max_position_embeddings
         rope = dict(rope_parameters or rope_scaling or {})
         rope.setdefault("rope_type", rope.pop("type", "default"))
@@ -72,6 +74,6 @@ class NemotronNasConfig(PretrainedConfig):
         return None if scaling == {"rope_type": "default"} else scaling
 
     def to_dict(self) -> dict[str, Any]:
-        """As in config.json, with both forms of the rotary parameters."""
-        blocks = [one.to_dict() if isinstance(one, JsonObject) else one for one in self.block_configs]
+        """The fields of config.json, with both forms of the rotary parameters."""
+        blocks = [block.to_dict() if isinstance(block, JsonObject) else block for block in self.block_configs]
         return {**super().to_dict(), "rope_scaling": self.scaling(), "block_configs": blocks}

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from .configuration_nemotron_nas import NemotronNasConfig
@@ -24,16 +25,16 @@ class DeciLMBlock(nn.Module):
     def __init__(self, config: NemotronNasConfig, attention: Any, ffn: Any, cache_index: int) -> None:
         super().__init__()
         self.attention, self.ffn, size = attention, ffn, config.hidden_size
-        own: Any = copy.copy(config)  # what Llama's parts read: this block's sizes, and a field that our config lacks
-        own.attention_dropout, own.attention_bias = 0.0, config.qkv_bias
+        llama_config: Any = copy.copy(config)  # this block's sizes, and a field that ours lacks
+        llama_config.attention_dropout, llama_config.attention_bias = 0.0, config.qkv_bias
         if not attention.no_op:
             self.input_layernorm = LlamaRMSNorm(size, eps=config.rms_norm_eps)
             self.self_attn: Any
             if attention.replace_with_linear:
                 self.self_attn = nn.ModuleDict({"linear_attn": nn.Linear(size, size, bias=False)})
             else:
-                own.num_key_value_heads = config.num_attention_heads // attention.n_heads_in_group
-                self.self_attn = LlamaAttention(own, cache_index)
+                llama_config.num_key_value_heads = config.num_attention_heads // attention.n_heads_in_group
+                self.self_attn = LlamaAttention(llama_config, cache_index)
                 heads = config.num_attention_heads * config.head_dim
                 self.self_attn.o_proj = nn.Linear(heads, size, bias=config.attention_bias)
         if not ffn.no_op:
@@ -42,21 +43,28 @@ class DeciLMBlock(nn.Module):
             if ffn.replace_with_linear:
                 self.mlp = nn.ModuleDict({"linear_mlp": nn.Linear(size, size, bias=False)})
             else:
-                own.intermediate_size = _width(ffn, size)
-                self.mlp = LlamaMLP(own)
+                llama_config.intermediate_size = _width(ffn, size)
+                self.mlp = LlamaMLP(llama_config)
 
-    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, cache: Cache | None) -> Tensor:
-        """Both halves, [batch, tokens, hidden] -> the same shape."""
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, cache: Cache | None, places: Tensor
+    ) -> tuple[Tensor, Any]:
+        """Both halves, [batch, tokens, hidden] -> the same shape; attention's weights, where it keeps them.
+
+        `places` are the positions of the tokens in the cache, which versions before 5 ask for.
+        """
+        weights = None
         if not self.attention.no_op:
             normed = self.input_layernorm(hidden)
             if self.attention.replace_with_linear:
                 hidden = hidden + self.self_attn["linear_attn"](normed)
             else:  # by position: the cache's name differs between versions, and a wrong one is ignored
-                hidden = hidden + self.self_attn(normed, rotary, mask, cache)[0]
+                attended, weights, *_ = self.self_attn(normed, rotary, mask, cache, cache_position=places)
+                hidden = hidden + attended
         if not self.ffn.no_op:
             normed = self.post_attention_layernorm(hidden)
             hidden = hidden + (self.mlp["linear_mlp"](normed) if self.ffn.replace_with_linear else self.mlp(normed))
-        return hidden
+        return hidden, weights
 
 
 def _width(ffn: Any, hidden_size: int) -> int:
@@ -65,46 +73,90 @@ def _width(ffn: Any, hidden_size: int) -> int:
     return int(exact) if exact else -(-int(2 * ffn.ffn_mult * hidden_size / 3) // 256) * 256
 
 
-def _mask(hidden: Tensor, seen: int, padding: Tensor | None) -> Tensor:
-    """Added to scores, [batch or 1, 1, tokens, seen + tokens]: no later position, none where `padding` is 0.
+def _mask(hidden: Tensor, places: Tensor, length: int, given: Tensor | None, sequences: Tensor | None) -> Tensor:
+    """Added to scores, [batch or 1, heads or 1, tokens, length]: the lowest finite number where a key is not seen.
 
-    The lowest finite number, not -inf: a padded position attends to nothing, and its softmax must not be NaN.
+    Not -inf: a padded position attends to nothing, and its softmax must not be NaN. `given`, [batch, seen + tokens], is
+    0 where there is padding; one of four dimensions is the whole mask. `sequences` numbers the sequences that share a
+    row.
     """
-    tokens = hidden.shape[1]
-    allowed = torch.ones(tokens, seen + tokens, dtype=torch.bool, device=hidden.device).tril(seen)[None, None]
-    if padding is not None:
-        allowed = allowed & padding[:, None, None, :].bool()
-    return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)
+    lowest = torch.finfo(hidden.dtype).min
+    if given is not None and given.dim() == 4:
+        if given.is_floating_point():
+            return given.to(hidden.device, hidden.dtype).clamp_min(lowest)
+        allowed = given.to(hidden.device).bool()
+    else:
+        allowed = (torch.arange(length, device=hidden.device) <= places[:, None])[None, None]
+        if given is not None:
+            padding = functional.pad(given.to(hidden.device).bool(), (0, length - given.shape[1]))
+            allowed = allowed & padding[:, None, None, :]
+        if sequences is not None:
+            allowed = allowed & (sequences[:, None, :, None] == sequences[:, None, None, :])
+    return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, lowest)
 
 
-class DeciLMForCausalLM(PreTrainedModel, GenerationMixin):
-    """Embedding, blocks, final norm, and a head that is tied to the embedding or not."""
+def _length(cache: Any, end: Any) -> Any:
+    """The number of keys that attention is given for tokens up to `end`: a static cache gives all that it has room for.
+
+    Versions name its limit differently.
+    """
+    if not isinstance(cache, StaticCache):
+        return end
+    limit: Any = getattr(cache, "get_max_length", None) or getattr(cache, "get_max_cache_shape", None)
+    return limit()
+
+
+def _sequences(position_ids: Tensor) -> Tensor:
+    """The number of the sequence that each token of a row belongs to: a new one begins where positions do not go on."""
+    goes_on = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    return functional.pad((~goes_on).cumsum(-1), (1, 0))
+
+
+def _kept(hidden: Tensor, positions: int | Tensor) -> Tensor:
+    """The last so many positions (0: all); or the positions themselves, for all rows, for each, or as a bool mask."""
+    if not isinstance(positions, Tensor):
+        return hidden[:, -positions:]
+    if positions.dim() < 2:
+        return hidden[:, positions.reshape(-1)]
+    if positions.dtype == torch.bool:
+        return hidden[positions]
+    return hidden.take_along_dim(positions[:, :, None], 1)
+
+
+class DeciLMPreTrainedModel(PreTrainedModel):
+    """What transformers asks of every model class."""
 
     config_class = NemotronNasConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_cache_class = True  # versions before 5 ask
+
+
+class DeciLMModel(DeciLMPreTrainedModel):
+    """Embedding, blocks and final norm: token ids in, hidden states out."""
 
     def __init__(self, config: NemotronNasConfig) -> None:
         super().__init__(config)
-        self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
         self._no_split_modules, self._skip_keys_device_placement = ["DeciLMBlock"], ["past_key_values"]
+        self.gradient_checkpointing = False
         pairs = [(block.attention, block.ffn) for block in config.block_configs]
         cached = [not attention.no_op and not attention.replace_with_linear for attention, _ in pairs]
         blocks = [DeciLMBlock(config, *pair, cache_index=sum(cached[:index])) for index, pair in enumerate(pairs)]
         rope: Any = config
-        parts = {"embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size), "layers": nn.ModuleList(blocks)}
-        parts |= {"norm": LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)}
-        self.model = nn.ModuleDict(parts | {"rotary_emb": LlamaRotaryEmbedding(config=rope)})
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=rope)
         PreTrainedModel.post_init(self)
 
     def get_input_embeddings(self) -> Any:
-        """The embedding; transformers 4 ties the head to it through these two."""
-        return self.model["embed_tokens"]
+        """The embedding; transformers 4 asks by this name."""
+        return self.embed_tokens
 
-    def get_output_embeddings(self) -> Any:
-        """The head."""
-        return self.lm_head
+    def set_input_embeddings(self, value: Any) -> None:
+        """Put another embedding in its place."""
+        self.embed_tokens = value
 
     def forward(
         self,
@@ -114,18 +166,103 @@ class DeciLMForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **_: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits of the last `logits_to_keep` positions (0: all), [batch, positions, vocabulary]."""
-        hidden = self.model["embed_tokens"](input_ids) if inputs_embeds is None else inputs_embeds
+    ) -> Any:
+        """Hidden states behind the final norm, [batch, tokens, hidden]; on request those before every block as well."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected either input_ids or inputs_embeds, found both or neither; give one of them")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        again = self.gradient_checkpointing and self.training
+        if again:  # a block that is computed again would be cached again
+            use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        seen: Any = past_key_values.get_seq_length() if past_key_values is not None else 0
+        places, sequences = seen + torch.arange(hidden.shape[1], device=hidden.device), None
         if position_ids is None:
-            position_ids = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]
-        mask, rotary = _mask(hidden, seen, attention_mask), self.model["rotary_emb"](hidden, position_ids)
-        for block in self.model["layers"]:
-            hidden = block(hidden, rotary, mask, past_key_values)
-        logits = self.lm_head(self.model["norm"](hidden[:, -logits_to_keep:]))
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+            position_ids = places[None]
+        elif attention_mask is None and past_key_values is None:
+            sequences = _sequences(position_ids)
+        length = _length(past_key_values, seen + hidden.shape[1])
+        mask = _mask(hidden, places, length, attention_mask, sequences)
+        rotary, before, weights = self.rotary_emb(hidden, position_ids), [], []
+        for block in self.layers:
+            before.append(hidden)
+            inputs = (hidden, rotary, mask, past_key_values, places)
+            hidden, attended = self._gradient_checkpointing_func(block.__call__, *inputs) if again else block(*inputs)
+            weights.append(attended)
+        hidden = self.norm(hidden)
+        output = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            output["hidden_states"] = (*before, hidden)
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            output["attentions"] = tuple(weights)
+        return output if _as_dict(self.config, return_dict) else output.to_tuple()
+
+
+def _as_dict(config: Any, return_dict: bool | None) -> bool:
+    """Whether an output is an object with names, not a tuple."""
+    return bool(config.return_dict if return_dict is None else return_dict)
+
+
+class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
+    """The model, and a head that is tied to the embedding or not."""
+
+    def __init__(self, config: NemotronNasConfig) -> None:
+        super().__init__(config)
+        self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+        self.model = DeciLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        PreTrainedModel.post_init(self)
+
+    def get_input_embeddings(self) -> Any:
+        """The embedding; transformers 4 ties the head to it through these four."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Put another embedding in its place."""
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> Any:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Put another head in its place."""
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Logits, [batch, positions, vocabulary], and the LM loss where there are labels.
+
+        `logits_to_keep`: so many last positions (0: all), or the positions themselves. Of `options`, transformers'
+        loss reads its own (`num_items_in_batch`, ...), and DeciLMModel `output_hidden_states` and `output_attentions`.
+        """
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        outputs = self.model(*inputs, return_dict=True, **options)
+        logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if _as_dict(self.config, return_dict) else output.to_tuple()

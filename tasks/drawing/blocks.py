@@ -1,4 +1,7 @@
-"""A child block by block: what it is made of, and what it costs beside the parent (the announcement's figure 3)."""
+"""A child block by block: its variants, and its runtime beside the parent's (the announcement's figure 3).
+
+In: architectures, milliseconds. Out: drawings.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,15 +10,15 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from storage.records import Attention, Ffn, Replacement
+from storage.variants import Attention, Ffn, Replacement
 from tasks.drawing.style import BLUE, GREEN, GREY, INK, LIGHT, ORANGE, Drawing, finish, panels, styled
 
 _NARROW = 40
-"""More blocks than this, and the cells' words stand upright."""
+"""With more blocks than this, the words in the cells are turned upright."""
 
 
 @dataclass(frozen=True)
-class Model:
+class DrawnModel:
     """A model to draw: its name, its key in ids, its blocks."""
 
     label: str
@@ -34,22 +37,25 @@ class BlockRuntime:
 
 
 @dataclass(frozen=True)
-class Runtime:
-    """A child's subblocks, each with its milliseconds; `what` says of what, where, and how they were had."""
+class ChildRuntime:
+    """A child's subblocks, each with its milliseconds; `meaning` says what they are of, where and how they were taken.
+
+    An example: `ms of a decode step, measured timings: cpu, torch, float32, 128/128, batch 8`.
+    """
 
     label: str
-    what: str
+    meaning: str
     blocks: Sequence[BlockRuntime]
 
     def total(self, component: str) -> tuple[float, float]:
         """Milliseconds of all attentions or FFNs: child, parent."""
-        of = [block for block in self.blocks if block.component == component]
-        return sum(block.child_ms for block in of), sum(block.parent_ms for block in of)
+        blocks = [block for block in self.blocks if block.component == component]
+        return sum(block.child_ms for block in blocks), sum(block.parent_ms for block in blocks)
 
 
 @styled
-def architectures(models: Sequence[Model], dpi: int) -> Drawing:
-    """Parent (first of `models`) and children: a cell per block and subblock, as tall as the variant is large."""
+def architectures(models: Sequence[DrawnModel], dpi: int) -> Drawing:
+    """Draw parent (first of `models`) and children: a cell per block and subblock, as tall as the variant is large."""
     figure, grid = panels(len(models), 1, 0.5 + 1.15 * len(models))
     for (axes,), model in zip(grid, models, strict=True):
         _architecture(axes, model, models[0].blocks[0])
@@ -58,7 +64,7 @@ def architectures(models: Sequence[Model], dpi: int) -> Drawing:
     return finish(figure, "architecture", f"Architecture block by block. {description}", dpi)
 
 
-def _architecture(axes: Axes, model: Model, full: Replacement) -> None:
+def _architecture(axes: Axes, model: DrawnModel, full: Replacement) -> None:
     count = model.blocks[-1].parent_blocks[-1] + 1
     for block in model.blocks:
         for variant, floor, size in (
@@ -77,7 +83,7 @@ def _architecture(axes: Axes, model: Model, full: Replacement) -> None:
 def _cell(
     axes: Axes, key: str, block: Replacement, variant: Attention | Ffn, floor: float, size: float, *, upright: bool
 ) -> None:
-    """A light frame of the parent's size, filled as far as the variant goes. Its id names target, block and variant."""
+    """Draw a frame of the parent's size, filled as far as the variant is large; its id names target, block, variant."""
     part = "attention" if isinstance(variant, Attention) else "ffn"
     left, width = block.first_block - 0.46, block.span - 0.08
     frame = Rectangle((left, floor), width, 1.0, facecolor="white", edgecolor="#c9c9c9", linewidth=0.6)
@@ -107,16 +113,17 @@ def _word(variant: Attention | Ffn) -> str:
 
 
 def _kinds(blocks: Sequence[Replacement]) -> str:
-    """How often each variant occurs: `attention kv_3 x22, no_op x8; FFN ffn_1536 x9, ...`."""
-    parts = []
-    for title, names in (
-        ("attention", [block.attention.name for block in blocks]),
-        ("FFN", [block.ffn.name for block in blocks]),
-    ):
-        ordered = sorted(set(names), key=lambda name: (-_size(name), name))
-        parts.append(f"{title} " + ", ".join(f"{name} ×{names.count(name)}" for name in ordered))
+    """The number of each variant: `attention kv_3 ×22, no_op ×8; FFN ffn_1536 ×9, ...`."""
+    attention = _counted([block.attention.name for block in blocks])
+    ffn = _counted([block.ffn.name for block in blocks])
     spans = sum(block.span > 1 for block in blocks)
-    return "; ".join(parts) + (f"; {spans} of {len(blocks)} replace several blocks" if spans else "")
+    return f"attention {attention}; FFN {ffn}" + (f"; {spans} of {len(blocks)} replace several blocks" if spans else "")
+
+
+def _counted(names: Sequence[str]) -> str:
+    """Names with their counts, large variants first."""
+    ordered = sorted(set(names), key=lambda name: (-_size(name), name))
+    return ", ".join(f"{name} ×{names.count(name)}" for name in ordered)
 
 
 def _size(name: str) -> int:
@@ -125,8 +132,8 @@ def _size(name: str) -> int:
 
 
 @styled
-def runtimes(children: Sequence[Runtime], dpi: int) -> Drawing:
-    """Attention (upper row) and FFN (lower row) of every child against the parent, the saved part shaded."""
+def runtimes(children: Sequence[ChildRuntime], dpi: int) -> Drawing:
+    """Draw attention (upper row) and FFN (lower row) of every child against the parent, the saved part shaded."""
     figure, grid = panels(2 * len(children), 1, 3.5 * len(children) + 0.2)
     for number, child in enumerate(children):
         for axes, component in zip((grid[2 * number][0], grid[2 * number + 1][0]), ("attention", "ffn"), strict=True):
@@ -134,17 +141,15 @@ def runtimes(children: Sequence[Runtime], dpi: int) -> Drawing:
         grid[2 * number][0].sharey(grid[2 * number + 1][0])
         top = max(max(block.child_ms, block.parent_ms) / len(block.parent_blocks) for block in child.blocks)
         grid[2 * number][0].set_ylim(0, 1.08 * top)
-        grid[2 * number + 1][0].set_xlabel(f"block of the parent\n({child.what})")
+        grid[2 * number + 1][0].set_xlabel(f"block of the parent\n({child.meaning})")
     handles, names = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper right", ncols=3)
-    totals = [
-        f"{child.label}: " + "; ".join(_total(child, part) for part in ("attention", "ffn")) for child in children
-    ]
+    totals = [f"{child.label}: {_total(child, 'attention')}; {_total(child, 'ffn')}" for child in children]
     return finish(figure, "runtime_per_block", f"Runtime per block, child against parent. {'. '.join(totals)}", dpi)
 
 
-def _runtime(axes: Axes, child: Runtime, component: str) -> None:
-    """Bars whose area is milliseconds: a span's bar is as wide as the blocks that it replaces."""
+def _runtime(axes: Axes, child: ChildRuntime, component: str) -> None:
+    """Draw bars whose area is milliseconds: a span's bar is as wide as the blocks that it replaces."""
     blocks = [block for block in child.blocks if block.component == component]
     left = [block.parent_blocks[0] - 0.44 for block in blocks]
     width = [len(block.parent_blocks) - 0.12 for block in blocks]
@@ -169,7 +174,7 @@ def _runtime(axes: Axes, child: Runtime, component: str) -> None:
     axes.grid(axis="y")
 
 
-def _total(child: Runtime, component: str) -> str:
+def _total(child: ChildRuntime, component: str) -> str:
     ours, theirs = child.total(component)
     word = "attention" if component == "attention" else "FFN"
     share = f" ({1 - ours / theirs:.0%} saved)" if theirs else ""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tasks.drawing.style import BLUE, GREY, LINE, ORANGE, Drawing, finish, panels, spread, styled
+from tasks.drawing.style import BLUE, GREY, LINE, ORANGE, Drawing, finish, panels, spaced_apart, styled
 
 _GAP = 0.05
 """Least distance of labels, as a share of the axes' height."""
@@ -11,7 +11,7 @@ _GAP = 0.05
 
 @dataclass(frozen=True)
 class Proven:
-    """A child that is proven to be the best at its value: sum of scores in nats/token, and the price of 1 % more."""
+    """A child that is proven best at its value of the metric: sum of scores, and price of 1 % more (nats/token)."""
 
     value: float
     score: float
@@ -20,7 +20,7 @@ class Proven:
 
 @dataclass(frozen=True)
 class Marked:
-    """Another model to show beside the frontier."""
+    """Another model, shown beside the frontier."""
 
     name: str
     value: float
@@ -30,10 +30,10 @@ class Marked:
 
 @styled
 def draw_frontier(title: str, axis: str, proven: Sequence[Proven], marked: Sequence[Marked], dpi: int) -> Drawing:
-    """Left: sum of scores over the metric; right: what 1 % more of it costs. All of it predicted from the tables.
+    """Draw the sum of scores over the metric (left) and the price of 1 % more (right), all predicted from the tables.
 
     Args:
-        title: of the figure.
+        title: the left panel's title.
         axis: the metric with its unit.
         proven: the frontier, by rising value.
         marked: parent, targets and baselines.
@@ -44,15 +44,15 @@ def draw_frontier(title: str, axis: str, proven: Sequence[Proven], marked: Seque
     row[0].plot(values, [point.score for point in proven], ".-", color=BLUE, markersize=4, label="best child, proven")
     low, high = min(0.0, *(point.score for point in proven)), _top(proven, marked)
     row[0].set_ylim(low, high)
-    levels = spread([(min(one.score, high) - low) / (high - low) for one in marked], _GAP)
-    for one, level in zip(marked, levels, strict=True):
-        colour = ORANGE if one.is_baseline else GREY if one.name == "parent" else BLUE
-        row[0].plot(
-            one.value, min(one.score, high), "s" if one.is_baseline else "D", color=colour, markerfacecolor="white"
-        )
+    heights = [min(model.score, high) for model in marked]
+    levels = spaced_apart([(height - low) / (high - low) for height in heights], _GAP)
+    for model, height, level in zip(marked, heights, levels, strict=True):
+        colour = ORANGE if model.is_baseline else GREY if model.name == "parent" else BLUE
+        marker = "s" if model.is_baseline else "D"
+        row[0].plot(model.value, height, marker, color=colour, markerfacecolor="white")
         row[0].annotate(
-            f"{one.name} {one.score:.2f}",
-            (one.value, min(one.score, high)),
+            f"{model.name} {model.score:.2f}",
+            (model.value, height),
             xytext=(1.03, level),
             textcoords="axes fraction",
             fontsize=8,
@@ -70,6 +70,6 @@ def draw_frontier(title: str, axis: str, proven: Sequence[Proven], marked: Seque
 
 
 def _top(proven: Sequence[Proven], marked: Sequence[Marked]) -> float:
-    """Baselines far above the frontier are cut off, or they would flatten it."""
+    """Upper end of the axis: models far above the frontier are cut off, since they would flatten it."""
     highest = max(point.score for point in proven)
-    return 1.05 * max([highest, *(one.score for one in marked if one.score <= 2 * highest)])
+    return 1.05 * max([highest, *(model.score for model in marked if model.score <= 2 * highest)])

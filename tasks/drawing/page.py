@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: style within, figures as inline SVG."""
+"""The report as one HTML page that loads no other file: the style and the figures (inline SVG) are within."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from tasks.drawing.tables import Table
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A part of the page: `text` says what is shown, on which machine, and whether it is measured or modelled."""
 
     key: str
@@ -23,19 +23,19 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """The whole report. `lines` sum up each target; `missing` names what this run does not have."""
+    """The whole report: `lines` sum up each target, `missing` names the results that this run does not have."""
 
     title: str
     parent: str
     lines: Sequence[str]
     summary: Table
-    sections: Sequence[Section]
+    sections: Sequence[PageSection]
     missing: Sequence[str]
 
 
 def render(page: Page) -> str:
-    """The page as HTML; the same page gives the same text."""
+    """Render the page as HTML; the same page gives the same text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    figures = {one.key: one.drawing.inline for one in page.sections if one.drawing}
+    figures = {section.key: section.drawing.inline for section in page.sections if section.drawing}
     return template.render(page=page, figures=figures) + "\n"

@@ -1,4 +1,4 @@
-"""The pipeline as a picture: a box per stage, an arrow per dependency that no other one implies."""
+"""The figure of the pipeline: a box per stage, an arrow per dependency that no other dependency implies."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -12,14 +12,14 @@ from tasks.drawing.style import BLUE, GREY, INK, WIDTH, Drawing, finish, panels,
 BOX_WIDTH, BOX_HEIGHT = 2.35, 0.52
 _ROW_STEP = 0.88
 _TURN = 0.13
-"""How far from a box an arrow turns: arrows that leave a row and those that arrive from afar keep apart."""
+"""Inches from a box at which an arrow turns: arrows that leave a row and those that arrive from afar keep apart."""
 
-Place = tuple[int, float]
+Cell = tuple[int, float]
 """Row and column of a box."""
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageBox:
     """A stage: its name, the stages whose artifacts it reads, its first artifact, and whether each target has one."""
 
     name: str
@@ -29,17 +29,17 @@ class Stage:
 
 
 @styled
-def pipeline(stages: Sequence[Stage], dpi: int) -> Drawing:
-    """Stages in rows by depth, top down; boxes of the stages that run for each target are filled."""
+def pipeline(stages: Sequence[StageBox], dpi: int) -> Drawing:
+    """Draw stages in rows by depth, top down; boxes of the stages that run for each target are filled."""
     after = _needed({stage.name: stage.after for stage in stages})
-    places = _places(after)
-    height = max(row for row, _ in places.values())
+    cells = _cells(after)
+    height = max(row for row, _ in cells.values())
     figure, ((axes,),) = panels(1, 1, (height + 1) * _ROW_STEP)
     for stage in stages:
         for earlier in sorted(after[stage.name]):
-            _arrow(axes, route(places[earlier], places[stage.name], places.values()))
-        _box(axes, stage, places[stage.name])
-    reach = max(abs(column) for _, column in places.values()) * (BOX_WIDTH + 0.35) + BOX_WIDTH / 2 + 0.1
+            _arrow(axes, route(cells[earlier], cells[stage.name], cells.values()))
+        _box(axes, stage, cells[stage.name])
+    reach = max(abs(column) for _, column in cells.values()) * (BOX_WIDTH + 0.35) + BOX_WIDTH / 2 + 0.1
     reach = max(reach, WIDTH / 2)
     axes.set(xlim=(-reach, reach), ylim=(-(height + 0.5) * _ROW_STEP, 0.5 * _ROW_STEP))
     axes.set_axis_off()
@@ -48,20 +48,24 @@ def pipeline(stages: Sequence[Stage], dpi: int) -> Drawing:
 
 
 def _needed(after: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
-    """Without the dependencies that follow from others (transitive reduction)."""
+    """Dependencies of each stage without those that follow from others (transitive reduction)."""
 
-    def behind(name: str) -> frozenset[str]:
-        return frozenset().union(after[name], *(behind(earlier) for earlier in after[name]))
+    def all_before(name: str) -> frozenset[str]:
+        return frozenset().union(after[name], *(all_before(earlier) for earlier in after[name]))
 
-    return {name: own - frozenset().union(*(behind(one) for one in own)) for name, own in after.items()}
+    needed = {}
+    for name, direct in after.items():
+        implied = frozenset().union(*(all_before(earlier) for earlier in direct))
+        needed[name] = direct - implied
+    return needed
 
 
-def _places(after: Mapping[str, frozenset[str]]) -> dict[str, Place]:
+def _cells(after: Mapping[str, frozenset[str]]) -> dict[str, Cell]:
     """Row (as late as what follows allows) and column (centred about 0) of each stage."""
-    followers = {name: [later for later, own in after.items() if name in own] for name in after}
+    followers = {name: [later for later, earlier in after.items() if name in earlier] for name in after}
 
     def depth(name: str) -> int:
-        return 1 + max((depth(one) for one in after[name]), default=-1)
+        return 1 + max((depth(earlier) for earlier in after[name]), default=-1)
 
     deepest = max(depth(name) for name in after)
 
@@ -71,21 +75,21 @@ def _places(after: Mapping[str, frozenset[str]]) -> dict[str, Place]:
     rows: dict[int, list[str]] = {}
     for name in after:
         rows.setdefault(row(name), []).append(name)
-    return {
-        name: (index, position - (len(names) - 1) / 2)
-        for index, names in rows.items()
-        for position, name in enumerate(names)
-    }
+    cells = {}
+    for index, names in rows.items():
+        for column, name in enumerate(names):
+            cells[name] = (index, column - (len(names) - 1) / 2)
+    return cells
 
 
-def position(place: Place) -> tuple[float, float]:
-    """The middle of a box, inches."""
-    row, column = place
+def position(cell: Cell) -> tuple[float, float]:
+    """Coordinates of the middle of a box, inches."""
+    row, column = cell
     return column * (BOX_WIDTH + 0.35), -row * _ROW_STEP
 
 
-def _box(axes: Axes, stage: Stage, place: Place) -> None:
-    x, y = position(place)
+def _box(axes: Axes, stage: StageBox, cell: Cell) -> None:
+    x, y = position(cell)
     box = FancyBboxPatch(
         (x - BOX_WIDTH / 2, y - BOX_HEIGHT / 2),
         BOX_WIDTH,
@@ -107,12 +111,12 @@ def _arrow(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     axes.plot(x, y + 0.05, marker="v", color=GREY, markersize=4)
 
 
-def route(start: Place, end: Place, places: Collection[Place]) -> list[tuple[float, float]]:
-    """An arrow's corners: down to the next row; to a later one down a lane that is clear of the boxes in between."""
+def route(start: Cell, end: Cell, cells: Collection[Cell]) -> list[tuple[float, float]]:
+    """Corners of an arrow: straight to the next row, to a later row down a lane clear of the boxes in between."""
     (x0, y0), (x1, y1) = position(start), position(end)
     top, bottom = y0 - BOX_HEIGHT / 2, y1 + BOX_HEIGHT / 2
     below, above = top - _TURN, bottom + _TURN
-    between = [abs(position(place)[0]) + BOX_WIDTH / 2 for place in places if start[0] < place[0] < end[0]]
+    between = [abs(position(cell)[0]) + BOX_WIDTH / 2 for cell in cells if start[0] < cell[0] < end[0]]
     if not between or abs(x1) > max(between):
         return [(x0, top), (x0, below), (x1, below), (x1, bottom)]
     lane = math.copysign(max(between) + 0.18, x1)

@@ -1,5 +1,9 @@
-"""Quality against throughput, and what the tables predicted against what was measured."""
+"""Quality against throughput, and predictions against measurements.
 
+In: the models of each target, tokens/s of parent and child. Out: drawings.
+"""
+
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +13,20 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tasks.drawing.style import BLUE, GREY, INK, LINE, ORANGE, PALE_BLUE, Drawing, finish, panels, spread, styled
+from tasks.drawing.style import (
+    BLUE,
+    GREY,
+    INK,
+    LINE,
+    ORANGE,
+    PALE_BLUE,
+    Drawing,
+    finish,
+    legend_name,
+    panels,
+    spaced_apart,
+    styled,
+)
 
 Series = Literal["parent", "assembled", "distilled", "baseline"]
 _LOOKS: dict[Series, tuple[str, str, str]] = {
@@ -23,11 +40,17 @@ _GAP = 0.05
 
 
 @dataclass(frozen=True)
-class Point:
-    """A model: KL to the parent (nats/token, measured, with its standard error) and throughput over the parent's.
+class QualityPoint:
+    """A model in the figures of quality.
 
-    `how` says whether the throughput was measured or predicted from tables; a None there means that there is none.
-    `score` is the predicted KL (nats/token), None where nothing was predicted.
+    Attributes:
+        name: the label's text.
+        series: kind of model.
+        kl: measured KL to the parent, nats/token.
+        kl_stderr: its standard error.
+        measured_ratio: measured speed over the parent's; None where it was not measured.
+        predicted_ratio: speed over the parent's by the cost table; None where the target limits no speed.
+        score: predicted KL (sum of replace-1-block scores), nats/token; None where there is none.
     """
 
     name: str
@@ -40,24 +63,32 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One target's models; `where` says what throughput and on which machine, `tables` what its predictions rest on."""
+class QualityPanel:
+    """The models of one target.
+
+    Attributes:
+        label: the target's name for people.
+        setting: the compared speed and its setting, in words.
+        tables: the timings that predicted speeds rest on.
+        points: the models, the parent first.
+    """
 
     label: str
-    where: str
+    setting: str
     tables: str
-    points: Sequence[Point]
+    points: Sequence[QualityPoint]
 
 
 @styled
-def quality_throughput(targets: Sequence[Panel], dpi: int) -> Drawing:
-    """KL to the parent over relative throughput: filled markers were timed, hollow ones follow from the tables."""
+def quality_throughput(targets: Sequence[QualityPanel], dpi: int) -> Drawing:
+    """Draw KL to the parent over relative throughput: filled markers are measured, hollow ones predicted."""
     figure, (row,) = panels(1, len(targets), 4.6, share_y=True)
     for axes, target in zip(row, targets, strict=True):
         _frontier(axes, target)
     row[0].set_ylabel("KL(parent || model), nats/token, measured\n(± standard error; lower is better)")
-    linear = _linear_below([point.kl for target in targets for point in target.points])
-    top = max(point.kl + point.kl_stderr for target in targets for point in target.points)
+    points = list(itertools.chain.from_iterable(target.points for target in targets))
+    linear = _linear_below([point.kl for point in points])
+    top = max(point.kl + point.kl_stderr for point in points)
     row[0].set_yscale("symlog", linthresh=linear, linscale=0.35)
     row[0].set_ylim(-0.12 * linear, max(top, linear) * 1.5)
     ticks = [0.0, *_round_numbers(linear, top * 1.5)]
@@ -67,14 +98,14 @@ def quality_throughput(targets: Sequence[Panel], dpi: int) -> Drawing:
     for axes, target in zip(row, targets, strict=True):
         _label(axes, target.points)
     _legend(figure, row)
-    words = [
-        f"{target.label}: " + ", ".join(f"{point.name} KL {point.kl:.3f}" for point in target.points)
-        for target in targets
-    ]
+    words = []
+    for target in targets:
+        qualities = [f"{point.name} KL {point.kl:.3f}" for point in target.points]
+        words.append(f"{target.label}: {', '.join(qualities)}")
     return finish(figure, "quality_throughput", f"Quality against throughput. {'. '.join(words)}", dpi)
 
 
-def _frontier(axes: Axes, target: Panel) -> None:
+def _frontier(axes: Axes, target: QualityPanel) -> None:
     named: set[str] = set()
     for point in target.points:
         word, colour, marker = _LOOKS[point.series]
@@ -101,15 +132,16 @@ def _frontier(axes: Axes, target: Panel) -> None:
     axes.grid()
     axes.set_title(target.label)
     axes.set_xlabel(
-        f"throughput ÷ the parent's: {target.where}\n(filled: measured; hollow:\npredicted from {target.tables})"
+        f"throughput ÷ the parent's: {target.setting}\n(filled: measured; hollow:\npredicted from {target.tables})"
     )
 
 
-def _label(axes: Axes, points: Sequence[Point]) -> None:
-    """Names and KL in a column at the right, as high as their points or a little apart, each with a thread to it."""
-    shown = [(ratio, point) for point in points if (ratio := point.measured_ratio or point.predicted_ratio) is not None]
+def _label(axes: Axes, points: Sequence[QualityPoint]) -> None:
+    """Write names and KLs in a column at the right, about as high as their points, with a line to each point."""
+    ratios = [point.measured_ratio or point.predicted_ratio for point in points]
+    shown = [(ratio, point) for ratio, point in zip(ratios, points, strict=True) if ratio is not None]
     heights = [_height(axes, point.kl) for _, point in shown]
-    for (ratio, point), level in zip(shown, spread(heights, _GAP), strict=True):
+    for (ratio, point), level in zip(shown, spaced_apart(heights, _GAP), strict=True):
         axes.annotate(
             f"{point.name} {point.kl:.3f}",
             (ratio, point.kl),
@@ -130,67 +162,70 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _height(axes: Axes, kl: float) -> float:
-    """Where a KL lies on the axis, 0 at the bottom and 1 at the top."""
-    low, high, at = (float(axes.yaxis.get_transform().transform(value)) for value in (*axes.get_ylim(), kl))
-    return (at - low) / (high - low)
+    """The height of a KL on the axis, 0 at the bottom and 1 at the top."""
+    low, high, height = (float(axes.yaxis.get_transform().transform(value)) for value in (*axes.get_ylim(), kl))
+    return (height - low) / (high - low)
 
 
 def _legend(figure: Figure, row: Sequence[Axes]) -> None:
-    """One legend for all panels, below them."""
-    found: dict[str, Artist] = {}
+    """Draw one legend for all panels, below them."""
+    entries: dict[str, Artist] = {}
     for axes in row:
-        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(name, handle)
-    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=3, fontsize=8)
+        handles, names = axes.get_legend_handles_labels()
+        for handle, name in zip(handles, names, strict=True):
+            entries.setdefault(name, handle)
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=3, fontsize=8)
 
 
 def _linear_below(values: Sequence[float]) -> float:
-    """Where the axis turns from linear to logarithmic: a round number below the smallest KL that is not rounding."""
+    """The KL where the axis turns from linear to logarithmic: a round number below the smallest KL above rounding."""
     smallest = min((value for value in values if value > 1e-3), default=0.1)
     return _round_numbers(10.0 ** math.floor(math.log10(smallest)), smallest)[-1]
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, 20, ... (times powers of ten) from `low` to `high`."""
-    found, power = [], 10.0 ** math.floor(math.log10(low))
+    """Numbers 1, 2, 5, 10, 20, ... (times powers of ten) from `low` to `high`."""
+    numbers, power = [], 10.0 ** math.floor(math.log10(low))
     while power <= high:
-        found += [round(factor * power, 12) for factor in (1, 2, 5)]
+        numbers += [round(factor * power, 12) for factor in (1, 2, 5)]
         power *= 10
-    return [number for number in found if low <= number <= high]
+    return [number for number in numbers if low <= number <= high]
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Tokens/s of one model in one setting: predicted by the tables, measured."""
+class SpeedPoint:
+    """Tokens/s of parent or child (`model`) in one setting, by the cost table and as measured."""
 
-    name: str
+    model: str
     predicted: float
     measured: float
 
 
 @styled
-def predicted_measured(targets: Sequence[Panel], speeds: Sequence[Speed], dpi: int) -> Drawing:
-    """Left: sum of scores against the KL of models without GKD. Right: tokens/s by the tables against the clock's."""
+def predicted_measured(targets: Sequence[QualityPanel], speeds: Sequence[SpeedPoint], dpi: int) -> Drawing:
+    """Draw sum of scores against KL of models without GKD (left), and predicted against measured tokens/s (right)."""
     figure, (row,) = panels(1, 2, 4.2)
-    points = [(target.label, point) for target in targets for point in target.points if point.score is not None]
+    points: list[tuple[str, QualityPoint]] = []
+    for target in targets:
+        points += [(target.label, point) for point in target.points if point.score is not None]
     for (_, point), marker in zip(points, _markers(points), strict=True):
         _, colour, _ = _LOOKS[point.series]
         row[0].errorbar(point.score or 0.0, point.kl, yerr=point.kl_stderr, fmt=marker, color=colour, markersize=6)
-    _diagonal(row[0], [value for _, point in points for value in (point.score or 0.0, point.kl)])
+    _diagonal(row[0], [*(point.score or 0.0 for _, point in points), *(point.kl for _, point in points)])
     row[0].set_title("Quality")
     row[0].set(xlabel="predicted: sum of replace-1-block scores, nats/token", ylabel="measured: KL, nats/token")
     _key(row[0], points)
     for name, marker, colour in (("parent", "D", GREY), ("child", "o", BLUE)):
-        own = [speed for speed in speeds if speed.name == name]
+        shown = [speed for speed in speeds if speed.model == name]
         row[1].plot(
-            [speed.predicted for speed in own],
-            [speed.measured for speed in own],
+            [speed.predicted for speed in shown],
+            [speed.measured for speed in shown],
             marker,
             color=colour,
             label=name,
             alpha=0.8,
         )
-    _diagonal(row[1], [value for speed in speeds for value in (speed.predicted, speed.measured)])
+    _diagonal(row[1], [*(speed.predicted for speed in speeds), *(speed.measured for speed in speeds)])
     row[1].set_title("Speed")
     row[1].set(xlabel="predicted from the cost table, tokens/s", ylabel="measured, tokens/s")
     if speeds:
@@ -201,16 +236,17 @@ def predicted_measured(targets: Sequence[Panel], speeds: Sequence[Speed], dpi: i
     return finish(figure, "predicted_measured", f"Predicted against measured. {'; '.join(words)}", dpi)
 
 
-def _markers(points: Sequence[tuple[str, Point]]) -> list[str]:
-    """A marker per target, the same for all of its models."""
+def _markers(points: Sequence[tuple[str, QualityPoint]]) -> list[str]:
+    """Markers of the points: one per target, the same for all of its models."""
     labels = list(dict.fromkeys(label for label, _ in points))
     return ["os^vDP"[labels.index(label) % 6] for label, _ in points]
 
 
-def _key(axes: Axes, points: Sequence[tuple[str, Point]]) -> None:
-    """Legend: a marker per target, a colour per kind of model."""
-    for label, marker in {label: marker for (label, _), marker in zip(points, _markers(points), strict=True)}.items():
-        axes.plot([], [], marker, color=GREY, label=label)
+def _key(axes: Axes, points: Sequence[tuple[str, QualityPoint]]) -> None:
+    """Draw a legend: a marker per target, a colour per kind of model."""
+    markers = dict(zip([label for label, _ in points], _markers(points), strict=True))
+    for label, marker in markers.items():
+        axes.plot([], [], marker, color=GREY, label=legend_name(label))
     for series in dict.fromkeys(point.series for _, point in points):
         word, colour, _ = _LOOKS[series]
         axes.plot([], [], "s", color=colour, markersize=9, label=word)
@@ -218,7 +254,7 @@ def _key(axes: Axes, points: Sequence[tuple[str, Point]]) -> None:
 
 
 def _diagonal(axes: Axes, values: Sequence[float]) -> None:
-    """Where prediction and measurement agree, on logarithmic axes of the same range."""
+    """Draw where prediction and measurement agree, on logarithmic axes of the same range."""
     positive = [value for value in values if value > 0] or [1.0]
     low, high = min(positive) / 1.4, max(positive) * 1.4
     axes.plot((low, high), (low, high), color=LINE, linewidth=0.8, zorder=0)

@@ -1,4 +1,4 @@
-"""The heat map of replace-1-block scores: which variant of which block costs how much quality."""
+"""The heat map of replace-1-block scores: how much quality each variant of each block costs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tasks.drawing.style import Drawing, finish, panels, styled
 
 @dataclass(frozen=True)
 class ScoreCell:
-    """A variant (`row` names it) in place of parent blocks from `first_block`, and its score in nats/token."""
+    """Score, nats/token, of the variant that `row` names in place of parent blocks from `first_block`."""
 
     row: str
     first_block: int
@@ -20,7 +20,7 @@ class ScoreCell:
 
 @styled
 def score_map(cells: Sequence[ScoreCell], num_blocks: int, dpi: int) -> Drawing:
-    """Variants down, blocks across, colour = KL with that one block replaced; what was not scored stays blank."""
+    """Draw variants down, blocks across, colour = KL with that one block replaced; cells without a score are blank."""
     rows = list(dict.fromkeys(cell.row for cell in cells))
     values = np.full((len(rows), num_blocks), np.nan)
     for cell in cells:

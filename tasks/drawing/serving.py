@@ -1,10 +1,15 @@
-"""Tokens/s of a server against tokens/s of each of its users, as the announcement's figure 4 has it."""
+"""Tokens/s of a server against tokens/s of each of its users (the announcement's figure 4).
+
+In: rows of serving.parquet. Out: a drawing.
+"""
 
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
+
 from storage.records import ServingRow
-from tasks.drawing.style import BLUE, GREEN, GREY, ORANGE, Drawing, finish, panels, styled
-from tasks.puzzle.throughput import parent_first, rank
+from tasks.drawing.style import BLUE, GREEN, GREY, ORANGE, Drawing, finish, legend_name, panels, styled
+from tasks.drawing.throughput_text import parent_first, rank
 
 _COLUMNS = 3
 _COLOURS = (GREY, BLUE, ORANGE, GREEN)
@@ -12,13 +17,13 @@ _COLOURS = (GREY, BLUE, ORANGE, GREEN)
 
 @styled
 def draw_serving(rows: Sequence[ServingRow], dpi: int) -> Drawing:
-    """A panel for each work, a line for each server, a point for each concurrency (its label). All of it measured.
+    """Draw a panel per workload, a line per server, a point per concurrency (its label); all of it is measured.
 
     Args:
-        rows: of serving.parquet.
+        rows: the rows of serving.parquet.
         dpi: pixels per inch of the PNG.
     """
-    works = sorted({row.work for row in rows}, key=lambda work: (rank(work[0]), work))
+    works = sorted({row.comparison_key for row in rows}, key=lambda work: (rank(work[0]), work))
     names = parent_first(row.name for row in rows)
     across = min(_COLUMNS, len(works))
     down = -(-len(works) // across)
@@ -27,17 +32,8 @@ def draw_serving(rows: Sequence[ServingRow], dpi: int) -> Drawing:
     words = []
     for axes, work in zip(cells, works, strict=False):
         for number, name in enumerate(names):
-            points = sorted(
-                (row.concurrency, row.measured_user_tokens_per_s, row.measured_tokens_per_s / row.devices)
-                for row in rows
-                if (row.name, row.work) == (name, work)
-                if row.measured_user_tokens_per_s is not None and row.measured_tokens_per_s is not None
-            )
-            colour = _COLOURS[number % len(_COLOURS)]
-            axes.plot([x for _, x, _ in points], [y for _, _, y in points], ".-", color=colour, label=name)
-            for concurrency, x, y in points:
-                axes.annotate(str(concurrency), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-            words += [f"{name}, {work[0]}, {at} at once: {y:.4g} of {x:.4g}" for at, x, y in points]
+            shown = [row for row in rows if (row.name, row.comparison_key) == (name, work)]
+            words += _line(axes, name, shown, _COLOURS[number % len(_COLOURS)])
         scenario, inputs, outputs = work
         sent = "" if f"{inputs}/{outputs}" == scenario else f", sent as {inputs}/{outputs}"
         axes.set(xlabel="tokens/s per user, measured", ylabel="tokens/s per device, measured")
@@ -53,3 +49,18 @@ def draw_serving(rows: Sequence[ServingRow], dpi: int) -> Drawing:
         "Generated tokens/s of a server's device, and of one user, at the concurrencies that stand beside the points"
     )
     return finish(figure, "serving", f"{title}. {'; '.join(words)}", dpi)
+
+
+def _line(axes: Axes, name: str, rows: Sequence[ServingRow], colour: str) -> list[str]:
+    """Draw one server's line of a panel; returns its points in words."""
+    points = sorted(
+        (row.concurrency, row.measured_user_tokens_per_s, row.measured_tokens_per_s / row.devices)
+        for row in rows
+        if row.measured_user_tokens_per_s is not None and row.measured_tokens_per_s is not None
+    )
+    axes.plot([x for _, x, _ in points], [y for _, _, y in points], ".-", color=colour, label=legend_name(name))
+    words = []
+    for concurrency, x, y in points:
+        axes.annotate(str(concurrency), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        words.append(f"{name}, {rows[0].scenario}, {concurrency} at once: {y:.4g} of {x:.4g}")
+    return words

@@ -1,7 +1,7 @@
-"""A client that loads a server of the OpenAI HTTP API (vLLM, TensorRT-LLM, NIM, llama.cpp) and times what it streams.
+"""A client that loads a server of the OpenAI HTTP API (vLLM, TensorRT-LLM, NIM, llama.cpp) and times its streams.
 
-In: an endpoint, prompts of token ids, how many tokens to generate, how many requests at once. Out: for each request
-when its tokens came, or what went wrong; nothing that goes wrong is retried or left out.
+In: an endpoint, prompts of token ids, the number of tokens to generate, the number of requests at once. Out: for each
+request the times of its tokens, or its error; a failed request is neither retried nor left out.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ _LONGEST_LINE = 1 << 20
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server: its base URL (with /v1), the model that it is asked for, and a key that is never stored or shown."""
+    """A server: its base URL (with /v1), the name of a model, and a key that is never stored or shown."""
 
     url: str
     model: str
@@ -30,7 +30,7 @@ class Endpoint:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of every request."""
+        """HTTP headers of every request."""
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
 
@@ -51,7 +51,7 @@ class Answer:
 
 
 class _FailedError(Exception):
-    """What ended a request early: its kind, and the details."""
+    """The error that ended a request early: its kind, and the details."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(kind, detail)
@@ -67,7 +67,11 @@ class _Stream:
         self.is_done = False
 
     def take(self, line: bytes, now: float) -> bool:
-        """One line of the stream; whether it was an event: blanks, and comments that keep it alive, are none."""
+        """Take one line of the stream.
+
+        Returns:
+            Whether it was an event; blank lines, and comments that keep the connection alive, are none.
+        """
         if not line.startswith(b"data:"):
             return False
         data = line[5:].strip()
@@ -100,25 +104,25 @@ async def models(endpoint_url: str, key: str | None, seconds: float) -> list[str
     """Names of the models that a server has.
 
     Raises:
-        InputError: it does not answer, or not as the OpenAI API does.
+        InputError: the server does not answer, or not as the OpenAI API does.
     """
-    at = f"{endpoint_url}/models"
+    url = f"{endpoint_url}/models"
     timeout = aiohttp.ClientTimeout(total=seconds)
     try:
         async with (
             aiohttp.ClientSession(timeout=timeout, headers=Endpoint(endpoint_url, "", key).headers) as session,
-            session.get(at) as response,
+            session.get(url) as response,
         ):
             if response.status != 200:
                 hint = "; set OPENAI_API_KEY" if response.status in (401, 403) else ""
-                raise InputError(f"{at} answered HTTP {response.status}, expected a list of models{hint}")
+                raise InputError(f"{url} answered HTTP {response.status}, expected a list of models{hint}")
             return [str(model["id"]) for model in (await response.json(content_type=None))["data"]]
     except InputError:
         raise
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise InputError(f"no server answers at {at} ({error or 'timeout'}); start it, or correct the URL") from error
+        raise InputError(f"no server answers at {url} ({error or 'timeout'}); start it, or correct the URL") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{at} is no list of models; the URL must be the API's base, ending in /v1") from error
+        raise InputError(f"{url} is no list of models; the URL must be the API's base, ending in /v1") from error
 
 
 async def load(
@@ -134,9 +138,9 @@ async def load(
     Args:
         endpoint: the server.
         prompts: token ids of each request, all of one length.
-        output_tokens: to generate for each, whatever the model would like.
+        output_tokens: tokens to generate for each prompt, whatever the model would choose.
         concurrency: requests that are open at any time.
-        stall_s: a request in which no event comes for so long has failed.
+        stall_s: seconds without an event after which a request has failed.
         ended: called after each request.
 
     Returns:
@@ -146,7 +150,7 @@ async def load(
     waiting = iter(enumerate(prompts))
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_s)
     async with aiohttp.ClientSession(
-        # a connection each: a server may close one that it kept alive just as it is used again, which is no error
+        # one connection for each request: a server may close a kept connection just as it is used again
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=timeout,
         headers=endpoint.headers,
@@ -165,7 +169,7 @@ async def load(
 async def _ask(
     session: aiohttp.ClientSession, endpoint: Endpoint, prompt: Sequence[int], output_tokens: int, stall_s: float
 ) -> Answer:
-    """One request, from its start to the stream's end or to what went wrong."""
+    """Send one request and read its stream to the end or to an error."""
     body = {
         "model": endpoint.model,
         "prompt": list(prompt),
@@ -205,7 +209,7 @@ async def _ask(
 async def _read(
     session: aiohttp.ClientSession, url: str, body: dict[str, Any], stream: _Stream, started: float, stall_s: float
 ) -> None:
-    """Take the stream's lines until it is done; TimeoutError once no event has come for `stall_s`."""
+    """Read the stream's lines until it is done; TimeoutError where no event comes for `stall_s`."""
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(stall_s) as stall, session.post(url, json=body) as response:
         if response.status != 200:
@@ -220,7 +224,7 @@ async def _read(
 
 
 def _check_whole(stream: _Stream, output_tokens: int) -> None:
-    """An answer that ended early is no measurement of `output_tokens`."""
+    """Raise the error of an answer that ended early: it is no measurement of `output_tokens`."""
     if not stream.is_done:
         raise _FailedError("stream dropped", "it ended without [DONE]")
     count = stream.usage.get("completion_tokens", len(stream.arrivals))

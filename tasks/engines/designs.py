@@ -1,4 +1,4 @@
-"""What each component costs in an engine that runs whole models only: random architectures, divided by least squares.
+"""Costs of components in an engine that runs whole models only: times of random architectures, by least squares.
 
 In: the variants, times of whole models. Out: milliseconds of every variant and of what each model has besides its
 blocks. Tried against the difference of stacks with N and 2N copies in llama.cpp, this predicts the decode time of
@@ -13,15 +13,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from storage.records import Attention, Ffn
+from storage.variants import Attention, Ffn
 
 Blocks = Sequence[tuple[Attention, Ffn]]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds: of an attention with no kv head and of each of them, of a linear one; of an FFN of no width and of
-    each of its channels; of all else.
+    """The components' times that whole models gave.
+
+    Attributes:
+        attention: milliseconds of an attention without kv heads.
+        kv_head: milliseconds of each kv head of an attention.
+        linear: milliseconds of a linear attention.
+        ffn: milliseconds of an FFN of no width.
+        channel: milliseconds of each channel of an FFN.
+        rest: milliseconds of all else in a model.
     """
 
     attention: float
@@ -31,19 +38,19 @@ class Costs:
     channel: float
     rest: float
 
-    def of_attention(self, attention: Attention) -> float:
-        """An attention variant."""
+    def attention_ms(self, attention: Attention) -> float:
+        """Milliseconds of an attention variant."""
         gqa = self.attention + attention.num_kv_heads * self.kv_head
         return {"gqa": gqa, "linear": self.linear, "no_op": 0.0}[attention.kind]
 
-    def of_ffn(self, width: int) -> float:
-        """An FFN with so many channels."""
+    def ffn_ms(self, width: int) -> float:
+        """Milliseconds of an FFN with `width` channels."""
         return self.ffn + width * self.channel
 
-    def total(self, blocks: Blocks, no_ffn: int) -> float:
-        """A whole model; a removed FFN costs what one of `no_ffn` channels costs, the stand-in that the file has."""
+    def total_ms(self, blocks: Blocks, no_ffn: int) -> float:
+        """Milliseconds of a whole model; a removed FFN costs as much as the file's stand-in of `no_ffn` channels."""
         return self.rest + sum(
-            self.of_attention(attention) + self.of_ffn(ffn.intermediate_size or no_ffn)
+            self.attention_ms(attention) + self.ffn_ms(ffn.intermediate_size or no_ffn)
             for attention, ffn in _kept(blocks)
         )
 
@@ -51,22 +58,22 @@ class Costs:
 def designs(
     attentions: Sequence[Attention], ffns: Sequence[Ffn], num_blocks: int, count: int, seed: int
 ) -> list[list[tuple[Attention, Ffn]]]:
-    """`count` architectures of a quarter to four fifths of `num_blocks` blocks, each drawn from the variants.
+    """`count` architectures of a quarter to four fifths of `num_blocks` blocks, whose variants are drawn at random.
 
     The first block has the first attention, so that every design has one.
     """
     draw = random.Random(seed)
-    found = []
+    drawn = []
     for _ in range(count):
         depth = draw.randint(max(1, num_blocks // 4), max(1, num_blocks * 4 // 5))
         blocks = [(draw.choice(attentions), draw.choice(ffns)) for _ in range(depth)]
-        found.append([(attentions[0], blocks[0][1]), *blocks[1:]])
-    return found
+        drawn.append([(attentions[0], blocks[0][1]), *blocks[1:]])
+    return drawn
 
 
 def solve(models: Sequence[Blocks], milliseconds: Sequence[float], no_ffn: int) -> Costs:
-    """Costs, none below 0, with the least sum of squared relative errors over the models."""
-    from scipy.optimize import nnls  # here: it comes with the extra `llamacpp`
+    """Non-negative costs with the least sum of squared relative errors over the models."""
+    from scipy.optimize import nnls  # imported late: it comes with the extra `llamacpp`
 
     rows = []
     for blocks in models:
@@ -75,10 +82,10 @@ def solve(models: Sequence[Blocks], milliseconds: Sequence[float], no_ffn: int) 
         channels = sum(ffn.intermediate_size or no_ffn for _, ffn in _kept(blocks))
         rows.append([kinds["gqa"], heads, kinds["linear"], kinds.total(), channels, 1])
     weighted = np.array(rows, float) / np.array(milliseconds, float)[:, None]
-    found, _ = nnls(weighted, np.ones(len(rows)))
-    return Costs(*map(float, found))
+    costs, _ = nnls(weighted, np.ones(len(rows)))
+    return Costs(*map(float, costs))
 
 
 def _kept(blocks: Blocks) -> Blocks:
-    """A block that lacks both halves is left out of the file."""
+    """Blocks of the file: a block that lacks attention and FFN is left out."""
     return [block for block in blocks if block != (Attention("no_op"), Ffn("no_op"))]

@@ -1,4 +1,4 @@
-"""What a model computes in llama.cpp before its LM head, at every token of a text, and that head as the file has it.
+"""Hidden states that llama.cpp computes before the LM head at every token of a text, and the head that a file has.
 
 llama.cpp's server gives probabilities of generated tokens only, so a text is read with it as an embedding model without
 pooling, which gives the hidden state behind the final norm at each token.
@@ -14,11 +14,19 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
+from storage.files import InputError
 from tasks.engines.llamacpp import LlamaCpp
 
 Array = NDArray[np.float32]
 _SECONDS = 3600
-"""For one text; a large model on a small machine is slow."""
+"""Longest wait for one text; a large model on a small machine is slow."""
+_MULTIPLIED_AS = {
+    GGMLQuantizationType.F32: GGMLQuantizationType.F32,
+    GGMLQuantizationType.F16: GGMLQuantizationType.F16,
+    GGMLQuantizationType.BF16: GGMLQuantizationType.BF16,
+    GGMLQuantizationType.Q8_0: GGMLQuantizationType.Q8_0,
+}
+"""Type of a matrix -> the type of what it is multiplied with (ggml's vec_dot types)."""
 
 
 def hidden_states(path: Path, texts: Sequence[Sequence[int]], threads: int) -> Iterator[Array]:
@@ -32,8 +40,8 @@ def hidden_states(path: Path, texts: Sequence[Sequence[int]], threads: int) -> I
     engine = LlamaCpp(path, threads, 1, max(map(len, texts)), embeddings=True)
     url = engine.url.removesuffix("/v1") + "/embedding"
     for text in texts:
-        asked = json.dumps({"content": list(text), "embd_normalize": -1}).encode()
-        request = urllib.request.Request(url, asked, {"Content-Type": "application/json"})
+        body = json.dumps({"content": list(text), "embd_normalize": -1}).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=_SECONDS) as response:
             yield np.array(json.load(response)[0]["embedding"], np.float32)
 
@@ -46,5 +54,13 @@ def head_of(path: Path) -> tuple[Array, GGMLQuantizationType]:
 
 
 def as_multiplied(hidden: Array, kind: GGMLQuantizationType) -> Array:
-    """Hidden states as llama.cpp rounds what it multiplies with a matrix of this type (ggml's vec_dot types)."""
-    return np.asarray(dequantize(quantize(hidden, kind), kind), np.float32)
+    """Round hidden states to the type in which llama.cpp multiplies them by such a matrix.
+
+    Raises:
+        InputError: the matrix has a type that this project does not write.
+    """
+    if kind not in _MULTIPLIED_AS:
+        types = ", ".join(matrix.name for matrix in _MULTIPLIED_AS)
+        raise InputError(f"the LM head is stored as {kind.name}, expected one of {types}; export the child anew")
+    rounded = _MULTIPLIED_AS[kind]
+    return np.asarray(dequantize(quantize(hidden, rounded), rounded), np.float32)

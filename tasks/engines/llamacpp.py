@@ -1,8 +1,8 @@
 """llama.cpp in this process (extra `llamacpp`: xllamacpp, a wheel with a prebuilt llama.cpp), timed.
 
 In: a GGUF file, threads, sequences at once, their context in tokens. Out: milliseconds of prefill and of a decode step;
-answers to conversations, piece by piece. Its server runs in threads of this process, on a port of 127.0.0.1 that any
-client may use as well.
+answers to conversations, streamed. Its server runs in threads of this process, on a port of 127.0.0.1 that any client
+may use as well.
 """
 
 import contextlib
@@ -14,21 +14,22 @@ import statistics
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from storage.files import InputError
 from storage.records import Precision
+from tasks.engines.timings import Rounds, Workload
 
 ENGINE = "llama.cpp"
 PRECISION: Precision = "float16"
-"""Of the matrices in the files that are timed, and of llama.cpp's KV cache."""
+"""Precision of the matrices in the files that are timed, and of llama.cpp's KV cache."""
 _HOST = "127.0.0.1"
 _STEPS = 32
-"""Decode steps that one timing is the mean of, at most."""
-MARGIN = _STEPS + 2
+"""The most decode steps that one timing is the mean of."""
+_MARGIN = _STEPS + 2
 """Tokens of context that timing takes beside the input, or the mean context."""
 
 
@@ -43,17 +44,17 @@ def _library() -> Any:
 
 
 def check_installed() -> None:
-    """Raise InputError where xllamacpp is not."""
+    """Raise InputError where xllamacpp is not installed."""
     _library()
 
 
 def software() -> str:
-    """Version of what computes."""
+    """Version of xllamacpp, as tables have it."""
     return f"xllamacpp {metadata.version('xllamacpp')}"
 
 
 def check_port(port: int, way_out: str) -> None:
-    """Raise InputError, which names the way out, where a server cannot listen on a port of 127.0.0.1."""
+    """Raise InputError, which ends in `way_out`, where a server cannot listen on a port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -63,11 +64,24 @@ def check_port(port: int, way_out: str) -> None:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What came of a streamed answer: text, and where the answer stands by llama.cpp's own count.
+class ChatOptions:
+    """Settings of an answer: its longest length in tokens, the temperature (0 is greedy), and the seed of draws."""
 
-    `tokens` so far, at `tokens_per_s` (0 for the first), behind `prompt_tokens`; `finish` of the last piece: the model
-    ended (stop), or there was no room for more (length).
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AnswerPart:
+    """A part of a streamed answer, and the state of the answer by llama.cpp's own count.
+
+    Attributes:
+        text: the text of this part.
+        tokens: tokens generated so far.
+        tokens_per_s: tokens generated per second so far; 0 for the first token.
+        prompt_tokens: tokens before the answer.
+        finish: None before the last part, which says: the model ended (stop), or there was no room for more (length).
     """
 
     text: str
@@ -97,14 +111,14 @@ class LlamaCpp:
 
         Args:
             path: the GGUF file.
-            threads: of llama.cpp.
-            sequences: to be held at once.
-            context: tokens of each; llama.cpp lowers it to what the model was made for.
-            exact: a float32 KV cache and no flash attention, to compare numbers; else a 16-bit one, as users have it.
-            embeddings: it gives the hidden state of each token of a text, read whole, instead of answers.
-            name: of the model in the HTTP API; None: the file's.
-            port: to listen on; 0: any that is free.
-            quiet: llama.cpp does not write its errors, which requests and exceptions tell of, to stderr.
+            threads: threads that llama.cpp computes with.
+            sequences: sequences held at once.
+            context: tokens of each sequence; llama.cpp lowers it to what the model was made for.
+            exact: a float32 KV cache and no flash attention, to compare numbers; else a 16-bit cache, as users have it.
+            embeddings: the server gives the hidden state of each token of a text instead of answers.
+            name: the model's name in the HTTP API; None: the file's name.
+            port: the port to listen on; 0: any that is free.
+            quiet: llama.cpp does not write its errors to stderr; requests and exceptions have them.
 
         Raises:
             InputError: xllamacpp is not installed, the port is taken, or llama.cpp does not load the file.
@@ -139,42 +153,41 @@ class LlamaCpp:
 
     @property
     def url(self) -> str:
-        """Of its OpenAI HTTP API."""
+        """URL of its OpenAI HTTP API."""
         return f"{self._server.listening_address}/v1"
 
     @property
     def context(self) -> int:
         """Tokens that each sequence has room for."""
-        with self._asked("GET", "/models") as response:
+        with self._request("GET", "/models") as response:
             return int(json.load(response)["data"][0]["meta"]["n_ctx"])
 
-    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Generator[Piece, None, None]:
-        """Answer a conversation in the chat template of the file, greedily unless the options say else.
+    def chat(self, messages: Sequence[Mapping[str, str]], options: ChatOptions) -> Generator[AnswerPart, None, None]:
+        """Answer a conversation in the chat template of the file.
 
         An iterator that is closed before its end, or left by an exception, stops the answer.
 
         Args:
-            messages: `role` and `content` of each.
-            options: of the HTTP API, such as max_tokens and temperature.
+            messages: `role` and `content` of each turn.
+            options: the answer's longest length, and the choice of its tokens.
 
         Raises:
             InputError: the conversation does not fit the context, or the template does not take it.
         """
-        asked = {
+        body = {
             "messages": list(messages),
             "stream": True,
             "timings_per_token": True,
-            "temperature": 0.0,
-            "reasoning_format": "none",  # what a model thinks aloud is text as well
+            "reasoning_format": "none",  # reasoning stays in the text
         }
-        with self._asked("POST", "/chat/completions", {**asked, **options}) as response:
+        with self._request("POST", "/chat/completions", {**body, **asdict(options)}) as response:
             for line in response:
                 if line.startswith(b"data: {"):
-                    yield _piece(json.loads(line.removeprefix(b"data: ")))
+                    yield _answer_part(json.loads(line.removeprefix(b"data: ")))
 
     @contextlib.contextmanager
-    def _asked(self, method: str, path: str, body: Any = None) -> Iterator[http.client.HTTPResponse]:
-        """The answer to a request over HTTP, which ends at once when its connection does (a callback's does not)."""
+    def _request(self, method: str, path: str, body: Any = None) -> Iterator[http.client.HTTPResponse]:
+        """Response to an HTTP request; closing the connection stops the answer at once (a callback could not)."""
         connection = http.client.HTTPConnection(self._server.listening_address.removeprefix("http://"))
         try:
             text = None if body is None else json.dumps(body)
@@ -188,14 +201,14 @@ class LlamaCpp:
 
     def complete(self, prompt: Sequence[int], tokens: int, **options: Any) -> dict[str, Any]:
         """Greedy completion of token ids, as the HTTP API answers."""
-        asked = {"prompt": list(prompt), "max_tokens": tokens, "ignore_eos": True, "samplers": ["top_k"], "top_k": 1}
-        found: dict[str, Any] = self._server.handle_completions({**asked, **options})
-        if "error" in found:
-            raise InputError(f"llama.cpp answers with an error: {found['error']}")
-        return found
+        body = {"prompt": list(prompt), "max_tokens": tokens, "ignore_eos": True, "samplers": ["top_k"], "top_k": 1}
+        answer: dict[str, Any] = self._server.handle_completions({**body, **options})
+        if "error" in answer:
+            raise InputError(f"llama.cpp answers with an error: {answer['error']}")
+        return answer
 
     def _together(self, prompts: Sequence[Sequence[int]], tokens: int, *, keep: bool) -> list[dict[str, Any]]:
-        """Complete all prompts at the same time, each in a slot of its own; `keep`: go on from what the slot holds."""
+        """Complete all prompts at the same time, each in its own slot; with `keep` a slot continues what it holds."""
 
         def ask(slot: int) -> dict[str, Any]:
             return self.complete(prompts[slot], tokens, id_slot=slot, cache_prompt=keep)
@@ -204,7 +217,7 @@ class LlamaCpp:
             return list(users.map(ask, range(len(prompts))))
 
     def prefill_ms(self, prompts: Sequence[Sequence[int]]) -> float:
-        """Milliseconds until all prompts are read, nothing of them cached."""
+        """Milliseconds until all prompts are read, without a cache."""
         start = time.perf_counter()
         self._together(prompts, 1, keep=False)
         return (time.perf_counter() - start) * 1e3
@@ -214,17 +227,17 @@ class LlamaCpp:
         self._together(prompts, 1, keep=True)
 
     def decode_ms(self, prompts: Sequence[Sequence[int]], steps: int) -> float:
-        """Milliseconds of one step of the whole batch, the mean of `steps` behind the prompts that were filled in."""
+        """Milliseconds of one decode step: the median over sequences of each one's mean over `steps`."""
         answers = self._together(prompts, steps + 1, keep=True)  # the first token comes with the prompt's last
         return statistics.median(float(answer["timings"]["predicted_per_token_ms"]) for answer in answers)
 
 
-def _piece(event: dict[str, Any]) -> Piece:
+def _answer_part(event: dict[str, Any]) -> AnswerPart:
     if "error" in event:
         raise InputError(f"llama.cpp answers with an error: {event['error']}")
     (choice,), timings = event["choices"], event.get("timings", {})
     tokens = timings.get("predicted_n", 0)
-    return Piece(
+    return AnswerPart(
         choice["delta"].get("content") or "",
         tokens,
         timings["predicted_per_second"] if tokens > 1 else 0.0,  # the first comes with the prompt
@@ -239,55 +252,50 @@ def _refusal(error: dict[str, Any]) -> str:
     return f"llama.cpp does not take the conversation: {error['message']}"
 
 
-@dataclass(frozen=True)
-class Work:
-    """Sequences at once, tokens that each reads, tokens in its cache halfway through decoding."""
-
-    batch: int
-    input_tokens: int
-    mean_context: int
-
-    @property
-    def steps(self) -> int:
-        """Decode steps of one timing, around the mean context: fewer of a large batch, which are long enough."""
-        return min(_STEPS, max(4, 128 // self.batch), self.mean_context)
-
-    @property
-    def context(self) -> int:
-        """Tokens of a sequence that must have room."""
-        return max(self.input_tokens, self.mean_context) + MARGIN
-
-    def prompts(self, tokens: int) -> list[list[int]]:
-        """Token ids that differ between sequences; what they are plays no part."""
-        return [[(1 + sequence + 31 * at) % 97 + 1 for at in range(tokens)] for sequence in range(self.batch)]
+def _decode_steps(workload: Workload) -> int:
+    """Decode steps of one timing, around the mean context: fewer of a large batch, which are long enough."""
+    return min(_STEPS, max(4, 128 // workload.batch), workload.context_at_midpoint)
 
 
-def check_room(works: Mapping[str, Work], context: int) -> None:
-    """Raise InputError where something to be timed, given with what people call it, is too long for a model."""
-    for name, work in works.items():
-        if work.context > context:
+def _needed_context(workload: Workload) -> int:
+    """Tokens of a sequence that must have room."""
+    return max(workload.input_tokens, workload.context_at_midpoint) + _MARGIN
+
+
+def _prompts(batch: int, tokens: int) -> list[list[int]]:
+    """Token ids that differ between sequences; their values play no part."""
+    return [[(1 + sequence + 31 * position) % 97 + 1 for position in range(tokens)] for sequence in range(batch)]
+
+
+def check_room(workloads: Mapping[str, Workload], context: int) -> None:
+    """Raise InputError where a workload, given under the name that people know, is too long for a model's context."""
+    for name, workload in workloads.items():
+        needed = _needed_context(workload)
+        if needed > context:
             raise InputError(
-                f"{name}: timing it in llama.cpp needs {work.context} tokens of context; the parent has {context}"
+                f"{name}: timing it in llama.cpp needs {needed} tokens of context; the parent has {context}"
             )
 
 
-def time_files(files: Mapping[str, Path], work: Work, repeats: int, threads: int) -> dict[str, dict[str, list[float]]]:
-    """Time models in turn: name -> `prefill`, `decode` -> milliseconds of each of `repeats` rounds, after one more.
+def time_files(files: Mapping[str, Path], workload: Workload, repeats: int, threads: int) -> dict[str, Rounds]:
+    """Time models in turn, `repeats` rounds after one that does not count.
 
     Raises:
-        InputError: as :class:`LlamaCpp`.
+        InputError: llama.cpp refuses a file, as for :class:`LlamaCpp`.
     """
-    engines = {name: LlamaCpp(path, threads, work.batch, work.context) for name, path in files.items()}
-    read, filled = work.prompts(work.input_tokens), work.prompts(max(1, work.mean_context - work.steps // 2))
-    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in files}
+    context, steps = _needed_context(workload), _decode_steps(workload)
+    engines = {name: LlamaCpp(path, threads, workload.batch, context) for name, path in files.items()}
+    prompts = _prompts(workload.batch, workload.input_tokens)
+    contexts = _prompts(workload.batch, max(1, workload.context_at_midpoint - steps // 2))
+    rounds: dict[str, Rounds] = {name: {"prefill": [], "decode": []} for name in files}
     for number in range(repeats + 1):
         for name, engine in engines.items():
-            prefill = engine.prefill_ms(read)
-            found[name]["prefill"] += [prefill] if number else []
+            prefill = engine.prefill_ms(prompts)
+            rounds[name]["prefill"] += [prefill] if number else []
     for engine in engines.values():
-        engine.fill(filled)
+        engine.fill(contexts)
     for number in range(repeats + 1):
         for name, engine in engines.items():
-            decode = engine.decode_ms(filled, work.steps)
-            found[name]["decode"] += [decode] if number else []
-    return found
+            decode = engine.decode_ms(contexts, steps)
+            rounds[name]["decode"] += [decode] if number else []
+    return rounds

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from storage.activations import BoundaryReader
 from storage.paths import Paths
-from tasks.puzzle.timing import machine
+from tasks.engines.machine import machine
 
 REPEATS = 7
 Data = NDArray[np.uint16]
@@ -125,17 +125,17 @@ def main() -> None:
         }
         for name in FORMATS
     }
-    here = machine(torch.device("cpu"))
-    sys.stdout.write(f"hidden states: {origin}, {data.nbytes / 2**20:.0f} MiB, {REPEATS} rounds, {here}\n")
+    machine_name = machine(torch.device("cpu"))
+    sys.stdout.write(f"hidden states: {origin}, {data.nbytes / 2**20:.0f} MiB, {REPEATS} rounds, {machine_name}\n")
     sys.stdout.write(f"{'format':<20} {'bytes/raw':>10} {'write rate/raw':>15} {'read rate/raw':>14}\n")
     for name, row in rows.items():
         sys.stdout.write(f"{name:<20} {row['bytes']:>10.3f} {row['write']:>15.2f} {row['read']:>14.2f}\n")
-    sys.stdout.write(json.dumps({"bench": "activation_format", "data": origin, "machine": here, **rows}) + "\n")
+    sys.stdout.write(json.dumps({"bench": "activation_format", "data": origin, "machine": machine_name, **rows}) + "\n")
 
 
 def _ratio(baseline: list[float], other: list[float]) -> float:
     """Median of the paired ratios of rates."""
-    return statistics.median(base / found for base, found in zip(baseline, other, strict=True))
+    return statistics.median(base / seconds for base, seconds in zip(baseline, other, strict=True))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from storage.formats import FormatName
 from storage.params import Params
 from storage.paths import Paths
-from storage.records import ExportFormat
-from tasks import exports
-from tasks.exports import read_source
+from tasks.checkpoints import exports
+from tasks.checkpoints.exports import read_checkpoint
+from tasks.engines.machine import machine
 from tasks.prepare_parent import prepare_parent
-from tasks.puzzle.timing import machine
 from tests.settings import SEQ_LEN, tiny_params
 from tests.stages import STAGES
 from tests.tiny import save_tokenizer, tiny_corpus
@@ -71,8 +71,8 @@ def peak_mib(*arguments: str, limit: int | None = None) -> float:
 
 def export(_: Params, paths: Paths) -> None:
     """The parent in every kind of form, in shards of 10 MiB."""
-    formats: tuple[ExportFormat, ...] = ("nemotron-nas", "padded-llama", "gguf-f32", "gguf-q8_0")
-    source, shard = read_source("parent", paths.parent, "the benchmark"), 0.01
+    formats: tuple[FormatName, ...] = ("nemotron-nas", "padded-llama", "gguf-f32", "gguf-q8_0")
+    source, shard = read_checkpoint("parent", paths.parent, "the benchmark"), 0.01
     for piece in exports.begin(source, formats, paths.parent_exports, shard):
         exports.export.fn(piece, source, paths.parent_exports, shard)
 
@@ -80,9 +80,9 @@ def export(_: Params, paths: Paths) -> None:
 MEASURED = (*STAGES, export)
 
 
-def run(what: str, folder: Path) -> None:
-    """One stage in this process; prints its peak."""
-    stage = next(stage for stage in MEASURED if stage.__name__ == what)
+def run(stage_name: str, folder: Path) -> None:
+    """Run one stage in this process and print its peak memory."""
+    stage = next(stage for stage in MEASURED if stage.__name__ == stage_name)
     stage(params_of(folder), Paths(folder / "artifacts"))
     status = Path("/proc/self/status").read_text(encoding="utf-8")  # getrusage counts the process before exec as well
     sys.stdout.write(f"{int(status.partition('VmHWM:')[2].split()[0]) / 1024}\n")
@@ -90,9 +90,9 @@ def run(what: str, folder: Path) -> None:
 
 def main() -> None:
     """Print a table and a JSON line."""
-    here = machine(torch.device("cpu"))
+    machine_name = machine(torch.device("cpu"))
     names = [stage.__name__ for stage in MEASURED]
-    sys.stdout.write(f"peak resident memory, MiB (ratio to {DEPTHS[0]} blocks), width {WIDTH}, {here}\n")
+    sys.stdout.write(f"peak resident memory, MiB (ratio to {DEPTHS[0]} blocks), width {WIDTH}, {machine_name}\n")
     sys.stdout.write(f"{'blocks':>6} {'weights':>8}" + "".join(f"{name:>18}" for name in names) + "\n")
     peaks: dict[int, dict[str, float]] = {}
     for depth in DEPTHS:
@@ -110,7 +110,7 @@ def main() -> None:
         large = {name: peak_mib(name, folder, limit=ALLOWED) for name in names}
         sys.stdout.write(", ".join(f"{name} {peak:.0f} MiB resident" for name, peak in large.items()) + "\n")
     rows = {"depths": peaks, "large": {"weights_mib": weights, **large}}
-    sys.stdout.write(json.dumps({"bench": "memory", "machine": here, **rows}) + "\n")
+    sys.stdout.write(json.dumps({"bench": "memory", "machine": machine_name, **rows}) + "\n")
 
 
 def _mib(folder: Path) -> float:

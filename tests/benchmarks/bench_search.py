@@ -15,11 +15,11 @@ import numpy as np
 import pulp
 import torch
 
-from tasks.block_library import Named
-from tasks.puzzle.mip import Settings
-from tasks.puzzle.problem import Choice, Limit, Problem
-from tasks.puzzle.search import Point, best_child
-from tasks.puzzle.timing import machine
+from storage.published_library import PublishedVariant
+from tasks.engines.machine import machine
+from tasks.puzzle.search.best_child import PointLimits, best_child
+from tasks.puzzle.search.mip import SolverSettings
+from tasks.puzzle.search.problem import Choice, Limit, Problem
 
 SEEDS = range(6)
 GAP = 1e-3
@@ -32,7 +32,7 @@ MS_PER_GIB = 0.32  # 3.35 TB/s
 PREFILL_MS_PER_GIB = 0.03  # of compute, spread over a request's steps: it weighs FFNs, where memory weighs the cache
 ROOM_GIB, ROOM_MS = 90.0, 2.6
 """At the one batch both limits bind; a larger one takes more memory, a smaller one more time per sequence."""
-Instance = tuple[Problem[Named], list[Point]]
+Instance = tuple[Problem[PublishedVariant], list[PointLimits]]
 
 
 def joint(seed: int, blocks: int = 80, attentions: int = 6, ffns: int = 9) -> Instance:
@@ -54,10 +54,9 @@ def joint(seed: int, blocks: int = 80, attentions: int = 6, ffns: int = 9) -> In
     attention_gib, ffn_gib, kv_gib = GIB_PER_SHARE
     held = (attention_gib * np.sqrt(kv)[:, None] + ffn_gib * ffn[None, :]) * noise
     cached = np.broadcast_to(kv_gib * kv[:, None], size)
-    names = [
-        Named(block, f"{a:02d}-{f:02d}") for block in range(blocks) for a in range(attentions) for f in range(ffns)
-    ]
-    choices = tuple(Choice(name, float(score)) for name, score in zip(names, scores, strict=True))
+    choices = []
+    for (block, attention, ffn), score in zip(np.ndindex(size), scores, strict=True):
+        choices.append(Choice(PublishedVariant(block, f"{attention:02d}-{ffn:02d}", {}, {}), float(score)))
 
     def limits(batch: int) -> tuple[Limit, Limit]:
         memory = held + batch * cached
@@ -67,52 +66,75 @@ def joint(seed: int, blocks: int = 80, attentions: int = 6, ffns: int = 9) -> In
             Limit("time", "time", tuple(step.ravel().tolist()), 0.0, ROOM_MS),
         )
 
-    points = [Point(str(batch), limits(batch)) for batch in BATCHES]
-    return Problem(f"seed {seed}", blocks, choices, ()), points
+    points = [PointLimits(str(batch), limits(batch)) for batch in BATCHES]
+    return Problem(f"seed {seed}", blocks, tuple(choices), ()), points
 
 
 def one_batch(seed: int) -> Instance:
-    """The joint problem at one batch alone."""
+    """The joint problem at a single batch."""
     problem, points = joint(seed)
     return problem, [points[BATCHES.index(ONE_BATCH)]]
 
 
 def library(seed: int) -> Instance:
-    """80 x 16, one batch."""
+    """80 blocks x 16 choices at a single batch."""
     problem, points = joint(seed, attentions=2, ffns=8)
     return problem, [points[BATCHES.index(ONE_BATCH)]]
 
 
 def ours(instance: Instance) -> tuple[float, float, int]:
-    """Objective, proven gap, limits that bind."""
-    found = best_child(instance[0], Settings(relative_gap=GAP), instance[1]).solution
-    return found.objective, found.gap, sum(use.binds for use in found.uses)
+    """Objective, proven gap and number of limits that bind, by this project's search."""
+    problem, points = instance
+    solution = best_child(problem, SolverSettings(relative_gap=GAP), points).solution
+    return solution.objective, solution.gap, sum(use.binds for use in solution.uses)
 
 
 def cbc(instance: Instance) -> tuple[float]:
-    """The best objective over all points, each solved to the gap."""
-    return (min(_cbc(instance[0], point) for point in instance[1]),)
+    """The best objective over all operating points by CBC, which solves each of them to the gap."""
+    problem, points = instance
+    return (min(_cbc(problem, point) for point in points),)
 
 
-def _cbc(problem: Problem[Named], point: Point) -> float:
+def _cbc(problem: Problem[PublishedVariant], point: PointLimits) -> float:
     model = pulp.LpProblem("search", pulp.LpMinimize)
     variables = [pulp.LpVariable(f"x{index}", cat="Binary") for index in range(len(problem.choices))]
     model += pulp.lpSum(choice.score * variable for choice, variable in zip(problem.choices, variables, strict=True))
     for block in range(problem.num_blocks):
-        model += (
-            pulp.lpSum(v for c, v in zip(problem.choices, variables, strict=True) if c.replacement.layer == block) == 1
-        )
+        pairs = zip(problem.choices, variables, strict=True)
+        model += pulp.lpSum(variable for choice, variable in pairs if choice.replacement.layer == block) == 1
     for limit in point.limits:
-        model += pulp.lpSum(a * v for a, v in zip(limit.coefficients, variables, strict=True)) <= limit.upper
+        model += pulp.lpDot(limit.coefficients, variables) <= limit.upper
     model.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=GAP, threads=1, timeLimit=60))
     return float(pulp.value(model.objective)) if pulp.LpStatus[model.status] == "Optimal" else float("inf")
 
 
 def timed(solve: Callable[[Instance], tuple[float, ...]], instance: Instance) -> tuple[float, ...]:
-    """Seconds, and what `solve` says."""
+    """Seconds that `solve` takes, and what it returns."""
     start = time.perf_counter()
-    found = solve(instance)
-    return time.perf_counter() - start, *found
+    results = solve(instance)
+    return time.perf_counter() - start, *results
+
+
+def compare(make: Callable[[int], Instance]) -> dict[str, float]:
+    """Medians over the seeds of seconds, their ratio and that of the scores; the largest gap, the least that bind."""
+    seconds, cbc_seconds, ratios, score_ratios, gaps, binding = [], [], [], [], [], []
+    for seed in SEEDS:
+        our_seconds, our_score, gap, num_binding = timed(ours, make(seed))
+        other_seconds, other_score = timed(cbc, make(seed))
+        seconds.append(our_seconds)
+        cbc_seconds.append(other_seconds)
+        ratios.append(other_seconds / our_seconds)
+        score_ratios.append(our_score / other_score)
+        gaps.append(gap)
+        binding.append(int(num_binding))
+    return {
+        "seconds": statistics.median(seconds),
+        "cbc_seconds": statistics.median(cbc_seconds),
+        "ratio": statistics.median(ratios),
+        "gap": max(gaps),
+        "binding": min(binding),
+        "score_ratio": statistics.median(score_ratios),
+    }
 
 
 def main() -> None:
@@ -123,18 +145,14 @@ def main() -> None:
         "80 x 16, one batch": library,
     }
     head = f"{'problem':<20} {'ours':>8} {'PuLP+CBC':>9} {'ratio':>6} {'largest gap':>12} {'score ours/CBC':>15}"
-    lines, found = [f"{head} {'limits that bind':>17}"], {}
+    lines, rows = [f"{head} {'limits that bind':>17}"], {}
     for name, make in cases.items():
-        pairs = [(timed(ours, make(seed)), timed(cbc, make(seed))) for seed in SEEDS]
-        own, other = (statistics.median(pair[side][0] for pair in pairs) for side in (0, 1))
-        ratio = statistics.median(b[0] / a[0] for a, b in pairs)
-        gap, binding = max(a[2] for a, _ in pairs), min(int(a[3]) for a, _ in pairs)
-        scores = statistics.median(a[1] / b[1] for a, b in pairs)
-        row = f"{name:<20} {own:>6.2f} s {other:>7.2f} s {ratio:>5.1f}x {gap:>12.1e} {scores:>15.5f}"
-        lines.append(f"{row} {binding:>17}")
-        found[name] = {"seconds": own, "cbc_seconds": other, "ratio": ratio, "gap": gap, "binding": binding}
+        row = compare(make)
+        times = f"{row['seconds']:>6.2f} s {row['cbc_seconds']:>7.2f} s {row['ratio']:>5.1f}x"
+        lines.append(f"{name:<20} {times} {row['gap']:>12.1e} {row['score_ratio']:>15.5f} {row['binding']:>17}")
+        rows[name] = row
     lines.append(f"medians over {len(SEEDS)} seeds, one thread, {machine(torch.device('cpu'))}, both in this run")
-    sys.stdout.write("\n".join([*lines, json.dumps(found), ""]))
+    sys.stdout.write("\n".join([*lines, json.dumps(rows), ""]))
 
 
 if __name__ == "__main__":

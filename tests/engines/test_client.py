@@ -69,15 +69,16 @@ def test_so_many_requests_are_open_and_no_more() -> None:
     with scripted("whole") as server:
         assert [answer.error for answer in ask(server, 12, concurrency=4)] == [None] * 12
     assert server.most_open == 4
-    assert sorted(asked["prompt"][0] for asked in server.asked) == list(range(12))
+    assert sorted(request["prompt"][0] for request in server.requests) == list(range(12))
 
 
 def test_it_asks_for_a_fixed_length_and_sends_the_key() -> None:
     with scripted("whole") as server:
         ask(server, 1, key="secret")
         assert asyncio.run(models(server.url, "secret", 2.0)) == ["scripted"]
-    (asked,) = server.asked
-    assert (asked["max_tokens"], asked["min_tokens"], asked["ignore_eos"], asked["stream"]) == (5, 5, True, True)
+    (request,) = server.requests
+    assert (request["max_tokens"], request["min_tokens"]) == (5, 5)
+    assert request["ignore_eos"] is True and request["stream"] is True
     assert server.keys == ["Bearer secret"]
 
 

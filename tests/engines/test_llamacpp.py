@@ -16,11 +16,13 @@ from storage.files import InputError
 from storage.gguf import embedded_parent
 from storage.gguf_child import write_gguf
 from storage.model_config import ModelConfig
-from storage.records import Attention, Ffn
-from tasks.benchmark_server import Load, Server, benchmark_servers, serving_text
+from storage.scenario import Scenario
+from storage.variants import Attention, Ffn
+from tasks.commands.benchmark_server import LoadSweep, Server, benchmark_servers, serving_text
 from tasks.engines.client import Endpoint, load, models
-from tasks.engines.llamacpp import LlamaCpp, Work, time_files
-from tasks.puzzle.runtimes import refusals
+from tasks.engines.llamacpp import LlamaCpp, time_files
+from tasks.engines.timings import Workload
+from tasks.puzzle.runtimes.rules import refusals
 from tests.tiny import FAMILIES, LLAMA3_ROPE, random_child, save_tiny
 
 NO_ATTENTION, LINEAR, NO_FFN = Attention("no_op"), Attention("linear"), Ffn("no_op")
@@ -47,11 +49,11 @@ def check_parity(config: ModelConfig, blocks: Blocks, folder: Path, tokens: int 
     engine = LlamaCpp(folder / "child.gguf", threads=1, sequences=1, context=2 * tokens, exact=True)
     prompt = torch.randint(config.vocab_size, (1, tokens))
     with torch.inference_mode():
-        wanted = torch.log_softmax(model(input_ids=prompt).logits[0, -1], -1)
-    found = engine.complete(prompt[0].tolist(), 1, logprobs=20)["choices"][0]["logprobs"]["content"][0]
-    assert len(found["top_logprobs"]) == 20
-    for token in found["top_logprobs"]:
-        assert token["logprob"] == pytest.approx(wanted[token["id"]].item(), abs=LOG_PROBABILITY_ERROR)
+        expected = torch.log_softmax(model(input_ids=prompt).logits[0, -1], -1)
+    content = engine.complete(prompt[0].tolist(), 1, logprobs=20)["choices"][0]["logprobs"]["content"][0]
+    assert len(content["top_logprobs"]) == 20
+    for token in content["top_logprobs"]:
+        assert token["logprob"] == pytest.approx(expected[token["id"]].item(), abs=LOG_PROBABILITY_ERROR)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,7 +94,7 @@ def test_random_architectures(blocks: Blocks, family: str, tmp_path_factory: pyt
     folder = tmp_path_factory.mktemp("random")
     _, config = save_tiny(family, folder / "parent")
     if reasons := refusals(config, blocks)["llama.cpp"]:
-        assert [one.reason for one in reasons] == ["it loads no model without kv heads"]
+        assert [refusal.reason for refusal in reasons] == ["it loads no model without kv heads"]
         with pytest.raises(InputError, match="no block has an attention with kv heads"):
             write_gguf(folder / "child.gguf", config, blocks, None, "F32")
         return
@@ -115,11 +117,12 @@ def test_what_is_timed_are_the_steps_and_the_whole_prompts(monkeypatch: pytest.M
         return answers[-1]
 
     monkeypatch.setattr(LlamaCpp, "complete", counted)
-    work = Work(batch=2, input_tokens=16, mean_context=24)
-    found = time_files({"parent": embedded_parent()[0]}, work, repeats=2, threads=1)
-    assert {phase: len(rounds) for phase, rounds in found["parent"].items()} == {"prefill": 2, "decode": 2}
-    assert min(found["parent"]["prefill"] + found["parent"]["decode"]) > 0
-    counts = [(one["timings"]["cache_n"], one["timings"]["prompt_n"], one["timings"]["predicted_n"]) for one in answers]
+    workload = Workload(Scenario(16, 16), batch=2)  # 24 tokens of context on average
+    timed = time_files({"parent": embedded_parent()[0]}, workload, repeats=2, threads=1)
+    assert {phase: len(rounds) for phase, rounds in timed["parent"].items()} == {"prefill": 2, "decode": 2}
+    assert min(timed["parent"]["prefill"] + timed["parent"]["decode"]) > 0
+    timings = [answer["timings"] for answer in answers]
+    counts = [(timing["cache_n"], timing["prompt_n"], timing["predicted_n"]) for timing in timings]
     assert counts.count((0, 16, 1)) == 6  # three prefills of two prompts
     assert counts.count((11, 1, 25)) == 6  # three times 24 steps behind 12 tokens, of two
 
@@ -130,12 +133,12 @@ def test_the_client_against_its_server(tmp_path: Path) -> None:
     (model,) = asyncio.run(models(engine.url, None, 10.0))
     prompts = [[1000 + 7 * slot + token for token in range(16)] for slot in range(4)]
     answers = asyncio.run(load(Endpoint(engine.url, model), prompts, 8, 2, 60.0, lambda: None))
-    assert [(one.error, one.input_tokens, one.output_tokens) for one in answers] == [(None, 16, 8)] * 4
+    assert [(answer.error, answer.input_tokens, answer.output_tokens) for answer in answers] == [(None, 16, 8)] * 4
     for answer in answers:
         assert len(answer.arrivals) == 8
         assert all(earlier <= later for earlier, later in itertools.pairwise(answer.arrivals))
-    wanted = Load(("128/128",), 1 / 16, (1, 2), rounds=2, devices=1, stall_s=60.0, vocabulary=30_000)
-    rows = benchmark_servers([Server("parent", engine.url, None)], wanted, tmp_path / "serving.parquet")
+    sweep = LoadSweep(("128/128",), 1 / 16, (1, 2), rounds=2, devices=1, stall_s=60.0, vocabulary=30_000)
+    rows = benchmark_servers([Server("parent", engine.url, None)], sweep, tmp_path / "serving.parquet")
     assert [(row.concurrency, row.requests, row.errors) for row in rows] == [(1, 2, 0), (2, 4, 0)]
     assert all(row.counted_input_tokens == row.input_tokens == row.output_tokens == 8 for row in rows)
     assert "SCALED: 128/128 as 8/8" in serving_text(rows, ["parent"])

@@ -11,10 +11,10 @@ from storage.gguf_child import write_gguf
 from storage.gguf_tokenizer import add_tokenizer
 from storage.model_config import EMBEDDING, NORM
 from storage.parent import Parent
-from storage.records import Attention, Ffn
-from tasks.puzzle.child import build
-from tasks.puzzle.device import compute
-from tasks.puzzle.initialise import initial_attention, initial_ffn
+from storage.variants import Attention, Ffn
+from tasks.puzzle.model.child import build
+from tasks.puzzle.model.device import prepare_compute
+from tasks.puzzle.model.initialise import initial_attention, initial_ffn
 from tests.parity import LOG_PROBABILITY_ERROR, compare, prompts
 
 _TOKENS = 5
@@ -22,7 +22,7 @@ _KINDS = {"3": Attention("gqa", 3), "1": Attention("gqa", 1), "-": Attention("no
 _WIDTHS = {"w": 1536, "m": 1152, "h": 768, "q": 384, "-": 0}
 MODELS = {
     "parent": "3w " * 30,
-    # what the demo's searches chose, and what they did not: one kv head, a linear attention, stand-ins for FFNs
+    # children like those of the demo, with what its searches did not choose: one kv head, linear attention, no FFN
     "like-51b": "3w 3w 3w 3w 3w 3w 3w -w 3w -w 3m 3h 3h 3h -h 3q 3h 3h 3h 3h 3h 3h -h 3h 3h -m -m 3h 3h -w",
     "like-40b": "-w 3w 1w 3w 3- 3h 1w -h 3h -m lh 3q 3h 3q -q 3q 1q -q -- 3h 3h 3h -h 3h 3h -q -q 3q 3q 3-",
 }
@@ -30,7 +30,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_fifty_prompts(name: str, smollm: Path, tmp_path: Path) -> None:
-    parent, device = Parent(smollm), compute("cpu", "float32", 2)
+    parent, compute = Parent(smollm), prepare_compute("cpu", "float32", 2)
     config = parent.config
     blocks = [
         (_KINDS[block[0]], Ffn("gated", _WIDTHS[block[1]]) if _WIDTHS[block[1]] else Ffn("no_op"))
@@ -38,16 +38,16 @@ def test_fifty_prompts(name: str, smollm: Path, tmp_path: Path) -> None:
     ]
     tensors = {key: parent.checkpoint.tensor(key).float() for key in (EMBEDDING, NORM)}
     for index, (attention, ffn) in enumerate(blocks):
-        own = parent.block(index, device.device, device.dtype)
+        parent_block = parent.block(index, *compute)
         order = torch.arange(config.intermediate_size)
-        halves = {**initial_attention(config, own, attention), **initial_ffn(own, ffn, order)}
+        halves = {**initial_attention(config, parent_block, attention), **initial_ffn(parent_block, ffn, order)}
         tensors |= {f"model.layers.{index}.{key}": tensor for key, tensor in halves.items()}
-    model = build(config, blocks, tensors, device)
+    model = build(config, blocks, tensors, compute)
     tokenizer = partial(add_tokenizer, folder=smollm, vocab_size=config.vocab_size)
     path = tmp_path / "model.gguf"
     write_gguf(path, config, blocks, lambda key: iter([tensors[key].numpy()]), "F32", tokenizer=tokenizer)
     words = AutoTokenizer.from_pretrained(smollm)
-    found = compare(path, model, prompts(words), words.vocab["a"], _TOKENS, LOG_PROBABILITY_ERROR)
-    assert found.positions == 50 * _TOKENS
-    assert found.different_tokens == 0, found
-    assert found.largest_error <= LOG_PROBABILITY_ERROR, found
+    parity = compare(path, model, prompts(words), words.vocab["a"], _TOKENS, LOG_PROBABILITY_ERROR)
+    assert parity.positions == 50 * _TOKENS
+    assert parity.different_tokens == 0, parity
+    assert parity.largest_error <= LOG_PROBABILITY_ERROR, parity

@@ -1,15 +1,20 @@
 """What every stage's main() shares: pieces on workers, results in order, quiet progress, errors as one line."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from uuid import UUID
 
 import pytest
 import yaml
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import distill_blocks, score_blocks
 from storage.paths import Paths
+from storage.pipeline import read_seconds
 from tests.clone import ROOT, Clone, Ended
 from tests.settings import tiny_params, tiny_values
 
@@ -36,9 +41,10 @@ def pieces(params, paths, target):
     paths.root.mkdir()
     made = run_pieces(make, [3, 2, 1, 0], target, paths, unit="piece", in_order=target == "ordered")
     (paths.root / "results").write_text(json.dumps(made))
+    (paths.root / "seconds.json").write_text('{"a stage": 1.0, "anoth')
 
 if __name__ == "__main__":
-    main(pieces, per_target=True)
+    main(pieces)
 """
 
 
@@ -47,7 +53,7 @@ def _folder(folder: Path) -> Clone:
     folder.mkdir(exist_ok=True)
     target = tiny_values()["targets"]["small"]
     values = tiny_values(run={"workers": 4}) | {
-        "targets": dict.fromkeys(("works", "ordered", "fails", "breaks"), target)
+        "targets": {name: {**target, "label": name} for name in ("works", "ordered", "fails", "breaks")}
     }
     (folder / "params.yaml").write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
     (folder / "pieces.py").write_text(STAGE, encoding="utf-8")
@@ -71,16 +77,37 @@ def _run(folder: Path, address: str, target: str) -> Ended:
 
 @pytest.mark.parametrize("target", ["works", "ordered"])
 def test_results_come_in_the_order_of_the_pieces_and_nothing_is_said(target: str, tmp_path: Path, address: str) -> None:
-    """`ordered`: a piece starts when the one before it has ended, though there are four workers."""
+    """`ordered`: a piece starts when the one before it has ended, though there are four workers.
+
+    The record of seconds, which the stage finds damaged in the end, fails nobody's finished work.
+    """
     ended = _run(tmp_path, address, target)
     assert (ended.code, ended.out, ended.err) == (0, "", "")  # progress is for terminals
     assert json.loads((tmp_path / "artifacts/results").read_text()) == [30, 20, 10, 0]
+    assert read_seconds(tmp_path / "artifacts/seconds.json").keys() == {f"pieces@{target}"}
 
 
 def test_a_wrong_input_in_a_piece_is_one_error_and_finished_pieces_stay(tmp_path: Path, address: str) -> None:
     ended = _run(tmp_path, address, "fails")
     assert (ended.code, ended.out, ended.err) == (4, "", "error: piece 2 is damaged\n")
     assert {"0", "1"} <= {path.name for path in (tmp_path / "artifacts").iterdir()} <= {"0", "1", "3"}
+
+
+def test_a_run_that_was_killed_is_marked_when_the_next_stage_starts(tmp_path: Path, address: str) -> None:
+    clone = Clone(tmp_path, {**_folder(tmp_path).environment, "PREFECT_API_URL": address})
+    running = tmp_path / ".prefect/running"
+    clone.kill_when((tmp_path / "artifacts").exists, "pieces", "--target", "ordered")
+    shutil.rmtree(tmp_path / "artifacts")
+    killed = UUID(next(running.glob("*.lock")).stem)
+    with temporary_settings({PREFECT_API_URL: address}), get_client(sync_client=True) as client:
+        before = client.read_flow_run(killed).state
+        clone.must("pieces", "--target", "works")
+        after = client.read_flow_run(killed).state
+    assert before is not None
+    assert before.is_running()
+    assert after is not None
+    assert after.is_crashed()
+    assert list(running.iterdir()) == []
 
 
 def test_our_own_mistake_is_not_dressed_up_as_a_wrong_input(tmp_path: Path, address: str) -> None:

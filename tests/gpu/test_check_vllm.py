@@ -9,9 +9,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from storage.files import read_json
-from storage.model_config import ModelConfig, to_nemotron_nas
-from storage.records import Attention, Ffn
-from tasks.puzzle.child import DeciLMForCausalLM, NemotronNasConfig
+from storage.model_config import ModelConfig
+from storage.nemotron_nas import to_nemotron_nas
+from storage.variants import Attention, Ffn
+from tasks.puzzle.model.child import DeciLMForCausalLM, NemotronNasConfig
 from tests.clone import tiny_parent
 from tests.gpu import check_vllm
 from tests.gpu.check_vllm import PROMPTS, Answer, Comparison, compare, difference
@@ -31,17 +32,17 @@ class LLM:
 
     def generate(self, prompts, sampling):
         assert [prompt["prompt_token_ids"] for prompt in prompts] == ANSWERS["prompts"]
-        return [self.answer(*one) for one in ANSWERS["answers"]]
+        return [self.answer(*answer) for answer in ANSWERS["answers"]]
 
     def answer(self, tokens, steps):
         logprobs = [{int(i): types.SimpleNamespace(logprob=p) for i, p in step.items()} for step in steps]
         return types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(tokens), logprobs=logprobs)])
 """
-"""What the program asks of vLLM: a module that is found before the real one."""
+"""A module with the part of vLLM that the program uses; it is imported in place of the real one."""
 
 
 def answer(*steps: dict[int, float]) -> Answer:
-    """Of greedy steps."""
+    """An answer of greedy steps."""
     return [max(step, key=lambda token: step[token]) for step in steps], list(steps)
 
 
@@ -89,8 +90,8 @@ def test_the_script(
     worse = [(tokens, [{i: p - error for i, p in top.items()} for top in steps]) for tokens, steps in answers[:1]]
     vllm.mkdir()
     (vllm / "vllm.py").write_text(STAND_IN, encoding="utf-8")
-    told = {"prompts": prompts, "answers": [*worse, *answers[1:]]}
-    (vllm / "answers.json").write_text(json.dumps(told), encoding="utf-8")
+    answers_json = {"prompts": prompts, "answers": [*worse, *answers[1:]]}
+    (vllm / "answers.json").write_text(json.dumps(answers_json), encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(vllm))
     monkeypatch.setattr(sys, "argv", ["check_vllm", "--checkpoint", str(checkpoint)])
     assert check_vllm.main() == (error > 0)

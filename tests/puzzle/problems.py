@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from hypothesis import strategies as st
 
-from storage.records import Attention, Ffn, Replacement
-from tasks.puzzle.problem import Choice, Limit, Problem
+from storage.variants import Attention, Ffn, Replacement
+from tasks.puzzle.search.problem import Choice, Limit, Problem
 
 Small = Problem[Replacement]
 eighths = st.integers(0, 80).map(lambda value: value / 8)
@@ -29,14 +29,14 @@ def problems(draw: st.DrawFn, num_limits: int = 2) -> Small:
         for first in range(num_blocks - span + 1)
     ]
     replacements += draw(st.lists(st.sampled_from(spans), unique=True, max_size=3))
-    choices = tuple(Choice(of, draw(eighths)) for of in sorted(replacements))
+    choices = tuple(Choice(replacement, draw(eighths)) for replacement in sorted(replacements))
     limits = tuple(draw(limits_of(len(choices), f"limit {number}")) for number in range(num_limits))
     return Problem("t", num_blocks, choices, limits)
 
 
 @st.composite
 def limits_of(draw: st.DrawFn, num_choices: int, name: str) -> Limit:
-    """A limit with coefficients in eighths."""
+    """A limit whose coefficients are eighths."""
     coefficients = tuple(draw(eighths) for _ in range(num_choices))
     return Limit(name, name, coefficients, constant=draw(eighths), upper=draw(st.integers(1, 400)) / 8)
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.model_config import ModelConfig
-from storage.records import Attention, Ffn, Replacement
-from tasks.puzzle.blocks import Block
-from tasks.puzzle.head import Head
-from tasks.puzzle.rotary import rotary_for
-from tasks.puzzle.scoring import Candidate, score_group
+from storage.variants import Attention, Ffn, Replacement
+from tasks.puzzle.model.blocks import Block
+from tasks.puzzle.model.head import Head
+from tasks.puzzle.model.rotary import rotary_for
+from tasks.puzzle.quality.scoring import Candidate, score_group
 
 Numbers = NDArray[np.float64]
 WIDTH, HEADS, HEAD_DIM, TOKENS, VOCABULARY, EPS, THETA = 16, 4, 4, 6, 11, 1e-5, 10_000.0
@@ -41,7 +41,7 @@ FFNS = (PARENT[1], Ffn("gated", 8), Ffn("linear"), Ffn("no_op"))
 
 
 def tensors(attention: Attention, ffn: Ffn, seed: int) -> dict[str, Tensor]:
-    """Random tensors of a block, named as within a Llama layer."""
+    """Draw random tensors of a block, named as within a Llama layer."""
     rng = np.random.default_rng(seed)
     block = Block(CONFIG, attention, ffn)
     scale = {name: 1.0 if name.endswith("layernorm.weight") else 0.3 for name in block.state_dict()}
@@ -55,56 +55,65 @@ def norm(vector: Numbers, weight: Numbers) -> Numbers:
     return weight * vector / math.sqrt(sum(value**2 for value in vector) / len(vector) + EPS)
 
 
-def turned(head: Numbers, position: int) -> Numbers:
-    """Rotary: element i and i + half turn together by position / theta^(2 i / head_dim)."""
+def rotated(head: Numbers, position: int) -> Numbers:
+    """Rotate element i and i + half as a pair by position / theta^(2 i / head_dim) (rotary)."""
     half = HEAD_DIM // 2
-    found = np.empty(HEAD_DIM)
+    pairs = np.empty(HEAD_DIM)
     for i in range(half):
         angle = position / THETA ** (2 * i / HEAD_DIM)
-        found[i] = head[i] * math.cos(angle) - head[i + half] * math.sin(angle)
-        found[i + half] = head[i + half] * math.cos(angle) + head[i] * math.sin(angle)
-    return found
+        pairs[i] = head[i] * math.cos(angle) - head[i + half] * math.sin(angle)
+        pairs[i + half] = head[i + half] * math.cos(angle) + head[i] * math.sin(angle)
+    return pairs
 
 
-def attend(rows: Numbers, of: Mapping[str, Numbers], attention: Attention) -> Numbers:
-    """Attention of one sequence, token by token and head by head."""
+def attend(rows: Numbers, weights: Mapping[str, Numbers], attention: Attention) -> Numbers:
+    """Compute attention of one sequence, token by token and head by head."""
     if attention.kind == "linear":
-        return np.stack([of["self_attn.linear_attn.weight"] @ row for row in rows])
-    query, key, value = ([of[f"self_attn.{name}_proj.weight"] @ row for row in rows] for name in "qkv")
-    found = []
+        return np.stack([weights["self_attn.linear_attn.weight"] @ row for row in rows])
+    query, key, value = ([weights[f"self_attn.{name}_proj.weight"] @ row for row in rows] for name in "qkv")
+    outputs = []
     for position in range(TOKENS):
         joined = []
         for head in range(HEADS):
             shared = head // (HEADS // attention.num_kv_heads)
-            own = slice(shared * HEAD_DIM, (shared + 1) * HEAD_DIM)
-            asked = turned(query[position][head * HEAD_DIM : (head + 1) * HEAD_DIM], position)
-            weights = np.array(
+            columns = slice(shared * HEAD_DIM, (shared + 1) * HEAD_DIM)
+            rotated_query = rotated(query[position][head * HEAD_DIM : (head + 1) * HEAD_DIM], position)
+            probabilities = np.array(
                 [
-                    math.exp(asked @ turned(key[earlier][own], earlier) / math.sqrt(HEAD_DIM))
+                    math.exp(rotated_query @ rotated(key[earlier][columns], earlier) / math.sqrt(HEAD_DIM))
                     for earlier in range(position + 1)
                 ]
             )
-            joined.append(sum(w * value[earlier][own] for earlier, w in enumerate(weights / weights.sum())))
-        found.append(of["self_attn.o_proj.weight"] @ np.concatenate(joined))
-    return np.stack(found)
+            joined.append(
+                sum(
+                    weight * value[earlier][columns]
+                    for earlier, weight in enumerate(probabilities / probabilities.sum())
+                )
+            )
+        outputs.append(weights["self_attn.o_proj.weight"] @ np.concatenate(joined))
+    return np.stack(outputs)
 
 
-def feed(row: Numbers, of: Mapping[str, Numbers], ffn: Ffn) -> Numbers:
+def feed(row: Numbers, weights: Mapping[str, Numbers], ffn: Ffn) -> Numbers:
     if ffn.kind == "linear":
-        mapped: Numbers = of["mlp.linear_mlp.weight"] @ row
+        mapped: Numbers = weights["mlp.linear_mlp.weight"] @ row
         return mapped
-    gate, up = of["mlp.gate_proj.weight"] @ row, of["mlp.up_proj.weight"] @ row
+    gate, up = weights["mlp.gate_proj.weight"] @ row, weights["mlp.up_proj.weight"] @ row
     channels = [g / (1 + math.exp(-g)) * u for g, u in zip(gate, up, strict=True)]
-    narrowed: Numbers = of["mlp.down_proj.weight"] @ np.array(channels)
+    narrowed: Numbers = weights["mlp.down_proj.weight"] @ np.array(channels)
     return narrowed
 
 
 def block_by_hand(rows: Numbers, named: Mapping[str, Tensor], attention: Attention, ffn: Ffn) -> Numbers:
-    of = {name: tensor.numpy() for name, tensor in named.items()}
+    weights = {name: tensor.numpy() for name, tensor in named.items()}
     if attention.kind != "no_op":
-        rows = rows + attend(np.stack([norm(row, of["input_layernorm.weight"]) for row in rows]), of, attention)
+        rows = rows + attend(
+            np.stack([norm(row, weights["input_layernorm.weight"]) for row in rows]), weights, attention
+        )
     if ffn.kind != "no_op":
-        rows = rows + np.stack([feed(norm(row, of["post_attention_layernorm.weight"]), of, ffn) for row in rows])
+        rows = rows + np.stack(
+            [feed(norm(row, weights["post_attention_layernorm.weight"]), weights, ffn) for row in rows]
+        )
     return rows
 
 
@@ -114,10 +123,10 @@ def test_a_block_of_every_kind(attention: Attention, ffn: Ffn) -> None:
     rows = np.random.default_rng(2).normal(size=(TOKENS, WIDTH))
     hidden = torch.from_numpy(rows)[None]
     with torch.inference_mode():
-        found = Block.load(CONFIG, attention, ffn, named)(hidden, rotary_for(CONFIG, TOKENS, hidden))[0]
+        output = Block.load(CONFIG, attention, ffn, named)(hidden, rotary_for(CONFIG, TOKENS, hidden))[0]
     # norms and rotary angles are taken in float32
     torch.testing.assert_close(
-        found, torch.from_numpy(block_by_hand(rows, named, attention, ffn)), atol=1e-5, rtol=1e-5
+        output, torch.from_numpy(block_by_hand(rows, named, attention, ffn)), atol=1e-5, rtol=1e-5
     )
 
 
@@ -125,9 +134,9 @@ def test_a_block_of_every_kind(attention: Attention, ffn: Ffn) -> None:
     ("attention", "ffn"), [(ATTENTIONS[1], FFNS[0]), (ATTENTIONS[2], FFNS[0]), (ATTENTIONS[0], FFNS[3])]
 )
 def test_a_score_of_two_blocks(attention: Attention, ffn: Ffn) -> None:
-    """KL of the next token's distribution with block 0 replaced, block 1 and the head the parent's."""
+    """Block 0 is replaced; block 1 and the head are the parent's."""
     rng = np.random.default_rng(3)
-    parents, own = [tensors(*PARENT, seed=seed) for seed in (4, 5)], tensors(attention, ffn, seed=6)
+    parents, replaced = [tensors(*PARENT, seed=seed) for seed in (4, 5)], tensors(attention, ffn, seed=6)
     rows, last_norm, words = (
         rng.normal(size=(TOKENS, WIDTH)),
         rng.normal(size=WIDTH),
@@ -135,20 +144,20 @@ def test_a_score_of_two_blocks(attention: Attention, ffn: Ffn) -> None:
     )
     middle = block_by_hand(rows, parents[0], *PARENT)
     states = [rows, middle, block_by_hand(middle, parents[1], *PARENT)]
-    child = block_by_hand(block_by_hand(rows, own, attention, ffn), parents[1], *PARENT)
+    child = block_by_hand(block_by_hand(rows, replaced, attention, ffn), parents[1], *PARENT)
     kls = []
     for theirs, ours in zip(states[2][:-1], child[:-1], strict=True):
         p, q = (_softmax(words @ norm(row, last_norm)) for row in (theirs, ours))
         kls.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
-    (found,) = score_group(
+    (losses,) = score_group(
         CONFIG,
         lambda index: {name: tensor.float() for name, tensor in parents[index].items()},
         lambda index: torch.from_numpy(states[index])[None].float(),
         Head(torch.from_numpy(last_norm).float(), torch.from_numpy(words).float(), EPS),
         torch.zeros(1, TOKENS, dtype=torch.long),
-        [Candidate(Replacement(0, 1, attention, ffn), {name: tensor.float() for name, tensor in own.items()})],
+        [Candidate(Replacement(0, 1, attention, ffn), {name: tensor.float() for name, tensor in replaced.items()})],
     )
-    assert found.kl[0].tolist() == pytest.approx(kls, rel=1e-4, abs=1e-6)
+    assert losses.kl[0].tolist() == pytest.approx(kls, rel=1e-4, abs=1e-6)
 
 
 def _softmax(logits: Numbers) -> Numbers:

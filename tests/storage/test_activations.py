@@ -1,4 +1,4 @@
-"""Activation shards: every value comes back, in any order, and damage is found before it is used."""
+"""Activation shards: every value comes back, in any order, and damage is noticed before it is used."""
 
 from pathlib import Path
 
@@ -36,9 +36,9 @@ def make(folder: Path, dtype: torch.dtype, sequences: int = 10, boundaries: int 
 def test_sequences_are_read_by_number_across_shards(sequences: list[int], dtype: torch.dtype, tmp_path: Path) -> None:
     states = make(tmp_path, dtype)
     for boundary, expected in enumerate(states):
-        found = BoundaryReader(tmp_path, "train", boundary).read(sequences)
-        assert found.dtype == dtype
-        assert torch.equal(found, expected[sequences])
+        read_back = BoundaryReader(tmp_path, "train", boundary).read(sequences)
+        assert read_back.dtype == dtype
+        assert torch.equal(read_back, expected[sequences])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -48,9 +48,9 @@ def test_special_values_keep_their_bits(dtype: torch.dtype, tmp_path: Path) -> N
     path = shard_path(tmp_path, "train", 0, 0)
     write_shard(path, values, {})
     Pieces(tmp_path, REBUILD).finish(shard_name("train", 0), "", [path], {"sequences_per_shard": 1})
-    found = BoundaryReader(tmp_path, "train", 0).read([0])
+    read_back = BoundaryReader(tmp_path, "train", 0).read([0])
     whole = torch.int16 if dtype == torch.bfloat16 else torch.int32
-    assert torch.equal(found.view(whole), values.view(whole))
+    assert torch.equal(read_back.view(whole), values.view(whole))
 
 
 def test_what_is_read_is_the_callers_own(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: written by us, by transformers and safetensors; what is wrong with them is found and named."""
+"""Checkpoints: written by us, by transformers and safetensors; and every fault in them is named."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from storage.checkpoints import CHECKSUMS, Checkpoint, CheckpointWriter, tensor_sha256
-from storage.files import DamagedFileError, InputError, read_json
+from storage.files import DamagedFileError, InputError
 from tests.tiny import FAMILIES, flip_byte, save_tiny, tiny_model
 
 CPU = torch.device("cpu")
@@ -46,9 +46,9 @@ def test_what_is_written_is_read_back(max_shard_bytes: int, shards: int, tmp_pat
     assert (tmp_path / INDEX).is_file() == (shards > 1)
     assert set(checkpoint.files) == set(tensors)
     for name, tensor in tensors.items():
-        found = checkpoint.tensor(name)
-        assert found.dtype == tensor.dtype
-        assert torch.equal(found, tensor)
+        read_back = checkpoint.tensor(name)
+        assert read_back.dtype == tensor.dtype
+        assert torch.equal(read_back, tensor)
         assert checkpoint.shape(name) == tuple(tensor.shape)
         assert checkpoint.checksums[name] == tensor_sha256(tensor)
 
@@ -74,7 +74,7 @@ def test_shards_have_the_names_that_other_tools_expect(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_reads_what_we_write(family: str, max_shard_bytes: int, tmp_path: Path) -> None:
     model, config = save_tiny(family, tmp_path / "theirs")
-    theirs = Checkpoint(tmp_path / "theirs", REBUILD)
+    theirs = Checkpoint(tmp_path / "theirs", REBUILD, is_foreign=True)
     assert ("lm_head.weight" in theirs.files) != config.tie_embeddings
     write(tmp_path / "ours", {name: theirs.tensor(name) for name in theirs.files}, max_shard_bytes)
     (tmp_path / "ours" / "config.json").write_bytes((tmp_path / "theirs" / "config.json").read_bytes())
@@ -182,7 +182,7 @@ def test_an_empty_folder_and_pickled_weights_are_told_apart(tmp_path: Path) -> N
 
 def test_a_foreign_checkpoint_has_no_checksums(tmp_path: Path) -> None:
     save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint(tmp_path, REBUILD)
+    checkpoint = Checkpoint(tmp_path, REBUILD, is_foreign=True)
     assert checkpoint.checksums == {}
     assert torch.equal(checkpoint.tensor("a"), torch.ones(3))
 
@@ -200,4 +200,4 @@ def test_later_changes_of_an_added_tensor_do_not_reach_the_file(tmp_path: Path) 
     tensor.zero_()
     writer.finish()
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], torch.ones(4))
-    assert read_json(tmp_path / CHECKSUMS, REBUILD) == {"a": tensor_sha256(torch.ones(4))}
+    assert Checkpoint(tmp_path, REBUILD).checksums == {"a": tensor_sha256(torch.ones(4))}

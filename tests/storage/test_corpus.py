@@ -1,4 +1,4 @@
-"""The corpus on disk: what is written is read back, bytes repeat, damage is found."""
+"""The corpus on disk: what is written is read back, bytes repeat, damage is noticed."""
 
 import os
 from dataclasses import replace

@@ -131,7 +131,7 @@ def test_exit_codes_tell_wrong_input_from_damage() -> None:
 
 @pytest.mark.parametrize("write", [lambda full: full.write(b"new"), lambda full: np.ones(100_000).tofile(full)])
 def test_a_full_disk_is_one_error_and_keeps_the_old_file(write: Callable[[Any], object], tmp_path: Path) -> None:
-    """Numpy says how much it wrote, and no errno."""
+    """numpy's error says how much was written, and has no errno."""
     path = tmp_path / "file.bin"
     path.write_text("old")
     with (

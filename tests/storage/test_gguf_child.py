@@ -17,10 +17,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from storage.files import InputError
-from storage.gguf_child import FileType, Layer, layers, write_gguf
+from storage.formats import FileType
+from storage.gguf_child import GgufLayer, gguf_layers, write_gguf
 from storage.model_config import expected_shapes
-from storage.records import Attention, Ffn
-from tasks.puzzle.runtimes import format_refusals
+from storage.variants import Attention, Ffn
+from tasks.puzzle.runtimes.rules import format_refusals
 from tests.tiny import save_tiny
 
 FULL, NO_ATTENTION, LINEAR = Attention("gqa", 2), Attention("no_op"), Attention("linear")
@@ -28,14 +29,14 @@ WIDE, NO_FFN = Ffn("gated", 96), Ffn("no_op")
 
 
 def test_every_removed_subblock_that_llama_cpp_gets_wrong_has_a_stand_in() -> None:
-    found = layers(
+    layers = gguf_layers(
         [(NO_ATTENTION, NO_FFN), (NO_ATTENTION, WIDE), (NO_ATTENTION, WIDE), (LINEAR, NO_FFN), (FULL, NO_FFN)], 4
     )
-    assert found == (
-        Layer(1, Attention("gqa", 1), heads=1, width=96, zero_attention=True, zero_ffn=False),
-        Layer(2, NO_ATTENTION, heads=0, width=96, zero_attention=False, zero_ffn=False),
-        Layer(3, LINEAR, heads=4, width=32, zero_attention=False, zero_ffn=True),
-        Layer(4, FULL, heads=4, width=32, zero_attention=False, zero_ffn=True),
+    assert layers == (
+        GgufLayer(1, Attention("gqa", 1), heads=1, width=96, zero_attention=True, zero_ffn=False),
+        GgufLayer(2, NO_ATTENTION, heads=0, width=96, zero_attention=False, zero_ffn=False),
+        GgufLayer(3, LINEAR, heads=4, width=32, zero_attention=False, zero_ffn=True),
+        GgufLayer(4, FULL, heads=4, width=32, zero_attention=False, zero_ffn=True),
     )
 
 
@@ -49,7 +50,7 @@ def test_every_removed_subblock_that_llama_cpp_gets_wrong_has_a_stand_in() -> No
 )
 def test_what_llama_cpp_does_not_load_is_refused(blocks: list[tuple[Attention, Ffn]], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        layers(blocks, 4)
+        gguf_layers(blocks, 4)
 
 
 VARIANTS = st.tuples(
@@ -61,17 +62,18 @@ VARIANTS = st.tuples(
 @given(st.lists(VARIANTS, min_size=1, max_size=6))
 def test_nothing_is_lost_and_nothing_is_what_llama_cpp_gets_wrong(blocks: list[tuple[Attention, Ffn]]) -> None:
     try:
-        found = layers(blocks, 4)
+        layers = gguf_layers(blocks, 4)
     except InputError:
         assert all(attention.kind != "gqa" for attention, _ in blocks)
         return
-    assert [of.block for of in found] == [at for at, block in enumerate(blocks) if block != (NO_ATTENTION, NO_FFN)]
-    assert found[0].heads > 0
-    assert all(of.width > 0 for of in found)
-    for of in found:
-        attention, ffn = blocks[of.block]
-        assert of.zero_attention or of.attention == attention
-        assert of.zero_ffn == (ffn == NO_FFN)
+    kept = [index for index, block in enumerate(blocks) if block != (NO_ATTENTION, NO_FFN)]
+    assert [layer.block for layer in layers] == kept
+    assert layers[0].heads > 0
+    assert all(layer.width > 0 for layer in layers)
+    for layer in layers:
+        attention, ffn = blocks[layer.block]
+        assert layer.zero_attention or layer.attention == attention
+        assert layer.zero_ffn == (ffn == NO_FFN)
 
 
 def test_the_files_tensors_are_the_checkpoints(tmp_path: Path) -> None:
@@ -81,27 +83,28 @@ def test_the_files_tensors_are_the_checkpoints(tmp_path: Path) -> None:
     write_gguf(tmp_path / "child.gguf", config, blocks, lambda name: iter([tensors[name].numpy()]), "F16")
     reader = GGUFReader(tmp_path / "child.gguf")
     assert reader.fields["general.architecture"].contents() == "llama"
-    found = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    written = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     down = tensors["model.layers.1.mlp.down_proj.weight"].numpy()
-    assert np.array_equal(found["blk.1.ffn_down.weight"], down.astype(np.float16).astype(np.float32))
+    assert np.array_equal(written["blk.1.ffn_down.weight"], down.astype(np.float16).astype(np.float32))
     query = tensors["model.layers.2.self_attn.q_proj.weight"].numpy().astype(np.float16).astype(np.float32)
     rows = query.reshape(4, 2, 6, 48)  # 4 heads of dimension 12: the two halves go in turn
-    assert np.array_equal(found["blk.2.attn_q.weight"].reshape(4, 6, 2, 48)[:, :, 0], rows[:, 0])
-    assert np.array_equal(found["blk.2.attn_q.weight"].reshape(4, 6, 2, 48)[:, :, 1], rows[:, 1])
-    assert len(found) == 2 + 9 * 3
+    assert np.array_equal(written["blk.2.attn_q.weight"].reshape(4, 6, 2, 48)[:, :, 0], rows[:, 0])
+    assert np.array_equal(written["blk.2.attn_q.weight"].reshape(4, 6, 2, 48)[:, :, 1], rows[:, 1])
+    assert len(written) == 2 + 9 * 3
 
 
 def test_llama3_rotary_factors_are_those_of_the_reference(tmp_path: Path) -> None:
     """The file's factors divide the unscaled frequencies; transformers' own scaled ones are the reference."""
     _, config = save_tiny("llama3-untied-head_dim-bias", tmp_path / "parent")
     write_gguf(tmp_path / "a.gguf", config, [(FULL, WIDE)] * 3, None, "F32")
-    found = next(one.data for one in GGUFReader(tmp_path / "a.gguf").tensors if one.name == "rope_freqs.weight")
+    tensors = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "a.gguf").tensors}
+    factors = tensors["rope_freqs.weight"]
     plain = 1.0 / config.rope["rope_theta"] ** (np.arange(0, config.head_dim, 2) / config.head_dim)
-    of_rotary: dict[str, Any] = {"head_dim": config.head_dim, "rope_parameters": config.rope}
-    of_rotary["max_position_embeddings"] = config.context
-    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](PreTrainedConfig(**of_rotary))
-    assert found == pytest.approx(plain / wanted.numpy(), rel=1e-6)  # float32
-    assert found.min() == 1.0 < found.max() == 8.0  # pairs that turn fast, and slow ones
+    fields: dict[str, Any] = {"head_dim": config.head_dim, "rope_parameters": config.rope}
+    fields["max_position_embeddings"] = config.context
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](PreTrainedConfig(**fields))
+    assert factors == pytest.approx(plain / scaled.numpy(), rel=1e-6)  # float32
+    assert factors.min() == 1.0 < factors.max() == 8.0  # pairs that turn fast, and slow ones
 
 
 @pytest.mark.parametrize(
@@ -117,27 +120,28 @@ def test_matrices_are_rounded_as_the_type_says(file_type: FileType, error: float
     tensors = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
     def rows(name: str) -> Iterator[NDArray[np.float32]]:
-        return (tensors[name][at : at + 7] for at in range(0, len(tensors[name]), 7))
+        return (tensors[name][start : start + 7] for start in range(0, len(tensors[name]), 7))
 
     write_gguf(tmp_path / "a.gguf", config, [(FULL, Ffn("gated", 96))] * 3, rows, file_type)
     write_gguf(tmp_path / "b.gguf", config, [(FULL, Ffn("gated", 96))] * 3, lambda key: iter([tensors[key]]), file_type)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()  # in rows, or whole
-    found = {one.name: dequantize(one.data, one.tensor_type) for one in GGUFReader(tmp_path / "a.gguf").tensors}
-    wanted = tensors["model.layers.1.mlp.up_proj.weight"]
-    scale = np.abs(wanted)
+    reader = GGUFReader(tmp_path / "a.gguf")
+    written = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    weights = tensors["model.layers.1.mlp.up_proj.weight"]
+    scale = np.abs(weights)
     if file_type == "Q8_0":
         scale = np.repeat(scale.reshape(96, 2, 32).max(-1), 32).reshape(96, 64)
-    assert np.all(np.abs(found["blk.1.ffn_up.weight"] - wanted) <= error * scale * 1.001)
-    assert np.array_equal(found["output_norm.weight"], tensors["model.norm.weight"])
+    assert np.all(np.abs(written["blk.1.ffn_up.weight"] - weights) <= error * scale * 1.001)
+    assert np.array_equal(written["output_norm.weight"], tensors["model.norm.weight"])
 
 
 def test_rows_that_q8_0_cannot_divide_are_f16(tmp_path: Path) -> None:
     _, config = save_tiny("llama", tmp_path / "parent")  # hidden size 48
     write_gguf(tmp_path / "a.gguf", config, [(FULL, WIDE)] * 3, None, "Q8_0")
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "a.gguf").tensors}
-    assert kinds["blk.0.ffn_down.weight"] == "Q8_0"  # rows of 96
-    assert kinds["blk.0.ffn_up.weight"] == kinds["token_embd.weight"] == "F16"
-    assert kinds["blk.0.ffn_norm.weight"] == "F32"
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "a.gguf").tensors}
+    assert types["blk.0.ffn_down.weight"] == "Q8_0"  # rows of 96
+    assert types["blk.0.ffn_up.weight"] == types["token_embd.weight"] == "F16"
+    assert types["blk.0.ffn_norm.weight"] == "F32"
 
 
 def test_what_a_file_cannot_say_is_refused_and_leaves_none(tmp_path: Path) -> None:
@@ -151,8 +155,8 @@ def test_what_a_file_cannot_say_is_refused_and_leaves_none(tmp_path: Path) -> No
     }
     with pytest.raises(InputError, match=r"\(yarn\) set mscale, which GGUF does not say"):
         write_gguf(tmp_path / "a.gguf", replace(config, rope=yarn), [(FULL, WIDE)] * 3, None, "F32")
-    [known] = format_refusals("gguf-f32", replace(config, rope=yarn), [(FULL, WIDE)] * 3)
-    assert "settings of its rotary positions" in known.text and known.way_out == "leave the gguf formats out"
+    [refusal] = format_refusals("gguf-f32", replace(config, rope=yarn), [(FULL, WIDE)] * 3)
+    assert "settings of its rotary positions" in refusal.text and refusal.way_out == "leave the gguf formats out"
     tensors = model.state_dict()
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
     with pytest.raises(InputError, match=r"blk.1.ffn_up.weight has a weight beyond F16; export it as gguf-bf16"):

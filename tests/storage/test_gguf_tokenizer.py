@@ -1,6 +1,6 @@
-"""The real llama.cpp finds the tokens that the `tokenizers` library finds, for every kind of tokenizer that is written.
+"""The real llama.cpp makes the tokens that the `tokenizers` library makes, for every kind of tokenizer that is written.
 
-The library reads the same tokenizer.json; texts are chosen, and made up by hypothesis.
+The library reads the same tokenizer.json; some texts are listed here, hypothesis makes up others.
 """
 
 import functools
@@ -29,7 +29,7 @@ from storage.files import InputError
 from storage.gguf_child import write_gguf
 from storage.gguf_tokenizer import add_tokenizer
 from storage.model_config import ModelConfig
-from storage.records import Attention, Ffn
+from storage.variants import Attention, Ffn
 from tasks.engines.llamacpp import LlamaCpp
 from tests.tiny import SIZES
 
@@ -90,26 +90,26 @@ PIECES = st.one_of(
 
 @dataclass(frozen=True)
 class Both:
-    """A tokenizer in the library that made it and in llama.cpp; `differ`: texts that are known to differ."""
+    """A tokenizer in the library that made it and in llama.cpp; `differ` is true of texts whose tokens differ."""
 
     tokenizer: Tokenizer
     engine: LlamaCpp
     differ: Callable[[str], bool]
 
     def ask(self, path: str, **body: Any) -> Any:
-        """llama.cpp's HTTP API."""
+        """The answer of llama.cpp's HTTP API."""
         url = self.engine.url.removesuffix("/v1") + path
         request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
 
-    def found(self, text: str, special: bool = False, parse: bool = True) -> list[int]:
-        """llama.cpp's tokens."""
-        found: list[int] = self.ask("/tokenize", content=text, add_special=special, parse_special=parse)["tokens"]
-        return found
+    def in_llamacpp(self, text: str, special: bool = False, parse: bool = True) -> list[int]:
+        """llama.cpp's tokens of a text."""
+        tokens: list[int] = self.ask("/tokenize", content=text, add_special=special, parse_special=parse)["tokens"]
+        return tokens
 
-    def wanted(self, text: str, special: bool = False) -> list[int]:
-        """The library's tokens."""
+    def in_library(self, text: str, special: bool = False) -> list[int]:
+        """The library's tokens of a text."""
         return self.tokenizer.encode(text, add_special_tokens=special).ids
 
 
@@ -123,7 +123,7 @@ def save(tokenizer: Tokenizer, folder: Path, **config: Any) -> Path:
 
 
 def with_special(tokenizer: Tokenizer) -> Tokenizer:
-    """With special tokens, a token that is added but not special, and BOS before every text."""
+    """The tokenizer with special tokens, a token that is added but not special, and BOS before every text."""
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in SPECIAL[:3]])
     tokenizer.add_tokens([AddedToken(SPECIAL[3], normalized=False)])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -194,8 +194,12 @@ def sentencepiece(
     pieces = _sentencepiece_pieces()
     texts = [*SPECIAL[:3], *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     vocabulary = {text: index for index, text in enumerate(texts)}
-    halves = ((piece[:at], piece[at:]) for piece in pieces for at in range(len(piece) - 1, 0, -1))
-    merges = [(left, right) for left, right in halves if left in vocabulary and right in vocabulary]
+    merges = []
+    for piece in pieces:
+        for middle in range(len(piece) - 1, 0, -1):
+            left, right = piece[:middle], piece[middle:]
+            if left in vocabulary and right in vocabulary:
+                merges.append((left, right))
     if newer:
         score = {piece: -rank for rank, piece in enumerate(pieces)} | dict.fromkeys(SPACES, -pieces.index(SPACES[0]))
         merges.sort(key=lambda pair: (score["".join(pair)], len(pair[0]), len(pair[1])), reverse=True)
@@ -268,17 +272,17 @@ def both(request: pytest.FixtureRequest, loaded: Callable[[str], Both]) -> Both:
 def test_tokens_are_the_librarys_and_texts_come_back(both: Both) -> None:
     for text in itertools.filterfalse(both.differ, TEXTS):
         for special in (False, True):
-            wanted = both.wanted(text, special)
-            assert both.found(text, special) == wanted, text
-            decoded = both.tokenizer.decode(wanted, skip_special_tokens=False)
-            assert both.ask("/detokenize", tokens=wanted)["content"] == decoded
+            tokens = both.in_library(text, special)
+            assert both.in_llamacpp(text, special) == tokens, text
+            decoded = both.tokenizer.decode(tokens, skip_special_tokens=False)
+            assert both.ask("/detokenize", tokens=tokens)["content"] == decoded
 
 
 @settings(deadline=None, max_examples=150)
 @given(text=st.lists(PIECES, max_size=30).map("".join))
 def test_tokens_of_any_text_are_the_librarys(both: Both, text: str) -> None:
     assume(not both.differ(text))
-    assert both.found(text, special=True) == both.wanted(text, special=True)
+    assert both.in_llamacpp(text, special=True) == both.in_library(text, special=True)
 
 
 def test_a_users_text_makes_no_special_tokens_where_it_must_not(both: Both) -> None:
@@ -286,15 +290,15 @@ def test_a_users_text_makes_no_special_tokens_where_it_must_not(both: Both) -> N
     both.tokenizer.encode_special_tokens = True
     try:
         for text in itertools.filterfalse(both.differ, TEXTS):
-            assert both.found(text, parse=False) == both.wanted(text), text
+            assert both.in_llamacpp(text, parse=False) == both.in_library(text), text
     finally:
         both.tokenizer.encode_special_tokens = False
 
 
 def test_the_texts_tell_these_tokenizers_apart(loaded: Callable[[str], Both]) -> None:
-    tokens = {name: [loaded(name).wanted(text) for text in TEXTS] for name in BYTE_LEVEL}
-    for one, other in itertools.combinations(tokens, 2):
-        assert tokens[one] != tokens[other], (one, other)
+    tokens = {name: [loaded(name).in_library(text) for text in TEXTS] for name in BYTE_LEVEL}
+    for first, second in itertools.combinations(tokens, 2):
+        assert tokens[first] != tokens[second], (first, second)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +315,7 @@ def test_the_texts_tell_these_tokenizers_apart(loaded: Callable[[str], Both]) ->
 )
 def test_what_is_known_to_differ_still_does(name: str, text: str, loaded: Callable[[str], Both]) -> None:
     """Where this fails, a release has brought the two together: take it out of DIFFER and of the module's warnings."""
-    assert loaded(name).found(text) != loaded(name).wanted(text)
+    assert loaded(name).in_llamacpp(text) != loaded(name).in_library(text)
 
 
 MESSAGES = [
@@ -327,11 +331,11 @@ def test_a_chat_is_rendered_as_transformers_does(
 ) -> None:
     smollm2 = loaded("SmolLM2")
     reference = AutoTokenizer.from_pretrained(smollm)
-    wanted = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    found = smollm2.ask("/apply-template", messages=messages)["prompt"]
-    assert found == wanted
-    assert "<|im_start|>assistant" in wanted
-    assert smollm2.found(found, special=True) == reference(wanted)["input_ids"]
+    expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    rendered = smollm2.ask("/apply-template", messages=messages)["prompt"]
+    assert rendered == expected
+    assert "<|im_start|>assistant" in expected
+    assert smollm2.in_llamacpp(rendered, special=True) == reference(expected)["input_ids"]
 
 
 def fields(folder: Path, vocab_size: int) -> dict[str, Any]:
@@ -341,8 +345,8 @@ def fields(folder: Path, vocab_size: int) -> dict[str, Any]:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    found = GGUFReader(folder / "metadata.gguf").fields
-    return {key.removeprefix("tokenizer.ggml."): field.contents() for key, field in found.items()}
+    metadata = GGUFReader(folder / "metadata.gguf").fields
+    return {key.removeprefix("tokenizer.ggml."): field.contents() for key, field in metadata.items()}
 
 
 def small() -> Tokenizer:
@@ -355,17 +359,17 @@ def small() -> Tokenizer:
 
 
 def test_every_row_of_the_embedding_has_a_token_of_the_right_type(tmp_path: Path) -> None:
-    found = fields(save(small(), tmp_path / "child"), 264)
-    assert found["tokens"][256:] == ["ab", "aba", *SPECIAL, "<no token 262>", "<no token 263>"]
+    metadata = fields(save(small(), tmp_path / "child"), 264)
+    assert metadata["tokens"][256:] == ["ab", "aba", *SPECIAL, "<no token 262>", "<no token 263>"]
     kinds = [TokenType.NORMAL] * 2 + [TokenType.CONTROL] * 3 + [TokenType.USER_DEFINED] + [TokenType.UNUSED] * 2
-    assert found["token_type"][256:] == kinds
-    assert found["merges"] == ["a b", "ab a"]
-    found = fields(save(sentencepiece(LEGACY), tmp_path / "other"), 3000)
-    assert found["token_type"][:4] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.BYTE]
+    assert metadata["token_type"][256:] == kinds
+    assert metadata["merges"] == ["a b", "ab a"]
+    metadata = fields(save(sentencepiece(LEGACY), tmp_path / "other"), 3000)
+    assert metadata["token_type"][:4] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.BYTE]
 
 
 @pytest.mark.parametrize(
-    ("config", "generation", "wanted"),
+    ("config", "generation", "expected"),
     [
         ({}, {}, {"bos": 259, "eos": 260, "unknown": 258}),
         ({"pad_token": {"content": "</s>"}}, {}, {"bos": 259, "eos": 260, "unknown": 258, "padding": 260}),
@@ -375,15 +379,15 @@ def test_every_row_of_the_embedding_has_a_token_of_the_right_type(tmp_path: Path
     ],
 )
 def test_special_ids(
-    config: dict[str, Any], generation: dict[str, Any], wanted: dict[str, int], tmp_path: Path
+    config: dict[str, Any], generation: dict[str, Any], expected: dict[str, int], tmp_path: Path
 ) -> None:
     folder = save(small(), tmp_path / "child", **config)
     (folder / "config.json").write_text(json.dumps({"eos_token_id": 261}), encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 260} | generation), encoding="utf-8")
-    found = fields(folder, 262)
-    ids = {key.removesuffix("_token_id"): index for key, index in found.items() if key.endswith("_token_id")}
-    assert ids == wanted
-    assert (found["add_bos_token"], found["add_eos_token"]) == (True, False)
+    metadata = fields(folder, 262)
+    ids = {key.removesuffix("_token_id"): index for key, index in metadata.items() if key.endswith("_token_id")}
+    assert ids == expected
+    assert (metadata["add_bos_token"], metadata["add_eos_token"]) == (True, False)
 
 
 @pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
@@ -394,12 +398,12 @@ def test_bos_and_eos_go_where_transformers_puts_them(template: str, tmp_path: Pa
     tokenizer.post_processor = processors.TemplateProcessing(single=template, pair="$A $B", special_tokens=ids)
     folder = save(tokenizer, tmp_path / "child", add_bos_token=True, add_eos_token=False)
     tokens = AutoTokenizer.from_pretrained(folder)("a")["input_ids"]
-    found = fields(folder, 262)
-    assert (found["add_bos_token"], found["add_eos_token"]) == (tokens[0] == 259, tokens[-1] == 260)
+    metadata = fields(folder, 262)
+    assert (metadata["add_bos_token"], metadata["add_eos_token"]) == (tokens[0] == 259, tokens[-1] == 260)
 
 
 @pytest.mark.parametrize(
-    ("config", "file", "wanted"),
+    ("config", "file", "expected"),
     [
         ("in config", None, "in config"),
         ("in config", "in a file", "in a file"),
@@ -409,12 +413,12 @@ def test_bos_and_eos_go_where_transformers_puts_them(template: str, tmp_path: Pa
     ],
 )
 def test_the_chat_template_is_the_default_one(
-    config: Any, file: str | None, wanted: str | None, tmp_path: Path
+    config: Any, file: str | None, expected: str | None, tmp_path: Path
 ) -> None:
     folder = save(small(), tmp_path / "child", chat_template=config)
     if file is not None:
         (folder / "chat_template.jinja").write_text(file, encoding="utf-8")
-    assert fields(folder, 262).get("tokenizer.chat_template") == wanted
+    assert fields(folder, 262).get("tokenizer.chat_template") == expected
 
 
 def changed(tokenizer: Tokenizer, **parts: Any) -> Tokenizer:
@@ -475,8 +479,9 @@ def with_late_merge() -> Tokenizer:
     """The last of all merges makes a token that others have made long before."""
     tokenizer = sentencepiece(LEGACY)
     merges = merges_of(tokenizer)
-    at = next(at for at, (one, other) in enumerate(itertools.pairwise(merges), 1) if "".join(one) == "".join(other))
-    return changed(tokenizer, model={"merges": [*merges[:at], *merges[at + 1 :], merges[at]]})
+    products = ["".join(merge) for merge in merges]
+    late = next(index for index in range(1, len(products)) if products[index - 1] == products[index])
+    return changed(tokenizer, model={"merges": [*merges[:late], *merges[late + 1 :], merges[late]]})
 
 
 def without_a_byte() -> Tokenizer:
@@ -537,6 +542,19 @@ def test_a_text_must_have_an_end(tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2, 3, 4]}), encoding="utf-8")
     with pytest.raises(InputError, match=r"found ids \[1, 2, 3, 4\]"):
         fields(folder, 262)
+
+
+def test_further_chat_templates_are_there_by_name(tmp_path: Path) -> None:
+    """Those of files, where there are any, as transformers has it."""
+    folder = save(small(), tmp_path / "child", chat_template="of the config")
+    (folder / "additional_chat_templates").mkdir()
+    templates = {"chat_template": "default", "additional_chat_templates/rag-1": "texts"}
+    for name, text in {**templates, "additional_chat_templates/a": "tools"}.items():
+        (folder / f"{name}.jinja").write_text(text, encoding="utf-8")
+    metadata = fields(folder, 262)
+    assert metadata["tokenizer.chat_template"] == "default"
+    assert metadata["tokenizer.chat_templates"] == ["a", "rag_1"]
+    assert [metadata[f"tokenizer.chat_template.{name}"] for name in ("a", "rag_1")] == ["tools", "texts"]
 
 
 def test_more_tokens_than_rows_and_other_files_are_refused(tmp_path: Path) -> None:

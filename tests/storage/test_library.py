@@ -8,7 +8,7 @@ import torch
 
 from storage.files import DamagedFileError, InputError, sha256
 from storage.library import INDEX_SCHEMA, Library, channel_order_name, entry_name, whole_name
-from storage.records import Attention, Ffn
+from storage.variants import Attention, Ffn
 from tests.tiny import flip_byte
 
 FACTS = {
@@ -58,9 +58,9 @@ def test_a_span_lies_beside_the_blocks() -> None:
 def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
     library = Library(tmp_path)
     path = add(library, "ffn", "ffn_8")
-    found = library.read("block_002.ffn_8")
-    assert found["mlp.up_proj.weight"].dtype == torch.bfloat16
-    assert found["mlp.up_proj.weight"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    tensors_read = library.read("block_002.ffn_8")
+    assert tensors_read["mlp.up_proj.weight"].dtype == torch.bfloat16
+    assert tensors_read["mlp.up_proj.weight"].tolist() == [[0, 3], [1, 4], [2, 5]]
     assert library.checksum("block_002.ffn_8") == sha256(path)
 
 

@@ -1,16 +1,15 @@
-"""Finished pieces: what counts as done, what is deleted, and what the code digest sees."""
+"""Finished pieces: what counts as done, and what is deleted."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from storage import pieces as module
 from storage.files import DamagedFileError, InputError
-from storage.pieces import Pieces, code_digest, project_imports
+from storage.pieces import Pieces
 from tests.tiny import flip_byte
 
-REBUILD = "dvc repro it"
+REBUILD = "dvc repro stage"
 
 
 def make(folder: Path, name: str, key: str = "key", files: int = 1) -> list[Path]:
@@ -65,7 +64,7 @@ def test_a_record_that_is_no_record_is_damage(text: str, tmp_path: Path) -> None
     (tmp_path / ".pieces" / "shard.json").write_text(text)
     pieces = Pieces(tmp_path, REBUILD)
     assert not pieces.done("shard", "key")
-    with pytest.raises(DamagedFileError, match=r"shard.json is .*; run `dvc repro it`"):
+    with pytest.raises(DamagedFileError, match=r"shard.json is .*; run `dvc repro stage`"):
         pieces.get("shard")
 
 
@@ -78,7 +77,7 @@ def test_an_altered_record_is_damage(field: str, tmp_path: Path) -> None:
     path.write_text(json.dumps(record))
     pieces = Pieces(tmp_path, REBUILD)
     assert not pieces.done("shard", "key")
-    with pytest.raises(DamagedFileError, match=r"its seal does not fit.*dvc repro it"):
+    with pytest.raises(DamagedFileError, match=r"its seal does not fit.*dvc repro stage"):
         pieces.record("shard")
 
 
@@ -91,7 +90,7 @@ def test_a_fact_that_is_nan_keeps_its_seal(tmp_path: Path) -> None:
 def test_a_piece_that_is_not_there_names_the_command(tmp_path: Path) -> None:
     make(tmp_path, "shard_0")
     assert Pieces(tmp_path, REBUILD).record("shard_1") is None
-    with pytest.raises(InputError, match=r"no piece 'shard_1' \(has 1: shard_0…\); run `dvc repro it`"):
+    with pytest.raises(InputError, match=r"no piece 'shard_1' \(has 1: shard_0…\); run `dvc repro stage`"):
         Pieces(tmp_path, REBUILD).get("shard_1")
 
 
@@ -105,8 +104,8 @@ def test_keep_only_deletes_strangers_and_keeps_what_is_finished(tmp_path: Path) 
     (tmp_path / "index.parquet").write_text("of the earlier run")
     (tmp_path / "empty" / "deep").mkdir(parents=True)
     times = [path.stat().st_mtime_ns for path in kept]
-    wanted = dict.fromkeys(("new", "kept", "damaged", "of another key"), "key")
-    assert Pieces(tmp_path, REBUILD).keep_only(wanted) == ["new", "damaged", "of another key"]
+    keys = dict.fromkeys(("new", "kept", "damaged", "of another key"), "key")
+    assert Pieces(tmp_path, REBUILD).keep_only(keys) == ["new", "damaged", "of another key"]
     assert names(tmp_path) == {".pieces/kept.json", "kept/0.bin", "kept/1.bin"}
     assert {path.name for path in tmp_path.iterdir()} == {".pieces", "kept"}
     assert [path.stat().st_mtime_ns for path in kept] == times
@@ -121,96 +120,3 @@ def test_keep_only_keeps_a_piece_without_files(tmp_path: Path) -> None:
     Pieces(tmp_path, REBUILD).finish("rows", "", [], {"row": [1]})
     assert Pieces(tmp_path, REBUILD).keep_only({"rows": ""}) == []
     assert Pieces(tmp_path, REBUILD).get("rows")["facts"] == {"row": [1]}
-
-
-def test_imports_are_followed_through_the_project() -> None:
-    root = Path(module.__file__).parent.parent
-    found = {str(path.relative_to(root)) for path in project_imports("tasks.puzzle.bld")}
-    assert {
-        "tasks/puzzle/bld.py",
-        "tasks/puzzle/blocks.py",  # from tasks.puzzle.blocks import Block
-        "tasks/puzzle/initialise.py",
-        "storage/model_config.py",
-        "storage/files.py",  # through model_config
-    } <= found
-    assert not {path for path in found if path.startswith(("flows/", "tests/"))}
-    assert "tasks/puzzle/mip.py" not in found, "an edit of the search must not re-train blocks"
-    assert "tasks/puzzle/scoring.py" not in found
-
-
-PLAIN = "import math\n\nWIDTH = 3\n\ndef area(x):\n    return math.pi * x * x\n"
-SAME = [
-    '"""What it does."""\n' + PLAIN,
-    "# why\n" + PLAIN.replace("x * x", "x * x  # square"),
-    PLAIN.replace("    return", '    """Area of a circle."""\n    return'),
-    PLAIN.replace("math.pi * x * x", "(math.pi * x * x)"),
-]
-OTHER = [
-    PLAIN.replace("x * x", "x * x * 1"),
-    PLAIN.replace("WIDTH = 3", "WIDTH = 4"),
-    PLAIN.replace("math.pi * x * x", "x * math.pi * x"),
-    PLAIN.replace("def area(x)", "def area(x=1)"),
-    PLAIN + "\narea(2)\n",
-    PLAIN.replace("WIDTH = 3", 'WIDTH = "3"'),
-]
-
-
-@pytest.fixture
-def digest_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "DigestWith":
-    return DigestWith(tmp_path / "tasks" / "puzzle" / "area.py", monkeypatch)
-
-
-class DigestWith:
-    """The code digest if the module's only file held `text`."""
-
-    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        path.parent.mkdir(parents=True)
-        self._path = path
-        monkeypatch.setattr(module, "project_imports", lambda _: [path])
-
-    def __call__(self, text: str) -> str:
-        self._path.write_text(text)
-        code_digest.cache_clear()
-        digest = code_digest("tasks.puzzle.area")
-        code_digest.cache_clear()
-        return digest
-
-
-@pytest.mark.parametrize("text", SAME)
-def test_comments_docstrings_and_layout_do_not_change_the_digest(text: str, digest_with: DigestWith) -> None:
-    assert digest_with(text) == digest_with(PLAIN)
-
-
-@pytest.mark.parametrize("text", OTHER)
-def test_arithmetic_changes_the_digest(text: str, digest_with: DigestWith) -> None:
-    assert digest_with(text) != digest_with(PLAIN)
-
-
-def test_a_function_of_a_docstring_alone_has_a_digest(digest_with: DigestWith) -> None:
-    assert digest_with('def nothing():\n    """Only this."""\n') == digest_with('def nothing():\n    """Or that."""\n')
-
-
-def test_the_digest_covers_the_modules_behind_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = code_digest("tasks.puzzle.bld")
-    assert code_digest("tasks.puzzle.bld") == before
-    assert code_digest("tasks.puzzle.scoring") != before
-    bare = module._bare_tree
-    monkeypatch.setattr(module, "_bare_tree", lambda path: bare(path) + ("+" if path.stem == "blocks" else ""))
-    code_digest.cache_clear()
-    try:
-        assert code_digest("tasks.puzzle.bld") != before, "blocks.py is behind bld.py"
-    finally:
-        code_digest.cache_clear()
-
-
-@pytest.mark.parametrize("stage", ["cache_activations", "distill_blocks", "score_blocks"])
-def test_the_digest_of_a_stage_covers_its_own_module(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of sequences is decided there: before, an edit of it left every piece as it was."""
-    before = code_digest(f"tasks.{stage}")
-    bare = module._bare_tree
-    monkeypatch.setattr(module, "_bare_tree", lambda path: bare(path) + ("+" if path.stem == stage else ""))
-    code_digest.cache_clear()
-    try:
-        assert code_digest(f"tasks.{stage}") != before
-    finally:
-        code_digest.cache_clear()

@@ -1,5 +1,7 @@
 """Local and S3 addresses, against a real S3 server."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,22 @@ def test_local_patterns_are_sorted_and_hidden_files_left_out(tmp_path: Path, mon
     assert "sub/e.txt" in expand("**/*.txt")
 
 
+def test_a_part_of_a_local_pattern_that_exists_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("data[1]/a.txt", "data1/b.txt", "a*.txt", "ab.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(name)
+    assert expand("data[1]/*.txt") == ["data[1]/a.txt"]
+    assert expand("data?/*.txt") == ["data1/b.txt"]
+    assert expand("a*.txt") == ["a*.txt"]
+
+
+@pytest.mark.parametrize("address", ["a**.txt", "~nobody-of-this-name/a.txt", "x" * 300, "s3://", "s3://*/a.txt"])
+def test_addresses_that_no_file_can_have_are_errors(address: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be looked up|names no bucket"):
+        expand(address)
+
+
 @pytest.mark.parametrize("address", ["missing.txt", "*.parquet", "", "."])
 def test_nothing_that_matches_is_an_error(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -66,6 +84,17 @@ def test_patterns_on_s3(bucket: str, store: s3fs.S3FileSystem) -> None:
     assert expand(f"{bucket}/folder/*.txt") == [f"{bucket}/folder/a.txt", f"{bucket}/folder/b.txt"]
     assert expand(f"{bucket}/folder/**/*.txt")[-1] == f"{bucket}/folder/deep/d.txt"
     assert expand(f"{bucket}/folder/c.json") == [f"{bucket}/folder/c.json"]
+
+
+def test_a_key_of_s3_that_exists_is_a_name(bucket: str, store: s3fs.S3FileSystem, tmp_path: Path) -> None:
+    for name in ("odd/[1].txt", "odd/1.txt", "odd/a*.txt", "odd/ab.txt", "odd/q?.txt", "data[1]/x.txt", "data1/y.txt"):
+        store.pipe(f"{bucket}/{name}", name.encode())
+    for name in ("odd/[1].txt", "odd/a*.txt", "odd/q?.txt"):
+        assert expand(f"{bucket}/{name}") == [f"{bucket}/{name}"]
+        assert fetch(f"{bucket}/{name}", tmp_path).read_bytes() == name.encode()
+        assert fingerprint(f"{bucket}/{name}") != fingerprint(f"{bucket}/odd/1.txt")
+    assert expand(f"{bucket}/data[1]/*.txt") == [f"{bucket}/data[1]/x.txt"]
+    assert expand(f"{bucket}/data?/*.txt") == [f"{bucket}/data1/y.txt"]
 
 
 @pytest.mark.parametrize("address", ["/folder/missing.txt", "/folder/*.parquet", "-that-is-not-there/a.txt", "/folder"])
@@ -112,3 +141,50 @@ def test_no_keys_are_an_error(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(InputError, match="no S3 credentials"):
         expand(f"{bucket}/*")
+
+
+class OldStore(BaseHTTPRequestHandler):
+    """A store with one object that knows no checksums: it refuses a request with a header that it has not heard of."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        if [name for name in self.headers if "checksum" in name.lower()]:
+            self._answer(400, b"<Error><Code>InvalidArgument</Code><Message>unknown header</Message></Error>")
+        elif "list-type" in self.path:
+            info = "<Key>a.txt</Key><Size>5</Size><LastModified>2024-01-01T00:00:00.000Z</LastModified>"
+            listing = f"<ListBucketResult><Name>old</Name><Contents>{info}</Contents></ListBucketResult>"
+            self._answer(200, listing.encode())
+        elif self.path.endswith("/a.txt"):
+            self._answer(200, b"first")
+        else:
+            self._answer(404, b"")
+
+    def log_message(self, *_: object) -> None:
+        """Nothing to the terminal."""
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+def test_a_store_that_knows_no_checksums_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """botocore names them in every request by default, since 1.36."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), OldStore) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "puzzle")
+        with pytest.raises(OSError, match=r"unknown header|Bad Request"):
+            s3fs.S3FileSystem(skip_instance_cache=True).cat_file("old/a.txt")
+        assert fetch("s3://old/a.txt", tmp_path).read_bytes() == b"first"
+        assert expand("s3://old/a.txt") == ["s3://old/a.txt"]
+        assert fingerprint("s3://old/a.txt")
+        server.shutdown()

@@ -1,32 +1,24 @@
 """The files that an export copies into a checkpoint, loaded as engines load them, against this project's own class."""
 
-import copy
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import dynamic_module_utils
 
 from storage.files import read_json
-from storage.model_config import LM_HEAD, ModelConfig, to_nemotron_nas
-from storage.records import Attention, Ffn
-from tasks.puzzle.child import DeciLMForCausalLM, NemotronNasConfig
+from storage.model_config import ModelConfig
+from storage.nemotron_nas import to_nemotron_nas
+from storage.variants import Attention, Ffn
+from tasks.puzzle.model.child import DeciLMForCausalLM
+from tests.exported_code import AUTO_MAP, CODE, FILES, SPECIAL_TOKENS, class_of, code_copied_to, model_of, save_child
 from tests.tiny import FAMILIES, LLAMA3_ROPE, save_tiny
 
-CODE = Path(__file__).parents[2] / "storage/remote_code"
-FILES = ("configuration_nemotron_nas.py", "modeling_nemotron_nas.py")
-AUTO_MAP = {
-    "AutoConfig": "configuration_nemotron_nas.NemotronNasConfig",
-    "AutoModelForCausalLM": "modeling_nemotron_nas.DeciLMForCausalLM",
-}
-SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 FULL, ONE, LINEAR, NO_ATTENTION = Attention("gqa", 2), Attention("gqa", 1), Attention("linear"), Attention("no_op")
 WIDE, NARROW, LINEAR_FFN, NO_FFN = Ffn("gated", 256), Ffn("gated", 40), Ffn("linear"), Ffn("no_op")
 Blocks = Sequence[tuple[Attention, Ffn]]
@@ -50,13 +42,10 @@ class Loaded:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def modules(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """transformers copies a checkpoint's code into its cache: into a folder of this test, not the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("modules")
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
-        patch.syspath_prepend(str(folder))
-        yield folder
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """transformers copies a checkpoint's code into a folder of this test."""
+    with code_copied_to(tmp_path_factory.mktemp("modules")):
+        yield
 
 
 @pytest.fixture(scope="module", params=[(family, name) for family in FAMILIES for name in CHILDREN], ids=" of ".join)
@@ -69,35 +58,6 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Loaded(folder, model_of(folder), ours)
 
 
-def save_child(folder: Path, config: dict[str, Any]) -> DeciLMForCausalLM:
-    """An export of random weights, as engines find it; the same model by our class."""
-    (folder / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}), encoding="utf-8")
-    for file in FILES:
-        shutil.copy(CODE / file, folder)
-    torch.manual_seed(1)
-    model = DeciLMForCausalLM(NemotronNasConfig(**copy.deepcopy(config)))  # transformers writes into rope_scaling
-    for key, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, 1.0 if "norm" in key else 0.0, 0.15)
-    tied = {LM_HEAD} if config["tie_word_embeddings"] else set()
-    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items() if key not in tied}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    model.train(False)
-    return model
-
-
-def class_of(folder: Path, auto_class: str) -> Any:
-    """What `auto_map` names, from the checkpoint's files, without a network."""
-    named = AUTO_MAP[auto_class]
-    return dynamic_module_utils.get_class_from_dynamic_module(named, str(folder), local_files_only=True)
-
-
-def model_of(folder: Path, **how: Any) -> Any:
-    """The checkpoint by its own files: config class and model class are found one after the other, as by engines."""
-    config = class_of(folder, "AutoConfig").from_pretrained(folder)
-    model = class_of(folder, "AutoModelForCausalLM").from_pretrained(folder, config=config, dtype="auto", **how)
-    return model.train(False)
-
-
 def tokens(rows: int, length: int) -> Tensor:
     """Random ids, no special one among them."""
     return torch.randint(3, 160, (rows, length), generator=torch.Generator().manual_seed(2))
@@ -105,20 +65,20 @@ def tokens(rows: int, length: int) -> Tensor:
 
 def test_only_what_every_engine_has_is_imported() -> None:
     for file in FILES:
-        wanted = {"copy", "torch", "transformers", "typing"}
-        assert set(dynamic_module_utils.get_imports(CODE / file)) <= wanted, file
+        allowed = {"copy", "torch", "transformers", "typing"}
+        assert set(dynamic_module_utils.get_imports(CODE / file)) <= allowed, file
         assert dynamic_module_utils.get_relative_imports(CODE / file) in ([], ["configuration_nemotron_nas"])
 
 
 def test_it_computes_what_our_class_computes(loaded: Loaded) -> None:
     ids = tokens(2, 24)
     with torch.inference_mode():
-        wanted, found = loaded.ours(input_ids=ids).logits, loaded.model(input_ids=ids).logits
+        expected, computed = loaded.ours(input_ids=ids).logits, loaded.model(input_ids=ids).logits
         last = loaded.model(input_ids=ids, logits_to_keep=3).logits
-    assert found.dtype == torch.float32
-    assert wanted.abs().max() > 1  # else the tolerance says nothing
-    torch.testing.assert_close(found, wanted, rtol=0, atol=LOGIT_ERROR)
-    torch.testing.assert_close(last, found[:, -3:], rtol=0, atol=LOGIT_ERROR)
+    assert computed.dtype == torch.float32
+    assert expected.abs().max() > 1  # else the tolerance says nothing
+    torch.testing.assert_close(computed, expected, rtol=0, atol=LOGIT_ERROR)
+    torch.testing.assert_close(last, computed[:, -3:], rtol=0, atol=LOGIT_ERROR)
 
 
 def test_it_computes_the_same_with_eager_attention(loaded: Loaded) -> None:
@@ -127,9 +87,9 @@ def test_it_computes_the_same_with_eager_attention(loaded: Loaded) -> None:
     mask[0, :9] = 0
     eager = model_of(loaded.folder, attn_implementation="eager")
     with torch.inference_mode():
-        wanted, found = (model(input_ids=ids, attention_mask=mask).logits for model in (loaded.model, eager))
-    torch.testing.assert_close(found[0, 9:], wanted[0, 9:], rtol=0, atol=LOGIT_ERROR)
-    torch.testing.assert_close(found[1], wanted[1], rtol=0, atol=LOGIT_ERROR)
+        expected, computed = (model(input_ids=ids, attention_mask=mask).logits for model in (loaded.model, eager))
+    torch.testing.assert_close(computed[0, 9:], expected[0, 9:], rtol=0, atol=LOGIT_ERROR)
+    torch.testing.assert_close(computed[1], expected[1], rtol=0, atol=LOGIT_ERROR)
 
 
 def test_its_tensors_are_the_checkpoints(loaded: Loaded) -> None:
@@ -143,18 +103,18 @@ def test_its_tensors_are_the_checkpoints(loaded: Loaded) -> None:
 
 def test_greedy_generation(loaded: Loaded) -> None:
     """With a cache and without, alone and left-padded in a batch, and as our class generates."""
-    how: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
     long, short = tokens(1, 12), tokens(1, 12)[:, :7]
     padded = torch.cat((torch.zeros(1, 5, dtype=torch.int64), short), dim=1)
     mask = torch.cat((torch.ones_like(long), (padded > 0).to(torch.int64)))
     with torch.inference_mode():
-        alone = [loaded.model.generate(ids, **how)[0, -8:] for ids in (long, short)]
-        without = [loaded.model.generate(ids, use_cache=False, **how)[0, -8:] for ids in (long, short)]
-        together = loaded.model.generate(torch.cat((long, padded)), attention_mask=mask, **how)[:, -8:]
+        alone = [loaded.model.generate(ids, **options)[0, -8:] for ids in (long, short)]
+        without = [loaded.model.generate(ids, use_cache=False, **options)[0, -8:] for ids in (long, short)]
+        together = loaded.model.generate(torch.cat((long, padded)), attention_mask=mask, **options)[:, -8:]
         ours: Any = loaded.ours
-        wanted = [ours.generate(ids, **how)[0, -8:] for ids in (long, short)]
+        expected = [ours.generate(ids, **options)[0, -8:] for ids in (long, short)]
     for row in range(2):
-        assert alone[row].tolist() == without[row].tolist() == together[row].tolist() == wanted[row].tolist()
+        assert alone[row].tolist() == without[row].tolist() == together[row].tolist() == expected[row].tolist()
 
 
 def test_only_attention_has_a_place_in_the_cache(loaded: Loaded) -> None:
@@ -207,13 +167,13 @@ def test_every_rope_in_both_forms(name: str, tmp_path: Path) -> None:
     ours = save_child(folder, config)
     ids = tokens(1, 100)
     with torch.inference_mode():
-        wanted = ours(input_ids=ids).logits
+        expected = ours(input_ids=ids).logits
     for dropped in ({"rope_parameters"}, {"rope_theta", "rope_scaling"}):
         kept = {key: value for key, value in config.items() if key not in dropped}
         (folder / "config.json").write_text(json.dumps({**kept, "auto_map": AUTO_MAP}), encoding="utf-8")
         model = model_of(folder)
         with torch.inference_mode():
-            torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=0, atol=LOGIT_ERROR)
+            torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=LOGIT_ERROR)
         assert model.config.rope_theta == ROPES[name]["rope_theta"]
         assert model.config.to_dict()["rope_scaling"] == config["rope_scaling"]
 

@@ -16,10 +16,10 @@ from storage.gguf_child import write_gguf
 from storage.gguf_tokenizer import add_tokenizer
 from storage.params import load
 from storage.paths import Paths
-from tasks.exports import Source, read_source
-from tasks.gguf_files import PARENT, gguf_files
-from tasks.puzzle.child import DeciLMForCausalLM, build
-from tasks.puzzle.device import compute
+from tasks.checkpoints.exports import CheckpointToExport, read_checkpoint
+from tasks.checkpoints.gguf_files import PARENT, gguf_files
+from tasks.puzzle.model.child import DeciLMForCausalLM, build
+from tasks.puzzle.model.device import prepare_compute
 from tests.parity import LOG_PROBABILITY_ERROR, compare, prompts
 
 
@@ -34,25 +34,25 @@ def main() -> None:
         f"{'model':<10} {'file':<10} {'steps':>6} {'other tokens':>13} {'largest error':>14} {'mean':>9}\n"
     )
     for name, (checkpoint, exports) in folders.items():
-        source = read_source(name, checkpoint, "dvc repro")
+        source = read_checkpoint(name, checkpoint, "dvc repro")
         model, words = _in_torch(source), AutoTokenizer.from_pretrained(checkpoint)
         with tempfile.TemporaryDirectory() as scratch:
             files = {"F32": _write_f32(source, Path(scratch) / "model.gguf"), **gguf_files(name, exports)}
             for kind, path in files.items():
-                found = compare(path, model, prompts(words), words.vocab["a"], tokens, LOG_PROBABILITY_ERROR)
+                parity = compare(path, model, prompts(words), words.vocab["a"], tokens, LOG_PROBABILITY_ERROR)
                 sys.stdout.write(
-                    f"{name:<10} {kind:<10} {found.positions:>6} {found.different_tokens:>13} "
-                    f"{found.largest_error:>14.6f} {found.mean_error:>9.6f}\n"
+                    f"{name:<10} {kind:<10} {parity.positions:>6} {parity.different_tokens:>13} "
+                    f"{parity.largest_error:>14.6f} {parity.mean_error:>9.6f}\n"
                 )
                 sys.stdout.flush()
 
 
-def _in_torch(source: Source) -> DeciLMForCausalLM:
+def _in_torch(source: CheckpointToExport) -> DeciLMForCausalLM:
     tensors = {key: source.checkpoint.tensor(key) for key in source.checkpoint.files}
-    return build(source.config, source.blocks, tensors, compute("cpu", "float32", 2))
+    return build(source.config, source.blocks, tensors, prepare_compute("cpu", "float32", 2))
 
 
-def _write_f32(source: Source, path: Path) -> Path:
+def _write_f32(source: CheckpointToExport, path: Path) -> Path:
     tokenizer = partial(add_tokenizer, folder=source.checkpoint.folder, vocab_size=source.config.vocab_size)
     rows = source.checkpoint.tensor
     write_gguf(

@@ -17,19 +17,19 @@ from typing import Any
 from storage.params import Params, load
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import Replacement
 from storage.tables import read_scores
+from storage.variants import Replacement
 from tasks import distill_blocks, score_blocks
-from tasks.machine import on_this_machine
-from tasks.puzzle.losses import LOSSES
-from tasks.puzzle.score_rule import Scores
-from tasks.puzzle.variants import parent_attention
+from tasks.engines.machine import on_this_machine
+from tasks.puzzle.distill.losses import LOSSES
+from tasks.puzzle.search.score_rule import Scores
+from tasks.puzzle.search_space import parent_attention
 
 SEEDS = (0, 1, 2)
 
 
 def scores_of(loss: str, seed: int, params: Params, paths: Paths) -> dict[Replacement, float]:
-    """Score of every trained variant, nats/token."""
+    """Train with one loss and seed; return the score of every trained variant, nats/token."""
     bld = params.distill_blocks.model_copy(update={"loss": loss})
     score = params.score_blocks.model_copy(update={"initial_tokens": 0})
     run = params.run.model_copy(update={"seed": seed})
@@ -38,8 +38,10 @@ def scores_of(loss: str, seed: int, params: Params, paths: Paths) -> dict[Replac
     _all(score_blocks.score_jobs.fn, score_blocks.plan_groups.fn(params, paths), params, paths)
     score_blocks.write_score_table.fn(params, paths)
     rows = [row for row in read_scores(paths.scores) if row.weights_hash]
-    scores = Scores.of(rows, Parent(paths.parent).config)
-    return {of: scores.score(of, "decoupled").mean for of in {row.replacement for row in rows}}
+    scores = Scores.from_rows(rows, Parent(paths.parent).config)
+    return {
+        replacement: scores.score(replacement, "decoupled").mean for replacement in {row.replacement for row in rows}
+    }
 
 
 def _all(work: Callable[..., Any], pieces: Sequence[Any], params: Params, paths: Paths) -> None:
@@ -48,32 +50,35 @@ def _all(work: Callable[..., Any], pieces: Sequence[Any], params: Params, paths:
 
 
 def main() -> None:
-    """Train, score, print."""
+    """Train and score with every loss and seed, and print the table."""
     params, whole = on_this_machine(load()), Paths()
-    own = parent_attention(Parent(whole.parent).config)
-    found: dict[str, list[dict[Replacement, float]]] = {loss: [] for loss in LOSSES}
+    attention = parent_attention(Parent(whole.parent).config)
+    scores: dict[str, list[dict[Replacement, float]]] = {loss: [] for loss in LOSSES}
     with tempfile.TemporaryDirectory() as folder:
         paths = Paths(Path(folder))
         for name in ("parent", "corpus", "activations"):
             (paths.root / name).symlink_to((whole.root / name).resolve())
         for loss in LOSSES:
             for seed in SEEDS:
-                found[loss].append(scores_of(loss, seed, params, paths))
-                sys.stdout.write(f"{loss}, seed {seed}: sum of scores {sum(found[loss][-1].values()):.3f}\n")
+                scores[loss].append(scores_of(loss, seed, params, paths))
+                sys.stdout.write(f"{loss}, seed {seed}: sum of scores {sum(scores[loss][-1].values()):.3f}\n")
                 sys.stdout.flush()
     sys.stdout.write(f"{'loss':<16} {'attention':>10} {'FFN':>8} {'sum of scores':>20}\n")
-    for loss, runs in found.items():
-        halves = [
-            statistics.fmean(kl for run in runs for of, kl in run.items() if (of.attention != own) is changed)
-            for changed in (True, False)
-        ]
+    for loss, runs in scores.items():
+        halves = []
+        for changed in (True, False):
+            pairs = [pair for run in runs for pair in run.items()]
+            halves.append(statistics.fmean(kl for variant, kl in pairs if (variant.attention != attention) is changed))
         sums = [sum(run.values()) for run in runs]
         sums_text = f"{statistics.fmean(sums):.3f} ± {statistics.stdev(sums):.3f}"
         sys.stdout.write(f"{loss:<16} {halves[0]:>10.4f} {halves[1]:>8.4f} {sums_text:>20}\n")
     first, *others = LOSSES
     for other in others:
-        pairs = [(run[of], rival[of]) for run, rival in zip(found[first], found[other], strict=True) for of in run]
-        better, worse = (statistics.fmean(wins) for wins in zip(*((b < a, b > a) for a, b in pairs), strict=True))
+        differences: list[float] = []
+        for run, rival in zip(scores[first], scores[other], strict=True):
+            differences += [rival[variant] - run[variant] for variant in run]
+        better = statistics.fmean(difference < 0 for difference in differences)
+        worse = statistics.fmean(difference > 0 for difference in differences)
         sys.stdout.write(f"{other} is better than {first} for {better:.0%} of the variants, worse for {worse:.0%}\n")
 
 

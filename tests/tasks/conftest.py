@@ -21,7 +21,7 @@ def _finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Path]:
 
 @pytest.fixture
 def finished(_finished: tuple[Params, Path], tmp_path: Path) -> tuple[Params, Paths]:
-    """Params and artifacts of the finished run, in a folder of the test's own."""
+    """Copy the params and artifacts of the finished run to a folder of the test."""
     params, root = _finished
     shutil.copytree(root, tmp_path / "artifacts")
     return params, Paths(tmp_path / "artifacts")

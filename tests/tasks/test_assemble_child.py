@@ -1,4 +1,4 @@
-"""assemble_child: whatever is drawn from a library, the checkpoint computes what its parts computed in training."""
+"""assemble_child: a checkpoint of any variants of the library computes what its parts computed in training."""
 
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,18 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from storage.corpus import read_sequences
+from storage.files import InputError
 from storage.library import Library, entry_name, whole_name
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import Attention, Ffn, Replacement
-from tasks.puzzle.blocks import Block
-from tasks.puzzle.child import DeciLMForCausalLM  # importing it is what makes children load
-from tasks.puzzle.initialise import Tensors, attention_part, ffn_part
-from tasks.puzzle.rotary import rotary_for
-from tasks.puzzle.variants import parent_attention, parent_ffn
+from storage.variants import Attention, Ffn, Replacement
+from tasks.puzzle.model.blocks import Block
+from tasks.puzzle.model.child import DeciLMForCausalLM  # importing it is what makes children load
+from tasks.puzzle.model.initialise import Tensors, attention_part, ffn_part
+from tasks.puzzle.model.rotary import rotary_for
+from tasks.puzzle.runtimes.rules import is_empty
+from tasks.puzzle.search_space import parent_attention, parent_ffn
 from tests.stages import assemble_blocks, cache, distill, prepare
 
 CPU = torch.device("cpu")
@@ -42,38 +44,45 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
 def architectures(draw: st.DrawFn) -> list[Replacement]:
     """An exact cover of three blocks by blocks and spans of two, any variants."""
     spans = draw(st.sampled_from([(1, 1, 1), (1, 2), (2, 1)]))
-    starts = [sum(spans[:place]) for place in range(len(spans))]
+    starts = [sum(spans[:position]) for position in range(len(spans))]
     halves = st.tuples(st.sampled_from(ATTENTIONS), st.sampled_from(FFNS))
     return [Replacement(first, span, *draw(halves)) for first, span in zip(starts, spans, strict=True)]
 
 
 def trained_outputs(blocks: list[Replacement], tokens: Tensor, paths: Paths) -> Tensor:
-    """Logits by the halves as BLD ran them: a variant's attention, then a variant's FFN, each in the parent's block."""
+    """Logits of the subblocks as BLD ran them: a variant's attention, then its FFN, each in the parent's block."""
     parent, library = Parent(paths.parent), Library(paths.library)
     config = parent.config
-    own = parent_attention(config), parent_ffn(config)
+    parents = parent_attention(config), parent_ffn(config)
     embedding, norm, head = parent.outside(CPU, torch.float32)
     hidden = functional.embedding(tokens, embedding)
     rotary = rotary_for(config, tokens.shape[1], hidden)
-    for of in blocks:
-        base = parent.block(of.first_block, CPU, torch.float32)
-        if of.span > 1:
-            base = library.read(whole_name(of.first_block, of.span))
-
-        def trained(variant: Attention | Ffn, kept: Tensors, of: Replacement = of) -> Tensors:
-            if variant in own:
-                return kept
-            return {} if variant.kind == "no_op" else library.read(entry_name(of.first_block, variant, of.span))
-
-        first = Block.load(config, of.attention, own[1], trained(of.attention, attention_part(base)) | ffn_part(base))
-        second = Block.load(config, own[0], of.ffn, attention_part(base) | trained(of.ffn, ffn_part(base)))
+    for replacement in blocks:
+        first_block, span = replacement.first_block, replacement.span
+        base = parent.block(first_block, CPU, torch.float32)
+        if span > 1:
+            base = library.read(whole_name(first_block, span))
+        attention_weights, ffn_weights = attention_part(base), ffn_part(base)
+        if replacement.attention not in parents:
+            attention_weights = read_variant(library, replacement.attention, replacement)
+        if replacement.ffn not in parents:
+            ffn_weights = read_variant(library, replacement.ffn, replacement)
+        first = Block.load(config, replacement.attention, parents[1], attention_weights | ffn_part(base))
+        second = Block.load(config, parents[0], replacement.ffn, attention_part(base) | ffn_weights)
         hidden = second.feed_forward(first.attend(hidden, rotary))
     normalised = functional.rms_norm(hidden, hidden.shape[-1:], norm, config.rms_norm_eps)
     return functional.linear(normalised, head)
 
 
+def read_variant(library: Library, variant: Attention | Ffn, replacement: Replacement) -> Tensors:
+    """Trained tensors of a variant; none of a no-op."""
+    if variant.kind == "no_op":
+        return {}
+    return library.read(entry_name(replacement.first_block, variant, replacement.span))
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(blocks=architectures())
+@given(blocks=architectures().filter(lambda blocks: not is_empty([(block.attention, block.ffn) for block in blocks])))
 def test_a_checkpoint_computes_what_its_halves_did_in_training(
     blocks: list[Replacement], library: tuple[Params, Paths]
 ) -> None:
@@ -84,8 +93,15 @@ def test_a_checkpoint_computes_what_its_halves_did_in_training(
     tokens = torch.from_numpy(read_sequences(paths.corpus, "validation", 0, 2)).long()
     with torch.inference_mode():
         torch.testing.assert_close(model(tokens).logits, trained_outputs(blocks, tokens, paths), atol=1e-5, rtol=1e-4)
-    kept = sum(of.attention.kind == "gqa" for of in blocks)
+    kept = sum(replacement.attention.kind == "gqa" for replacement in blocks)
     assert sum(name.endswith("k_proj.weight") for name in model.state_dict()) == kept
+
+
+def test_a_child_with_nothing_in_its_blocks_is_refused(library: tuple[Params, Paths]) -> None:
+    params, paths = library
+    empty = [Replacement(0, 2, ATTENTIONS[3], FFNS[4]), Replacement(2, 1, ATTENTIONS[3], FFNS[4])]
+    with pytest.raises(InputError, match=r"architecture.json: no block has an attention or an FFN, .* loosen targets"):
+        assemble_blocks(params, paths, empty)
 
 
 def test_all_of_the_parents_blocks_are_the_parent(library: tuple[Params, Paths]) -> None:

@@ -11,27 +11,33 @@ from typing import Any
 import pytest
 import torch
 
+from storage.architecture import read_architecture, write_architecture
 from storage.checkpoints import Checkpoint
-from storage.files import InputError, read_json, sha256, write_json
+from storage.files import InputError, sha256, write_sealed
 from storage.gguf_child import write_gguf
 from storage.model_config import LM_HEAD
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import EXPORTS_OVERVIEW, Paths
-from storage.records import ANY_VARIANT, Architecture, Component, Replacement, ThroughputRow, TimingRow
+from storage.records import ANY_VARIANT, Component, ThroughputRow, TimingRow
+from storage.scenario import Setting
 from storage.tables import read_costs, read_throughput, write_costs, write_timings
+from storage.variants import Replacement
 from tasks.benchmark_throughput import measure_throughput, model_throughput, parent_and_child, throughput_text
+from tasks.engines.machine import machine
 from tasks.measure_costs import write_cost_table
-from tasks.puzzle.costs import FIXED_COMPONENTS
-from tasks.puzzle.device import compute
-from tasks.puzzle.timing import machine
-from tasks.puzzle.variants import component_sizes, parent_blocks
+from tasks.puzzle.costs.cost_table import FIXED_COMPONENTS
+from tasks.puzzle.costs.sizes import component_sizes
+from tasks.puzzle.model.device import prepare_compute
+from tasks.puzzle.search_space import parent_blocks
+from tests.chosen import speed_limit
 from tests.settings import tiny_params
 from tests.stages import assemble, benchmark
 from tests.tiny import flip_byte
 
 HERE = machine(torch.device("cpu"))
 SPEED = {"metric": "decode_throughput", "at_least_ratio": 0.01, "scenario": "8/4", "batch": 2, "precision": "float32"}
+SPEED_SETTING = Setting("unit", "torch", "float32", 1, "8/4", 2)
 PUBLISHED = {"128/128", "128/1024", "128/2048", "128/4096", "2048/128", "2048/2048"}
 
 
@@ -52,15 +58,20 @@ def built(finished: tuple[Params, Paths]) -> Paths:
     write_cost_table.fn(_params(), paths)
     assemble(_params(), paths, [("kv_2", "ffn_96"), ("kv_1", "ffn_48"), ("no_op", "ffn_24")])
     shutil.copytree(paths.child("small"), paths.child("fast"))
-    chosen = read_json(paths.architecture("fast"), "the test")
-    limit = {**SPEED, "name": "speed", "hardware": "unit", "engine": "torch", "tensor_parallel": 1}
-    write_json(paths.architecture("fast"), {**chosen, "constraints": [limit]})
+    _limit_speed(paths, SPEED_SETTING)
     return paths
 
 
+def _limit_speed(paths: Paths, setting: Setting) -> None:
+    """Give the child of `fast` a limit on its speed in this setting."""
+    limit = speed_limit("decode_throughput", 0.01, setting)
+    chosen = replace(read_architecture("small", paths), constraints=(limit,))
+    write_architecture(paths.architecture("fast"), chosen)
+
+
 def _blocks(paths: Paths) -> dict[str, tuple[Replacement, ...]]:
-    chosen = read_json(paths.architecture("small"), "the test")["blocks"]
-    return {"parent": parent_blocks(Parent(paths.parent).config), "child": Architecture.from_json(chosen).blocks}
+    parent = parent_blocks(Parent(paths.parent).config)
+    return {"parent": parent, "child": read_architecture("small", paths).blocks}
 
 
 def _parts(paths: Paths, model: str) -> list[tuple[Component, str]]:
@@ -104,7 +115,9 @@ def test_every_row_is_either_measured_here_or_modelled(built: Paths) -> None:
 def test_the_models_that_are_timed_are_parent_and_child(built: Paths) -> None:
     """Told apart by their parameters: those that the variants have."""
     config = Parent(built.parent).config
-    models = parent_and_child(Parent(built.parent), Checkpoint(built.assembled("small"), ""), compute("cpu", "auto", 1))
+    models = parent_and_child(
+        Parent(built.parent), Checkpoint(built.assembled("small"), ""), prepare_compute("cpu", "auto", 1)
+    )
     for name, model in models.items():
         expected = sum(component_sizes(config, *part, "float32").params for part in _parts(built, name))
         counted = {key: value.numel() for key, value in model.named_parameters() if key != LM_HEAD}  # tied
@@ -112,9 +125,9 @@ def test_the_models_that_are_timed_are_parent_and_child(built: Paths) -> None:
 
 
 def test_a_child_like_its_parent_is_modelled_as_exactly_as_fast(built: Paths) -> None:
-    chosen = read_json(built.architecture("small"), "the test")
+    chosen = read_architecture("small", built)
     differ = model_throughput.fn("small", _params(), built)
-    write_json(built.architecture("small"), {**chosen, "blocks": Architecture(_blocks(built)["parent"]).to_json()})
+    write_architecture(built.architecture("small"), replace(chosen, blocks=_blocks(built)["parent"]))
     same = model_throughput.fn("small", _params(), built)
     assert _modelled_ratios(same) == dict.fromkeys(PUBLISHED, 1.0)
     assert min(_modelled_ratios(differ).values()) > 1
@@ -222,19 +235,19 @@ def test_rows_go_through_the_table(built: Paths) -> None:
     """What is written is read back, and in the table's order parent and child of a setting are side by side."""
     benchmark(_params(), built, "small")
     rows: tuple[ThroughputRow, ...] = read_throughput(built.throughput("small"))
-    at = [(row.hardware, row.scenario, row.batch, row.phase) for row in rows if row.measured_ms is not None]
-    assert at[::2] == at[1::2]
+    settings = [(row.hardware, row.scenario, row.batch, row.phase) for row in rows if row.measured_ms is not None]
+    assert settings[::2] == settings[1::2]
 
 
 def _export(paths: Paths) -> None:
     """Parent and child of `fast` as GGUF, of noise: what they say plays no part."""
     config, blocks = Parent(paths.parent).config, _blocks(paths)
     for name, folder in (("parent", paths.parent_exports), ("fast", paths.exports("fast"))):
-        variants = [(of.attention, of.ffn) for of in blocks["parent" if name == "parent" else "child"]]
+        variants = [(block.attention, block.ffn) for block in blocks["parent" if name == "parent" else "child"]]
         (folder / "gguf-f16").mkdir(parents=True)
         file = f"gguf-f16/{name}-F16.gguf"
         write_gguf(folder / file, config, variants, None, "F16")
-        write_json(
+        write_sealed(
             folder / EXPORTS_OVERVIEW, {"formats": {"gguf-f16": {"files": {file: {"sha256": sha256(folder / file)}}}}}
         )
 
@@ -244,12 +257,12 @@ def test_llama_cpp_measures_parent_and_child_as_well(built: Paths) -> None:
     _export(built)
     params = _params(engines=["torch", "llama.cpp"], batches=[1])
     rows = measure_throughput.fn("fast", params, built)
-    found = {(row.engine, row.model, row.phase, row.batch): row for row in rows}
+    measured = {(row.engine, row.model, row.phase, row.batch): row for row in rows}
     both = list(itertools.product(("parent", "child"), ("prefill", "decode")))
-    assert found.keys() == {("llama.cpp", *one, 1) for one in both} | {
-        ("torch", *one, batch) for one in both for batch in (1, SPEED["batch"])
+    assert measured.keys() == {("llama.cpp", *pair, 1) for pair in both} | {
+        ("torch", *pair, batch) for pair in both for batch in (1, SPEED["batch"])
     }
-    for (engine, _, phase, batch), row in found.items():
+    for (engine, _, phase, batch), row in measured.items():
         assert row.precision == ("float32" if engine == "torch" else "float16")
         assert row.versions is not None and engine.split(".")[0] in row.versions
         assert row.measured_ms is not None and row.measured_ms > 0
@@ -259,9 +272,7 @@ def test_llama_cpp_measures_parent_and_child_as_well(built: Paths) -> None:
 
 def test_a_limit_on_llama_cpp_is_measured_in_it(built: Paths) -> None:
     _export(built)
-    chosen = read_json(built.architecture("fast"), "the test")
-    limit = {**chosen["constraints"][0], "engine": "llama.cpp", "precision": "float16"}
-    write_json(built.architecture("fast"), {**chosen, "constraints": [limit]})
+    _limit_speed(built, replace(SPEED_SETTING, engine="llama.cpp", precision="float16"))
     rows = measure_throughput.fn("fast", _params(batches=[1]), built)
     assert {(row.engine, row.batch) for row in rows} == {("torch", 1), ("llama.cpp", 1), ("llama.cpp", SPEED["batch"])}
 
@@ -273,10 +284,10 @@ def test_a_machine_that_wanders_between_rounds_cancels(built: Paths, monkeypatch
     rounds = {model: {"prefill": ms, "decode": ms} for model, ms in (("parent", parent), ("child", child))}
     monkeypatch.setattr("tasks.benchmark_throughput.time_models", lambda *_: rounds)
     rows = measure_throughput.fn("small", _params(engines=["torch"], batches=[1]), built)
-    found = {(row.model, row.phase): row for row in rows}
+    measured = {(row.model, row.phase): row for row in rows}
     for phase in ("prefill", "decode"):
-        assert (found["parent", phase].measured_ms, found["child", phase].measured_ms) == (20.0, 10.0)
-    assert found["child", "decode"].measured_spread == pytest.approx(0.3)
+        assert (measured["parent", phase].measured_ms, measured["child", phase].measured_ms) == (20.0, 10.0)
+    assert measured["child", "decode"].measured_spread == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(
@@ -301,9 +312,7 @@ def test_what_llama_cpp_cannot_do_is_said_before_anything_is_timed(
     elif fault == "damaged":
         flip_byte(built.exports("fast") / "gguf-f16/fast-F16.gguf")
     elif fault == "limit":
-        chosen = read_json(built.architecture("fast"), "the test")
-        limit = {**chosen["constraints"][0], "engine": "llama.cpp", "scenario": "120/8"}
-        write_json(built.architecture("fast"), {**chosen, "constraints": [limit]})
+        _limit_speed(built, replace(SPEED_SETTING, engine="llama.cpp", scenario="120/8"))
     scenarios = ["120/8" if fault == "context" else "8/4"]
     with pytest.raises(InputError, match=words):
         measure_throughput.fn("fast", _params(engines=["torch", "llama.cpp"], scenarios=scenarios), built)

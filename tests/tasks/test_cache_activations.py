@@ -1,4 +1,4 @@
-"""cache_activations: what is cached is what transformers computes; what is planned is what is missing."""
+"""cache_activations: the cache holds what transformers computes, and only missing shards are planned."""
 
 from pathlib import Path
 
@@ -31,10 +31,10 @@ def test_boundaries_are_the_hidden_states_of_transformers(family: str, tmp_path:
         with torch.no_grad():
             expected = list(model(tokens, output_hidden_states=True).hidden_states)
         for boundary in range(last):
-            found = BoundaryReader(paths.activations, split, boundary).read(sequences)
-            torch.testing.assert_close(found, expected[boundary], atol=1e-5, rtol=1e-5)  # float32, other batches
-        found = model.model.norm(BoundaryReader(paths.activations, split, last).read(sequences))
-        torch.testing.assert_close(found, expected[last], atol=1e-5, rtol=1e-5)  # transformers' last one is normalised
+            cached = BoundaryReader(paths.activations, split, boundary).read(sequences)
+            torch.testing.assert_close(cached, expected[boundary], atol=1e-5, rtol=1e-5)  # float32, other batches
+        cached = model.model.norm(BoundaryReader(paths.activations, split, last).read(sequences))
+        torch.testing.assert_close(cached, expected[last], atol=1e-5, rtol=1e-5)  # transformers' last one is normalised
 
 
 def test_validation_keeps_the_last_boundary_only(finished: tuple[Params, Paths]) -> None:

@@ -1,4 +1,4 @@
-"""distill_blocks: the library holds what a plain run of BLD gives; what is planned is what is missing."""
+"""distill_blocks: the library holds the result of a plain run of BLD, and only missing pieces are planned."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from storage.library import INDEX_SCHEMA, Library, channel_order_name, entry_nam
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import Attention
+from storage.variants import Attention
 from tasks.cache_activations import plan_shards
 from tasks.distill_blocks import plan_blocks, train_block, trained_variants
-from tasks.puzzle.blocks import Block
-from tasks.puzzle.losses import normalised_mse
-from tasks.puzzle.rotary import rotary_for
-from tasks.puzzle.variants import parent_attention, parent_ffn
+from tasks.puzzle.distill.losses import normalised_mse
+from tasks.puzzle.model.blocks import Block
+from tasks.puzzle.model.rotary import rotary_for
+from tasks.puzzle.search_space import parent_attention, parent_ffn
 from tests.settings import SEQ_LEN, tiny_params
 from tests.stages import cache, checksums, distill, planned_variants, prepare
 from tests.tiny import FAMILIES, flip_byte
@@ -45,15 +45,16 @@ def test_the_library_holds_every_variant_with_its_held_out_loss(family: str, tmp
     assert sum(row["loss_after"] < row["loss_before"] for row in rows) > len(rows) / 2
     held_out = range(16 - 5, 16)
     for row in rows:
-        variant = next(v for v in trained_variants(params, parent) if v.name == row["variant"])
+        variant = next(candidate for candidate in trained_variants(params, parent) if candidate.name == row["variant"])
         block = parent.block(row["first_block"], CPU, torch.float32)
-        own = library.read(entry_name(row["first_block"], variant))
+        tensors = library.read(entry_name(row["first_block"], variant))
         attention, ffn = parent_attention(parent.config), parent_ffn(parent.config)
         attention, ffn = (variant, ffn) if isinstance(variant, Attention) else (attention, variant)
         rest = {name: block[name] for name in block if name.startswith(_OTHER_HALF[row["subblock"]])}
-        student = Block.load(parent.config, attention, ffn, {**own, **rest})
+        student = Block.load(parent.config, attention, ffn, {**tensors, **rest})
         source, target = (
-            BoundaryReader(paths.activations, "calibration", row["first_block"] + at).read(held_out) for at in (0, 1)
+            BoundaryReader(paths.activations, "calibration", row["first_block"] + offset).read(held_out)
+            for offset in (0, 1)
         )
         output = student(source, rotary_for(parent.config, SEQ_LEN, source))
         losses = [  # the mean over batches of 4 and 1 sequences, as they are trained
@@ -144,7 +145,7 @@ def test_another_learning_rate_retrains_all_but_caches_nothing(finished: tuple[P
 def test_a_recipe_retrains_what_it_is_for(
     override: dict[str, Any], retrained: set[str], finished: tuple[Params, Paths]
 ) -> None:
-    """And leaves every other byte as it was, though the longest variant decides which batches there are."""
+    """Every other byte stays as it was, although the longest variant decides how many batches are read."""
     _, paths = finished
     before = checksums(paths.library)
     params = tiny_params(distill_blocks=override, distill_child={"tokens": 8 * SEQ_LEN})
@@ -161,13 +162,13 @@ def test_a_recipe_retrains_what_it_is_for(
         assert tokens[variant] == override.get("variant_tokens", {}).get(variant, 32 * SEQ_LEN)
 
 
-@pytest.mark.parametrize("own", [16, 40])
-def test_other_variants_tokens_leave_a_variants_own_bytes(own: int, finished: tuple[Params, Paths]) -> None:
-    """The same number of tokens, whatever the others take; but another shuffle if `tokens` changes, so trained anew."""
+@pytest.mark.parametrize("num_sequences", [16, 40])
+def test_other_variants_tokens_leave_a_variants_own_bytes(num_sequences: int, finished: tuple[Params, Paths]) -> None:
+    """A variant reads its own number of tokens, whatever the others read; another `tokens` retrains all."""
     _, paths = finished
 
     def params_with(**changed: Any) -> Params:
-        tokens = {"ffn_48": own * SEQ_LEN, **changed.pop("variant_tokens", {})}
+        tokens = {"ffn_48": num_sequences * SEQ_LEN, **changed.pop("variant_tokens", {})}
         return tiny_params(
             distill_blocks={"variant_tokens": tokens, **changed},
             prepare_corpus={"train_tokens": 48 * SEQ_LEN},
@@ -277,7 +278,8 @@ def test_spans_train_only_themselves_towards_the_boundary_behind_their_last_bloc
         if row["variant"] == "whole":
             first = row["first_block"]
             source, target = (
-                BoundaryReader(paths.activations, "calibration", at).read(range(11, 16)) for at in (first, first + 2)
+                BoundaryReader(paths.activations, "calibration", boundary).read(range(11, 16))
+                for boundary in (first, first + 2)
             )
             rotary = rotary_for(parent.config, SEQ_LEN, source)
             losses = []

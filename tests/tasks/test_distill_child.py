@@ -15,9 +15,9 @@ from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from tasks import distill_child
-from tasks.puzzle.blocks import Block
-from tasks.puzzle.gkd import Child, States, gradients, kl_to_parent
-from tasks.puzzle.head import Head
+from tasks.puzzle.distill.gkd import States, TrainableChild, gradients, kl_to_parent
+from tasks.puzzle.model.blocks import Block
+from tasks.puzzle.model.head import Head
 from tests.settings import SEQ_LEN, tiny_params
 from tests.stages import assemble, cache, checksums, distill, prepare
 from tests.tiny import flip_byte
@@ -38,7 +38,7 @@ def assembled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
 
 @pytest.fixture
 def case(assembled: tuple[Params, Paths], tmp_path: Path) -> tuple[Params, Paths]:
-    """A copy of its own of the assembled child."""
+    """A copy of the assembled child, which the test may change."""
     shutil.copytree(assembled[1].root, tmp_path / "artifacts")
     return assembled[0], Paths(tmp_path / "artifacts")
 
@@ -55,7 +55,7 @@ def held_out_kl(folder: Path, paths: Paths) -> float:
     parent, checkpoint = Parent(paths.parent), Checkpoint(folder, "the test")
     config, variants = read_blocks(checkpoint)
     blocks = [Block.load(config, *v, checkpoint.block(i, CPU, torch.float32)) for i, v in enumerate(variants)]
-    child = Child(config, blocks, [1, 2, 3])
+    child = TrainableChild(config, blocks, [1, 2, 3])
     _, norm, lm_head = parent.outside(CPU, torch.float32)
     head = Head(norm, lm_head, config.rms_norm_eps)
 
@@ -98,8 +98,8 @@ def test_no_token_is_used_twice_nor_was_by_bld(case: tuple[Params, Paths]) -> No
 
 def test_workers_change_no_byte(case: tuple[Params, Paths]) -> None:
     params, paths = case
-    one = run(params, paths)
-    assert run(tiny_params(run={"workers": 3}, prepare_parent=params.prepare_parent.model_dump()), paths) == one
+    alone = run(params, paths)
+    assert run(tiny_params(run={"workers": 3}, prepare_parent=params.prepare_parent.model_dump()), paths) == alone
 
 
 @pytest.mark.parametrize(("keep", "held"), [([], 1), ([1], 2)])

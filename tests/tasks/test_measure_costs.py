@@ -15,28 +15,23 @@ from storage.params import Params
 from storage.parent import Parent
 from storage.paths import TIMINGS, Paths
 from storage.records import ANY_VARIANT, Component, CostRow, TimingRow
+from storage.scenario import Scenario, Setting
 from storage.tables import read_costs, read_timings, write_timings
+from tasks.commands.time_machine import time_llamacpp
 from tasks.measure_costs import write_cost_table
-from tasks.puzzle.costs import CostTable, Setting, model_speed
-from tasks.puzzle.engine_model import TENSORRT_LLM, Model, estimate
-from tasks.puzzle.hardware import device_named
-from tasks.puzzle.variants import (
-    attention_variants,
-    component_sizes,
-    ffn_variants,
-    parent_attention,
-    parent_blocks,
-    parent_ffn,
-)
-from tasks.time_machine import time_llamacpp
+from tasks.puzzle.costs.cost_table import CostTable, model_speed
+from tasks.puzzle.costs.engine_model import TENSORRT_LLM, Model, Platform, estimate
+from tasks.puzzle.costs.hardware import device_named
+from tasks.puzzle.costs.sizes import component_sizes
+from tasks.puzzle.search_space import attention_variants, ffn_variants, parent_attention, parent_blocks, parent_ffn
 from tests.settings import tiny_params
 
 
 def timings(params: Params, paths: Paths, *, linear: bool) -> list[TimingRow]:
     """Made-up timings of every component of the parent at 8/8, batch 1."""
     config, bld = Parent(paths.parent).config, params.distill_blocks
-    names: list[tuple[Component, str]] = [("attention", of.name) for of in attention_variants(config, linear)]
-    names += [("ffn", of.name) for of in ffn_variants(config, bld.ffn_ratios, bld.width_multiple, linear)]
+    names: list[tuple[Component, str]] = [("attention", kind.name) for kind in attention_variants(config, linear)]
+    names += [("ffn", kind.name) for kind in ffn_variants(config, bld.ffn_ratios, bld.width_multiple, linear)]
     names += [("embedding", ANY_VARIANT), ("head", ANY_VARIANT), ("step", ANY_VARIANT)]
     rows = []
     for number, (component, variant) in enumerate(names):
@@ -109,8 +104,8 @@ def test_both_modelled_engines_and_every_degree_have_rows(case: tuple[Params, Pa
     for degree in (1, 2):
         setting = Setting("h100-sxm", "tensorrt-llm", "fp8", degree, "8/8", 1)
         summed = model_speed(CostTable(table), parent_blocks(config), setting)
-        found = estimate(model, device_named("h100-sxm"), TENSORRT_LLM, "fp8", (8, 8), degree, 1)
-        assert (summed.prefill_ms, summed.decode_ms) == pytest.approx((found.prefill_ms, found.step_ms))
+        whole = estimate(model, Platform(device_named("h100-sxm"), TENSORRT_LLM, "fp8"), Scenario(8, 8), degree, 1)
+        assert (summed.prefill_ms, summed.decode_ms) == pytest.approx((whole.prefill_ms, whole.step_ms))
 
 
 def test_a_precision_that_hardware_has_no_units_for_is_refused(case: tuple[Params, Paths]) -> None:
@@ -130,7 +125,7 @@ def test_timings_without_a_variant_are_refused(case: tuple[Params, Paths]) -> No
     write_cost_table.fn(params, paths)
     before = paths.costs.read_bytes()
     with pytest.raises(
-        InputError, match=r"laptop\.parquet has no attention linear, ffn linear on laptop.*--time laptop"
+        InputError, match=r"laptop\.parquet has no attention linear, ffn linear on laptop.*puzzle time-machine laptop"
     ):
         write_cost_table.fn(with_linear, paths)
     assert paths.costs.read_bytes() == before
@@ -183,10 +178,10 @@ def test_a_table_that_a_user_brings_is_costed_like_any_other(suffix: str, case: 
     table = CostTable(read_costs(paths.costs))
     config = Parent(paths.parent).config
     speed = model_speed(table, parent_blocks(config), setting)
-    wanted = {(row["component"], row["variant"]): row["decode_ms"] for row in rows}
+    decode_ms = {(row["component"], row["variant"]): row["decode_ms"] for row in rows}
     attention, ffn = ("attention", parent_attention(config).name), ("ffn", parent_ffn(config).name)
-    fixed = sum(wanted[component, ANY_VARIANT] for component in ("embedding", "head", "step"))
-    assert speed.decode_ms == pytest.approx(config.num_blocks * (wanted[attention] + wanted[ffn]) + fixed)
+    fixed = sum(decode_ms[component, ANY_VARIANT] for component in ("embedding", "head", "step"))
+    assert speed.decode_ms == pytest.approx(config.num_blocks * (decode_ms[attention] + decode_ms[ffn]) + fixed)
     assert table.row(setting, "ffn", ffn[1]).how == "made up"
 
 
@@ -219,18 +214,18 @@ def test_llama_cpp_is_timed_beside_torch(case: tuple[Params, Paths], monkeypatch
     params, paths = case
     costs = params.measure_costs.model_copy(update={"repeats": 2, "threads": 1})
     params = params.model_copy(update={"measure_costs": costs})
-    monkeypatch.setattr("tasks.time_machine._DESIGNS", 3)
+    monkeypatch.setattr("tasks.commands.time_machine._DESIGNS", 3)
     path, config = TIMINGS / "laptop.parquet", Parent(paths.parent).config
     torch_rows = timings(params, paths, linear=False)
     write_timings(path, torch_rows)
     time_llamacpp(params, paths, "laptop", path)
     rows = read_timings(path)
     assert {row for row in rows if row.engine == "torch"} == set(torch_rows)
-    found = {(row.component, row.variant): row for row in rows if row.engine == "llama.cpp"}
-    attentions = {("attention", one.name) for one in attention_variants(config, linear=True)}
-    assert {of for of in found if of[0] == "attention"} == attentions
-    assert ("ffn", "linear") not in found and ("ffn", "no_op") in found
-    assert {row.precision for row in found.values()} == {"float16"}
-    assert all("xllamacpp" in row.versions and "least squares over 4 whole models" in row.how for row in found.values())
-    assert min(row.decode_ms for row in found.values()) >= 0 < max(row.decode_ms for row in found.values())
+    timed = {(row.component, row.variant): row for row in rows if row.engine == "llama.cpp"}
+    attentions = {("attention", attention.name) for attention in attention_variants(config, linear=True)}
+    assert {component for component in timed if component[0] == "attention"} == attentions
+    assert ("ffn", "linear") not in timed and ("ffn", "no_op") in timed
+    assert {row.precision for row in timed.values()} == {"float16"}
+    assert all("xllamacpp" in row.versions and "least squares over 4 whole models" in row.how for row in timed.values())
+    assert min(row.decode_ms for row in timed.values()) >= 0 < max(row.decode_ms for row in timed.values())
     assert sorted(paths.root.glob("tmp*")) == []

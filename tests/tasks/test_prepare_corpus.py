@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from storage.checkpoints import CheckpointWriter
 from storage.corpus import SPLITS, read_manifest, read_sequences
-from storage.files import InputError, write_json
-from storage.model_config import ModelConfig
+from storage.files import InputError
+from storage.model_config import NORM, ModelConfig
 from storage.params import Params
+from storage.parent_info import write_parent_info
 from storage.paths import Paths
 from storage.sections import PrepareCorpus, Run
 from tasks.prepare_corpus import pack_corpus
+from tests.records import parent_info
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -49,9 +54,13 @@ PARENT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def save_parent(
-    folder: Path, special_tokens: tuple[str, ...] = PARENT_TOKENS, template: str | None = CHAT_TEMPLATE
+    folder: Path,
+    special_tokens: tuple[str, ...] = PARENT_TOKENS,
+    template: str | None = CHAT_TEMPLATE,
+    config: ModelConfig = CONFIG,
 ) -> None:
-    """A byte-level BPE tokenizer trained on a sentence, and the facts that prepare_parent writes."""
+    """A byte-level BPE tokenizer trained on a sentence, and the facts and checksums that prepare_parent writes."""
+    shutil.rmtree(folder, ignore_errors=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -63,7 +72,10 @@ def save_parent(
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
     fast.chat_template = template
     fast.save_pretrained(folder)
-    write_json(folder / "puzzle_parent.json", {"config": CONFIG.to_json()})
+    write_parent_info(folder, parent_info(config))
+    writer = CheckpointWriter(folder, 1 << 20)
+    writer.add({NORM: torch.ones(CONFIG.hidden_size)})
+    writer.finish()
 
 
 @pytest.fixture
@@ -132,12 +144,12 @@ def test_tokens_decode_to_the_documents_and_splits_share_none(paths: Paths, tmp_
 
 
 def test_two_runs_give_the_same_bytes_and_a_seed_other_ones(paths: Paths, tmp_path: Path) -> None:
-    wanted = params(sources=[files_source(str(write_jsonl(tmp_path / "a.jsonl")))])
-    pack_corpus.fn(wanted, paths)
+    settings = params(sources=[files_source(str(write_jsonl(tmp_path / "a.jsonl")))])
+    pack_corpus.fn(settings, paths)
     first = {path.name: path.read_bytes() for path in paths.corpus.iterdir()}
     (paths.corpus / "manifest.json").unlink()
     (paths.corpus / "stranger").write_text("of another version")
-    pack_corpus.fn(wanted, paths)
+    pack_corpus.fn(settings, paths)
     assert {path.name: path.read_bytes() for path in paths.corpus.iterdir()} == first
     before = read_manifest(paths.corpus).content_hash
     pack_corpus.fn(params(seed=1, sources=[files_source(str(tmp_path / "a.jsonl"))]), paths)
@@ -146,14 +158,14 @@ def test_two_runs_give_the_same_bytes_and_a_seed_other_ones(paths: Paths, tmp_pa
 
 def test_a_finished_corpus_is_kept_until_something_changes(paths: Paths, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl")
-    wanted = params(sources=[files_source(str(file))])
+    settings = params(sources=[files_source(str(file))])
 
     def made_anew() -> bool:
         os.utime(paths.corpus / "manifest.json", (1, 1))
-        pack_corpus.fn(wanted, paths)
+        pack_corpus.fn(settings, paths)
         return (paths.corpus / "manifest.json").stat().st_mtime != 1
 
-    pack_corpus.fn(wanted, paths)
+    pack_corpus.fn(settings, paths)
     assert not made_anew()
     damaged = paths.corpus / "train.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
@@ -203,6 +215,27 @@ def test_chats_are_rendered_by_the_parents_template_on_a_fixed_day(paths: Paths,
     assert 1 in tokens, "the template's marks are special tokens"
 
 
+def test_a_tool_call_is_rendered_or_its_chat_left_out(paths: Paths, tmp_path: Path) -> None:
+    """A template that knows no tools printed `None` in place of the call, or nothing in place of the answer."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look_up", "arguments": "{}"}}]}
+    plain = [
+        [{"from": "human", "value": prose(f"chat {index}")}, {"from": "gpt", "value": "Yes."}] for index in range(60)
+    ]
+    rows = [*({"chat": chat} for chat in plain), *({"chat": [*chat, call]} for chat in plain[:5]), {"chat": []}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = params(sources=[files_source(str(tmp_path / "a.jsonl"), messages="chat")])
+    pack_corpus.fn(settings, paths)
+    assert "None" not in str(texts(paths))
+    *_, calls, empty = read_manifest(paths.corpus).notes
+    assert "5 of 66 skipped: the parent's chat template leaves out tool calls" in calls
+    assert "1 of 66 skipped: no text" in empty
+    names = "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
+    save_parent(paths.parent, template="{% for m in messages %}{{ m.content }}" + names + "{% endfor %}")
+    pack_corpus.fn(settings, paths)
+    assert "look_up" in str(texts(paths))
+    assert "None" not in str(texts(paths))
+
+
 def test_special_tokens_spelt_out_in_plain_text_are_text(paths: Paths, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(
         "\n\n".join(f"Document {index} ends with <|endoftext|>, ends here, " * 3 for index in range(200))
@@ -249,11 +282,9 @@ def test_sources_that_cannot_be_used(paths: Paths, tmp_path: Path) -> None:
 def test_parents_that_cannot_be_used(paths: Paths, tmp_path: Path) -> None:
     source = files_source(str(write_jsonl(tmp_path / "a.jsonl")))
     save_parent(paths.parent, template=None)
-    (paths.parent / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(InputError, match="no chat template"):
         pack_corpus.fn(params(sources=[{**source, "messages": "chat"}]), paths)
-    small = replace(CONFIG, vocab_size=40)
-    write_json(paths.parent / "puzzle_parent.json", {"config": small.to_json()})
+    save_parent(paths.parent, config=replace(CONFIG, vocab_size=40))
     with pytest.raises(InputError, match=r"gives token \d+, and its embedding has 40 rows"):
         pack_corpus.fn(params(sources=[source]), paths)
     (paths.parent / "puzzle_parent.json").unlink()

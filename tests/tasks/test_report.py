@@ -6,32 +6,48 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.files import InputError, read_json, write_json
+from storage.architecture import (
+    Baseline,
+    Baselines,
+    read_architecture,
+    read_baselines,
+    write_architecture,
+    write_baselines,
+)
+from storage.evaluation import read_evaluation, write_evaluation
+from storage.files import InputError
+from storage.metrics import METRICS
 from storage.params import Params
 from storage.paths import Paths
 from storage.pipeline import read_pipeline
-from storage.records import ANY_VARIANT, Architecture, Attention, Ffn, Replacement
+from storage.records import ANY_VARIANT
 from storage.tables import read_costs, read_throughput
-from tasks.drawing.blocks import Model, architectures
-from tasks.drawing.facts import Child, bld_losses, runtime
+from storage.variants import Attention, Ffn, Replacement
+from tasks.drawing.blocks import DrawnModel, architectures
+from tasks.drawing.figure_data import bld_losses, panel, runtime
 from tasks.drawing.pipeline import BOX_HEIGHT, BOX_WIDTH, position, route
-from tasks.drawing.quality import Panel, Point, quality_throughput
-from tasks.drawing.style import spread
+from tasks.drawing.quality import QualityPanel, QualityPoint, quality_throughput
+from tasks.drawing.reported_child import ReportedChild
+from tasks.drawing.style import spaced_apart
 from tasks.drawing.training import bld_losses as draw_bld_losses
-from tasks.puzzle.costs import FIXED_COMPONENTS, CostTable, Setting, model_speed
-from tasks.puzzle.variants import parent_blocks
+from tasks.puzzle.costs.cost_table import FIXED_COMPONENTS, CostTable, model_speed
+from tasks.puzzle.runtimes.model_card import model_card
+from tasks.puzzle.search_space import parent_blocks
 from tasks.report import write_report
-from tests.report_run import BASELINES, CONFIG, TARGETS, write_run
+from tests.records import parent_info
+from tests.report_run import BASELINES, CONFIG, TARGETS, speed_constraints, write_run
 from tests.stages import checksums
 
 FIGURES = {
@@ -53,6 +69,7 @@ class Page(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.open: list[str] = []
+        self.tags: set[str] = set()
         self.attributes: list[tuple[str, str, str]] = []
         self.text = ""
         self.feed(html)
@@ -61,6 +78,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.tags.add(tag)
         if tag not in VOID:
             self.open.append(tag)
 
@@ -75,7 +93,7 @@ class Page(HTMLParser):
 
     def values(self, name: str) -> list[str]:
         """Values of an attribute, wherever it is."""
-        return [value for _, found, value in self.attributes if found == name]
+        return [value for _, attribute, value in self.attributes if attribute == name]
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +116,8 @@ def html(paths: Paths) -> str:
     return (paths.report / "index.html").read_text(encoding="utf-8")
 
 
-def child(target: str, paths: Paths) -> Child:
-    return Child(target, read_json(paths.architecture(target), "the test"), None, None, None, [])
+def child(target: str, paths: Paths) -> ReportedChild:
+    return ReportedChild(read_architecture(target, paths), read_evaluation(target, paths), {}, None, [])
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -137,21 +155,21 @@ def test_numbers_are_those_of_the_artifacts(run: tuple[Params, Paths]) -> None:
     _, paths = run
     text = Page(html(paths)).text
     for target in TARGETS:
-        found = read_json(paths.evaluation(target), "the test")
-        for quality in (found["parent"], found["assembled"], found["distilled"], *found["baselines"].values()):
-            assert f"{quality['kl']:.3f} ± {quality['kl_stderr']:.3f}" in text
-            assert f"{quality['perplexity']:.2f}" in text
-        assert f"after GKD KL {found['distilled']['kl']:.3f}" in text
-        for name, quality in found["baselines"].items():
-            assert f"{name.replace('_', ' ')} {quality['kl']:.3f}" in text, "label in the figure"
-        for one in found["paired"].values():
-            assert f"{one['kl_difference']:+.3f} ± {one['stderr']:.3f}" in text
-        for one in found["constraints"]:
-            assert f"{one['predicted']:.4g}" in text and f"{one['measured']:.4g}" in text
-        for one in found["exports"]["formats"].values():
-            assert f"{one['kl']:.6f} ± {one['kl_stderr']:.6f}" in text and f"{one['torch_perplexity']:.3f}" in text
-        predicted = read_json(paths.architecture(target), "the test")["predicted"]
-        assert f"{predicted['params']:,}" in text
+        evaluation = read_evaluation(target, paths)
+        baselines = evaluation.baselines
+        for quality in (evaluation.parent, evaluation.assembled, evaluation.distilled, *baselines.values()):
+            assert f"{quality.kl:.3f} ± {quality.kl_stderr:.3f}" in text
+            assert f"{quality.perplexity:.2f}" in text
+        assert f"after GKD KL {evaluation.distilled.kl:.3f}" in text
+        for name, quality in baselines.items():
+            assert f"{name.replace('_', ' ')} {quality.kl:.3f}" in text, "label in the figure"
+        for paired in evaluation.paired.values():
+            assert f"{paired.kl_difference:+.3f} ± {paired.stderr:.3f}" in text
+        for limit in evaluation.constraints:
+            assert f"{limit.predicted:.4g}" in text and f"{limit.measured:.4g}" in text
+        for export in evaluation.exports.formats.values():
+            assert f"{export.kl:.6f} ± {export.kl_stderr:.6f}" in text and f"{export.torch_perplexity:.3f}" in text
+        assert f"{read_architecture(target, paths).predicted.params:,}" in text
         for row in read_throughput(paths.throughput(target)):
             rate = row.measured_tokens_per_s or row.modelled_tokens_per_s or 0.0
             assert (f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}") in text
@@ -161,6 +179,31 @@ def test_numbers_are_those_of_the_artifacts(run: tuple[Params, Paths]) -> None:
 def test_names_are_escaped(run: tuple[Params, Paths]) -> None:
     assert escape("Large <child>") in html(run[1])
     assert "<child>" not in html(run[1])
+
+
+def test_what_people_write_is_drawn_as_they_wrote_it(tmp_path: Path) -> None:
+    """A label with two dollar signs was a formula to matplotlib, and ended the last stage."""
+    labels = (r"_$\foo$ & \$ {{ 7*7 }}", 'id="x" url(#y) </svg><script>$')
+    paths = Paths(tmp_path / "artifacts")
+    targets = {key: {**target, "label": label} for (key, target), label in zip(TARGETS.items(), labels, strict=True)}
+    write_report.fn(write_run(paths, targets=targets), paths)
+    page = Page(html(paths))
+    plain = Page(html(paths).replace(escape(labels[0]), "").replace(escape(labels[1]), ""))
+    for label in labels:
+        assert page.text.count(label) > 20, "in tables and figures"
+        drawn = "".join(ElementTree.parse(paths.report / "predicted_measured.svg").getroot().itertext())
+        assert label in drawn, "in the legend, which leaves out names that begin with an underscore"
+    assert "script" not in page.tags and "49" not in plain.text.partition("Pipeline")[0]
+    card = model_card(
+        read_architecture("large", paths),
+        replace(parent_info(CONFIG, 'a: "b" #c'), licence="yes"),
+        hashes={},
+        refusals={},
+        training="",
+    )
+    front, _, body = card.removeprefix("---\n").partition("\n---\n")
+    assert yaml.safe_load(front) | {"license": "yes", "base_model": 'a: "b" #c'} == yaml.safe_load(front)
+    assert r"\_\$\\foo\$" in body
 
 
 LACKS: dict[str, tuple[str, str]] = {
@@ -182,29 +225,27 @@ def test_what_is_missing_is_named(fresh: tuple[Params, Paths], pieces: list[str]
     write_report.fn(params, paths)
     drawn = {path.stem for path in paths.report.glob("*.svg")}
     text = Page(html(paths)).text.partition("Not in this run:")[2].partition("Pipeline")[0]
-    for piece, (said, figure) in LACKS.items():
-        gone = piece in pieces and not ("children/small" in pieces and "Small" in said and piece != "children/small")
-        assert (said in text) == gone, piece
+    for piece, (line, figure) in LACKS.items():
+        gone = piece in pieces and not ("children/small" in pieces and "Small" in line and piece != "children/small")
+        assert (line in text) == gone, piece
         assert figure not in drawn or piece not in pieces, piece
 
 
-def change(path: Path, edit: Callable[[Any], object]) -> None:
-    value = read_json(path, "the test")
-    edit(value)
-    write_json(path, value)
+def change_evaluation(target: str, paths: Paths, **changes: Any) -> None:
+    write_evaluation(paths.evaluation(target), replace(read_evaluation(target, paths), **changes))
 
 
 def test_an_early_run_claims_no_more_than_it_has(fresh: tuple[Params, Paths]) -> None:
-    """No GKD, no baselines, and a speed that was timed on another machine than the limit's."""
+    """No baselines, and a speed that was timed on another machine than the limit's."""
     params, paths = fresh
     for target in TARGETS:
-        change(paths.evaluation(target), lambda found: [found.pop(key) for key in ("distilled", "baselines", "paired")])
-        change(paths.evaluation(target), lambda found: found["speed"].update(hardware="elsewhere"))
+        speed = read_evaluation(target, paths).speed
+        assert speed is not None
+        elsewhere = replace(speed, hardware="elsewhere")
+        change_evaluation(target, paths, baselines={}, paired={}, speed=elsewhere)
     write_report.fn(params, paths)
     text = Page(html(paths)).text
-    assert f"before GKD KL {read_json(paths.evaluation('small'), 'the test')['assembled']['kl']:.3f}" in text
     assert "baselines of Small" in text
-    assert "child after GKD" not in text
     assert "measured throughput of Small: its speed limit holds for tiny-cpu" in text
     figure = (paths.report / "quality_throughput.svg").read_text(encoding="utf-8")
     assert "throughput predicted" in figure and "throughput measured" not in figure
@@ -212,13 +253,33 @@ def test_an_early_run_claims_no_more_than_it_has(fresh: tuple[Params, Paths]) ->
 
 def test_a_target_without_a_speed_limit_has_no_place_on_the_throughput_axis(fresh: tuple[Params, Paths]) -> None:
     params, paths = fresh
-    change(paths.architecture("small"), lambda found: found["predicted"].update(speed=None, throughput_ratio=None))
-    change(paths.evaluation("small"), lambda found: found.update(speed=None))
+    chosen = read_architecture("small", paths)
+    predicted = replace(chosen.predicted, speed=None, throughput_ratio=None)
+    write_architecture(paths.architecture("small"), replace(chosen, predicted=predicted))
+    change_evaluation("small", paths, speed=None)
     write_report.fn(params, paths)
     assert "its target limits no speed" in Page(html(paths)).text
     figure = (paths.report / "quality_throughput.svg").read_text(encoding="utf-8")
     assert "Large" in figure and "Small" not in figure
     assert "Small" in (paths.report / "runtime_per_block.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("metric", [metric.name for metric in METRICS.values() if metric.speed])
+def test_any_speed_may_be_the_first_limit(metric: str, tmp_path: Path) -> None:
+    """A child 1.23 times as fast reads 1.23, whether more or less of the metric is better.
+
+    Two of five speed metrics once ended the report with a KeyError, and would have read 0.81.
+    """
+    paths = Paths(tmp_path / "artifacts")
+    params = write_run(paths, targets={"small": {"label": "Small", "constraints": speed_constraints(metric)}})
+    write_report.fn(params, paths)
+    parts = METRICS[metric].speed
+    assert parts is not None
+    phase = parts.phase
+    assert f"1.23 times the parent's speed ({phase}, 8/8, batch 2" in Page(html(paths)).text
+    models = panel(child("small", paths))
+    assert models is not None and models.setting.startswith(phase)
+    assert models.points[1].measured_ratio == pytest.approx(1.23)
 
 
 def test_same_inputs_give_same_bytes(run: tuple[Params, Paths], tmp_path: Path) -> None:
@@ -239,22 +300,20 @@ def test_same_inputs_give_same_bytes(run: tuple[Params, Paths], tmp_path: Path) 
 
 def cells(svg: str, key: str) -> list[tuple[str, int, str]]:
     """(subblock, first block, variant) of the cells of one model."""
-    found = re.findall(rf'id="architecture-{key}-(attention|ffn)-(\d+)-(\w+)"', svg)
-    return [(part, int(index), variant) for part, index, variant in found]
+    ids = re.findall(rf'id="architecture-{key}-(attention|ffn)-(\d+)-(\w+)"', svg)
+    return [(part, int(index), variant) for part, index, variant in ids]
 
 
 def expected_cells(blocks: tuple[Replacement, ...]) -> set[tuple[str, int, str]]:
-    pairs = ((block, (("attention", block.attention.name), ("ffn", block.ffn.name))) for block in blocks)
-    return {(part, block.first_block, name) for block, halves in pairs for part, name in halves}
+    attention = {("attention", block.first_block, block.attention.name) for block in blocks}
+    return attention | {("ffn", block.first_block, block.ffn.name) for block in blocks}
 
 
 def test_the_architecture_has_a_cell_per_subblock(run: tuple[Params, Paths]) -> None:
     _, paths = run
     svg = (paths.report / "architecture.svg").read_text(encoding="utf-8")
-    models = {"parent": parent_blocks(CONFIG)} | {
-        target: Architecture.from_json(read_json(paths.architecture(target), "the test")["blocks"]).blocks
-        for target in TARGETS
-    }
+    models = {target: read_architecture(target, paths).blocks for target in TARGETS}
+    models["parent"] = parent_blocks(CONFIG)
     for key, blocks in models.items():
         assert len(cells(svg, key)) == 2 * CONFIG.num_blocks
         assert set(cells(svg, key)) == expected_cells(blocks)
@@ -266,7 +325,9 @@ def test_spans_and_linear_layers_are_drawn() -> None:
         Replacement(1, 3, Attention("linear"), Ffn("gated", 48)),
         Replacement(4, 1, Attention("no_op"), Ffn("no_op")),
     )
-    svg = architectures([Model("Parent", "parent", parent_blocks(CONFIG)), Model("Child", "child", blocks)], 50).svg
+    svg = architectures(
+        [DrawnModel("Parent", "parent", parent_blocks(CONFIG)), DrawnModel("Child", "child", blocks)], 50
+    ).svg
     assert set(cells(svg, "child")) == expected_cells(blocks)
     assert "1 of 3 replace several blocks" in svg
 
@@ -275,7 +336,7 @@ def test_a_spans_whole_block_has_a_panel_of_its_own() -> None:
     row = {"first_block": 0, "span": 2, "loss": "token_mse", "loss_before": 0.2, "loss_fitted": 0.1, "loss_after": 0.05}
     kinds = [("whole", "whole"), ("ffn", "linear"), ("ffn", "ffn_24"), ("attention", "kv_1")]
     rows = [{**row, "subblock": subblock, "variant": variant} for subblock, variant in kinds]
-    titles = [f"{own}, for 2 blocks" for own in ("kv_1", "ffn_24", "ffn linear", "whole block")]
+    titles = [f"{name}, for 2 blocks" for name in ("kv_1", "ffn_24", "ffn linear", "whole block")]
     losses = bld_losses(rows)
     assert [loss.title for loss in losses] == titles
     assert "relative MSE, token by token" in draw_bld_losses(losses, 50).svg
@@ -284,43 +345,44 @@ def test_a_spans_whole_block_has_a_panel_of_its_own() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_runtimes_add_up_to_the_cost_table(run: tuple[Params, Paths], target: str) -> None:
     _, paths = run
-    rows, one = read_costs(paths.costs), child(target, paths)
-    table, setting = CostTable(rows), one.setting
+    rows, reported = read_costs(paths.costs), child(target, paths)
+    table, setting = CostTable(rows), reported.setting
     assert setting is not None
     fixed = sum(table.row(setting, component, ANY_VARIANT).decode_ms for component in FIXED_COMPONENTS)
-    drawn = runtime(one, rows, CONFIG)
+    drawn = runtime(reported, rows, CONFIG)
     totals = [drawn.total("attention"), drawn.total("ffn")]
-    for which, blocks in enumerate((one.blocks, parent_blocks(CONFIG))):
+    for model, blocks in enumerate((reported.blocks, parent_blocks(CONFIG))):
         whole = model_speed(table, blocks, setting).decode_ms - fixed
-        assert sum(total[which] for total in totals) == pytest.approx(whole)
+        assert sum(total[model] for total in totals) == pytest.approx(whole)
     assert f"{totals[1][0]:.3g} ms of the parent's {totals[1][1]:.3g} ms" in Page(html(paths)).text
 
 
 def test_a_span_takes_the_place_of_all_its_blocks(run: tuple[Params, Paths]) -> None:
     """One child block against the two parent blocks that it replaces; a limit on whole requests counts the prefill."""
     _, paths = run
-    rows, one = read_costs(paths.costs), child("small", paths)
-    whole = parent_blocks(CONFIG)
-    blocks = Architecture((Replacement(0, 2, whole[0].attention, whole[0].ffn), *whole[2:]))
-    predicted = {**one.chosen["predicted"], "speed": {**one.chosen["predicted"]["speed"], "metric": "latency_ms"}}
-    chosen = {**one.chosen, "blocks": blocks.to_json(), "predicted": predicted}
-    drawn = runtime(Child("small", chosen, None, None, None, []), rows, CONFIG)
-    setting = Setting(**{name: predicted["speed"][name] for name in Setting.__dataclass_fields__})
+    rows, reported = read_costs(paths.costs), child("small", paths)
+    whole, limited = parent_blocks(CONFIG), reported.chosen.predicted.speed
+    assert limited is not None
+    predicted = replace(reported.chosen.predicted, speed=replace(limited, metric="latency_ms"))
+    blocks = (Replacement(0, 2, whole[0].attention, whole[0].ffn), *whole[2:])
+    chosen = replace(reported.chosen, blocks=blocks, predicted=predicted)
+    drawn = runtime(replace(reported, chosen=chosen), rows, CONFIG)
+    setting = limited.setting
     row = CostTable(rows).row(setting, "ffn", whole[0].ffn.name)
     once = row.prefill_ms + setting.output_tokens * row.decode_ms
     mine, parents = drawn.total("ffn")
     assert (mine, parents) == pytest.approx(((CONFIG.num_blocks - 1) * once, CONFIG.num_blocks * once))
     assert drawn.blocks[1].parent_ms == pytest.approx(2 * once)
-    assert "whole requests" in drawn.what
+    assert "whole requests" in drawn.meaning
 
 
 def test_measured_and_predicted_throughput_are_different_series() -> None:
     points = [
-        Point("parent", "parent", 0.0, 0.0, measured_ratio=1.0),
-        Point("before GKD", "assembled", 0.5, 0.01, measured_ratio=1.2, predicted_ratio=1.3),
-        Point("uniform", "baseline", 0.9, 0.02, predicted_ratio=1.3),
+        QualityPoint("parent", "parent", 0.0, 0.0, measured_ratio=1.0),
+        QualityPoint("before GKD", "assembled", 0.5, 0.01, measured_ratio=1.2, predicted_ratio=1.3),
+        QualityPoint("uniform", "baseline", 0.9, 0.02, predicted_ratio=1.3),
     ]
-    svg = quality_throughput([Panel("Child", "decode", "tables", points)], 50).svg
+    svg = quality_throughput([QualityPanel("Child", "decode", "tables", points)], 50).svg
     for series in ("child before GKD, throughput measured", "child before GKD, throughput predicted"):
         assert series in svg
     assert "baseline, before GKD, throughput predicted" in svg
@@ -344,7 +406,7 @@ def test_no_arrow_passes_through_a_box(columns: tuple[float, ...], end: float) -
             assert beside or max(y0, y1) < y - BOX_HEIGHT / 2 or min(y0, y1) > y + BOX_HEIGHT / 2
 
 
-def test_a_missing_or_broken_pipeline_is_said(tmp_path: Path) -> None:
+def test_a_missing_or_broken_pipeline_is_an_error_with_its_remedy(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="run from the project's root"):
         read_pipeline(tmp_path / "dvc.yaml")
     (tmp_path / "dvc.yaml").write_text("stages: 3", encoding="utf-8")
@@ -354,7 +416,7 @@ def test_a_missing_or_broken_pipeline_is_said(tmp_path: Path) -> None:
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=12), st.floats(0.01, 2))
 def test_labels_keep_their_order_and_distance(positions: list[float], gap: float) -> None:
-    placed = spread(positions, gap)
+    placed = spaced_apart(positions, gap)
     order = sorted(range(len(positions)), key=lambda index: positions[index])
     steps = [placed[later] - placed[earlier] for earlier, later in itertools.pairwise(order)]
     assert all(step >= gap - 1e-9 for step in steps)
@@ -362,14 +424,16 @@ def test_labels_keep_their_order_and_distance(positions: list[float], gap: float
 
 
 def test_labels_that_do_not_collide_stay() -> None:
-    assert spread([0.0, 1.0, 0.5], 0.2) == [0.0, 1.0, 0.5]
-    assert spread([1.0, 1.0], 0.2) == pytest.approx([0.9, 1.1])
+    assert spaced_apart([0.0, 1.0, 0.5], 0.2) == [0.0, 1.0, 0.5]
+    assert spaced_apart([1.0, 1.0], 0.2) == pytest.approx([0.9, 1.1])
 
 
-def test_a_baseline_without_a_child_is_said(fresh: tuple[Params, Paths]) -> None:
+def test_a_baseline_without_a_child_is_named(fresh: tuple[Params, Paths]) -> None:
     params, paths = fresh
-    change(paths.baselines("small"), lambda found: found["baselines"].update(depth={"infeasible": "too tight"}))
-    change(paths.evaluation("small"), lambda found: found["baselines"].pop("depth"))
+    baselines = {**read_baselines("small", paths), "depth": Baseline("decoupled", infeasible="too tight")}
+    write_baselines(paths.baselines("small"), Baselines("small", baselines))
+    measured = {name: quality for name, quality in read_evaluation("small", paths).baselines.items() if name != "depth"}
+    change_evaluation("small", paths, baselines=measured)
     write_report.fn(params, paths)
     text = Page(html(paths)).text
     assert "baseline depth of Small: none keeps the limits" in text

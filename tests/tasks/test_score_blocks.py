@@ -3,7 +3,6 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -14,13 +13,14 @@ from storage.library import Library, channel_order_name, entry_name
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import Attention, Ffn, Replacement, ScoreRow
+from storage.records import ScoreRow
 from storage.tables import read_scores
-from tasks.puzzle.assembly import compose, initial_weights
-from tasks.puzzle.initialise import Tensors
-from tasks.puzzle.score_rule import Scores
-from tasks.replacements import Replacements
+from storage.variants import Ffn
+from tasks.puzzle.model.assembly import compose, initial_weights
+from tasks.puzzle.model.initialise import Tensors
+from tasks.puzzle.search.score_rule import Scores
 from tasks.score_blocks import plan_groups, score_jobs
+from tasks.tensors.replacements import ReplacementWeights
 from tests.reference import full_replacement
 from tests.settings import SEQ_LEN, tiny_params
 from tests.stages import cache, checksums, distill, prepare, score
@@ -31,11 +31,11 @@ TOLERANCE = 1e-5  # nats; float32 logits of order 1, summed in another order tha
 
 
 def tensors_of(row: ScoreRow, paths: Paths) -> Tensors:
-    """The block that a row is about."""
+    """Compose the block that a row is about."""
     parent, library, index = Parent(paths.parent), Library(paths.library), row.first_block
     block = parent.block(index, CPU, torch.float32)
     if row.weights == "decoupled":
-        return compose(parent.config, block, row.replacement, lambda v: library.read(entry_name(index, v)))
+        return compose(parent.config, block, row.replacement, lambda variant: library.read(entry_name(index, variant)))
     order = library.read(channel_order_name(index))["order"]
     return compose(parent.config, block, row.replacement, initial_weights(parent.config, block, order))
 
@@ -73,16 +73,16 @@ def test_a_span_is_scored_as_the_full_model_without_its_blocks(tmp_path: Path) -
     assert len(rows) == 2 * 8 * 4
     assert {row.weights for row in rows} == {"decoupled"}
     tokens = torch.from_numpy(read_sequences(paths.corpus, "calibration", 0, 4)).long()
-    read = Replacements(Parent(paths.parent), Library(paths.library), CPU, torch.float32)
+    weights = ReplacementWeights(Parent(paths.parent), Library(paths.library), CPU, torch.float32)
     expected = {}
     for row in rows:
         if row.replacement not in expected:
-            tensors = read.tensors(row.replacement, "decoupled")
+            tensors = weights.tensors(row.replacement, "decoupled")
             changes = {row.first_block: tensors, row.first_block + 1: {}}
             expected[row.replacement] = full_replacement("llama", tokens, changes)
         assert row.kl == pytest.approx(float(expected[row.replacement].kl[row.sequence_shard].mean()), abs=TOLERANCE)
-    scores = Scores.of(read_scores(paths.scores), Parent(paths.parent).config)
-    spans = [of for of in scores.replacements("decoupled") if of.span == 2]
+    scores = Scores.from_rows(read_scores(paths.scores), Parent(paths.parent).config)
+    spans = [replacement for replacement in scores.replacements("decoupled") if replacement.span == 2]
     assert len(spans) == 2 * 4 * 5  # every attention with every FFN
     hashes = {(row.first_block, row.weights_hash) for row in rows}
     assert len(hashes) == 2 * 6  # each trained variant's own; the whole block's alone where nothing else is trained
@@ -154,64 +154,6 @@ def test_more_tokens_append_and_leave_the_old_rows_as_they_are(finished: tuple[P
     assert len(new) == 3 * (3 * 8 + 3 * 4 + 2 * 8)
 
 
-ALL = {"tokens": 10 * SEQ_LEN, "initial_tokens": 10 * SEQ_LEN}
-
-
-def by_replacement(paths: Paths) -> dict[tuple[Replacement, str], list[ScoreRow]]:
-    """Rows of each replacement and weights, in the order of sequences."""
-    found: dict[tuple[Replacement, str], list[ScoreRow]] = {}
-    for row in sorted(read_scores(paths.scores), key=lambda row: row.sequence_shard):
-        found.setdefault((row.replacement, row.weights), []).append(row)
-    return found
-
-
-def group_of(key: tuple[Replacement, str]) -> tuple[int, bool]:
-    """Block, and whether a child may get it: those take the same tokens."""
-    of, weights = key
-    return of.first_block, weights == "decoupled" or "no_op" in of.name
-
-
-@pytest.mark.parametrize("relative_error", [0.9, 0.15, 0.01])
-def test_settled_blocks_take_no_more_tokens(relative_error: float, finished: tuple[Params, Paths]) -> None:
-    """Against the table on all tokens: a block stops when the last of its replacements has a small enough error."""
-    _, paths = finished
-    score(tiny_params(score_blocks=ALL), paths)
-    whole = by_replacement(paths)
-    params = tiny_params(score_blocks={**ALL, "relative_error": relative_error})
-    assert score(params, paths) == []  # all of it is there already
-    enough: dict[tuple[int, bool], int] = {}
-    for key, rows in whole.items():
-        kl = [row.kl for row in rows]
-        needed = 8 if stdev(kl[:8]) / 8**0.5 <= relative_error * fmean(kl[:8]) else 10
-        enough[group_of(key)] = max(needed, enough.get(group_of(key), 0))
-    assert set(enough.values()) == {0.9: {8}, 0.15: {8, 10}, 0.01: {10}}[relative_error]
-    for key, rows in by_replacement(paths).items():
-        assert rows == whole[key][: enough[group_of(key)]]
-    adapted = paths.scores.read_bytes()
-    shutil.rmtree(paths.score_pieces)
-    assert len(score(params, paths)) == len(read_scores(paths.scores)) / 2  # nothing else was computed
-    assert paths.scores.read_bytes() == adapted
-
-
-def test_beaten_variants_have_no_score(finished: tuple[Params, Paths]) -> None:
-    """A wide FFN with spoilt weights: nobody can choose it, the others are scored on all tokens."""
-    _, paths = finished
-    params = tiny_params(score_blocks={**ALL, "drop_dominated": True})
-    library = Library(paths.library)
-    spoilt = entry_name(1, Ffn("gated", 48))
-    tensors = {name: 3 * tensor for name, tensor in library.read(spoilt).items()}
-    library.pieces.finish(spoilt, "", [library.write(spoilt, tensors)], library.pieces.get(spoilt)["facts"])
-    jobs = score(params, paths)
-    of = Replacement(1, 1, Attention("gqa", 2), Ffn("gated", 48))
-    assert {job.batch for job in jobs if job.candidate == (of, "decoupled")} == {0, 1, 2, 3}  # beaten on 8 sequences
-    scored = by_replacement(paths)
-    assert (of, "decoupled") not in scored and (of, "initial") in scored
-    assert all(len(rows) == 10 for rows in scored.values())
-    scores = Scores.of(read_scores(paths.scores), Parent(paths.parent).config)
-    assert of not in scores.replacements("decoupled")
-    assert replace(of, attention=Attention("gqa", 1)) not in scores.replacements("decoupled")
-
-
 def test_a_kl_that_is_not_finite_is_one_error(finished: tuple[Params, Paths]) -> None:
     _, paths = finished
     library, spoilt = Library(paths.library), entry_name(1, Ffn("gated", 48))
@@ -221,25 +163,12 @@ def test_a_kl_that_is_not_finite_is_one_error(finished: tuple[Params, Paths]) ->
         score(tiny_params(), paths)
 
 
-def test_a_killed_adaptive_run_ends_with_the_same_table(finished: tuple[Params, Paths]) -> None:
-    _, paths = finished
-    params = tiny_params(score_blocks={**ALL, "relative_error": 0.2, "drop_dominated": True})
-    score(params, paths)
-    whole = paths.scores.read_bytes()
-    shutil.rmtree(paths.score_pieces)
-    paths.scores.unlink()
-    for group in plan_groups.fn(params, paths)[:2]:
-        score_jobs.fn(group, params, paths)
-    score(params, paths)
-    assert paths.scores.read_bytes() == whole
-
-
 def test_fewer_tokens_are_a_part_of_the_table(finished: tuple[Params, Paths]) -> None:
     _, paths = finished
     old = read_scores(paths.scores)
     assert score(tiny_params(score_blocks={"tokens": 2 * SEQ_LEN, "initial_tokens": 0}), paths) == []
-    wanted = [row for row in old if row.sequence_shard < 2 and (row.weights == "decoupled" or not row.weights_hash)]
-    assert list(read_scores(paths.scores)) == wanted
+    kept = [row for row in old if row.sequence_shard < 2 and (row.weights == "decoupled" or not row.weights_hash)]
+    assert list(read_scores(paths.scores)) == kept
 
 
 def test_one_more_width_scores_only_that(finished: tuple[Params, Paths]) -> None:
@@ -264,12 +193,12 @@ def test_sequences_at_once_are_part_of_what_was_measured(finished: tuple[Params,
     assert score(tiny_params(score_blocks={"sequences_per_batch": 1}), paths) != []
     after = read_scores(paths.scores)
     assert [row.sequence_shard for row in after] == [row.sequence_shard for row in before]
-    for one, other in zip(before, after, strict=True):
-        assert other.kl == pytest.approx(one.kl, abs=TOLERANCE)
+    for old, new in zip(before, after, strict=True):
+        assert new.kl == pytest.approx(old.kl, abs=TOLERANCE)
 
 
 def test_boundaries_of_another_precision_are_scored_anew(finished: tuple[Params, Paths]) -> None:
-    """Library entries that come out the same do not keep the old rows: initial weights were once kept so."""
+    """Rows are made anew even where library entries have the same bytes; those of initial weights once stayed."""
     _, paths = finished
     old, params = read_scores(paths.scores), tiny_params(cache_activations={"dtype": "bfloat16"})
     cache(params, paths)
@@ -279,7 +208,7 @@ def test_boundaries_of_another_precision_are_scored_anew(finished: tuple[Params,
 
 
 def test_a_batch_that_repeats_another_has_rows_of_its_own(finished: tuple[Params, Paths]) -> None:
-    """Rows were once looked up by key alone, and the table failed for want of the repeated batch's."""
+    """Rows were once looked up by key alone, so that those of the repeated batch were missing in the table."""
     params, paths = finished
     _repeat_the_first_batch(paths)
     jobs = score(params, paths)

@@ -1,0 +1,101 @@
+"""Say what every stage will take before any run: time, memory and disk, modelled from sizes and a minute of timing.
+
+A profile (--params) or another parent (--parent) can be planned without its weights.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.durations import duration_text
+from flows.ui.overrides import with_profile
+from storage.params import load
+from storage.paths import Paths
+from tasks.puzzle.costs.cost_table import GIB
+
+if TYPE_CHECKING:
+    from tasks.commands.plan import Plan
+
+EXAMPLE = "puzzle plan --params params/full.yaml"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--params", type=Path, help="a profile (params/NAME.yaml) on top of params.yaml")
+    parser.add_argument("--parent", type=Path, metavar="CONFIG_JSON", help="the parent's config.json, no weights")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Time this machine, estimate, print."""
+    from tasks.commands.plan import plan  # imports torch, which times this machine
+    from tasks.engines.machine import on_this_machine
+
+    params = load() if args.params is None else with_profile(load(), args.params)
+    estimates = plan(on_this_machine(params), args.parent, Paths())
+    sys.stdout.write(plan_text(estimates if args.params is None else replace(estimates, took={})))
+
+
+def plan_text(plan: "Plan") -> str:
+    """A line per stage, the total, and which mode of the activation cache fits; at most 100 columns."""
+    took = f"{'took':>10}" if plan.took else ""
+    lines = [
+        f"{plan.parent}: modelled from sizes",
+        f"on {plan.machine}",
+        f"{'stage':<31} {'time':>13}{took} {'peak memory':>12} {'disk':>15}",
+    ]
+    lines += [
+        f"{stage.stage:<31} {duration_text(stage.seconds):>13}{_took(plan, stage.stage)} "
+        f"{_gib(stage.memory_bytes):>12} {_gib(stage.disk_bytes):>15}"
+        for stage in plan.stages
+    ]
+    seconds = sum(stage.seconds for stage in plan.stages)
+    disk_bytes = sum(stage.disk_bytes for stage in plan.stages)
+    memory = f"{max(stage.memory_bytes for stage in plan.stages) / GIB:.1f} GiB"
+    took = f"{duration_text(sum(plan.took.values())):>10}" if plan.took else ""
+    lines.append(f"{'all':<31} {duration_text(seconds):>13}{took} {memory:>12} {_gib(disk_bytes):>15}")
+    lines.append(
+        f"DVC's cache holds every artifact a second time: {_gib(2 * disk_bytes)} in all, unless the file system shares"
+    )
+    lines.append("  blocks (reflinks: Btrfs, XFS, APFS)")
+    if plan.device != "cpu":
+        lines.append(f"{seconds / 3600:.1f} GPU hours")
+    return "\n".join([*lines, *_cache_lines(plan), ""])
+
+
+def _took(plan: "Plan", stage: str) -> str:
+    """A column with what the stage took when it last ran; no column where no stage has run."""
+    if not plan.took:
+        return ""
+    return f"{duration_text(plan.took[stage]) if stage in plan.took else '-':>10}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.1f} GiB"
+
+
+def _cache_lines(plan: "Plan") -> list[str]:
+    """Both modes of the activation cache against the free disk, and the mode that params name."""
+    materialised, rolling = _fits(plan.materialised_bytes, plan), _fits(plan.rolling_bytes, plan)
+    mode, fits, other, other_fits = "materialised", materialised, "rolling", rolling
+    if plan.rolling:
+        mode, fits, other, other_fits = other, other_fits, mode, fits
+    lines = [
+        f"activation cache: {_gib(plan.materialised_bytes)} materialised ({_fits_text(materialised)}), "
+        f"{_gib(plan.rolling_bytes)} rolling ({_fits_text(rolling)});",
+        f"  {plan.free_disk_bytes / GIB:,.0f} GiB are free; params ask for {mode}",
+    ]
+    if not fits:
+        advice = f"cache_activations.mode: {other}" if other_fits else "fewer tokens or a larger disk"
+        lines.append(f"  {mode} needs more than there is: set {advice}")
+    return lines
+
+
+def _fits(size: float, plan: "Plan") -> bool:
+    """Whether the disk holds the artifacts twice: DVC's cache has a copy where the file system cannot share blocks."""
+    return 2 * size < plan.free_disk_bytes
+
+
+def _fits_text(fits: bool) -> str:
+    return "fits" if fits else "does not fit"

@@ -1,0 +1,63 @@
+"""Runs of stages whose process was killed: the next stage, or `make serve`, marks them as crashed.
+
+The process of a run holds a lock `.prefect/running/<run>.lock` until it ends, in whatever way; the server alone would
+call the run Running for ever.
+"""
+
+import contextlib
+import fcntl
+from typing import Any, TextIO
+from uuid import UUID
+
+from prefect import Flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas import State
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed
+
+from flows import HOME
+
+_RUNNING = HOME / "running"
+_locks: list[TextIO] = []
+
+
+def hold(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Keep on record that this process runs a flow: Prefect calls it when a run begins."""
+    _RUNNING.mkdir(parents=True, exist_ok=True)
+    named_later = _RUNNING / f".{flow_run.id}"
+    handle = named_later.open("w")
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    named_later.replace(_RUNNING / f"{flow_run.id}.lock")
+    _locks.append(handle)
+
+
+def release() -> None:
+    """Take what this process holds off the record: its runs have ended, and Prefect knows how."""
+    while _locks:
+        handle = _locks.pop()
+        (_RUNNING / f"{handle.name.rpartition('/.')[2]}.lock").unlink(missing_ok=True)
+        handle.close()
+
+
+def close_orphans() -> None:
+    """Mark as crashed what the server calls running and no process holds."""
+    with get_client(sync_client=True) as client:
+        for path in sorted(_RUNNING.glob("*.lock")):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError, ObjectNotFound), path.open("r+") as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _crash(client, UUID(path.stem))  # not found: it is another server's
+                path.unlink()
+
+
+def _crash(client: SyncPrefectClient, run_id: UUID) -> None:
+    ended: State[Any] = Crashed(message="the process of this run was killed; finished pieces stay")
+    run = client.read_flow_run(run_id)
+    if run.state is None or run.state.is_final():
+        return
+    client.set_flow_run_state(run.id, ended, force=True)
+    of_run = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+    for task_run in client.read_task_runs(flow_run_filter=of_run):
+        if task_run.state is not None and task_run.state.type == StateType.RUNNING:
+            client.set_task_run_state(task_run.id, ended, force=True)

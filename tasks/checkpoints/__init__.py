@@ -1,0 +1,1 @@
+"""Checkpoint folders: children, exports in every format, what each runtime takes of them."""

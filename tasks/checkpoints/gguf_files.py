@@ -1,0 +1,109 @@
+"""The GGUF file of a target or of the parent: looked up among the exports, loaded by llama.cpp.
+
+In: a target's key or `parent`, and the name of a format such as gguf-f16. Out: the file, or an engine with it loaded.
+Everything that talks to a model or serves one begins here, so that errors name the command that makes a missing file.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage.files import InputError, damaged, read_sealed, sha256
+from storage.formats import FORMATS, LLAMACPP_FORMAT, FormatName
+from storage.paths import EXPORTS_OVERVIEW, Paths
+from tasks.engines.llamacpp import LlamaCpp
+
+PARENT = "parent"
+"""Stands for the parent where a target is expected."""
+CONTEXT = 4096
+"""Default tokens of a conversation; fewer where the model was made for fewer."""
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A file that was exported: the name of its model (a target's key, or `parent`), its format, its path."""
+
+    name: str
+    format: FormatName
+    path: Path
+
+
+def gguf_of(target: str, format_name: FormatName, paths: Paths) -> GgufFile:
+    """The file of a target, or of the parent, in a format.
+
+    Raises:
+        InputError: the model was not exported, or not in this format.
+    """
+    is_parent = target == PARENT
+    folder = paths.parent_exports if is_parent else paths.exports(target)
+    stage, rerun = ("export_parent", "export_parent") if is_parent else ("export_child", f"export_child@{target}")
+    files = gguf_files(target, folder)
+    if not files:
+        raise InputError(f"no GGUF file of {target} is in {folder}; run `dvc repro {rerun}`")
+    if format_name not in files:
+        raise InputError(
+            f"{target} has no {format_name!r} in {folder} (has: {', '.join(files)}); take one of these, or add it to "
+            f"{stage}.formats in params.yaml and run `dvc repro {rerun}`"
+        )
+    return GgufFile(target, format_name, files[format_name])
+
+
+def parent_beside(child: GgufFile, paths: Paths) -> GgufFile:
+    """The parent's file to compare a child's with: of the same format, else of :data:`LLAMACPP_FORMAT`.
+
+    Raises:
+        InputError: the parent was not exported.
+    """
+    has_same = child.format in gguf_files(PARENT, paths.parent_exports)
+    return gguf_of(PARENT, child.format if has_same else LLAMACPP_FORMAT, paths)
+
+
+def precision_note(files: Sequence[GgufFile]) -> str:
+    """A line for people where models of different precision are compared, else an empty text."""
+    if len({file.format for file in files}) == 1:
+        return ""
+    return " beside ".join(f"{file.name} as {file.format}" for file in files) + ": not the same precision\n"
+
+
+def gguf_files(model: str, folder: Path) -> dict[FormatName, Path]:
+    """Format -> a model's GGUF file, for all that are in a folder of exports; sorted by the format's name."""
+    files = {}
+    for name, row in sorted(FORMATS.items()):
+        if row.is_gguf and (path := folder / name / row.gguf_name(model)).is_file():
+            files[name] = path
+    return files
+
+
+def whole(file: GgufFile) -> Path:
+    """The path of a file whose bytes are those that were exported.
+
+    Raises:
+        DamagedFileError: they differ, or exports.json does not list the file.
+    """
+    rebuild = f"dvc repro export_{'parent' if file.name == PARENT else f'child@{file.name}'}"
+    folder = file.path.parents[1]
+    formats = read_sealed(folder / EXPORTS_OVERVIEW, rebuild)["formats"]
+    listed = formats.get(file.format, {"files": {}})["files"].get(str(file.path.relative_to(folder)))
+    if listed is None or sha256(file.path) != listed["sha256"]:
+        raise damaged(file.path, "is damaged (its sha256 is not that of the export)", rebuild)
+    return file.path
+
+
+def loaded(file: GgufFile, threads: int, sequences: int, context: int | None, port: int = 0) -> LlamaCpp:
+    """Load a model into llama.cpp, under its name.
+
+    Args:
+        file: the file to load.
+        threads: threads of llama.cpp.
+        sequences: conversations at once.
+        context: tokens of a conversation; None: :data:`CONTEXT`, or as many as the model was made for.
+        port: port of its HTTP API on 127.0.0.1; 0: any.
+
+    Raises:
+        DamagedFileError: its bytes are not those that were exported.
+        InputError: llama.cpp refuses the file, as for :class:`LlamaCpp`, or the model was made for a shorter context.
+    """
+    engine = LlamaCpp(whole(file), threads, sequences, context or CONTEXT, name=file.name, port=port, quiet=True)
+    if context and engine.context < context:
+        raise InputError(f"{file.name} was made for {engine.context} tokens of context, {context} are asked for")
+    return engine

@@ -1,0 +1,1 @@
+"""The work of the commands of `puzzle` behind their arguments; no stage imports this."""

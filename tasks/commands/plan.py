@@ -1,0 +1,83 @@
+"""The demand of each stage on this machine, before any run, from the parent's config.json and a minute of timing.
+
+In: params, a config.json (no weights), this machine. Out: estimates, all modelled (tasks/commands/stage_estimates.py);
+beside them what the stages of this clone took, where they ran. Run: `puzzle plan`.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage.files import InputError
+from storage.gguf import PACKAGE, GgufModel, embedded_parent
+from storage.json_files import read_object
+from storage.model_config import ModelConfig
+from storage.params import Params
+from storage.paths import Paths
+from storage.pipeline import read_pipeline, read_seconds
+from tasks.commands.machine_rates import rates_of_machine
+from tasks.commands.stage_case import StageCase
+from tasks.commands.stage_estimates import StageEstimate, estimate_stages
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Estimates of all stages; bytes of the activation cache in both modes, and whether params name rolling mode.
+
+    `took` has the seconds that stages of this clone took when they last ran.
+    """
+
+    parent: str
+    machine: str
+    device: str
+    stages: tuple[StageEstimate, ...]
+    took: dict[str, float]
+    materialised_bytes: float
+    rolling_bytes: float
+    rolling: bool
+    free_disk_bytes: float
+
+
+def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
+    """Time this machine and estimate every stage of dvc.yaml.
+
+    Args:
+        params: the project's params, with `auto` resolved for this machine.
+        config_json: the parent's config.json; None: the file of prepare_parent.source.
+        paths: the future paths of artifacts; their disk is timed.
+
+    Raises:
+        InputError: there is no config.json without fetching the parent, or its architecture is not supported.
+    """
+    pipeline = read_pipeline()
+    name, config = _parent(params, config_json)
+    case = StageCase(config, params)
+    paths.root.mkdir(parents=True, exist_ok=True)
+    rates, machine = rates_of_machine(config, params, paths.root)
+    status = os.statvfs(paths.root)
+    return Plan(
+        parent=name,
+        machine=machine,
+        device=params.run.device,
+        stages=estimate_stages(pipeline, config, params, rates),
+        took=read_seconds(paths.seconds),
+        materialised_bytes=case.materialised_bytes,
+        rolling_bytes=case.rolling_bytes,
+        rolling=case.is_rolling,
+        free_disk_bytes=float(status.f_bavail * status.f_frsize),
+    )
+
+
+def _parent(params: Params, config_json: Path | None) -> tuple[str, ModelConfig]:
+    """The parent's name for people, and its geometry."""
+    source = params.prepare_parent.source
+    if config_json is not None:
+        return str(config_json), ModelConfig.from_hf(read_object(config_json, "the download"), str(config_json))
+    if source == f"package:{PACKAGE}":
+        return source, ModelConfig.from_hf(GgufModel(embedded_parent()[0]).config(), source)
+    if (Path(source) / "config.json").is_file():
+        return source, ModelConfig.from_hf(read_object(Path(source) / "config.json", "the download"), source)
+    raise InputError(
+        f"prepare_parent.source {source} has no config.json on this machine; give its geometry with --parent "
+        "CONFIG_JSON (its config.json alone, no weights)"
+    )

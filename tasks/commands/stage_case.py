@@ -1,0 +1,155 @@
+"""Sizes and operations that the estimates of stages are made of, from a parent's geometry and params. No torch."""
+
+from dataclasses import dataclass
+
+from storage.library import name_of
+from storage.model_config import ModelConfig
+from storage.params import Params
+from storage.variants import Attention, Ffn
+from tasks.puzzle.costs.sizes import attention_elements, ffn_elements
+from tasks.puzzle.search_space import block_variants, parent_attention, parent_ffn
+
+_ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class StageCase:
+    """The input of an estimate: a parent's geometry, params, and the share of block parameters that a child keeps.
+
+    Operations are those of one token, forward; checkpoints are in 16 bit.
+    """
+
+    config: ModelConfig
+    params: Params
+    kept: float = 1.0
+
+    def attention_flops(self, attention: Attention) -> float:
+        """Operations of an attention: matrices, then q k^T and the weighted sum of v over half the sequence."""
+        elements = attention_elements(self.config, attention)
+        attended = 2.0 * self.params.prepare_corpus.seq_len * self.config.num_heads * self.config.head_dim
+        return 2.0 * elements.matrix + (attended if elements.kv_per_token else 0.0)
+
+    def ffn_flops(self, ffn: Ffn) -> float:
+        """Operations of an FFN."""
+        return 2.0 * ffn_elements(self.config, ffn).matrix
+
+    @property
+    def parent_attention_flops(self) -> float:
+        """Operations of the attention in a block of the parent."""
+        return self.attention_flops(parent_attention(self.config))
+
+    @property
+    def parent_ffn_flops(self) -> float:
+        """Operations of the FFN in a block of the parent."""
+        return self.ffn_flops(parent_ffn(self.config))
+
+    @property
+    def block_flops(self) -> float:
+        """Operations of a block of the parent."""
+        return self.parent_attention_flops + self.parent_ffn_flops
+
+    @property
+    def child_flops(self) -> float:
+        """Operations of all blocks of the child."""
+        return self.kept * self.config.num_blocks * self.block_flops
+
+    @property
+    def head_flops(self) -> float:
+        """Operations of the LM head."""
+        return 2.0 * self.config.hidden_size * self.config.vocab_size
+
+    @property
+    def block_params(self) -> int:
+        """Parameters of a block of the parent."""
+        attention = attention_elements(self.config, parent_attention(self.config))
+        ffn = ffn_elements(self.config, parent_ffn(self.config))
+        return attention.matrix + attention.sensitive + ffn.matrix + ffn.sensitive
+
+    @property
+    def outside_params(self) -> int:
+        """Parameters of embedding and LM head."""
+        return self.config.vocab_size * self.config.hidden_size * (1 if self.config.tie_embeddings else 2)
+
+    @property
+    def parent_bytes(self) -> float:
+        """Bytes of the parent's checkpoint."""
+        return 2.0 * (self.config.num_blocks * self.block_params + self.outside_params)
+
+    @property
+    def child_bytes(self) -> float:
+        """Bytes of the child's checkpoint."""
+        return 2.0 * (self.kept * self.config.num_blocks * self.block_params + self.outside_params)
+
+    @property
+    def corpus_tokens(self) -> int:
+        """Tokens of all splits."""
+        corpus = self.params.prepare_corpus
+        return corpus.train_tokens + corpus.calibration_tokens + corpus.validation_tokens
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of an element in the dtype of compute."""
+        return _ELEMENT_BYTES[self.params.run.dtype]
+
+    @property
+    def workers(self) -> int:
+        """Pieces of a stage that are computed at the same time."""
+        return self.params.run.workers
+
+    @property
+    def is_rolling(self) -> bool:
+        """Whether stages walk through the parent with a window of boundaries."""
+        return self.params.cache_activations.rolling
+
+    @property
+    def trained_attentions(self) -> list[Attention]:
+        """Attention variants that BLD trains."""
+        attentions, _ = block_variants(self.config, self.params.distill_blocks)
+        return [variant for variant in attentions[1:] if variant.kind != "no_op"]  # the parent's own is the first
+
+    @property
+    def trained_ffns(self) -> list[Ffn]:
+        """FFN variants that BLD trains."""
+        _, ffns = block_variants(self.config, self.params.distill_blocks)
+        return [variant for variant in ffns[1:] if variant.kind != "no_op"]
+
+    @property
+    def variant_tokens(self) -> float:
+        """Tokens that a variant's steps train on, on average."""
+        variants: list[Attention | Ffn] = [*self.trained_attentions, *self.trained_ffns]
+        tokens = [self.params.distill_blocks.tokens_of(name_of(variant)) for variant in variants]
+        return sum(tokens) / len(tokens)
+
+    @property
+    def bld_read_tokens(self) -> int:
+        """Tokens of a boundary that BLD reads."""
+        return self.params.distill_blocks.used_tokens + self.params.prepare_corpus.calibration_tokens
+
+    @property
+    def boundary_bytes(self) -> float:
+        """Bytes of a boundary in the activation cache."""
+        element_bytes = _ELEMENT_BYTES[self.params.cache_activations.dtype]
+        return float(self.corpus_tokens * self.config.hidden_size * element_bytes)
+
+    @property
+    def materialised_bytes(self) -> float:
+        """Bytes of the activation cache with all boundaries."""
+        return (self.config.num_blocks + 1) * self.boundary_bytes
+
+    @property
+    def rolling_bytes(self) -> float:
+        """Bytes of the activation cache in rolling mode, with the window that BLD holds."""
+        longest = max((1, *self.params.distill_blocks.spans))
+        window = (longest + 1) * self.bld_read_tokens * self.config.hidden_size * self.compute_bytes
+        kept_boundaries = len({0, self.config.num_blocks, *self.params.cache_activations.keep})
+        return kept_boundaries * self.boundary_bytes + window
+
+    @property
+    def slowdown(self) -> int:
+        """The factor by which work takes longer in rolling mode, where one worker does all of it."""
+        return self.workers if self.is_rolling else 1
+
+    def in_order(self, flops: float, tokens: float) -> float:
+        """Operations in blocks; in rolling mode the one worker takes the tokens through the parent as well."""
+        walk = tokens * self.config.num_blocks * self.block_flops if self.is_rolling else 0.0
+        return self.slowdown * (flops + walk)

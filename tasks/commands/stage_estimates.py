@@ -1,0 +1,294 @@
+"""The demand of every stage of dvc.yaml on a machine, modelled from sizes alone. No torch.
+
+In: the stages, a parent's geometry, params, rates of a machine. Out: seconds, peak memory and disk of each stage.
+
+The arithmetic answers one question before a run of hours or weeks: do time, memory and disk suffice for this parent,
+these params and this machine? `puzzle plan` prints the answer, with the time that a stage took beside its estimate once
+it has run. An estimator counts the operations and bytes of its stage's own code; starting a process, or a solver, is a
+multiple of the machine's `start_seconds`. Tests keep it from drifting: each stage of dvc.yaml has an estimator, bytes
+on disk are compared with those that a small run writes, operations with counts by hand.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from storage.formats import FORMATS, FormatName
+from storage.metrics import METRICS, SizeParts
+from storage.model_config import ModelConfig
+from storage.params import Params
+from storage.pipeline import PipelineStage
+from storage.scenario import Scenario
+from storage.targets import Target
+from storage.variants import Attention, Ffn
+from tasks.commands.stage_case import StageCase
+from tasks.puzzle.costs.sizes import attention_elements, ffn_elements
+
+_MASTER_BYTES = 12  # float32 weight and AdamW's two moments
+_CHECKPOINTED = 4 * _MASTER_BYTES // 3  # and the best weights so far
+_BACKWARD = 2.4  # of the forward's operations: gradients of weights, and of inputs where something before them trains
+_PROCESS_BYTES = 0.6e9  # memory of a process with its libraries, beside what its stage holds
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A machine: FLOP/s of all workers together in blocks, in the head and in float32 products, bytes/s, seconds."""
+
+    block_flops: float
+    head_flops: float
+    float32_flops: float
+    memory_bytes_per_s: float
+    disk_bytes_per_s: float
+    start_seconds: float
+
+
+@dataclass(frozen=True)
+class Demand:
+    """The demand of a stage on any machine: operations, bytes through memory (streamed) and disk (moved), bytes held.
+
+    `memory_bytes` come on top of the process itself; `starts` is a multiple of the machine's `start_seconds`.
+    """
+
+    block_flops: float = 0.0
+    head_flops: float = 0.0
+    float32_flops: float = 0.0
+    streamed_bytes: float = 0.0
+    moved_bytes: float = 0.0
+    memory_bytes: float = 0.4e9
+    disk_bytes: float = 0.0
+    starts: float = 1.0
+
+    def seconds(self, rates: Rates) -> float:
+        """Time on a machine with these rates."""
+        seconds = self.block_flops / rates.block_flops + self.head_flops / rates.head_flops
+        seconds += self.float32_flops / rates.float32_flops
+        seconds += self.streamed_bytes / rates.memory_bytes_per_s
+        return seconds + (self.moved_bytes / rates.disk_bytes_per_s + self.starts * rates.start_seconds)
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One stage, modelled: seconds, bytes of memory at the peak, bytes on disk that it leaves."""
+
+    stage: str
+    seconds: float
+    memory_bytes: float
+    disk_bytes: float
+
+
+def estimate_stages(
+    pipeline: Sequence[PipelineStage], config: ModelConfig, params: Params, rates: Rates
+) -> tuple[StageEstimate, ...]:
+    """Estimates of all stages in the order of dvc.yaml; a stage of each target has one for every target."""
+    estimates = []
+    for stage in pipeline:
+        cases = {stage.name: StageCase(config, params)}
+        if stage.per_target:
+            shares = {key: kept_share(target) for key, target in params.targets.items()}
+            cases = {f"{stage.name}@{key}": StageCase(config, params, share) for key, share in shares.items()}
+        for name, case in cases.items():
+            demand = ESTIMATORS[stage.name](case)
+            memory = demand.memory_bytes + _PROCESS_BYTES
+            estimates.append(StageEstimate(name, demand.seconds(rates), memory, demand.disk_bytes))
+    return tuple(estimates)
+
+
+def kept_share(target: Target) -> float:
+    """Share of the parent's block parameters that a child keeps, as far as the target's limits say."""
+    shares = [1.0]
+    for limit in target.constraints.values():
+        parts = METRICS[limit.metric].parts
+        if isinstance(parts, SizeParts) and parts.params and parts.blocks_only and limit.at_most_ratio:
+            shares.append(limit.at_most_ratio)
+    return min(shares)
+
+
+def _prepare_parent(case: StageCase) -> Demand:
+    return Demand(
+        moved_bytes=4 * case.parent_bytes,
+        memory_bytes=2.0 * case.outside_params,
+        disk_bytes=case.parent_bytes,
+        starts=2.5,
+    )
+
+
+def _prepare_corpus(case: StageCase) -> Demand:
+    return Demand(memory_bytes=1.5e9, disk_bytes=4.0 * case.corpus_tokens, starts=2)
+
+
+def _cache_activations(case: StageCase) -> Demand:
+    held = case.rolling_bytes if case.is_rolling else case.materialised_bytes
+    return Demand(
+        block_flops=case.config.num_blocks * case.corpus_tokens * case.block_flops,
+        moved_bytes=3 * held,
+        memory_bytes=2.0 * case.outside_params + case.compute_bytes * case.block_params,
+        disk_bytes=held,
+    )
+
+
+def _distill_blocks(case: StageCase) -> Demand:
+    """Importance, closed-form start, steps and held-out losses of all variants of every block."""
+    config, bld = case.config, case.params.distill_blocks
+    attentions, ffns = case.trained_attentions, case.trained_ffns
+    tokens, width = case.variant_tokens, config.intermediate_size
+    attend, up = case.parent_attention_flops, 2.0 * case.parent_ffn_flops / 3  # gate and up projections
+    all_ffns = sum(map(case.ffn_flops, ffns))
+    all_attentions = sum(case.attention_flops(attention) + case.parent_ffn_flops for attention in attentions)
+    flops = min(bld.importance_tokens, bld.used_tokens) * (attend + up)
+    if bld.fit_tokens:
+        flops += bld.fit_tokens * (attend + sum(map(case.attention_flops, attentions)) + up)
+    flops += tokens * (attend + (1 + _BACKWARD) * (all_ffns + 0.8 * all_attentions))
+    checked_tokens = bld.check_steps * bld.sequences_per_step * case.params.prepare_corpus.seq_len
+    checks = tokens / checked_tokens if checked_tokens else 0.0  # held-out losses while a variant trains
+    flops += (3 + checks) * bld.held_out_tokens * (attend + all_ffns + all_attentions)
+    params = sum(ffn_elements(config, ffn).matrix for ffn in ffns)
+    params += sum(attention_elements(config, attention).matrix for attention in attentions)
+    steps = tokens / (case.params.prepare_corpus.seq_len * bld.sequences_per_step)
+    spans = sum(config.num_blocks - span + 1 for span in bld.spans)
+    num_ranges = config.num_blocks + spans
+    whole = tokens * ((1 + _BACKWARD) * case.block_flops + attend)
+    library = (num_ranges * params + spans * case.block_params) * case.compute_bytes
+    return Demand(
+        block_flops=case.in_order(num_ranges * flops + spans * whole, case.bld_read_tokens),
+        float32_flops=num_ranges * _fit_flops(case, attentions, ffns) * case.slowdown,
+        streamed_bytes=num_ranges * steps * params * 3 * _MASTER_BYTES,
+        moved_bytes=3 * library,
+        memory_bytes=case.workers * (params * (_MASTER_BYTES + 3 * case.compute_bytes) + 3 * 8.0 * width**2),
+        disk_bytes=library,
+    )
+
+
+def _fit_flops(case: StageCase, attentions: Sequence[Attention], ffns: Sequence[Ffn]) -> float:
+    """Float32 operations of the closed-form start in one block: moments of the features, then the solutions."""
+    config, tokens = case.config, case.params.distill_blocks.fit_tokens
+    if not tokens:
+        return 0.0
+    heads, hidden, width = config.num_heads * config.head_dim, config.hidden_size, config.intermediate_size
+    moments = len(attentions) * 2.0 * heads * (heads + hidden) + 2.0 * width**2
+    solved = 0.0
+    for ffn in ffns:
+        kept = ffn.intermediate_size
+        solved += kept**3 / 3 + 2.0 * kept * hidden * (kept + width)
+    return tokens * moments + 2.0 * solved  # float64 runs at half the rate
+
+
+def _score_blocks(case: StageCase) -> Demand:
+    """Each candidate runs from its block to the end, and through the head."""
+    num_blocks, score = case.config.num_blocks, case.params.score_blocks
+    trained, no_ops = len(case.trained_attentions) + len(case.trained_ffns), 2
+    scored = (trained + no_ops) * score.tokens + trained * score.initial_tokens
+    suffix = scored * sum(range(1, num_blocks + 1))
+    groups = -(-num_blocks // score.blocks_per_group)
+    heads = num_blocks * scored + 2 * groups * score.tokens
+    read = num_blocks * trained
+    for span in case.params.distill_blocks.spans:
+        num_ranges, scored_at_span = num_blocks - span + 1, (1 + trained + no_ops) * score.tokens
+        suffix += scored_at_span * sum(range(1, num_ranges + 1))
+        heads += num_ranges * scored_at_span
+        read += num_ranges * (1 + trained)
+    return Demand(
+        block_flops=case.in_order(suffix * case.block_flops, score.tokens),
+        head_flops=heads * case.head_flops * case.slowdown,
+        memory_bytes=case.compute_bytes * (case.outside_params + case.workers * 4 * case.block_params),
+        moved_bytes=2 * read * case.block_params * case.compute_bytes,
+    )
+
+
+def _starts(count: float) -> Callable[[StageCase], Demand]:
+    """Estimator of a stage that takes little beside its start."""
+    return lambda _: Demand(starts=count)
+
+
+def _assemble_child(case: StageCase) -> Demand:
+    return Demand(moved_bytes=3 * case.child_bytes, disk_bytes=case.child_bytes)
+
+
+def _distill_child(case: StageCase) -> Demand:
+    gkd = case.params.distill_child
+    params = case.kept * case.config.num_blocks * case.block_params
+    steps = gkd.tokens / (case.params.prepare_corpus.seq_len * gkd.sequences_per_step)
+    checkpoints = steps / gkd.checkpoint_steps
+    held_out = (1 + checkpoints) * gkd.held_out_tokens
+    # hidden states of a sequence that the backward pass needs, in elements
+    saved = (
+        case.params.prepare_corpus.seq_len
+        * case.config.num_blocks
+        * (12 * case.config.hidden_size + 4 * case.config.intermediate_size)
+    )
+    return Demand(
+        block_flops=(3 * gkd.tokens + held_out) * case.child_flops,
+        head_flops=(3 * gkd.tokens + 2 * held_out) * case.head_flops,
+        streamed_bytes=steps * params * 4 * _MASTER_BYTES,
+        moved_bytes=checkpoints * params * _CHECKPOINTED + 4 * case.child_bytes,
+        memory_bytes=params * (_CHECKPOINTED + 4 + case.workers * 4 + 2 * case.compute_bytes)
+        + case.compute_bytes * (case.outside_params + case.workers * saved),
+        disk_bytes=case.child_bytes,
+    )
+
+
+def _export_parent(case: StageCase) -> Demand:
+    return _export(case, case.params.export_parent.formats, case.parent_bytes)
+
+
+def _export_child(case: StageCase) -> Demand:
+    return _export(case, case.params.export_child.formats, case.child_bytes)
+
+
+def _export(case: StageCase, formats: Sequence[FormatName], checkpoint_bytes: float) -> Demand:
+    """Tensors are read for each format, written, hashed; memory has one in 16 bit and encoded, or a whole shard."""
+    size = sum(FORMATS[name].size_ratio for name in formats) * checkpoint_bytes
+    embedding = 6.0 * case.config.hidden_size * case.config.vocab_size
+    held = max(embedding, min(case.params.export_child.max_shard_gib * 2**30, size))
+    return Demand(moved_bytes=3 * size, memory_bytes=case.workers * held, disk_bytes=size)
+
+
+def _benchmark_throughput(case: StageCase) -> Demand:
+    benchmark = case.params.benchmark_throughput
+    prefill_tokens = decode_steps = 0.0
+    for scenario in benchmark.scenarios:
+        lengths = Scenario.parse(scenario)
+        for batch in benchmark.batches:
+            prefill_tokens += batch * (lengths.input_tokens * (benchmark.repeats + 1) + lengths.mean_context)
+            decode_steps += 16 * benchmark.repeats + 1
+    held = case.compute_bytes / 2 * (case.parent_bytes + case.child_bytes)
+    return Demand(
+        block_flops=round(prefill_tokens) * ((1 + case.kept) * case.config.num_blocks * case.block_flops),
+        streamed_bytes=round(decode_steps) * held,
+        moved_bytes=2 * held,
+        memory_bytes=held,
+        starts=2.5,
+    )
+
+
+def _evaluate_child(case: StageCase) -> Demand:
+    evaluate = case.params.evaluate_child
+    num_baselines = 4 + case.params.search_baselines.random_seeds
+    num_ggufs = sum(FORMATS[name].is_gguf for name in case.params.export_child.formats)
+    baseline_tokens = num_baselines * evaluate.baseline_tokens
+    return Demand(
+        block_flops=(2 * evaluate.tokens + baseline_tokens) * case.child_flops,
+        head_flops=(4 * evaluate.tokens + baseline_tokens) * case.head_flops,
+        float32_flops=num_ggufs * evaluate.export_tokens * (2 * case.child_flops + 4 * case.head_flops),
+        memory_bytes=case.compute_bytes * (case.outside_params + case.workers * 3 * case.block_params),
+        moved_bytes=4 * case.child_bytes,
+    )
+
+
+ESTIMATORS: Mapping[str, Callable[[StageCase], Demand]] = {
+    "prepare_parent": _prepare_parent,
+    "measure_costs": _starts(1.0),
+    "export_parent": _export_parent,
+    "prepare_corpus": _prepare_corpus,
+    "cache_activations": _cache_activations,
+    "distill_blocks": _distill_blocks,
+    "score_blocks": _score_blocks,
+    "search_architecture": _starts(0.6),
+    "search_baselines": _starts(0.6),
+    "assemble_child": _assemble_child,
+    "distill_child": _distill_child,
+    "export_child": _export_child,
+    "benchmark_throughput": _benchmark_throughput,
+    "evaluate_child": _evaluate_child,
+    "measure_accuracy": _starts(1.0),
+    "report": _starts(2.5),
+}
+"""Every stage of dvc.yaml -> its estimator."""

@@ -1,0 +1,176 @@
+"""One target's artifacts as the report shows them: the child, its models with their qualities, and its speed.
+
+In: records of architecture.json, evaluation.json, baselines.json, gkd.json and throughput.parquet. Out: the numbers of
+figures and tables. All of them are the artifacts' or ratios of theirs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from storage.architecture import Baseline, ChosenArchitecture
+from storage.evaluation import Evaluation, PairedDifference, Quality
+from storage.gkd import GkdCurve
+from storage.metrics import METRICS
+from storage.records import ThroughputRow
+from storage.scenario import Setting
+from storage.variants import Replacement
+from tasks.drawing.quality import Series
+
+
+@dataclass(frozen=True)
+class ReportedModel:
+    """A model that evaluate_child measured: the parent, the child before or after GKD, or a baseline.
+
+    Attributes:
+        name: the model's name for people.
+        series: kind of model.
+        quality: quality on held-out text.
+        sequences: held-out sequences that it was measured on.
+        paired: KL minus the KL of the child before GKD, on the same sequences; None for parent and that child.
+        score: predicted KL (sum of replace-1-block scores), nats/token; None where there is none.
+        block_params_ratio: parameters in blocks over the parent's.
+        kv_ratio: KV cache over the parent's.
+        measured_ratio: measured speed over the parent's; None where it was not measured. No baseline is timed.
+        predicted_ratio: speed over the parent's by the cost table; None where the target limits no speed.
+    """
+
+    name: str
+    series: Series
+    quality: Quality
+    sequences: int
+    paired: PairedDifference | None
+    score: float | None
+    block_params_ratio: float | None
+    kv_ratio: float | None
+    measured_ratio: float | None
+    predicted_ratio: float | None
+
+
+@dataclass(frozen=True)
+class ReportedChild:
+    """One target's artifacts; None or empty for those that a run does not have."""
+
+    chosen: ChosenArchitecture
+    evaluation: Evaluation | None
+    baselines: Mapping[str, Baseline]
+    gkd: GkdCurve | None
+    throughput: Sequence[ThroughputRow]
+
+    @property
+    def target(self) -> str:
+        """The target's key in params.yaml."""
+        return self.chosen.target
+
+    @property
+    def label(self) -> str:
+        """The target's name for people."""
+        return self.chosen.label
+
+    @property
+    def blocks(self) -> tuple[Replacement, ...]:
+        """The child's blocks, in order."""
+        return self.chosen.blocks
+
+    @property
+    def setting(self) -> Setting | None:
+        """The setting in which the target's first speed limit holds; None if the target limits no speed."""
+        speed = self.chosen.predicted.speed
+        return speed.setting if speed else None
+
+    @property
+    def phase(self) -> str:
+        """The part of a request whose speed the target limits, in words."""
+        limited = self.chosen.predicted.speed
+        assert limited is not None, self.target
+        speed = METRICS[limited.metric].speed
+        assert speed is not None, limited.metric
+        return speed.phase
+
+    @property
+    def measured_ratio(self) -> float | None:
+        """Speed over the parent's, measured on the assembled child in the speed limit's setting; None if it was not."""
+        measured, limited = self.evaluation.speed if self.evaluation else None, self.chosen.predicted.speed
+        if measured is None or limited is None:
+            return None
+        position = (measured.hardware, measured.engine, measured.scenario, measured.batch)
+        if position != (limited.hardware, limited.engine, limited.scenario, limited.batch):
+            return None
+        child, parent = measured.assembled[limited.metric], measured.parent[limited.metric]
+        return METRICS[limited.metric].speed_up(child, parent)
+
+    @property
+    def machine(self) -> str:
+        """The machine that the speed was measured on, with a note where it is not that of the cost table's timings."""
+        assert self.evaluation is not None, self.target
+        assert self.evaluation.speed is not None, self.target
+        speed = self.evaluation.speed
+        note = "" if speed.is_timed_machine else f" (not the machine of the timings {speed.hardware})"
+        return f"{speed.machine}{note}"
+
+    @property
+    def infeasible_baselines(self) -> list[str]:
+        """Names of the baselines that found no child within the target's limits."""
+        return [_spaced(name) for name, baseline in self.baselines.items() if baseline.infeasible is not None]
+
+    @property
+    def models(self) -> list[ReportedModel]:
+        """Every model of the target that was measured, the parent first; none without evaluation.json."""
+        if self.evaluation is None:
+            return []
+        baselines = [self._baseline(key, self.evaluation) for key in self.evaluation.baselines]
+        return [
+            self._parent(self.evaluation),
+            self._child("before GKD", "assembled", self.evaluation),
+            self._child("after GKD", "distilled", self.evaluation),
+            *baselines,
+        ]
+
+    def _parent(self, evaluation: Evaluation) -> ReportedModel:
+        return ReportedModel(
+            name="parent",
+            series="parent",
+            quality=evaluation.parent,
+            sequences=evaluation.sequences,
+            paired=None,
+            score=None,
+            block_params_ratio=1.0,
+            kv_ratio=1.0,
+            measured_ratio=None if self.measured_ratio is None else 1.0,
+            predicted_ratio=1.0 if self.setting else None,
+        )
+
+    def _child(self, name: str, series: Series, evaluation: Evaluation) -> ReportedModel:
+        """The child before or after GKD, which changes no speed; the scores predict it before."""
+        predicted, is_assembled = self.chosen.predicted, series == "assembled"
+        return ReportedModel(
+            name=name,
+            series=series,
+            quality=evaluation.assembled if is_assembled else evaluation.distilled,
+            sequences=evaluation.sequences,
+            paired=evaluation.paired.get(series),
+            score=predicted.score if is_assembled else None,
+            block_params_ratio=predicted.block_params_ratio,
+            kv_ratio=predicted.kv_ratio,
+            measured_ratio=self.measured_ratio,
+            predicted_ratio=predicted.throughput_ratio if self.setting else None,
+        )
+
+    def _baseline(self, key: str, evaluation: Evaluation) -> ReportedModel:
+        baseline, quality = self.baselines.get(key), evaluation.baselines[key]
+        predicted = baseline.predicted if baseline else None
+        return ReportedModel(
+            name=_spaced(key),
+            series="baseline",
+            quality=quality,
+            sequences=quality.sequences,
+            paired=evaluation.paired.get(key),
+            score=predicted.score if predicted else None,
+            block_params_ratio=predicted.block_params_ratio if predicted else None,
+            kv_ratio=predicted.kv_ratio if predicted else None,
+            measured_ratio=None,
+            predicted_ratio=predicted.throughput_ratio if predicted and self.setting else None,
+        )
+
+
+def _spaced(key: str) -> str:
+    return key.replace("_", " ")

@@ -1,0 +1,214 @@
+"""The sections of the report's page: a run's artifacts as text, figures and tables, and what a run does not have.
+
+In: the records of a run. Out: a Part for each section. A stage that has not run, or a target without a speed limit,
+gives a line of `missing` and no error.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from storage.gkd import GkdCurve
+from storage.model_config import ModelConfig
+from storage.records import CostRow
+from tasks.drawing import tables, throughput_tables
+from tasks.drawing.blocks import DrawnModel, architectures, runtimes
+from tasks.drawing.figure_data import bld_losses, panel, runtime, score_cells, speed_points
+from tasks.drawing.page import PageSection
+from tasks.drawing.pipeline import StageBox, pipeline
+from tasks.drawing.quality import predicted_measured, quality_throughput
+from tasks.drawing.reported_child import ReportedChild
+from tasks.drawing.scores import score_map
+from tasks.drawing.tables import Table
+from tasks.drawing.training import bld_losses as draw_bld_losses
+from tasks.drawing.training import gkd_curves
+from tasks.puzzle.search.score_rule import Scores
+from tasks.puzzle.search_space import parent_blocks
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """The artifacts of a run; None or empty for those that it does not have.
+
+    Attributes:
+        parent: the parent's name.
+        config: the parent's geometry.
+        children: the targets that were searched.
+        stages: the stages of dvc.yaml.
+        costs: rows of costs.parquet.
+        scores: replace-1-block scores.
+        library: rows of the library's index.
+        dpi: pixels per inch of the PNGs.
+    """
+
+    parent: str
+    config: ModelConfig
+    children: tuple[ReportedChild, ...]
+    stages: tuple[StageBox, ...]
+    costs: Sequence[CostRow]
+    scores: Scores | None
+    library: Sequence[Mapping[str, Any]] | None
+    dpi: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section of the page, None if the run has nothing to show in it, and the results that the run lacks for it."""
+
+    section: PageSection | None
+    missing: tuple[str, ...] = ()
+
+
+def lacking(result: str, stage: str) -> str:
+    """The line that says that a run lacks a result, and which stage makes it."""
+    return f"{result} (`dvc repro {stage}` makes it)"
+
+
+def all_parts(run: ReportedRun) -> list[Part]:
+    """Every section, in the page's order."""
+    builders = (
+        *(pipeline_part, quality_part, architecture_part, runtime_part, bld_part),
+        *(scores_part, gkd_part, throughput_part, exports_part, predicted_part),
+    )
+    return [build(run) for build in builders]
+
+
+def pipeline_part(run: ReportedRun) -> Part:
+    """The stages and their artifacts."""
+    text = "The stages and what each hands on under artifacts/, from dvc.yaml; the filled ones run for each target."
+    return Part(PageSection("pipeline", "Pipeline", text, pipeline(run.stages, run.dpi)))
+
+
+def quality_part(run: ReportedRun) -> Part:
+    """Quality against throughput of every model of every evaluated target."""
+    evaluated = [child for child in run.children if child.evaluation]
+    if not evaluated:
+        return Part(None)
+    panels = [panel(child) for child in evaluated if child.setting]
+    shown = [target for target in panels if target]
+    machines = dict.fromkeys(child.machine for child in evaluated if child.measured_ratio is not None)
+    text = (
+        "KL to the parent (measured on held-out text, bars are standard errors) over throughput relative to the "
+        f"parent: filled markers were measured{' on ' + ' and '.join(machines) if machines else ''}, hollow ones are "
+        "predicted from the cost table. GKD does not change what a child computes, so both children of a target share "
+        "the speed that was measured before GKD. No baseline went through GKD: compare them with the child before it, "
+        "and on the same sequences, as the tables' third column does, since baselines may be measured on fewer."
+    )
+    drawing = quality_throughput(shown, run.dpi) if shown else None
+    models = [tables.models_table(child) for child in evaluated]
+    return Part(PageSection("quality", "Quality against throughput", text, drawing, models))
+
+
+def architecture_part(run: ReportedRun) -> Part:
+    """Parent and children block by block."""
+    models = [DrawnModel(f"Parent, {run.parent}", "parent", parent_blocks(run.config))]
+    models += [DrawnModel(child.label, child.target, child.blocks) for child in run.children]
+    text = (
+        "Block by block, attention above FFN. The frame is the parent's size, the filled part is what the child keeps: "
+        "kv heads and FFN channels as the numbers say, lin for one linear layer, – for nothing."
+    )
+    return Part(PageSection("architecture", "Architecture", text, architectures(models, run.dpi)))
+
+
+def runtime_part(run: ReportedRun) -> Part:
+    """Milliseconds of every subblock, child against parent."""
+    if not run.costs:
+        return Part(None, (lacking("runtime per block", "measure_costs"),))
+    if not run.children:
+        return Part(None)
+    drawn = [runtime(child, run.costs, run.config) for child in run.children]
+    meanings = "; ".join(dict.fromkeys(child.meaning for child in drawn))
+    text = (
+        "What each block's attention and FFN take in the child and in the parent, from the cost table; the shaded part "
+        f"is saved. In {meanings}."
+    )
+    return Part(PageSection("runtime", "Runtime per block", text, runtimes(drawn, run.dpi)))
+
+
+def bld_part(run: ReportedRun) -> Part:
+    """Losses of blockwise local distillation."""
+    if run.library is None:
+        return Part(None, (lacking("losses of blockwise local distillation (BLD)", "distill_blocks"),))
+    text = (
+        "Held-out loss of every trained variant, measured, between its output and the parent block's: with the initial "
+        "weights, after the closed-form fit, and with the weights kept."
+    )
+    drawing = draw_bld_losses(bld_losses(run.library), run.dpi)
+    return Part(PageSection("bld", "BLD: loss before and after", text, drawing))
+
+
+def scores_part(run: ReportedRun) -> Part:
+    """The map of replace-1-block scores."""
+    if run.scores is None:
+        return Part(None, (lacking("replace-1-block scores", "score_blocks"),))
+    cells = score_cells(run.scores, run.config)
+    text = (
+        "KL(parent || child) with one block of the parent replaced by a trained variant, measured on calibration text; "
+        "lower is better. The search adds these up."
+    )
+    drawing = score_map(cells, run.config.num_blocks, run.dpi)
+    return Part(PageSection("scores", "Replace-1-block scores", text, drawing))
+
+
+def gkd_part(run: ReportedRun) -> Part:
+    """The curves of global distillation."""
+    curves: dict[str, GkdCurve] = {}
+    missing = []
+    for child in run.children:
+        if child.gkd:
+            curves[child.label] = child.gkd
+        else:
+            missing.append(lacking(f"global distillation (GKD) of {child.label}", f"distill_child@{child.target}"))
+    if not curves:
+        return Part(None, tuple(missing))
+    text = (
+        "The assembled child learns from the parent's hidden states and logits. Measured on the fly: KL on each "
+        "training batch and on held-out text; the weights that are kept are those of the dotted line."
+    )
+    drawing = gkd_curves(curves, run.dpi)
+    return Part(PageSection("gkd", "Global distillation (GKD)", text, drawing), tuple(missing))
+
+
+def throughput_part(run: ReportedRun) -> Part:
+    """Tokens/s of parent and child by scenario."""
+    shown: list[Table] = []
+    missing = []
+    for child in run.children:
+        measured, modelled = throughput_tables.measured_throughput(child), throughput_tables.modelled_throughput(child)
+        stage = f"benchmark_throughput@{child.target}"
+        if not measured:
+            missing.append(lacking(f"measured throughput of {child.label} by scenario", stage))
+        if modelled is None:
+            missing.append(lacking(f"modelled throughput of {child.label} on a GPU", stage))
+        shown += [*measured, *([modelled] if modelled else [])]
+    if not shown:
+        return Part(None, tuple(missing))
+    text = (
+        "Tokens per second of parent and child: measured ones beside what the cost table predicts for the same "
+        "setting; and, in tables of their own, modelled ones for a GPU that was not at hand."
+    )
+    return Part(PageSection("throughput", "Throughput", text, tables=shown), tuple(missing))
+
+
+def exports_part(run: ReportedRun) -> Part:
+    """Quality of the exported files."""
+    table = tables.exports_table(run.children)
+    if table is None:
+        return Part(None, (lacking("quality of exported GGUF files", "evaluate_child"),))
+    text = "What a user of the file gets: 16 bit changes hardly anything, eight bit a little; a broken file would show."
+    return Part(PageSection("exports", "Exports", text, tables=[table]))
+
+
+def predicted_part(run: ReportedRun) -> Part:
+    """Predictions against measurements, and every limit."""
+    if not run.children:
+        return Part(None)
+    panels = [panel(child) for child in run.children]
+    evaluated = [target for target in panels if target]
+    text = (
+        "On the line, the tables were right. Left: the sum of replace-1-block scores against the measured KL of models "
+        "that had no GKD. Right: tokens per second from the cost table against the clock. Below: each limit."
+    )
+    drawing = predicted_measured(evaluated, speed_points(run.children), run.dpi) if evaluated else None
+    limits = tables.limits_table(run.children)
+    return Part(PageSection("predicted", "Predicted against measured", text, drawing, [limits]))

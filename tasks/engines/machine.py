@@ -1,0 +1,36 @@
+"""This machine: its name, the versions of its software, and the meaning of `auto` in the params of `run`."""
+
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+
+from storage.params import Params
+from tasks.puzzle.model.device import resolve
+
+
+def on_this_machine(params: Params) -> Params:
+    """`params` with the device and dtype that `auto` means on this machine: keys of pieces hold no `auto`."""
+    device, dtype = resolve(params.run.device, params.run.dtype)
+    return params.model_copy(update={"run": params.run.model_copy(update={"device": device, "dtype": dtype})})
+
+
+def software() -> str:
+    """Versions of torch and transformers, as tables have them."""
+    return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def machine(device: torch.device) -> str:
+    """The GPU that `device` names, else the processor (with family and model, since cloud machines hide the name)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    facts = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts[key.strip()] = value.strip()
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    return f"{facts['model name']} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"

@@ -1,0 +1,1 @@
+"""Blockwise local distillation (BLD) and global knowledge distillation (GKD)."""

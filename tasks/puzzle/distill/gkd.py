@@ -1,0 +1,139 @@
+"""Global knowledge distillation (GKD): the assembled child learns from the parent's cached hidden states.
+
+In: a child's blocks, and the parent's hidden states at the boundaries for one sequence. Out: the loss and its
+gradients. The loss (METHOD.md, GKD; arXiv 2411.19146, section 4) is the mean over blocks of 1 - cosine(child, parent)
+of the hidden states, plus KL(parent || child) of the next-token distributions; there is no LM loss. The parent itself
+does not run: its hidden states come from the activation cache, and its logits from the last of them. Embedding, final
+norm and LM head stay the parent's, so the child starts at the cached boundary 0.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from storage.model_config import ModelConfig
+from tasks.puzzle.model.blocks import Block
+from tasks.puzzle.model.head import Head
+from tasks.puzzle.model.rotary import rotary_for
+
+_CHUNK_TOKENS = 128
+"""Tokens whose logits exist at once: 25 MB in float32 with a vocabulary of 49,152; above 32 MB page faults set in."""
+
+States = Callable[[int], Tensor]
+"""Returns the parent's hidden states at a boundary for one sequence, [1, tokens, hidden], in the compute dtype."""
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the loss's two terms."""
+
+    kl: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Loss of one sequence: KL in nats per token, mean of 1 - cosine over blocks and tokens, and their weighted sum."""
+
+    kl: float
+    cosine: float
+    total: float
+
+
+class TrainableChild(nn.Module):
+    """A child's blocks, all trainable.
+
+    `ends[i]` is the parent's boundary that the output of block i is compared with, None where the cosine loss leaves it
+    out; the last one is always given, since the KL needs it.
+    """
+
+    def __init__(self, config: ModelConfig, blocks: Sequence[Block], ends: Sequence[int | None]) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(blocks).requires_grad_(True)
+        self.ends = list(ends)
+        assert ends[-1] is not None
+        self.last = ends[-1]
+
+    def hidden_states(self, hidden: Tensor) -> list[Tensor]:
+        """Compute the outputs of all blocks, each [sequences, tokens, hidden]."""
+        rotary = rotary_for(self.config, hidden.shape[1], hidden)
+        outputs = []
+        for block in self.layers:
+            hidden = block(hidden, rotary)
+            outputs.append(hidden)
+        return outputs
+
+
+def gradients(child: TrainableChild, states: States, head: Head, weights: LossWeights) -> tuple[list[Tensor], Losses]:
+    """Compute the loss of one sequence and its gradients.
+
+    The gradients are returned, not accumulated in `.grad`, so that threads may share the child. Added up in the order
+    of sequences they do not depend on the number of threads.
+
+    Args:
+        child: the blocks that train.
+        states: the parent's hidden states of the sequence.
+        head: the parent's final norm and LM head.
+        weights: weights of the loss's terms.
+
+    Returns:
+        Gradients in the order of the child's parameters, and the loss.
+    """
+    outputs = child.hidden_states(states(0))
+    distances = [
+        1 - functional.cosine_similarity(output.float(), states(end).float(), dim=-1).mean()
+        for output, end in zip(outputs, child.ends, strict=True)
+        if end is not None
+    ]
+    cosine = torch.stack(distances).mean()
+    rows = head.normalise(outputs[-1]).flatten(0, 1)
+    with torch.no_grad():
+        parent = head.normalise(states(child.last)).flatten(0, 1)
+        kl, kl_gradient = _kl_and_gradient(rows, parent, head.weight, with_gradient=True)
+    gradients_of_parameters = torch.autograd.grad(
+        [rows, cosine], list(child.parameters()), [weights.kl * kl_gradient, torch.full_like(cosine, weights.cosine)]
+    )
+    terms = float(kl), float(cosine.detach())
+    return list(gradients_of_parameters), Losses(*terms, total=weights.kl * terms[0] + weights.cosine * terms[1])
+
+
+def kl_to_parent(child: TrainableChild, states: States, head: Head) -> float:
+    """Measure KL(parent || child) of one sequence, nats per token."""
+    with torch.inference_mode():
+        rows = head.normalise(child.hidden_states(states(0))[-1]).flatten(0, 1)
+        parent = head.normalise(states(child.last)).flatten(0, 1)
+        kl, _ = _kl_and_gradient(rows, parent, head.weight, with_gradient=False)
+    return float(kl)
+
+
+def _kl_and_gradient(rows: Tensor, parent: Tensor, weight: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Compute the mean KL over tokens and its gradient with respect to the child's normalised hidden states.
+
+    The gradient with respect to the child's logits is softmax(child) - softmax(parent), so it is carried to `rows` at
+    once, chunk by chunk: no logits wait for a backward pass, and nothing is computed twice.
+
+    Args:
+        rows: the child's hidden states behind the final norm, [tokens, hidden].
+        parent: the parent's, in the same shape.
+        weight: the LM head, [vocabulary, hidden].
+        with_gradient: whether the gradient is computed.
+
+    Returns:
+        The KL, nats per token, and its gradient, [tokens, hidden], empty if it is not computed.
+    """
+    total = torch.zeros((), device=rows.device)
+    gradient = torch.empty_like(rows) if with_gradient else rows.new_empty(0)
+    for start in range(0, len(rows), _CHUNK_TOKENS):
+        chunk = slice(start, start + _CHUNK_TOKENS)
+        theirs = functional.linear(parent[chunk], weight).float().log_softmax(-1)
+        ours = functional.linear(rows[chunk], weight).float().log_softmax(-1)
+        probability = theirs.exp()
+        total += torch.linalg.vecdot(probability, theirs - ours).sum()
+        if with_gradient:
+            difference = ours.exp_().sub_(probability).to(weight.dtype)
+            gradient[chunk] = (difference @ weight) / len(rows)
+    return total / len(rows), gradient

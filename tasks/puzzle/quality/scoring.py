@@ -1,0 +1,71 @@
+"""Replace-1-block scores: KL(parent || child) with one block of the parent replaced (METHOD.md, Scoring).
+
+In: candidates, which are replacements with their tensors, and the parent's cached hidden states. Out: per-token losses
+of each candidate. A candidate starts at the cached boundary before its block, so that only the blocks behind it run.
+The parent's logits come from the last boundary and are shared by all candidates. A group of candidates goes through the
+depth together, so that each parent block is read once for the group. Candidates never share a GEMM, so the grouping
+does not change a candidate's bytes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from storage.model_config import ModelConfig
+from storage.variants import Replacement
+from tasks.puzzle.model.blocks import Block
+from tasks.puzzle.model.head import Head, TokenLosses, compare_with_parent
+from tasks.puzzle.model.rotary import rotary_for
+from tasks.puzzle.search_space import parent_attention, parent_ffn
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A replacement to score, with its tensors, named as within a Llama layer."""
+
+    replacement: Replacement
+    tensors: Mapping[str, Tensor]
+
+
+def score_group(
+    config: ModelConfig,
+    parent_block: Callable[[int], Mapping[str, Tensor]],
+    boundary: Callable[[int], Tensor],
+    head: Head,
+    tokens: Tensor,
+    candidates: Sequence[Candidate],
+) -> list[TokenLosses]:
+    """Score candidates on a batch of sequences.
+
+    Args:
+        config: geometry of the parent.
+        parent_block: reads the tensors of a parent block; it is called once for each block behind the first replaced.
+        boundary: reads the parent's hidden states at a boundary, [sequences, tokens, hidden].
+        head: the parent's final norm and LM head.
+        tokens: [sequences, tokens] int64.
+        candidates: the replacements to score, in any order.
+
+    Returns:
+        Per-token losses of each candidate, in the given order.
+    """
+    streams: dict[int, Tensor] = {}
+    with torch.inference_mode():
+        last = boundary(config.num_blocks)
+        rotary = rotary_for(config, last.shape[1], last)
+        for index in range(min(candidate.replacement.first_block for candidate in candidates), config.num_blocks):
+            behind = [number for number in streams if candidates[number].replacement.parent_blocks[-1] < index]
+            starting = [
+                number for number, candidate in enumerate(candidates) if candidate.replacement.first_block == index
+            ]
+            if behind:
+                block = Block.load(config, parent_attention(config), parent_ffn(config), parent_block(index))
+                for number in behind:
+                    streams[number] = block(streams[number], rotary)
+            hidden = boundary(index) if starting else None
+            for number in starting:
+                replacement, tensors = candidates[number].replacement, candidates[number].tensors
+                block = Block.load(config, replacement.attention, replacement.ffn, tensors)
+                streams[number] = block(hidden, rotary)
+        return compare_with_parent(head, tokens, last, [streams[number] for number in range(len(candidates))])

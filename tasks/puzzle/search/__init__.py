@@ -1,0 +1,1 @@
+"""The search: choices, limits, bounds, the MIP, baselines, frontier. No torch."""

@@ -1,0 +1,134 @@
+"""Why no child exists: which limits exclude each other, how far each can be met, and the nearest limits that are met.
+
+In: the problem, once for every operating point that the search may choose (the same limits by name, with other
+coefficients). Out: an InfeasibleError that names them. No torch.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from storage.files import InputError
+from tasks.puzzle.search.mip import ProvenCover, SolverSettings, minimise, minimise_excess
+from tasks.puzzle.search.problem import TOLERANCE, Limit, Problem
+
+Problems = Sequence[Problem[Any]]
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A limit that cannot be met together with others, and the best limit that could be set with them kept.
+
+    `best` is in the user's unit, with its safety margin taken off. It is None where the others exclude each other even
+    without this one.
+    """
+
+    limit: Limit
+    best: float | None
+
+    @property
+    def text(self) -> str:
+        """The conflict as a line of the message; the value is rounded so that it can be met as printed."""
+        if self.best is None:
+            return f"{self.limit.text}: the other limits cannot be met together either"
+        return f"{self.limit.text}: best reachable {_shown(self.limit, self.best)} with the others kept"
+
+
+class InfeasibleError(InputError):
+    """No child meets all limits.
+
+    `conflicts` cannot be met together; without any one of them the others can. `nearest` holds values of limits by
+    name, in the user's unit, that can be met together; of all such it loosens the limits by the least sum of shares.
+    """
+
+    exit_code = 3
+
+    def __init__(
+        self, message: str, conflicts: tuple[Conflict, ...] = (), nearest: dict[str, float] | None = None
+    ) -> None:
+        """Keep the conflicts beside the message (the only argument without a default: runners copy the error)."""
+        super().__init__(message)
+        self.conflicts = conflicts
+        self.nearest = nearest or {}
+
+
+def infeasible(problems: Problems, settings: SolverSettings) -> InfeasibleError:
+    """The error that says why none of the problems has a solution."""
+    conflicts = _conflicts(problems, settings)
+    nearest = _nearest(problems, settings)
+    name = problems[0].name
+    reason = "this limit cannot be met" if len(conflicts) == 1 else "these limits cannot be met together"
+    lines = "".join(f"\n  {conflict.text}" for conflict in conflicts)
+    if nearest and len(conflicts) > 1:
+        limits = {limit.name: limit for limit in problems[0].limits}
+        together = ", ".join(f"{key} {_shown(limits[key], value)}" for key, value in nearest.items())
+        lines += f"\n  the nearest limits that can be met together: {together}"
+    message = f"no child of {name} exists: {reason}; loosen one ({problems[0].where}):{lines}"
+    return InfeasibleError(message, conflicts, nearest)
+
+
+def _conflicts(problems: Problems, settings: SolverSettings) -> tuple[Conflict, ...]:
+    """A minimal set of limits that exclude each other, by leaving out one at a time; each with its best value."""
+    limits = problems[0].limits
+    kept = [limit.name for limit in limits]
+    for limit in limits:
+        fewer = [name for name in kept if name != limit.name]
+        if not any(_feasible(_with_limits(problem, fewer), settings) for problem in problems):
+            kept = fewer
+    return tuple(Conflict(limit, _best(problems, limit.name, settings)) for limit in limits if limit.name in kept)
+
+
+def _feasible(problem: Problem[Any], settings: SolverSettings) -> bool:
+    """Whether a cover exists, or may exist where the node limit was hit first."""
+    cover, limit_hit = minimise(problem, [0.0] * len(problem.choices), settings)
+    return cover is not None or limit_hit
+
+
+def _with_limits(problem: Problem[Any], names: Iterable[str]) -> Problem[Any]:
+    return replace(problem, limits=tuple(limit for limit in problem.limits if limit.name in set(names)))
+
+
+def _best(problems: Problems, name: str, settings: SolverSettings) -> float | None:
+    """The best value that this limit could be set to with all others kept; None when they cannot be kept."""
+    values = []
+    for problem in problems:
+        limit = next(limit for limit in problem.limits if limit.name == name)
+        others = replace(problem, limits=tuple(other for other in problem.limits if other is not limit))
+        cover, _ = minimise(others, limit.coefficients, settings)
+        if cover is not None:
+            values.append((_excess(limit, cover), _settable(limit, cover)))
+    return min(values)[1] if values else None
+
+
+def _excess(limit: Limit, cover: ProvenCover) -> float:
+    """The share of the limit by which a cover exceeds it, negative below; `upper` is negative for lower limits."""
+    return (limit.total(cover.chosen) - limit.upper) / abs(limit.upper)
+
+
+def _settable(limit: Limit, cover: ProvenCover) -> float:
+    """The user's limit that a cover just keeps, margin included."""
+    return limit.in_user_units(limit.total(cover.chosen)) / limit.tightening
+
+
+def _nearest(problems: Problems, settings: SolverSettings) -> dict[str, float]:
+    """The limits to be loosened, by name, and their values in the user's unit."""
+    candidates = []
+    for index, problem in enumerate(problems):
+        cover = minimise_excess(problem, settings)
+        if cover is None:
+            continue
+        exceeded = [limit for limit in problem.limits if not limit.met_by(limit.total(cover.chosen))]
+        excess = math.fsum(_excess(limit, cover) for limit in exceeded)
+        candidates.append((excess, index, {limit.name: _settable(limit, cover) for limit in exceeded}))
+    return min(candidates)[2] if candidates else {}
+
+
+def _shown(limit: Limit, value: float) -> str:
+    """The value with three significant digits and its unit, rounded towards the side that can be met."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}{limit.unit}"
+    step = 10.0 ** (math.floor(math.log10(abs(value))) - 2)
+    is_lower = limit.inverse or limit.scale < 0
+    steps = math.floor(value / step + TOLERANCE) if is_lower else math.ceil(value / step - TOLERANCE)
+    return f"{steps * step:.10g}{limit.unit}"

@@ -1,0 +1,101 @@
+"""A search problem as a model of ortools MathOpt, solved by HiGHS (or GLOP where it is relaxed to an LP). No torch.
+
+In: a Problem and what to minimise. Out: MathOpt's results, and the choices that they take.
+"""
+
+import math
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ortools.math_opt.python import mathopt
+
+from tasks.puzzle.search.problem import TOLERANCE, Limit, Problem
+
+
+class MipModel:
+    """A MathOpt model of a problem. Rows are scaled by powers of two, which changes no digit of the coefficients.
+
+    With `soft` limits, the share by which each is exceeded is added to the objective. `rows` holds the row of each
+    limit by name, and the factor by which it was scaled.
+    """
+
+    def __init__(
+        self, problem: Problem[Any], objective: Sequence[float], integer: bool = True, soft: bool = False
+    ) -> None:
+        """Build the model of `problem` that minimises the sum of `objective` (a coefficient for each choice)."""
+        self._model = mathopt.Model(name=problem.name)
+        self._variables = [
+            self._model.add_variable(lb=0.0, ub=1.0, is_integer=integer, name=str(index))
+            for index in range(len(problem.choices))
+        ]
+        self._add_cover(problem)
+        self._excesses = [self._model.add_variable(lb=0.0) for _ in problem.limits] if soft else []
+        allowances = self._excesses or [0.0] * len(problem.limits)
+        self.rows: dict[str, tuple[mathopt.LinearConstraint, float]] = {}
+        for limit, allowance in zip(problem.limits, allowances, strict=True):
+            self.rows[limit.name] = self._add_limit(limit, allowance)
+        self._model.minimize(self._weighted(objective) + mathopt.fast_sum(self._excesses))
+
+    def _add_cover(self, problem: Problem[Any]) -> None:
+        """Every block is covered exactly once."""
+        covering = defaultdict(list)
+        for variable, choice in zip(self._variables, problem.choices, strict=True):
+            for block in choice.replacement.parent_blocks:
+                covering[block].append(variable)
+        for block in range(problem.num_blocks):
+            self._model.add_linear_constraint(mathopt.fast_sum(covering[block]) == 1.0)
+
+    def _weighted(self, coefficients: Sequence[float]) -> mathopt.LinearSum:
+        pairs = zip(coefficients, self._variables, strict=True)
+        return mathopt.fast_sum(coefficient * variable for coefficient, variable in pairs if coefficient)
+
+    def _add_limit(self, limit: Limit, allowance: mathopt.Variable | float) -> tuple[mathopt.LinearConstraint, float]:
+        """Add a limit; returns its row and the factor by which it was scaled."""
+        scale = _power_of_two_near(limit.upper)
+        upper = limit.upper - limit.constant + TOLERANCE * abs(limit.upper)
+        row = self._weighted([coefficient / scale for coefficient in limit.coefficients])
+        excess = allowance * (abs(limit.upper) / scale)
+        return self._model.add_linear_constraint(row <= upper / scale + excess), scale
+
+    def exclude(self, chosen: Sequence[int]) -> None:
+        """Forbid exactly this solution."""
+        self._model.add_linear_constraint(
+            mathopt.fast_sum(self._variables[index] for index in chosen) <= len(chosen) - 1
+        )
+
+    def solve(self, parameters: mathopt.SolveParameters) -> mathopt.SolveResult:
+        """Run HiGHS."""
+        with _no_output():
+            return mathopt.solve(self._model, mathopt.SolverType.HIGHS, params=parameters)
+
+    def solve_relaxed(self) -> mathopt.SolveResult:
+        """Solve as an LP (the model was built with integer=False)."""
+        return mathopt.solve(self._model, mathopt.SolverType.GLOP)
+
+    def chosen(self, result: mathopt.SolveResult) -> tuple[int, ...]:
+        """Indices of the chosen choices, in order."""
+        values = result.variable_values(self._variables)
+        return tuple(index for index, value in enumerate(values) if value > 0.5)
+
+
+@contextmanager
+def _no_output() -> Iterator[None]:
+    """Discard what HiGHS prints to the process's standard output, which no option of it turns off."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(devnull, 1)
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(devnull)
+
+
+def _power_of_two_near(value: float) -> float:
+    return math.ldexp(1.0, math.frexp(value)[1]) if value else 1.0

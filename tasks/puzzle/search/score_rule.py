@@ -1,0 +1,187 @@
+"""Replace-1-block scores from the table: means, standard errors and the rule that adds them up. No torch.
+
+In: rows of scores.parquet (a row per replacement and calibration sequence). Out: the score of any replacement and of a
+whole child, in nats per token: Puzzle's predictor is the sum over blocks (arXiv 2411.19146, section 3.2).
+
+The rule: a replacement that was measured jointly has its own mean. Otherwise, for one block,
+s(a, f) = s(a, parent's) + s(parent's, f), and the parent's own block scores 0. No replacement of a span scores 0, so
+there s(a, f) = s(a, full) + s(full, f) - s(full, full).
+"""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self, get_args
+
+from storage.files import InputError
+from storage.model_config import ModelConfig
+from storage.records import ScoreRow, Weights
+from storage.variants import Attention, Ffn, Replacement
+from tasks.puzzle.search_space import parent_attention, parent_ffn
+
+
+@dataclass(frozen=True)
+class Score:
+    """Quality lost, nats/token: mean and standard error over calibration sequences (None with fewer than two)."""
+
+    mean: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A measured replacement in a sum: its sign and its rows by calibration sequence."""
+
+    sign: int
+    rows: dict[int, ScoreRow]
+
+    @property
+    def mean(self) -> float:
+        return self.sign * _weighted_mean([(row.tokens, row.kl) for row in self.rows.values()])
+
+
+class Scores:
+    """The scores of one parent's replacements, looked up by the rule."""
+
+    def __init__(self, rows: Iterable[ScoreRow], attention: Attention, ffn: Ffn, around: str = "parent") -> None:
+        """Index `rows`; `attention` and `ffn` are the parent's own variants; only rows `around` that model count."""
+        self._parent = (attention, ffn)
+        self._rows_by_sequence: defaultdict[tuple[Replacement, Weights], dict[int, ScoreRow]] = defaultdict(dict)
+        for row in rows:
+            if row.around == around:
+                self._rows_by_sequence[row.replacement, row.weights][row.sequence_shard] = row
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[ScoreRow], config: ModelConfig) -> Self:
+        """The scores around the parent that `config` describes."""
+        return cls(rows, parent_attention(config), parent_ffn(config))
+
+    def score(self, replacement: Replacement, weights: Weights) -> Score:
+        """Score of a replacement whose variants were trained as `weights` says.
+
+        Raises:
+            InputError: a row that the rule needs is missing; the message says which, and which rows exist.
+        """
+        return self.total([replacement], weights)
+
+    def total(self, replacements: Sequence[Replacement], weights: Weights) -> Score:
+        """Sum of scores, which the tables predict for a child.
+
+        The standard error is that of the sum as measured sequence by sequence, so errors that replacements share
+        (a hard passage is hard for all of them) add up as they should; it uses the sequences that all terms have.
+        """
+        return _sum([term for replacement in replacements for term in self._terms(replacement, weights)])
+
+    def difference(self, replacements: Sequence[Replacement], others: Sequence[Replacement], weights: Weights) -> Score:
+        """Score of `replacements` less that of `others`; replacements of both cancel, their error as well.
+
+        Raises:
+            InputError: a row that the rule needs is missing.
+        """
+        terms = []
+        for replacement in replacements:
+            if replacement not in others:
+                terms += self._terms(replacement, weights)
+        for other in others:
+            if other not in replacements:
+                terms += [_Term(-term.sign, term.rows) for term in self._terms(other, weights)]
+        return _sum(terms)
+
+    def replacements(self, weights: Weights) -> tuple[Replacement, ...]:
+        """All replacements that have a score by the rule, sorted; the parent's own blocks are not among them."""
+        measured = {key for key, trained in self._rows_by_sequence if trained == weights or not self._has_weights(key)}
+        scored = set(measured)
+        for first_block, span in {(key.first_block, key.span) for key in measured}:
+            span_measured = [key for key in measured if (key.first_block, key.span) == (first_block, span)]
+            for attention, ffn in self._pairs(span_measured):
+                pair = Replacement(first_block, span, attention, ffn)
+                if self._rule(pair, weights) is not None:
+                    scored.add(pair)
+        return tuple(sorted(key for key in scored if not self._is_parent(key)))
+
+    def _pairs(self, measured: Sequence[Replacement]) -> Iterable[tuple[Attention, Ffn]]:
+        """All pairs of halves that were measured beside the parent's other half, the parent's own among them."""
+        attention, ffn = self._parent
+        attentions = {replacement.attention for replacement in measured if replacement.ffn == ffn} | {attention}
+        ffns = {replacement.ffn for replacement in measured if replacement.attention == attention} | {ffn}
+        return itertools.product(attentions, ffns)
+
+    def _terms(self, replacement: Replacement, weights: Weights) -> list[_Term]:
+        terms = self._rule(replacement, weights)
+        if terms is None:
+            measured = sorted(
+                f"{key.attention.name} + {key.ffn.name} ({trained})"
+                for key, trained in self._rows_by_sequence
+                if (key.first_block, key.span) == (replacement.first_block, replacement.span)
+            )
+            raise InputError(
+                f"{replacement.name} has no {weights} score, and not all rows to add it up from exist "
+                f"(measured: {', '.join(measured) or 'nothing'}); run `dvc repro score_blocks`"
+            )
+        return terms
+
+    def _rule(self, replacement: Replacement, weights: Weights) -> list[_Term] | None:
+        """The signed measurements that make up a score; None where one of them is missing."""
+        if self._is_parent(replacement):
+            return []
+        if joint := self._measured(replacement, weights):
+            return [_Term(1, joint)]
+        attention, ffn = self._parent
+        parts = [(1, replace(replacement, ffn=ffn)), (1, replace(replacement, attention=attention))]
+        if replacement.span > 1:
+            parts.append((-1, replace(replacement, attention=attention, ffn=ffn)))
+        if replacement in {part for _, part in parts}:
+            return None
+        terms = [_Term(sign, self._measured(part, weights)) for sign, part in parts]
+        return terms if all(term.rows for term in terms) else None
+
+    def _measured(self, replacement: Replacement, weights: Weights) -> dict[int, ScoreRow]:
+        """Rows by sequence. A replacement without weights of its own (no-ops) is the same under every training."""
+        if (rows := self._rows_by_sequence.get((replacement, weights))) or self._has_weights(replacement):
+            return rows or {}
+        candidates: list[dict[int, ScoreRow]] = [
+            self._rows_by_sequence.get((replacement, other), {}) for other in get_args(Weights)
+        ]
+        return max(candidates, key=len)
+
+    def _is_parent(self, replacement: Replacement) -> bool:
+        return replacement.span == 1 and (replacement.attention, replacement.ffn) == self._parent
+
+    def _has_weights(self, replacement: Replacement) -> bool:
+        """Whether a half of it was trained: neither a no-op nor, in a single block, the parent's own."""
+        attention, ffn = self._parent
+        is_span = replacement.span > 1
+        trained_attention = replacement.attention.kind != "no_op" and (is_span or replacement.attention != attention)
+        trained_ffn = replacement.ffn.kind != "no_op" and (is_span or replacement.ffn != ffn)
+        return trained_attention or trained_ffn
+
+
+def _sum(terms: Sequence[_Term]) -> Score:
+    """The signed sum of measurements, with its standard error over the sequences that all have."""
+    if not terms:
+        return Score(0.0, 0.0)
+    common = sorted(set.intersection(*(set(term.rows) for term in terms)))
+    sums = []
+    for sequence in common:
+        total = math.fsum(term.sign * term.rows[sequence].kl for term in terms)
+        sums.append((terms[0].rows[sequence].tokens, total))
+    return Score(math.fsum(term.mean for term in terms), _stderr(sums))
+
+
+def _weighted_mean(values: Sequence[tuple[int, float]]) -> float:
+    return math.fsum(weight * value for weight, value in values) / sum(weight for weight, _ in values)
+
+
+def _stderr(values: Sequence[tuple[int, float]]) -> float | None:
+    """Standard error of a mean of sequences weighted by tokens; with equal weights it is s / sqrt(n).
+
+    Cochran, Sampling Techniques, 3rd ed., section 6.4: the ratio estimator's variance with n / (n - 1).
+    """
+    count = len(values)
+    if count < 2:
+        return None
+    mean = _weighted_mean(values)
+    spread = math.fsum((weight * (value - mean)) ** 2 for weight, value in values)
+    return math.sqrt(spread * count / (count - 1)) / sum(weight for weight, _ in values)

@@ -1,0 +1,175 @@
+"""Kills: stages with pieces under way, DVC and the Prefect server are killed; `dvc repro` must end in the same bytes.
+
+Run: `python -m tests.faults.kills --count 24`. Each fault takes a finished clone without one stage's artifacts and
+without DVC's memory of earlier runs, starts `dvc repro`, kills at a random moment of that stage, and runs `dvc repro`
+again.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.clone import Clone, Ended
+from tests.faults.built import Built, built_clone, copy_of, differing
+from tests.faults.outcomes import Outcome, Settings, end_of, last_words, run_campaign
+
+_SECONDS = 600
+_STEP_SECONDS = 0.005
+_VICTIMS = ("all", "stage", "dvc", "server", "all")
+"""Who is killed: the whole process group, the stage alone, DVC alone (the stage runs on), the Prefect server."""
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """A kill of `victim` while `stage` runs in a copy of the clone, without DVC in a short campaign."""
+
+    built: Built
+    clone: Clone
+    stage: str
+    victim: str
+    is_short: bool
+
+    @property
+    def arguments(self) -> list[str]:
+        """The stage's command line, as dvc.yaml has it, without Python."""
+        name, _, target = self.stage.partition("@")
+        return ["-m", f"flows.{name}", *(["--target", target] if target else [])]
+
+    @property
+    def outs(self) -> list[str]:
+        """The artifacts that the stage makes."""
+        return [name for name in self.built.digests if self.stage in self.built.makers(name)]
+
+    def command(self, target: str = "") -> list[str]:
+        """What runs the stage, or everything for a person who runs DVC."""
+        return self.arguments[1:] if self.is_short else list(filter(None, ["dvc", "repro", target]))
+
+    def prepare(self) -> None:
+        """Take away what the stage made, and every other place where it could come from."""
+        for name in self.outs:
+            (self.clone.artifacts / name).unlink(missing_ok=True)
+        shutil.rmtree(self.clone.folder / ".dvc/cache/runs", ignore_errors=True)
+        if self.victim == "server":
+            self.clone.must("flows.server", "start")
+
+    def kill(self, process: "subprocess.Popen[str]", moment: float) -> str:
+        """Wait for the moment and kill; when that was, in words, empty if the stage ended before."""
+        end = time.monotonic() + _SECONDS
+        while not (pids := self._running(process)) and time.monotonic() < end and process.poll() is None:
+            time.sleep(_STEP_SECONDS)
+        when = self._wait(process, moment)
+        if process.poll() is not None or not pids:
+            return ""
+        victims = {"all": (os.killpg, process.pid), "dvc": (os.kill, process.pid), "stage": (os.kill, pids[-1])}
+        end_it, number = victims.get(self.victim) or (os.killpg, self._server())
+        try:
+            end_it(number, signal.SIGKILL)
+        except ProcessLookupError:
+            return ""
+        return when
+
+    def _server(self) -> int:
+        """The process of the clone's own Prefect server."""
+        return int(self.clone.json("../.prefect/server.json")["pid"])
+
+    def _running(self, process: "subprocess.Popen[str]") -> list[int]:
+        """The processes of the stage: none before DVC starts it."""
+        listed = subprocess.run(["ps", "-eo", "pid=,pgid=,args="], capture_output=True, text=True, check=True).stdout
+        rows = [line.split() for line in listed.splitlines()]
+        is_ours = [row for row in rows if row[1] == str(process.pid) and row[3:] == self.arguments]
+        return [int(row[0]) for row in is_ours]
+
+    def _wait(self, process: "subprocess.Popen[str]", moment: float) -> str:
+        """Wait until a share of the stage's pieces is there; for a share of its seconds where it has no pieces."""
+        pieces = [name for name in self.outs if "/.pieces/" in name]
+        end = time.monotonic() + _SECONDS
+        if len(pieces) > 1:
+            count = 1 + int(moment * (len(pieces) - 1))
+            while time.monotonic() < end and process.poll() is None:
+                if sum((self.clone.artifacts / name).is_file() for name in pieces) >= count:
+                    break
+                time.sleep(_STEP_SECONDS)
+            return f"piece {count} of {len(pieces)}"
+        seconds = self.clone.json("seconds.json").get(self.stage, 5.0) * moment
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and process.poll() is None:
+            time.sleep(_STEP_SECONDS)
+        return f"{seconds:.1f} s"
+
+    def outcome(self, moment: float) -> Outcome:
+        """Kill, and see what the next runs make of it; a stage that ended before runs again, to be killed earlier."""
+        when = ""
+        while not when:
+            self.prepare()
+            process = self.clone.start(*self.command(self.stage))
+            when = self.kill(process, moment)
+            if not when:
+                process.communicate()
+                moment /= 2
+        kind, story = f"{self.victim} killed", f"{self.stage} at {when}, {self.victim} killed"
+        if self.victim == "dvc":  # a person runs DVC again at once, while the stage still runs on
+            outcome = self._rerun(kind, story)
+            _end_group(process)
+            return outcome
+        try:
+            out, err = process.communicate(timeout=_SECONDS)
+        except subprocess.TimeoutExpired:
+            _end_group(process)
+            return Outcome(kind, "hang", f"{story} -> it did not end in {_SECONDS} s")
+        first = Ended(process.returncode, out, err)
+        if self.victim == "server" and (verdict := end_of(first)):
+            return Outcome(kind, verdict, f"{story} -> {last_words(first)}")
+        return self._rerun(kind, story)
+
+    def _rerun(self, kind: str, story: str) -> Outcome:
+        """Run to the end, then once more, which must find nothing to do."""
+        ended = self.clone.run(*self.command())
+        if ended.code == 0:
+            ended = self.clone.run(*self.command())
+        if ended.code != 0:
+            return Outcome(kind, end_of(ended) or "wrong", f"{story} -> the rerun: {last_words(ended)}")
+        if ended.ran():
+            return Outcome(kind, "wrong", f"{story} -> a third run runs {ended.ran()}")
+        wrong = differing(self.clone.artifacts, self.built.digests)
+        if wrong:
+            return Outcome(kind, "wrong", f"{story} -> {wrong[:4]} differ")
+        return Outcome(kind, "right", f"{story} -> the same bytes")
+
+
+def _end_group(process: "subprocess.Popen[str]") -> None:
+    """End what a command started and its pipes still hold."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def faults(settings: Settings) -> Iterator[Outcome]:
+    """Kill and rerun: every stage in turn, from a random first one."""
+    with built_clone(settings) as (built, _), tempfile.TemporaryDirectory(dir=settings.scratch) as folder:
+        stages = list(built.stages)
+        random.Random(settings.seed).shuffle(stages)
+        for number in range(settings.count):
+            victim = "all" if settings.is_short else _VICTIMS[number % len(_VICTIMS)]
+            clone = copy_of(built, Path(folder) / str(number))
+            if victim == "server":
+                clone = Clone(clone.folder)  # with a server of its own
+            fault = _Fault(built, clone, stages[number % len(stages)], victim, settings.is_short)
+            try:
+                outcome = fault.outcome(settings.chance(number).random())
+            finally:
+                if victim == "server":
+                    clone.run("flows.server", "stop")
+            shutil.rmtree(clone.folder)
+            yield Outcome(outcome.kind, outcome.verdict, f"fault {number}: {outcome.story}")
+
+
+if __name__ == "__main__":
+    run_campaign("kills", "Stages, DVC and the server killed, and run again.", 24, faults)

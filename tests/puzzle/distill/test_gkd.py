@@ -1,0 +1,109 @@
+"""Global distillation against torch's own losses over full logits, differentiated by autograd."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from storage.checkpoints import Checkpoint
+from storage.model_config import EMBEDDING, LM_HEAD, NORM
+from storage.variants import Attention, Ffn, Replacement
+from tasks.puzzle.distill.gkd import _CHUNK_TOKENS, LossWeights, TrainableChild, gradients, kl_to_parent
+from tasks.puzzle.model.assembly import compose, initial_weights
+from tasks.puzzle.model.blocks import Block
+from tasks.puzzle.model.boundaries import boundaries
+from tasks.puzzle.model.head import Head
+from tasks.puzzle.search_space import parent_attention, parent_blocks, parent_ffn
+from tests.tiny import FAMILIES, save_tiny
+
+CPU = torch.device("cpu")
+TOKENS = _CHUNK_TOKENS + 10
+WEIGHTS = LossWeights(kl=0.7, cosine=1.9)
+
+
+class Case:
+    """A tiny parent's states on one sequence, and a child of it: narrower, without attention, without FFN."""
+
+    def __init__(
+        self, folder: Path, family: str, as_parent: bool = False, ends: Sequence[int | None] = (1, 2, 3)
+    ) -> None:
+        _, config = save_tiny(family, folder)
+        checkpoint = Checkpoint(folder, "the test", is_foreign=True)
+        tokens = torch.randint(0, config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(3))
+        parents = parent_attention(config), parent_ffn(config)
+        whole = [checkpoint.block(index, CPU, torch.float32) for index in range(config.num_blocks)]
+        embedding = checkpoint.tensor(EMBEDDING)
+        weights = [(*parents, tensors) for tensors in whole]
+        self.states = [state.clone() for state in boundaries(config, embedding, weights, tokens, 1)]
+        replacements = [
+            Replacement(0, 1, Attention("gqa", 1), Ffn("gated", 48)),
+            Replacement(1, 1, Attention("no_op"), parents[1]),
+            Replacement(2, 1, parents[0], Ffn("no_op")),
+        ]
+        blocks = []
+        for replacement, tensors in zip(parent_blocks(config) if as_parent else replacements, whole, strict=True):
+            start = initial_weights(config, tensors, torch.arange(config.intermediate_size))
+            composed = compose(config, tensors, replacement, start)
+            blocks.append(Block.load(config, replacement.attention, replacement.ffn, composed))
+        self.child = TrainableChild(config, blocks, ends)
+        lm_head = embedding if config.tie_embeddings else checkpoint.tensor(LM_HEAD)
+        self.head = Head(checkpoint.tensor(NORM), lm_head, config.rms_norm_eps)
+
+    def state(self, boundary: int) -> Tensor:
+        return self.states[boundary]
+
+    def plain_loss(self) -> tuple[Tensor, Tensor]:
+        """Compute KL and 1 - cosine by torch, over all logits at once."""
+        outputs = self.child.hidden_states(self.states[0])
+        distances = [
+            1 - functional.cosine_similarity(output, self.states[end], dim=-1)
+            for output, end in zip(outputs, self.child.ends, strict=True)
+            if end is not None
+        ]
+        ours, theirs = (self.head.normalise(hidden) @ self.head.weight.T for hidden in (outputs[-1], self.states[-1]))
+        kl = functional.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        return kl.mean(), torch.stack(distances).mean()
+
+
+@pytest.mark.parametrize("ends", [(1, 2, 3), (None, 2, 3), (None, None, 3)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_equal_autograds_over_full_logits(
+    family: str, ends: tuple[int | None, ...], tmp_path: Path
+) -> None:
+    """A block whose end the cache does not keep has no cosine loss of its own."""
+    case = Case(tmp_path, family, ends=ends)
+    kl, cosine = case.plain_loss()
+    expected = torch.autograd.grad(WEIGHTS.kl * kl + WEIGHTS.cosine * cosine, list(case.child.parameters()))
+    computed, losses = gradients(case.child, case.state, case.head, WEIGHTS)
+    assert losses.kl == pytest.approx(kl.item(), rel=1e-4)
+    assert losses.cosine == pytest.approx(cosine.item(), rel=1e-4)
+    assert losses.total == pytest.approx(0.7 * kl.item() + 1.9 * cosine.item(), rel=1e-4)
+    assert kl_to_parent(case.child, case.state, case.head) == pytest.approx(kl.item(), rel=1e-4)
+    for (name, _), ours, theirs in zip(case.child.named_parameters(), computed, expected, strict=True):
+        # float32, sums in another order; a gradient's size is what its rounding is relative to
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=1e-3, msg=name)
+        assert theirs.abs().max() > 0 or name.endswith("k_proj.bias"), name
+
+
+def test_a_child_that_is_the_parent_has_nothing_to_learn(tmp_path: Path) -> None:
+    case = Case(tmp_path, "llama", as_parent=True)
+    computed, losses = gradients(case.child, case.state, case.head, WEIGHTS)
+    assert abs(losses.kl) < 1e-6  # float32 rounding of log-probabilities
+    assert abs(losses.cosine) < 1e-6
+    other, _ = gradients(Case(tmp_path / "other", "llama").child, case.state, case.head, WEIGHTS)
+    assert max(float(gradient.abs().max()) for gradient in computed) < 1e-3 * max(
+        float(gradient.abs().max()) for gradient in other
+    )
+
+
+def test_threads_share_the_child_and_change_no_byte(tmp_path: Path) -> None:
+    case = Case(tmp_path, "llama")
+    alone, _ = gradients(case.child, case.state, case.head, WEIGHTS)
+    with ThreadPoolExecutor(4) as pool:
+        for computed, _ in pool.map(lambda _: gradients(case.child, case.state, case.head, WEIGHTS), range(8)):
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(computed, alone, strict=True))
+    assert all(parameter.grad is None for parameter in case.child.parameters())

@@ -1,0 +1,242 @@
+"""Every table and every JSON record that stages write: damage is found and named, never read as other values."""
+
+import os
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from storage.architecture import read_architecture, read_baselines
+from storage.checkpoints import CHECKSUMS, Checkpoint, CheckpointWriter
+from storage.corpus import read_manifest, read_sequences, split_path
+from storage.evaluation import read_evaluation
+from storage.files import DamagedFileError, InputError, read_sealed, write_json, write_sealed
+from storage.gkd import read_gkd
+from storage.parent_info import INFO, read_parent_info
+from storage.parquet_files import read_table, write_table
+from storage.paths import EXPORTS_OVERVIEW, Paths
+from storage.pieces import Pieces
+from storage.records import ServingRow, TimingRow
+from storage.tables import (
+    read_costs,
+    read_scores,
+    read_serving,
+    read_throughput,
+    read_timings_or_costs,
+    write_serving,
+    write_timings,
+)
+from tests.report_run import write_run
+from tests.settings import SEQ_LEN
+from tests.tiny import tiny_corpus
+
+REBUILD = "dvc repro it"
+FLIPS = 200
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A file with a seal, or whose checksum is in a file with one, and how stages read it."""
+
+    path: Callable[[Paths], Path]
+    read: Callable[[Paths], Any]
+
+
+def _record(path: Callable[[Paths], Path]) -> Sealed:
+    return Sealed(path, lambda paths: read_sealed(path(paths), REBUILD))
+
+
+def _table(path: Callable[[Paths], Path]) -> Sealed:
+    return Sealed(path, lambda paths: read_table(path(paths), REBUILD).to_pylist())
+
+
+CHILD = "small"
+_SERVED = ServingRow(
+    name="child",
+    model="m",
+    url="http://127.0.0.1:1",
+    devices=1,
+    scenario="8/8",
+    input_tokens=8,
+    output_tokens=8,
+    concurrency=1,
+    requests=9,
+    errors=0,
+    error_kinds="",
+    counted_input_tokens=8.0,
+    seconds=1.5,
+    measured_tokens_per_s=48.0,
+    measured_user_tokens_per_s=50.0,
+    ttft_p50_ms=1.0,
+    ttft_p95_ms=2.0,
+    ttft_p99_ms=3.0,
+    itl_p50_ms=1.0,
+    itl_p95_ms=2.0,
+    itl_p99_ms=None,
+)
+SEALED = {
+    "puzzle_parent.json": Sealed(lambda paths: paths.parent / INFO, lambda paths: read_parent_info(paths.parent)),
+    "architecture.json": Sealed(lambda paths: paths.architecture(CHILD), lambda paths: read_architecture(CHILD, paths)),
+    "baselines.json": Sealed(lambda paths: paths.baselines(CHILD), lambda paths: read_baselines(CHILD, paths)),
+    "evaluation.json": Sealed(lambda paths: paths.evaluation(CHILD), lambda paths: read_evaluation(CHILD, paths)),
+    "gkd.json": Sealed(lambda paths: paths.gkd(CHILD), lambda paths: read_gkd(CHILD, paths)),
+    "search.json": _record(lambda paths: paths.search(CHILD)),
+    "accuracy.json": _record(lambda paths: paths.accuracy(CHILD)),
+    "exports.json": _record(lambda paths: paths.exports(CHILD) / EXPORTS_OVERVIEW),
+    "record of a piece": Sealed(
+        lambda paths: paths.library / ".pieces/block_000.kv_1.json",
+        lambda paths: Pieces(paths.library, REBUILD).get("block_000.kv_1"),
+    ),
+    "manifest.json": Sealed(lambda paths: paths.corpus / "manifest.json", lambda paths: read_manifest(paths.corpus)),
+    "checksums.json": Sealed(
+        lambda paths: paths.assembled(CHILD) / CHECKSUMS,
+        lambda paths: Checkpoint(paths.assembled(CHILD), REBUILD).checksums,
+    ),
+    "config.json": Sealed(
+        lambda paths: paths.assembled(CHILD) / "config.json",
+        lambda paths: Checkpoint(paths.assembled(CHILD), REBUILD).config_json(),
+    ),
+    "scores.parquet": Sealed(lambda paths: paths.scores, lambda paths: read_scores(paths.scores)),
+    "costs.parquet": Sealed(lambda paths: paths.costs, lambda paths: read_costs(paths.costs)),
+    "costs of a search": Sealed(lambda paths: paths.costs, lambda paths: read_costs(paths.costs, takes_foreign=True)),
+    "timings": Sealed(
+        lambda paths: paths.root / "timings.parquet",
+        lambda paths: read_timings_or_costs(paths.root / "timings.parquet"),
+    ),
+    "throughput.parquet": Sealed(
+        lambda paths: paths.throughput(CHILD), lambda paths: read_throughput(paths.throughput(CHILD))
+    ),
+    "serving.parquet": Sealed(lambda paths: paths.serving, lambda paths: read_serving(paths.serving)),
+    "index.parquet": _table(lambda paths: paths.library / "index.parquet"),
+    "evaluation.parquet": _table(lambda paths: paths.evaluation(CHILD).with_suffix(".parquet")),
+    "train.parquet": Sealed(
+        lambda paths: split_path(paths.corpus, "train"), lambda paths: read_sequences(paths.corpus, "train").tolist()
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Paths:
+    """A run with every table and record; tests put back what they change."""
+    paths = Paths(tmp_path_factory.mktemp("run") / "artifacts")
+    write_run(paths)
+    write_sealed(paths.accuracy(CHILD), {"target": CHILD, "tasks": [{"name": "arc", "accuracy": 0.25, "limit": None}]})
+    write_sealed(paths.exports(CHILD) / EXPORTS_OVERVIEW, {"formats": {"gguf-f16": {"files": {"a": {"bytes": 1}}}}})
+    weights = paths.library / "block_000/kv_1.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"weights")
+    Pieces(paths.library, REBUILD).finish("block_000.kv_1", "key", [weights], {"variant": "kv_1", "loss_after": 0.125})
+    tiny_corpus(paths.corpus, 160, SEQ_LEN)
+    writer = CheckpointWriter(paths.assembled(CHILD), 1 << 20)
+    writer.add({"model.norm.weight": torch.arange(8.0), "model.embed_tokens.weight": torch.ones(4, 8)})
+    write_json(paths.assembled(CHILD) / "config.json", {"model_type": "llama", "eos_token_id": [257, 258], "eps": 1e-5})
+    writer.finish()
+    costs = read_costs(paths.costs)[:9]
+    timed: dict[str, Any] = {
+        "machine": "2 cores",
+        "versions": "torch 2",
+        "dtype": "float32",
+        "threads": 2,
+        "repeats": 9,
+    }
+    write_timings(paths.root / "timings.parquet", [TimingRow(**vars(row), **timed, spread=0.03) for row in costs])
+    write_serving(paths.serving, [replace(_SERVED, concurrency=2**power) for power in range(6)])
+    rows = [{"model": "parent", "sequence": index, "kl": index / 7} for index in range(12)]
+    write_table(paths.evaluation(CHILD).with_suffix(".parquet"), pa.Table.from_pylist(rows))
+    return paths
+
+
+@pytest.mark.parametrize("name", SEALED)
+def test_a_flipped_bit_is_found_or_changes_no_value(name: str, finished: Paths) -> None:
+    sealed = SEALED[name]
+    path, chance = sealed.path(finished), random.Random(0)
+    whole, expected = path.read_bytes(), sealed.read(finished)
+    num_found = 0
+    try:
+        for bit in chance.sample(range(8 * len(whole)), FLIPS):
+            data = bytearray(whole)
+            data[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(data)
+            try:
+                assert sealed.read(finished) == expected, (bit // 8, bit % 8)
+            except DamagedFileError as error:
+                _check_message(error, path)
+                num_found += 1
+    finally:
+        path.write_bytes(whole)
+    assert num_found > FLIPS / 2
+
+
+@pytest.mark.parametrize("name", SEALED)
+def test_a_file_that_is_cut_emptied_or_gone_is_named_with_its_remedy(name: str, finished: Paths) -> None:
+    sealed = SEALED[name]
+    path = sealed.path(finished)
+    whole = path.read_bytes()
+    try:
+        for size in (0, 1, len(whole) // 2, len(whole) - 3):
+            path.write_bytes(whole[:size])
+            with pytest.raises(DamagedFileError) as damaged:
+                sealed.read(finished)
+            _check_message(damaged.value, path)
+        path.unlink()
+        with pytest.raises(InputError) as missing:
+            sealed.read(finished)
+        assert "run `" in str(missing.value)
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["architecture.json", "checksums.json", "record of a piece", "scores.parquet"])
+def test_a_seal_that_was_taken_out_is_an_error_and_no_switch(name: str, finished: Paths) -> None:
+    sealed = SEALED[name]
+    path = sealed.path(finished)
+    whole = path.read_bytes()
+    try:
+        if path.suffix == ".json":
+            write_json(path, read_sealed(path, REBUILD))
+        else:
+            pq.write_table(read_table(path, REBUILD).replace_schema_metadata(None), path)
+        with pytest.raises(DamagedFileError) as damaged:
+            sealed.read(finished)
+        _check_message(damaged.value, path)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_table_of_others_is_read_where_users_bring_their_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, table = tmp_path / "theirs.parquet", pa.table({"a": [1, 2], "when": pa.array([1, 2], pa.timestamp("ms"))})
+    pq.write_table(table, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_table(path, REBUILD, takes_foreign=True).equals(table)
+    assert not caplog.records
+    with pytest.raises(DamagedFileError):
+        read_table(path, REBUILD)
+
+
+def test_a_damaged_file_gets_a_new_date_so_that_dvc_looks_at_it(tmp_path: Path) -> None:
+    """Bytes rot without one, and DVC would call the stage up to date that its reader's message names."""
+    path = tmp_path / "record.json"
+    write_sealed(path, {"a": 1})
+    path.write_text(path.read_text().replace("1,", "2,"))
+    os.utime(path, (1e9, 1e9))
+    with pytest.raises(DamagedFileError):
+        read_sealed(path, REBUILD)
+    assert path.stat().st_mtime > 1e9
+
+
+def _check_message(error: DamagedFileError, path: Path) -> None:
+    """One sentence that names the file and the command."""
+    message = str(error)
+    assert str(path) in message or path.name in message, message
+    assert "run `" in message and "\n" not in message, message
+    assert error.exit_code == 4
