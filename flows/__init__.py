@@ -1,9 +1,9 @@
 """The order in which tasks run: one Prefect flow per DVC stage, with the same name.
 
 Prefect reads its settings when it is first imported, so this package sets them before: a home of this clone's own, no
-telemetry, and a console that shows our progress and errors only (the UI has the logs). Other Prefect settings of the
-user are ignored (variables, profiles, files of the folder), except the address and credentials of a running server.
-Local addresses bypass proxies.
+telemetry, few retries, and a console that shows our progress and errors only (the UI has the logs). Other Prefect
+settings of the user are ignored (variables, profiles, files of the folder), except the address and credentials of a
+running server. Local addresses bypass proxies.
 """
 
 import os
@@ -19,6 +19,8 @@ _SETTINGS = {
     "PREFECT_PROFILES_PATH": str(HOME / "profiles.toml"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
+    "PREFECT_CLIENT_MAX_RETRIES": "3",  # 14 s until a request calls the server dead; with the default a minute
 }
 _SERVER_ELSEWHERE = {
     *("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_CLIENT_CUSTOM_HEADERS"),

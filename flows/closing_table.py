@@ -9,9 +9,18 @@ from collections.abc import Sequence
 
 from flows.errors import run_cleanly
 from storage.architecture import read_architecture
-from storage.evaluation import Evaluation, MeasuredLimit, Quality, SpeedRatio, read_evaluation
+from storage.documents import TRAINING_MIX
+from storage.evaluation import (
+    CHILD_STATES,
+    Evaluation,
+    MeasuredLimit,
+    ModelName,
+    SpeedRatio,
+    read_evaluation,
+)
 from storage.params import load
 from storage.paths import Paths
+from tasks.drawing.numbers import counted, with_error
 
 _PHASES = {"prefill": "prompt tokens/s", "decode": "decode tokens/s"}
 
@@ -24,16 +33,16 @@ def closing_table(paths: Paths, targets: list[str]) -> str:
         DamagedFileError: one is not JSON, or a field is missing or has the wrong type.
     """
     evaluations = {target: read_evaluation(target, paths) for target in targets}
-    lines, notes = [_titles(list(evaluations.values()))], []
+    lines, notes = [_titles(list(evaluations.values()))], _domains(list(evaluations.values()))
     for position, (target, evaluation) in enumerate(evaluations.items()):
         predicted = read_architecture(target, paths).predicted
         if position == 0:
-            parent_params = round(predicted.params / predicted.params_ratio)
-            lines.append(_row("parent", parent_params, evaluation.parent, None, "1.00 x"))
-        label, score, speed_up = evaluation.label, evaluation.predicted.score, evaluation.speed_up
+            lines += _model("parent", round(predicted.params / predicted.params_ratio), evaluation, "parent", "1.00 x")
+        speed_up = evaluation.speed_up
         speed = "" if speed_up is None else f"{speed_up:.2f} x"
-        lines.append(_row(f"{label} assembled", predicted.params, evaluation.assembled, score, speed))
-        lines.append(_row(f"{label} distilled", predicted.params, evaluation.distilled, None, ""))
+        for model in CHILD_STATES:
+            shown = speed if model == "assembled" else ""
+            lines += _model(f"{evaluation.label} {model}", predicted.params, evaluation, model, shown)
         notes += ["", *_limits(evaluation), *_speeds(evaluation.speeds), *_baselines(evaluation), *_exports(evaluation)]
         notes.append(f"  {paths.exports(target)}")
     return "\n".join([*lines, *notes, ""])
@@ -44,17 +53,40 @@ def _titles(evaluations: Sequence[Evaluation]) -> str:
     metrics = [evaluation.speed_metric for evaluation in evaluations]
     phases = {metric.speed.phase for metric in metrics if metric and metric.speed}
     speed = phases.pop() if len(phases) == 1 else "speed"
-    titles = f"{'model':<19} {'params':>12} {'KL':>15} {'perplexity':>11} {'top-1':>7} {'score sum':>10}"
-    return f"{titles} {speed:>13}"
+    titles = f"{'model':<19} {'params':>9} {'text':<8} {'KL':>13} {'perplexity':>10} {'/parent':>7} {'top-1':>6}"
+    return f"{titles} {'scores':>6} {speed:>8}"
 
 
-def _row(name: str, params: int, quality: Quality, score: float | None, speed: str) -> str:
-    kl = f"{quality.kl:.3f} ± {quality.kl_stderr:.3f}"
-    predicted = f"{score:.3f}" if score is not None else ""
-    return (
-        f"{name:<19} {params:>12,} {kl:>15} {quality.perplexity:>11.2f} "
-        f"{quality.top1_agreement:>7.1%} {predicted:>10} {speed:>13}"
-    )
+def _model(name: str, params: int, evaluation: Evaluation, model: ModelName, speed: str) -> list[str]:
+    """A line for each domain, then their mean where there are several; what is no quality stands in the first."""
+    parent = evaluation.mean("parent")
+    texts = {domain: (quality.models[model], quality.parent) for domain, quality in evaluation.domains.items()}
+    if len(texts) > 1 and model != "parent":
+        texts["mean"] = evaluation.mean(model), parent
+    lines = []
+    for position, (text, (quality, beside)) in enumerate(texts.items()):
+        start = f"{name:<19} {params / 1e6:>7,.1f} M" if position == 0 else " " * 29
+        score = f"{evaluation.predicted.score:.3f}" if (position, model) == (0, "assembled") else ""
+        lines.append(
+            f"{start} {text:<8} {with_error(quality.kl, quality.kl_stderr):>13} {quality.perplexity:>10.2f} "
+            f"{quality.perplexity / beside.perplexity:>7.2f} {quality.top1_agreement:>6.1%} {score:>6} "
+            f"{speed if position == 0 else '':>8}".rstrip()
+        )
+    return lines
+
+
+def _domains(evaluations: Sequence[Evaluation]) -> list[str]:
+    """What each text is, how much of it was read, and what stands behind ±."""
+    texts = {}
+    for evaluation in evaluations:
+        for domain, quality in evaluation.domains.items():
+            texts[domain] = f"{quality.tokens:,} tokens of {counted(quality.documents, 'document')}"
+    names = {TRAINING_MIX: "training, text of the kind that the child was trained on"}
+    return [
+        "held-out text, on which KL (nats/token), perplexity and top-1 agreement are measured:",
+        *(f"  {names.get(domain, domain)}: {size}" for domain, size in texts.items()),
+        "  ±: standard error, clustered by document; scores: the sum that predicts the assembled child's KL",
+    ]
 
 
 def _limits(evaluation: Evaluation) -> list[str]:
@@ -103,23 +135,30 @@ def _shown(value: float | None) -> str:
 
 def _exports(evaluation: Evaluation) -> list[str]:
     """The distance of each GGUF from the child in torch."""
+    exports = evaluation.exports
     lines = [
-        f"    {export_format:<12} KL {quality.kl:.6f} ± {quality.kl_stderr:.6f}, perplexity {quality.perplexity:.3f} "
-        f"(torch {quality.torch_perplexity:.3f})"
-        for export_format, quality in evaluation.exports.formats.items()
+        f"    {export_format:<12} KL {with_error(quality.kl, quality.kl_stderr, digits=6)}, "
+        f"perplexity {quality.perplexity:.3f} (torch {quality.torch_perplexity:.3f})"
+        for export_format, quality in exports.formats.items()
     ]
-    return [f"  exported, in llama.cpp against torch on {evaluation.exports.tokens:,} tokens:", *lines] if lines else []
+    size = f"{exports.tokens:,} tokens of {counted(exports.documents, 'document')}"
+    return [f"  exported, in llama.cpp against torch on {size}:", *lines] if lines else []
 
 
 def _baselines(evaluation: Evaluation) -> list[str]:
-    """The KL of each baseline minus the assembled child's on the same sequences, nats/token."""
-    shown = [
-        f"{name} {paired.kl_difference:+.3f} ± {paired.stderr:.3f}"
-        for name, paired in evaluation.paired.items()
-        if name in evaluation.baselines
-    ]
-    lines = [", ".join(shown[start : start + 3]) for start in range(0, len(shown), 3)]
-    return ["  KL of baselines less the child's:", *(f"    {line}" for line in lines)] if lines else []
+    """The KL of each baseline minus the assembled child's on the same sequences of each domain, nats/token."""
+    lines = []
+    for domain, quality in evaluation.domains.items():
+        shown = [
+            f"{name} {with_error(paired.kl_difference, paired.stderr, sign='+')}"
+            for name, paired in quality.paired.items()
+            if name in quality.baselines
+        ]
+        if shown:
+            documents = max(baseline.documents for baseline in quality.baselines.values())
+            lines.append(f"  KL of baselines less the assembled child's, {domain}, {counted(documents, 'document')}:")
+        lines += [f"    {', '.join(shown[start : start + 3])}" for start in range(0, len(shown), 3)]
+    return lines
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ from tasks.engines.machine import on_this_machine
     description="Quality of children and baselines, measured; each limit predicted and measured.",
 )
 def evaluate_child(params: Params, paths: Paths, target: str) -> None:
-    """Measure quality on the validation split batch by batch, then every exported GGUF, then write the tables."""
+    """Measure quality on held-out text batch by batch, then that of every exported GGUF, then write the tables."""
     params = on_this_machine(params)
-    batches = tasks.plan_batches(params)
-    quality = run_pieces(tasks.measure_quality, batches, target, params, paths, unit="batch")
     files = tasks.exported_files(target, params, paths)
-    exports = run_pieces(tasks.measure_export, files, params, paths, unit="file", in_order=True)
-    tasks.write_evaluation(target, quality, exports, params, paths)
+    batches = tasks.plan_batches(params, paths)
+    quality = run_pieces(tasks.measure_quality, batches, target, params, paths, unit="batch")
+    parts = tasks.plan_exports(files, params)
+    exported = run_pieces(tasks.measure_exports, parts, files, target, params, paths, unit="batch")
+    tasks.write_evaluation(target, quality, exported, params, paths)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Runs of stages whose process was killed: the next stage, or `make serve`, marks them as crashed.
 
 The process of a run holds a lock `.prefect/running/<run>.lock` until it ends, in whatever way; the server alone would
-call the run Running for ever.
+call the run Running for ever. Stages of `dvc exp run --temp`, whose folder DVC removes, keep theirs in the clone whose
+server they use: flows/ui/repro.py names it in PUZZLE_RUNNING.
 """
 
 import contextlib
 import fcntl
+import os
+from pathlib import Path
 from typing import Any, TextIO
 from uuid import UUID
 
@@ -19,17 +22,17 @@ from prefect.states import Crashed
 
 from flows import HOME
 
-_RUNNING = HOME / "running"
+RUNNING = Path(os.environ.get("PUZZLE_RUNNING") or HOME / "running")
 _locks: list[TextIO] = []
 
 
 def hold(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Keep on record that this process runs a flow: Prefect calls it when a run begins."""
-    _RUNNING.mkdir(parents=True, exist_ok=True)
-    named_later = _RUNNING / f".{flow_run.id}"
+    RUNNING.mkdir(parents=True, exist_ok=True)
+    named_later = RUNNING / f".{flow_run.id}"
     handle = named_later.open("w")
     fcntl.flock(handle, fcntl.LOCK_EX)
-    named_later.replace(_RUNNING / f"{flow_run.id}.lock")
+    named_later.replace(RUNNING / f"{flow_run.id}.lock")
     _locks.append(handle)
 
 
@@ -37,14 +40,20 @@ def release() -> None:
     """Take what this process holds off the record: its runs have ended, and Prefect knows how."""
     while _locks:
         handle = _locks.pop()
-        (_RUNNING / f"{handle.name.rpartition('/.')[2]}.lock").unlink(missing_ok=True)
+        (RUNNING / f"{handle.name.rpartition('/.')[2]}.lock").unlink(missing_ok=True)
         handle.close()
+
+
+def abandon() -> None:
+    """Leave on record what this process holds, as a run whose end the server never heard of: an orphan from now on."""
+    while _locks:
+        _locks.pop().close()
 
 
 def close_orphans() -> None:
     """Mark as crashed what the server calls running and no process holds."""
     with get_client(sync_client=True) as client:
-        for path in sorted(_RUNNING.glob("*.lock")):
+        for path in sorted(RUNNING.glob("*.lock")):
             with contextlib.suppress(FileNotFoundError, BlockingIOError, ObjectNotFound), path.open("r+") as handle:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _crash(client, UUID(path.stem))  # not found: it is another server's

@@ -8,7 +8,7 @@ from storage.paths import Paths
 from tasks import prepare_corpus as tasks
 
 
-@flow(name="prepare_corpus", description="Pack documents to token sequences in three splits that share no paragraph.")
+@flow(name="prepare_corpus", description="Pack documents to token sequences in splits that share no paragraph.")
 def prepare_corpus(params: Params, paths: Paths) -> None:
     """Read, split, de-duplicate, tokenise and pack."""
     tasks.pack_corpus(params, paths)

@@ -10,7 +10,6 @@ import fcntl
 import http.client
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 from flows import HOME, without_prefect
 from flows.arguments import LAST_PORT
 from flows.errors import run_cleanly
+from flows.gate import listening_on
 from flows.prefect_app import LIVES, STATE
 from storage.files import DamagedFileError, InputError, read_sealed
 
@@ -152,7 +152,8 @@ def _checked(url: str) -> str:
 
 def _start(lock: TextIO) -> str:
     """Start a server, which inherits the lock until its state is written; its address once it answers."""
-    with _listening(_chosen_port()) as listening, _LOG.open("wb") as log:
+    way_out = "set PUZZLE_PORT to a free port, or unset it"
+    with listening_on(_chosen_port(), way_out) as listening, _LOG.open("wb") as log:
         port = listening.getsockname()[1]
         url = f"http://127.0.0.1:{port}/api"
         process = subprocess.Popen(
@@ -180,25 +181,6 @@ def _chosen_port() -> int:
     if not given.isdecimal() or int(given) > LAST_PORT:
         raise InputError(f"PUZZLE_PORT is {given!r}, expected a port: a number from 1 to {LAST_PORT}, or 0 for any")
     return int(given)
-
-
-def _listening(port: int) -> socket.socket:
-    """A socket that listens on `port` of 127.0.0.1, to any free one for 0.
-
-    Raises:
-        InputError: another program has it.
-    """
-    listening = socket.socket()
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind(("127.0.0.1", port))
-        listening.listen()  # from now on nobody else can have it
-    except OSError as error:
-        listening.close()
-        raise InputError(
-            f"port {port} on 127.0.0.1 cannot be used ({error.strerror}); set PUZZLE_PORT to a free port, or unset it"
-        ) from error
-    return listening
 
 
 def main() -> None:

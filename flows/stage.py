@@ -5,12 +5,16 @@ import contextlib
 import gc
 import inspect
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from httpx import TransportError
 from prefect import Flow, Task
+from prefect.events.clients import PrefectEventsClient
+from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectFuture, as_completed
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -18,13 +22,13 @@ from tqdm import tqdm
 
 from flows.durations import duration_text
 from flows.errors import run_cleanly
-from flows.orphans import close_orphans, hold, release
+from flows.orphans import abandon, close_orphans, hold, release
 from flows.progress import PIECES, ProgressArtifact
 from flows.server import ensure
-from storage.files import InputError, write_sealed
+from storage.files import InputError, have_cached_copy_checked, write_sealed
 from storage.params import Params, load
 from storage.paths import Paths
-from storage.pipeline import read_seconds
+from storage.pipeline import read_pipeline, read_seconds
 
 _BEGAN = time.monotonic()
 
@@ -34,6 +38,7 @@ def main(stage: Flow[..., Any]) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m flows.{stage.name}", description=stage.description)
     parser.add_argument("--target", help="key of the target in params.yaml; of stages that run per target alone")
     target = parser.parse_args().target
+    logging.raiseExceptions = False  # where the server dies, Prefect would write that its log reaches nobody
     run_cleanly(lambda: run_stage(stage, target))
     gc.freeze()  # the process ends here: what torch and prefect made need not be looked through once more
 
@@ -41,32 +46,58 @@ def main(stage: Flow[..., Any]) -> None:
 def run_stage(stage: Flow[..., Any], target: str | None) -> None:
     """Run a stage's flow with the params of the working directory; pieces that were finished before stay.
 
+    Where this clone's server dies meanwhile, another one is started and the flow run again, which takes those pieces.
+
     Args:
         stage: flow of params and paths, and of a target where the stage runs per target.
         target: key of the target, None for a stage that all targets share.
 
     Raises:
-        InputError: a wrong input, also a target that is missing, unknown, or not the stage's business; or the server
-            was stopped meanwhile.
+        InputError: a wrong input, also a target that is missing, unknown, or not the stage's business; or a server
+            of PREFECT_API_URL no longer answers.
     """
     params = load()
     _check_target(stage, target, params)
     arguments = {} if target is None else {"target": target}
     url, _ = ensure()
+    try:
+        _run_tracked(stage, params, arguments, url)
+    except TransportError as error:
+        if os.environ.get("PREFECT_API_URL"):
+            raise _unanswered(url, error) from error
+        url, _ = ensure()
+        try:
+            _run_tracked(stage, params, arguments, url)
+        except TransportError as second_error:
+            raise _unanswered(url, second_error) from second_error
+    _have_cache_checked(stage.name, target)
+    _record(stage.name if target is None else f"{stage.name}@{target}", time.monotonic() - _BEGAN, Paths())
+
+
+def _run_tracked(stage: Flow[..., Any], params: Params, arguments: dict[str, str], url: str) -> None:
+    """Run the flow on the server at `url`.
+
+    Raises:
+        TransportError: the server died, or was stopped; finished pieces stay.
+    """
+    # Of Prefect's ten attempts the last seven wait a second: for every event, and there are three of each piece.
+    EventsWorker.set_client_override(PrefectEventsClient, api_url=url, reconnection_attempts=3)
     with temporary_settings({PREFECT_API_URL: url}):
         try:
             close_orphans()
             tracked_stage = stage.with_options(task_runner=workers(params.run.workers), on_running=[hold])
             tracked_stage(params=params, paths=Paths(), **arguments)
-        except TransportError as error:
-            logging.raiseExceptions = False  # Prefect would write once more that its log reaches nobody
-            raise InputError(
-                f"the Prefect server at {url} no longer answers ({error}); run the same command again: finished pieces "
-                "stay"
-            ) from error
+        except TransportError:
+            abandon()
+            raise
         finally:
             release()
-    _record(stage.name if target is None else f"{stage.name}@{target}", time.monotonic() - _BEGAN, Paths())
+
+
+def _unanswered(url: str, error: TransportError) -> InputError:
+    return InputError(
+        f"the Prefect server at {url} no longer answers ({error}); run the same command again: finished pieces stay"
+    )
 
 
 def _check_target(stage: Flow[..., Any], target: str | None, params: Params) -> None:
@@ -77,6 +108,14 @@ def _check_target(stage: Flow[..., Any], target: str | None, params: Params) -> 
         raise InputError(f"{stage.name} is the same for all targets; leave --target out")
     if target is not None:
         params.target(target)
+
+
+def _have_cache_checked(name: str, target: str | None) -> None:
+    """Have DVC read what it has of the files that a stage wrote; of folders it keeps those that are there."""
+    with contextlib.suppress(InputError):  # dvc.yaml is DVC's business
+        outs = [out for stage in read_pipeline() if stage.name == name for out in stage.outs]
+        for out in outs:
+            have_cached_copy_checked(Path(out.replace("${key}", target or "")))
 
 
 def _record(name: str, seconds: float, paths: Paths) -> None:

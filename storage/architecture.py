@@ -14,7 +14,7 @@ from storage.files import write_sealed
 from storage.json_records import read_record
 from storage.metrics import METRICS
 from storage.paths import Paths
-from storage.records import Origin, Precision, Weights
+from storage.records import ChosenBy, Origin, Precision, Weights
 from storage.scenario import Setting
 from storage.variants import Architecture, Replacement
 
@@ -171,6 +171,7 @@ class ChosenArchitecture:
         operating_points: the settings that the search chose where constraints leave batch or devices open.
         predicted: sizes, score and speed by the tables.
         constraints: every limit, those of devices' memory last.
+        chosen_by: `search`, or the baseline that chose the blocks.
     """
 
     target: str
@@ -180,6 +181,7 @@ class ChosenArchitecture:
     operating_points: tuple[Setting, ...]
     predicted: Predicted
     constraints: tuple[ReachedLimit, ...]
+    chosen_by: ChosenBy = "search"
 
     @property
     def architecture(self) -> Architecture:
@@ -202,6 +204,7 @@ def write_architecture(path: Path, chosen: ChosenArchitecture) -> None:
     fields = {
         "target": chosen.target,
         "label": chosen.label,
+        "chosen_by": chosen.chosen_by,
         "parent": asdict(chosen.parent),
         "blocks": chosen.architecture.to_json(),
         "operating_points": [asdict(setting) for setting in chosen.operating_points],

@@ -1,14 +1,14 @@
-"""The packed corpus on disk: sequences of token ids in three splits, and the manifest that describes them.
+"""The packed corpus on disk: sequences of token ids in splits, and the manifest that describes them.
 
-`<split>.parquet` holds a row per sequence: sequence_index int32, tokens fixed_size_list<int32>[seq_len].
-`manifest.json` is written last: a folder that has one is whole. Nothing here holds a clock, so the same tokens give
-the same bytes.
+Splits are train, calibration and validation, and `domain_<name>` for each held-out domain. `<split>.parquet` holds a
+row per sequence: sequence_index int32, tokens fixed_size_list<int32>[seq_len], document int32. `manifest.json` is
+written last: a folder that has one is whole. Nothing here holds a clock, so the same tokens give the same bytes.
 """
 
 import functools
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,11 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from storage.documents import PackedSequence, Tokens
 from storage.files import InputError, digest_of, read_sealed, verify, write_sealed, write_whole
 
-Tokens = NDArray[np.int32]
 SplitName = Literal["train", "calibration", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "validation")
+"""The splits of the training mix, which every corpus has."""
+_DOMAIN = "domain_"
 REBUILD = "dvc repro prepare_corpus"
 _MANIFEST = "manifest.json"
 _ROWS_PER_GROUP = 1024
@@ -33,7 +35,7 @@ _SETTLED_NS = 2_000_000_000
 class Split:
     """Counts and checksums of one split; `token_sha256` is over the ids (little-endian int32), `sha256` over the file.
 
-    A document counts in the split that holds its tokens, also where the split's end cut it.
+    A document counts in the split that holds tokens of it, also where it was cut.
     """
 
     sequences: int
@@ -45,8 +47,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Ingredient:
-    """The share of one source in the corpus: numbers of documents, and of tokens with their separators."""
+    """The share of one source in the corpus: numbers of documents, and of tokens with what stands around documents.
 
+    `domain` is the held-out domain that it fills, or `training`.
+    """
+
+    domain: str
     name: str
     version: str
     licence: str
@@ -60,9 +66,10 @@ class Manifest:
 
     Attributes:
         key: digest of all that went in (params, seed, tokenizer, sources, code, library versions).
-        content_hash: digest of the tokens of all splits: what the keys of later stages take.
+        content_hash: digest of the tokens of train, calibration and validation.
         seq_len: tokens per sequence.
         separator: the token after each document, with its id in `separator_id`.
+        bos: the token before each document, where the parent's tokenizer adds one; else None.
         tokenizer: digest of the parent's tokenizer files.
         left_out: documents that were left out because they repeat earlier ones.
         notes: sentences on the making and the splits of the documents.
@@ -73,8 +80,9 @@ class Manifest:
     seq_len: int
     separator: str
     separator_id: int
+    bos: str | None
     tokenizer: str
-    splits: dict[SplitName, Split]
+    splits: Mapping[str, Split]
     sources: tuple[Ingredient, ...]
     left_out: int
     notes: tuple[str, ...]
@@ -96,28 +104,34 @@ class Manifest:
         )
 
 
-def split_path(folder: Path, split: SplitName) -> Path:
+def domain_split(domain: str) -> str:
+    """The split of a held-out domain."""
+    return f"{_DOMAIN}{domain}"
+
+
+def split_path(folder: Path, split: str) -> Path:
     """The file of a split."""
     return folder / f"{split}.parquet"
 
 
-def content_hash(splits: dict[SplitName, Split]) -> str:
-    """Digest of the tokens of all splits."""
-    return digest_of({name: split.token_sha256 for name, split in splits.items()})
+def content_hash(splits: Mapping[str, Split]) -> str:
+    """Digest of the tokens of train, calibration and validation."""
+    return digest_of({name: splits[name].token_sha256 for name in SPLITS})
 
 
-def write_split(path: Path, sequences: Iterable[Tokens], seq_len: int) -> tuple[int, str]:
+def write_split(path: Path, sequences: Iterable[PackedSequence], seq_len: int) -> tuple[int, str]:
     """Write sequences as they come, 1,024 at a time in memory.
 
     Args:
         path: the Parquet file, written by rename.
-        sequences: token ids, int32 [seq_len] each.
+        sequences: the sequences, of `seq_len` tokens each.
         seq_len: tokens per sequence.
 
     Returns:
         Number of sequences, and the sha256 of their ids.
     """
-    schema = pa.schema([("sequence_index", pa.int32()), ("tokens", pa.list_(pa.int32(), seq_len))])
+    types = {"sequence_index": pa.int32(), "tokens": pa.list_(pa.int32(), seq_len), "document": pa.int32()}
+    schema = pa.schema(list(types.items()))
     digest = hashlib.sha256()
     count = 0
     # A dictionary of ids under zstd is larger (measured on English words, 2,005 kB of ids: 206 kB against 194 kB).
@@ -126,25 +140,28 @@ def write_split(path: Path, sequences: Iterable[Tokens], seq_len: int) -> tuple[
         pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=["sequence_index"]) as writer,
     ):
         for group in _groups(sequences):
-            assert group.shape[1:] == (seq_len,) and group.dtype == np.int32, (group.shape, group.dtype)
-            digest.update(group.astype("<i4").tobytes())
+            ids = np.stack([sequence.tokens for sequence in group])
+            assert ids.shape[1:] == (seq_len,) and ids.dtype == np.int32, (ids.shape, ids.dtype)
+            digest.update(ids.astype("<i4").tobytes())
             index = np.arange(count, count + len(group), dtype=np.int32)
-            tokens = pa.FixedSizeListArray.from_arrays(pa.array(group.ravel()), seq_len)
-            writer.write_table(pa.table([pa.array(index), tokens], schema=schema), row_group_size=_ROWS_PER_GROUP)
+            tokens = pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel()), seq_len)
+            documents = pa.array([sequence.document for sequence in group], pa.int32())
+            table = pa.table([pa.array(index), tokens, documents], schema=schema)
+            writer.write_table(table, row_group_size=_ROWS_PER_GROUP)
             count += len(group)
     return count, digest.hexdigest()
 
 
-def _groups(sequences: Iterable[Tokens]) -> Iterator[Tokens]:
-    """Stacks of up to 1,024 sequences each: int32 [rows, seq_len]."""
-    rows: list[Tokens] = []
+def _groups(sequences: Iterable[PackedSequence]) -> Iterator[list[PackedSequence]]:
+    """Lists of up to 1,024 sequences each."""
+    rows: list[PackedSequence] = []
     for sequence in sequences:
         rows.append(sequence)
         if len(rows) == _ROWS_PER_GROUP:
-            yield np.stack(rows)
+            yield rows
             rows = []
     if rows:
-        yield np.stack(rows)
+        yield rows
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -171,12 +188,12 @@ def drop_manifest(folder: Path) -> None:
     (folder / _MANIFEST).unlink(missing_ok=True)
 
 
-def read_sequences(folder: Path, split: SplitName, start: int = 0, stop: int | None = None) -> Tokens:
+def read_sequences(folder: Path, split: str, start: int = 0, stop: int | None = None) -> Tokens:
     """Read sequences `start` .. `stop` - 1 of a split, after comparing the file with its checksum.
 
     Args:
         folder: the corpus.
-        split: train, calibration or validation.
+        split: train, calibration, validation, or a domain's (:func:`domain_split`).
         start: first sequence.
         stop: end of the range; None is the end of the split.
 
@@ -184,25 +201,46 @@ def read_sequences(folder: Path, split: SplitName, start: int = 0, stop: int | N
         Token ids, int32 [sequences, seq_len], a copy that the caller may change.
 
     Raises:
-        InputError: there is no corpus, or it has fewer sequences.
+        InputError: there is no corpus, no such split, or it has fewer sequences.
         DamagedFileError: the file's bytes are not the ones that were written.
     """
-    manifest = read_manifest(folder)
+    rows = _read_column(folder, split, "tokens", start, stop)
+    tokens: Tokens = rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), rows.type.list_size)
+    return tokens.copy()
+
+
+def read_documents(folder: Path, split: str, start: int = 0, stop: int | None = None) -> NDArray[np.int32]:
+    """Read the document numbers of sequences `start` .. `stop` - 1 of a split, int32 [sequences].
+
+    Sequences with the same number share a document, so standard errors count them as one. In train, whose documents
+    follow each other without a gap, it is the document that holds the first token.
+
+    Args and errors are those of :func:`read_sequences`.
+    """
+    documents: NDArray[np.int32] = _read_column(folder, split, "document", start, stop).to_numpy(zero_copy_only=False)
+    return documents.copy()
+
+
+def _read_column(folder: Path, split: str, column: str, start: int, stop: int | None) -> pa.Array:
+    """Rows `start` .. `stop` - 1 of a column of a verified split."""
+    manifest, path = read_manifest(folder), split_path(folder, split)
+    if split not in manifest.splits:
+        raise InputError(f"{folder} has no split {split} (has: {', '.join(manifest.splits)}); run `{REBUILD}`")
     facts = manifest.splits[split]
     stop = facts.sequences if stop is None else stop
     assert 0 <= start <= stop, (start, stop)
-    path = split_path(folder, split)
     if stop > facts.sequences:
+        key = f"domains.{split.removeprefix(_DOMAIN)}.tokens" if split.startswith(_DOMAIN) else f"{split}_tokens"
         raise InputError(
             f"{path} holds {facts.sequences} sequences of {manifest.seq_len} tokens, {stop} are wanted; "
-            f"raise prepare_corpus.{split}_tokens"
+            f"raise prepare_corpus.{key}"
         )
     _verify(path, facts.sha256)
-    return _read_rows(path, manifest.seq_len, start, stop)
+    return _read_rows(path, column, start, stop)
 
 
-def _read_rows(path: Path, seq_len: int, start: int, stop: int) -> Tokens:
-    """Rows of a verified file; only the row groups that hold them are read."""
+def _read_rows(path: Path, column: str, start: int, stop: int) -> pa.Array:
+    """Rows of a column of a verified file; only the row groups that hold them are read."""
     groups: list[int] = []
     first_row = end = 0
     with pq.ParquetFile(path) as file:
@@ -211,9 +249,8 @@ def _read_rows(path: Path, seq_len: int, start: int, stop: int) -> Tokens:
             if begin < stop and end > start:
                 first_row = first_row if groups else begin
                 groups.append(group)
-        column = file.read_row_groups(groups, columns=["tokens"]).column("tokens")
-    rows: Tokens = column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, seq_len)
-    return rows[start - first_row : stop - first_row].copy()
+        rows = file.read_row_groups(groups, columns=[column]).column(column)
+    return rows.slice(start - first_row, stop - start).combine_chunks()
 
 
 def _verify(path: Path, expected_sha256: str) -> None:

@@ -9,9 +9,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int32]
 PAGE_CHARS = 3_000
 """A page ends before the paragraph that would carry it beyond this (about 800 tokens): small, so that even the 2,000
 tokens that a score is measured on come from several documents."""
+
+TRAINING_MIX = "training"
+"""The name of the text that children are trained on, beside the held-out domains."""
 
 
 @dataclass(frozen=True, order=True)
@@ -61,6 +68,17 @@ class Document:
     def content(self) -> str:
         """All its text, without the marks of a chat template."""
         return self.text or "\n\n".join(message.text for message in self.messages)
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """A sequence: its tokens, int32 [seq_len], and the number, within its split, of the document that begins it.
+
+    In splits other than train, sequences that share a document have the same number.
+    """
+
+    tokens: Tokens
+    document: int
 
 
 def pages(paragraphs: Iterable[str]) -> Iterator[str]:

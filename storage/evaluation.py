@@ -1,20 +1,29 @@
 """evaluation.json, the measured quality, sizes and speeds of a target's child beside its parent. No torch.
 
 evaluate_child writes it; the report and the table at the end of the demo read it. Qualities are measured on held-out
-text, speeds by benchmark_throughput; `predicted` numbers are those of the cost table and of the replace-1-block scores.
+text of each domain, speeds by benchmark_throughput; `predicted` numbers are those of the cost table and of the
+replace-1-block scores.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from statistics import fmean, geometric_mean
+from typing import Any, Literal, Self
 
 from storage.architecture import ReachedLimit
-from storage.files import write_sealed
+from storage.documents import TRAINING_MIX
+from storage.files import damaged, write_sealed
 from storage.json_records import read_record
 from storage.metrics import METRICS, Metric
 from storage.paths import Paths
 from storage.records import Origin, Phase, Precision
+
+ChildState = Literal["assembled", "refined", "distilled"]
+"""A target's child as assembled, after its correction (refine_child), after GKD (distill_child)."""
+CHILD_STATES: tuple[ChildState, ...] = ("assembled", "refined", "distilled")
+ModelName = Literal["parent"] | ChildState
 
 
 @dataclass(frozen=True)
@@ -23,22 +32,23 @@ class Quality:
 
     Attributes:
         kl: KL(parent || model) of the next-token distribution, nats/token.
-        kl_stderr: standard error of `kl` over sequences (the tokens of a sequence are not independent).
+        kl_stderr: standard error of `kl`, clustered by document; None where the sequences come from fewer than two.
         perplexity: perplexity on the text.
         top1_agreement: share of tokens on which model and parent rank the same token first.
     """
 
     kl: float
-    kl_stderr: float
+    kl_stderr: float | None
     perplexity: float
     top1_agreement: float
 
 
 @dataclass(frozen=True)
 class BaselineQuality(Quality):
-    """Quality of a baseline, before GKD, on the first `sequences` of the held-out sequences."""
+    """Quality of a baseline, without GKD, on the first `sequences` of the held-out sequences, of so many documents."""
 
     sequences: int
+    documents: int
 
 
 @dataclass(frozen=True)
@@ -50,17 +60,55 @@ class ExportQuality(Quality):
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """KL of one model minus KL of another on the same sequences: mean and its standard error, nats/token."""
+    """KL of one model minus KL of another on the same sequences, nats/token: mean, and error as in :class:`Quality`."""
 
     kl_difference: float
-    stderr: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class DomainQuality:
+    """Quality of every model on the held-out text of one domain.
+
+    Attributes:
+        tokens: held-out tokens that parent and children were measured on.
+        sequences: the sequences that they are in.
+        documents: the documents that those sequences come from.
+        parent: quality of the parent.
+        assembled: quality of the child as assembled.
+        refined: quality of the child after its correction.
+        distilled: quality of the child after GKD.
+        baselines: qualities by name of the baseline, those that exist under the target's limits.
+        paired: KL minus the assembled child's on the same sequences, by model (`refined`, `distilled`, the baselines).
+    """
+
+    tokens: int
+    sequences: int
+    documents: int
+    parent: Quality
+    assembled: Quality
+    refined: Quality
+    distilled: Quality
+    baselines: Mapping[str, BaselineQuality]
+    paired: Mapping[str, PairedDifference]
+
+    @property
+    def models(self) -> dict[ModelName, Quality]:
+        """Qualities of parent and child, by name."""
+        return {
+            "parent": self.parent,
+            "assembled": self.assembled,
+            "refined": self.refined,
+            "distilled": self.distilled,
+        }
 
 
 @dataclass(frozen=True)
 class Exports:
-    """Quality of the exported files by format, on `tokens` held-out tokens."""
+    """Quality of the exported files by format, on `tokens` held-out tokens of so many documents (domain `training`)."""
 
     tokens: int
+    documents: int
     formats: Mapping[str, ExportQuality]
 
 
@@ -161,13 +209,7 @@ class Evaluation:
     Attributes:
         target: key in params.yaml.
         label: the target's name for people.
-        tokens: held-out tokens that params ask for.
-        sequences: held-out sequences that parent and children were measured on.
-        parent: quality of the parent.
-        assembled: quality of the child before GKD.
-        distilled: quality of the child after GKD.
-        baselines: qualities by name of the baseline, those that exist under the target's limits.
-        paired: KL minus the assembled child's on the same sequences, by model (`distilled` and the baselines).
+        domains: qualities by domain, :data:`TRAINING_MIX` the first.
         exports: quality of the exported files.
         predicted: the score that the tables predict of the assembled child.
         constraints: every limit, predicted and measured.
@@ -177,18 +219,21 @@ class Evaluation:
 
     target: str
     label: str
-    tokens: int
-    sequences: int
-    parent: Quality
-    assembled: Quality
-    distilled: Quality
-    baselines: Mapping[str, BaselineQuality]
-    paired: Mapping[str, PairedDifference]
+    domains: Mapping[str, DomainQuality]
     exports: Exports
     predicted: PredictedScore
     constraints: tuple[MeasuredLimit, ...]
     speed: MeasuredSpeed | None
     speeds: tuple[SpeedRatio, ...]
+
+    @property
+    def training(self) -> DomainQuality:
+        """Qualities on held-out text of the training's own domain, which scores predict."""
+        return self.domains[TRAINING_MIX]
+
+    def mean(self, model: ModelName) -> Quality:
+        """The model's quality as one: the mean over domains, each of which counts alike."""
+        return mean_quality([domain.models[model] for domain in self.domains.values()])
 
     @property
     def speed_metric(self) -> Metric | None:
@@ -206,6 +251,17 @@ class Evaluation:
         return metric.speed_up(self.speed.assembled[metric.name], self.speed.parent[metric.name])
 
 
+def mean_quality(domains: Sequence[Quality]) -> Quality:
+    """Average qualities on domains that share no document; the perplexity is the geometric mean."""
+    errors = [quality.kl_stderr for quality in domains if quality.kl_stderr is not None]
+    return Quality(
+        kl=fmean(quality.kl for quality in domains),
+        kl_stderr=math.hypot(*errors) / len(domains) if len(errors) == len(domains) else None,
+        perplexity=geometric_mean(quality.perplexity for quality in domains),
+        top1_agreement=fmean(quality.top1_agreement for quality in domains),
+    )
+
+
 def read_evaluation(target: str, paths: Paths) -> Evaluation:
     """Read the evaluation.json of a target.
 
@@ -213,7 +269,11 @@ def read_evaluation(target: str, paths: Paths) -> Evaluation:
         InputError: it is missing.
         DamagedFileError: it is not what was written, or a field is missing or has the wrong type.
     """
-    return read_record(paths.evaluation(target), Evaluation, f"dvc repro evaluate_child@{target}")
+    path, rebuild = paths.evaluation(target), f"dvc repro evaluate_child@{target}"
+    evaluation = read_record(path, Evaluation, rebuild)
+    if TRAINING_MIX not in evaluation.domains:
+        raise damaged(path, f"has no domain {TRAINING_MIX!r}", rebuild)
+    return evaluation
 
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:

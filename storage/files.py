@@ -19,6 +19,8 @@ from typing import Any
 
 SEAL = "seal"
 """The last key of a record that this project writes: the digest of all others."""
+_DVC_CACHE = Path(".dvc/cache/files/md5")
+"""Where DVC keeps what stages made, in the clone's root."""
 _CHUNK_BYTES = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK_IS_FULL = re.compile(r"No space left|Not enough free space to write|^\d+ requested and \d+ written$")
@@ -54,7 +56,38 @@ def damaged(path: Path, problem: str, rebuild: str) -> DamagedFileError:
     if rebuild.startswith("dvc "):
         with contextlib.suppress(OSError):
             os.utime(path)
+        if not path.is_absolute():
+            _have_cache_checked(path)
     return DamagedFileError(f"{path} {problem}; run `{rebuild}`")
+
+
+def _have_cache_checked(artifact: Path) -> None:
+    """Have DVC read objects of its cache again before it uses them: those that a damaged artifact may have come from.
+
+    A file has the size of its object; folders have lists.
+    """
+    with contextlib.suppress(OSError):
+        size = artifact.stat().st_size if artifact.exists() else None
+        for cached in _DVC_CACHE.glob("??/*"):
+            if cached.suffix == ".dir" or cached.stat().st_size == size:
+                _distrust(cached)
+
+
+def have_cached_copy_checked(artifact: Path) -> None:
+    """Have DVC read what its cache has under a new file's digest, which it puts in the file's place after the stage."""
+    with contextlib.suppress(OSError), artifact.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "md5").hexdigest()
+        _distrust(_DVC_CACHE / digest[:2] / digest[2:])
+
+
+def _distrust(cached: Path) -> None:
+    """Take from an object of DVC's cache that it is read-only, and what DVC remembers of it.
+
+    DVC trusts what is read-only, rotten or not; what may be written it compares with its name, and drops where they
+    differ.
+    """
+    cached.chmod(0o644)
+    os.utime(cached)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -181,7 +214,7 @@ def verify(path: Path, expected_sha256: str, rebuild: str) -> None:
         DamagedFileError: the file is missing or differs; the message names the command `rebuild` that makes it anew.
     """
     if not path.is_file():
-        raise DamagedFileError(f"{path} is missing although its manifest lists it; run `{rebuild}`")
+        raise damaged(path, "is missing although its manifest lists it", rebuild)
     digest = sha256(path)
     if digest != expected_sha256:
         raise damaged(path, f"is damaged: sha256 {digest[:12]}…, expected {expected_sha256[:12]}…", rebuild)

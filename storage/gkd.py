@@ -1,7 +1,8 @@
 """gkd.json, the curve of a child's global distillation (GKD). No torch.
 
 distill_child writes it, the report draws it. One step trains on a few sequences; every few steps the KL to the parent
-is measured on held-out sequences, and the weights of the lowest one are published.
+is measured on held-out sequences, and the weights of the lowest one are published. What was measured stands apart from
+what a fit of it expects (`modelled`).
 """
 
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ class GkdStep:
         kl: KL(parent || child), nats/token.
         cosine: 1 - cosine of the hidden states, a mean over blocks and tokens.
         learning_rate: the learning rate of this step.
+        gradient_norm: Euclidean norm of the step's gradient over all weights, before it is clipped.
     """
 
     step: int
@@ -31,6 +33,7 @@ class GkdStep:
     kl: float
     cosine: float
     learning_rate: float
+    gradient_norm: float
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,38 @@ class HeldOutKl:
 
 
 @dataclass(frozen=True)
+class ModelledKl:
+    """The held-out KL that a longer training is expected to reach: modelled, never measured.
+
+    Attributes:
+        tokens: tokens of the longer training.
+        kl: KL = offset + factor * tokens ** -exponent, nats/token.
+        offset: the KL that no number of tokens undercuts.
+        factor: the part that falls, nats/token at one token.
+        exponent: how fast it falls.
+        rms_error: root of the mean squared distance of the measurements from the fit, nats/token.
+    """
+
+    tokens: int
+    kl: float
+    offset: float
+    factor: float
+    exponent: float
+    rms_error: float
+
+
+@dataclass(frozen=True)
 class GkdCurve:
-    """The training of one target's child; `best_step` is the step whose weights are published."""
+    """The training of one target's child; `best_step` is the step whose weights are published.
+
+    `modelled` is None where the measurements are too few, or lie on no such curve.
+    """
 
     target: str
     steps: tuple[GkdStep, ...]
     held_out: tuple[HeldOutKl, ...]
     best_step: int
+    modelled: ModelledKl | None = None
 
     @property
     def best(self) -> HeldOutKl:

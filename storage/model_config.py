@@ -298,6 +298,7 @@ def to_hf(
     """config.json of a model of equal blocks, in the form of its family.
 
     A model whose q, k and v alone have biases becomes a Qwen2; any other one of no supported family becomes a Llama.
+    Biases that no family can express the caller has refused.
     """
     attention, ffn = block
     architecture = config.architecture if config.architecture in FAMILIES else _LLAMA

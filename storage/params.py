@@ -27,11 +27,13 @@ from storage.sections import (
     MeasureCosts,
     PrepareCorpus,
     PrepareParent,
+    RefineChild,
     Report,
     Run,
     ScoreBlocks,
     SearchArchitecture,
     SearchBaselines,
+    WriteText,
 )
 from storage.targets import Target
 from storage.yaml_files import read_yaml
@@ -47,6 +49,7 @@ class Params(Section):
 
     run: Run
     prepare_parent: PrepareParent
+    write_text: WriteText
     prepare_corpus: PrepareCorpus
     cache_activations: CacheActivations
     distill_blocks: DistillBlocks
@@ -55,6 +58,7 @@ class Params(Section):
     search_architecture: SearchArchitecture
     search_baselines: SearchBaselines
     assemble_child: AssembleChild
+    refine_child: RefineChild
     distill_child: DistillChild
     export_child: ExportChild
     export_parent: ExportParent
@@ -85,18 +89,24 @@ class Params(Section):
 def _too_short_splits(params: Params) -> Iterator[str]:
     """Budgets of tokens that are larger than their split of the corpus."""
     corpus, bld, score = params.prepare_corpus, params.distill_blocks, params.score_blocks
-    gkd, evaluate = params.distill_child, params.evaluate_child
+    refine, gkd, evaluate = params.refine_child, params.distill_child, params.evaluate_child
     budgets = (
         (
-            "distill_child.tokens + the most of distill_blocks.tokens, variant_tokens, fit_tokens",
-            bld.used_tokens + gkd.tokens,
+            "distill_child.tokens + the most of distill_blocks.tokens, variant_tokens, fit_tokens, refine_child.tokens",
+            max(bld.used_tokens, refine.tokens) + gkd.tokens,
             "train_tokens",
             corpus.train_tokens,
         ),
         ("distill_child.held_out_tokens", gkd.held_out_tokens, "calibration_tokens", corpus.calibration_tokens),
         (
-            "score_blocks.tokens + distill_blocks.held_out_tokens",
-            score.tokens + bld.held_out_tokens,
+            "seq_len x the sequences of score_blocks.tokens + refine_child.held_out_tokens",
+            score.tokens // score.length(corpus.seq_len) * corpus.seq_len + refine.held_out_tokens,
+            "calibration_tokens",
+            corpus.calibration_tokens,
+        ),
+        (
+            "seq_len x the sequences of score_blocks.tokens + distill_blocks.held_out_tokens",
+            score.tokens // score.length(corpus.seq_len) * corpus.seq_len + bld.held_out_tokens,
             "calibration_tokens",
             corpus.calibration_tokens,
         ),
@@ -112,6 +122,7 @@ def _broken_sequences(params: Params) -> Iterator[str]:
     corpus, bld, score = params.prepare_corpus, params.distill_blocks, params.score_blocks
     gkd, evaluate, seq_len = params.distill_child, params.evaluate_child, params.prepare_corpus.seq_len
     bld_step = bld.sequences_per_step * seq_len
+    score_batch = score.sequences_per_batch * score.length(seq_len)
     budgets = [
         ("prepare_corpus.train_tokens", corpus.train_tokens, seq_len),
         ("prepare_corpus.calibration_tokens", corpus.calibration_tokens, seq_len),
@@ -119,15 +130,21 @@ def _broken_sequences(params: Params) -> Iterator[str]:
         ("distill_blocks.fit_tokens", bld.fit_tokens, seq_len),
         ("distill_blocks.tokens", bld.tokens, bld_step),
     ]
+    for name, domain in corpus.domains.items():
+        budgets.append((f"prepare_corpus.domains.{name}.tokens", domain.tokens, seq_len))
     for variant, tokens in bld.variant_tokens.items():
         budgets.append((f"distill_blocks.variant_tokens.{variant}", tokens, bld_step))
     budgets += [
-        ("score_blocks.tokens", score.tokens, score.sequences_per_batch * seq_len),
-        ("score_blocks.initial_tokens", score.initial_tokens, score.sequences_per_batch * seq_len),
+        ("score_blocks.tokens", score.tokens, score_batch),
+        ("score_blocks.initial_tokens", score.initial_tokens, score_batch),
+        ("score_blocks.depth_tokens", score.depth_tokens, score_batch),
         ("distill_child.tokens", gkd.tokens, gkd.sequences_per_step * seq_len),
         ("distill_child.held_out_tokens", gkd.held_out_tokens, seq_len),
+        ("refine_child.tokens", params.refine_child.tokens, seq_len),
+        ("refine_child.held_out_tokens", params.refine_child.held_out_tokens, seq_len),
         ("evaluate_child.tokens", evaluate.tokens, seq_len),
         ("evaluate_child.baseline_tokens", evaluate.baseline_tokens, seq_len),
+        ("evaluate_child.domain_baseline_tokens", evaluate.domain_baseline_tokens, seq_len),
         ("evaluate_child.export_tokens", evaluate.export_tokens, seq_len),
     ]
     for key, tokens, multiple in budgets:
@@ -137,10 +154,14 @@ def _broken_sequences(params: Params) -> Iterator[str]:
 
 def _parts_above_their_whole(params: Params) -> Iterator[str]:
     """Budgets of the first tokens of another budget that are larger than it."""
-    score, evaluate = params.score_blocks, params.evaluate_child
+    score, evaluate, seq_len = params.score_blocks, params.evaluate_child, params.prepare_corpus.seq_len
+    if score.length(seq_len) > seq_len:
+        yield f"score_blocks.sequence_tokens must not exceed prepare_corpus.seq_len = {seq_len}"
     parts = (
         ("score_blocks", "initial_tokens", score.initial_tokens, score.tokens),
+        ("score_blocks", "depth_tokens", score.depth_tokens, score.tokens),
         ("evaluate_child", "baseline_tokens", evaluate.baseline_tokens, evaluate.tokens),
+        ("evaluate_child", "domain_baseline_tokens", evaluate.domain_baseline_tokens, evaluate.tokens),
         ("evaluate_child", "export_tokens", evaluate.export_tokens, evaluate.tokens),
     )
     for section, key, part, whole in parts:

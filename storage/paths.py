@@ -20,6 +20,11 @@ class Paths:
         return self.root / "parent"
 
     @property
+    def written(self) -> Path:
+        """Texts and chats that the parent wrote for the corpus."""
+        return self.root / "written"
+
+    @property
     def corpus(self) -> Path:
         """Packed token sequences."""
         return self.root / "corpus"
@@ -78,6 +83,18 @@ class Paths:
     def assembled(self, target: str) -> Path:
         """The child's checkpoint before global distillation."""
         return self.child(target) / "assembled"
+
+    def refined(self, target: str) -> Path:
+        """The child's checkpoint after its correction in closed form, before global distillation."""
+        return self.child(target) / "refined"
+
+    def refinement(self, target: str) -> Path:
+        """The course of the correction, block by block."""
+        return self.child(target) / "refine.json"
+
+    def refine_state(self, target: str) -> Path:
+        """Blocks and states of a correction under way; it is deleted when the correction is finished."""
+        return self.child(target) / ".refine"
 
     def distilled(self, target: str) -> Path:
         """The child's checkpoint after global distillation."""

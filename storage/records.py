@@ -10,6 +10,7 @@ Origin = Literal["measured", "modelled"]
 Precision = Literal["float32", "bfloat16", "float16", "fp8", "int4"]
 Phase = Literal["prefill", "decode", "request"]
 Component = Literal["attention", "ffn", "embedding", "head", "step"]
+ChosenBy = Literal["search", "uniform", "greedy", "depth"]
 Runtime = Literal["vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx-lm"]
 
 ANY_VARIANT = "parent"
@@ -22,9 +23,9 @@ class ScoreRow:
 
     `weights` says how far the replacement was trained and `weights_hash` names the very tensors ("" where it has none
     of its own: no-ops). `around` is "parent" or the hash of the architecture in which the block was replaced.
-    `tokens` counts the scored positions; `kl` (parent || child) and `lm_loss` are means over them in nats per token,
-    `top1_agreement` is the share of them on which parent and child rank the same token first, `cosine` the mean cosine
-    of their last hidden states (before the final norm).
+    Sequences with the same `document` are of one text. `tokens` counts the scored positions; `kl` (parent || child) and
+    `lm_loss` are means over them in nats per token, `top1_agreement` is the share of them on which parent and child
+    rank the same token first, `cosine` the mean cosine of their last hidden states (before the final norm).
     """
 
     first_block: int
@@ -35,6 +36,7 @@ class ScoreRow:
     weights_hash: str
     around: str
     sequence_shard: int
+    document: int
     tokens: int
     kl: float
     lm_loss: float

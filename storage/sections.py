@@ -6,15 +6,18 @@ export formats in storage/formats.py. A new section is also a field of Params in
 several sections must agree on.
 """
 
+import math
 import string
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from storage.documents import TRAINING_MIX
 from storage.fields import Section
 from storage.formats import FormatName
 from storage.records import Precision
 from storage.scenario import Scenario, ScenarioText
+from storage.written_text import WrittenKind
 
 
 class Run(Section):
@@ -45,16 +48,39 @@ class PrepareParent(Section):
     )
 
 
+class WriteText(Section):
+    """Text that the parent itself writes, for sources of kind `written`; memory holds the whole parent."""
+
+    tokens: int = Field(98_304, ge=0, description="Tokens of texts, rounded up to whole batches of rows.")
+    chat_tokens: int = Field(32_768, ge=0, description="Tokens of chats, in the same way.")
+    rows: int = Field(32, ge=1, description="Rows of a batch, written at the same time.")
+    row_tokens: int = Field(
+        256, ge=8, description="Tokens of a row; a text that ends sooner is followed by another, the last one is cut."
+    )
+    temperature: float = Field(
+        1.0, gt=0, le=10, description="Logits are divided by it; text of lower ones reads better and teaches less."
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Only the likeliest tokens that hold this share of the probability are drawn."
+    )
+
+    def batches(self, kind: WrittenKind) -> int:
+        """Batches of rows that hold the tokens of a kind."""
+        return math.ceil((self.tokens if kind == "texts" else self.chat_tokens) / (self.rows * self.row_tokens))
+
+
 class CorpusSource(Section):
     """One ingredient of the corpus."""
 
-    kind: Literal["embedded", "hub", "files"] = Field(
-        "embedded", description="embedded docstrings, a hub data set, or files."
+    kind: Literal["embedded", "encyclopedia", "written", "hub", "files"] = Field(
+        "embedded",
+        description="embedded docstrings, an encyclopedia's summaries, texts that the parent wrote (with `messages`: "
+        "chats), a hub data set, or files.",
     )
     path: str | None = Field(
         None,
-        description="Hub id, or a local or s3:// path or glob of .parquet, .jsonl or .txt files (the last two also as "
-        ".gz or .zst); what exists under this name is no glob.",
+        description="Hub id, or a local or s3:// path or glob of .parquet, .jsonl, .json or .txt files (all but the "
+        "first also as .gz or .zst); what exists under this name is no glob.",
     )
     revision: str | None = Field(
         None, description="Hub revision (commit, tag); required for hub data sets, so that a rerun reads the same."
@@ -76,18 +102,32 @@ class CorpusSource(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.kind != "embedded" and not self.path:
+        if self.kind in ("hub", "files") and not self.path:
             raise ValueError(f"a source of kind {self.kind} needs `path`")
         if self.kind == "hub" and not self.revision:
             raise ValueError("a source of kind hub needs `revision`")
         return self
 
+    @property
+    def written_kind(self) -> WrittenKind:
+        """What it takes of the parent's text, where its kind is `written`."""
+        return "chats" if self.messages else "texts"
 
-class PrepareCorpus(Section):
-    """Packed token sequences in three splits that share no document and no long paragraph."""
+
+class CorpusDomain(Section):
+    """Text of another kind than the training mix, on which children are only evaluated."""
 
     sources: tuple[CorpusSource, ...] = Field(
-        (CorpusSource.model_construct(),), min_length=1, description="Ingredients, mixed by weight."
+        min_length=1, description="Ingredients, mixed by weight; none of them is in the training mix."
+    )
+    tokens: int = Field(16_384, ge=1, description="Tokens of the domain's split.")
+
+
+class PrepareCorpus(Section):
+    """Packed token sequences in splits that share no document and no long paragraph."""
+
+    sources: tuple[CorpusSource, ...] = Field(
+        (CorpusSource.model_construct(),), min_length=1, description="Ingredients of the training mix, by weight."
     )
     seq_len: int = Field(256, ge=8, description="Tokens per sequence; at most the parent's context.")
     train_tokens: int = Field(65_536, ge=1, description="Tokens of the train split (BLD, then GKD).")
@@ -95,6 +135,32 @@ class PrepareCorpus(Section):
         8_192, ge=1, description="Tokens of the calibration split (scores, BLD's held-out loss)."
     )
     validation_tokens: int = Field(16_384, ge=1, description="Tokens of the validation split (evaluation only).")
+    domains: dict[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,39}$")], CorpusDomain] = Field(
+        {},
+        description="Held-out domains by name, each a split of its own for evaluation; the validation split is the "
+        "domain `training`.",
+    )
+
+    @property
+    def written_kinds(self) -> list[WrittenKind]:
+        """What sources of the mix and of the domains take of the parent's own text, sorted."""
+        mixes = [self.sources, *(domain.sources for domain in self.domains.values())]
+        return sorted({source.written_kind for mix in mixes for source in mix if source.kind == "written"})
+
+    @model_validator(mode="after")
+    def _domains_are_held_out(self) -> Self:
+        training = {(source.kind, source.path) for source in self.sources}
+        for name, domain in self.domains.items():
+            if name == TRAINING_MIX:
+                raise ValueError(f"domains.{name}: the training mix has this name; choose another")
+            for source in domain.sources:
+                if (source.kind, source.path) in training:
+                    shown = " ".join(filter(None, (source.kind, source.path)))
+                    raise ValueError(
+                        f"domains.{name} must be held out, and its source {shown} is in `sources` too; "
+                        "take it out of one of them"
+                    )
+        return self
 
 
 class CacheActivations(Section):
@@ -126,8 +192,10 @@ class DistillBlocks(Section):
     fit_tokens: int = Field(
         32_768, ge=0, description="Train tokens of the closed-form start, before the first step; 0 skips it."
     )
-    tokens: int = Field(32_768, ge=1, description="Tokens that each variant's steps train on, once.")
-    variant_tokens: dict[str, Annotated[int, Field(ge=1)]] = Field(
+    tokens: int = Field(
+        32_768, ge=0, description="Tokens that each variant's steps train on, once; 0: the closed-form start is all."
+    )
+    variant_tokens: dict[str, Annotated[int, Field(ge=0)]] = Field(
         {}, description="Other numbers of tokens: kv_1, ffn_768, attention_linear, ..., whole (a span's block)."
     )
     sequences_per_step: int = Field(2, ge=1, description="Sequences in an optimizer step.")
@@ -166,6 +234,12 @@ class DistillBlocks(Section):
         (), description="Numbers of consecutive parent blocks that one child block may stand for."
     )
 
+    @model_validator(mode="after")
+    def _reads_tokens(self) -> Self:
+        if not self.used_tokens:
+            raise ValueError("give fit_tokens or tokens: BLD has nothing to learn from, and cannot rank FFN channels")
+        return self
+
     def tokens_of(self, variant: str) -> int:
         """Tokens of a variant's steps, by its name in the library."""
         return self.variant_tokens.get(variant, self.tokens)
@@ -189,9 +263,24 @@ class ScoreBlocks(Section):
     """Replace-1-block scores."""
 
     tokens: int = Field(2_048, ge=1, description="Calibration tokens for trained weights.")
-    initial_tokens: int = Field(1_024, ge=0, description="Calibration tokens for initial weights; 0 skips them.")
+    sequence_tokens: int | None = Field(
+        None, ge=8, description="The first tokens of each sequence, which are scored; null: the whole sequence."
+    )
+    initial_tokens: int = Field(
+        0, ge=0, description="The first of `tokens`, for initial weights (the baseline `untrained`); 0 skips them."
+    )
+    depth_tokens: int = Field(
+        0,
+        ge=0,
+        description="The first of `tokens`, for the joint KL of whole blocks that are removed one after the other (the "
+        "baseline `depth`); 0: `depth` goes by the scores of single blocks.",
+    )
     blocks_per_group: int = Field(3, ge=1, description="Blocks whose replacements go through the parent together.")
     sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
+
+    def length(self, seq_len: int) -> int:
+        """Tokens of a sequence that are scored, of the corpus's `seq_len`."""
+        return self.sequence_tokens or seq_len
 
 
 class MeasureCosts(Section):
@@ -252,6 +341,19 @@ class AssembleChild(Section):
     max_shard_gib: float = Field(4.0, gt=0, description="Largest safetensors file, GiB.")
 
 
+class RefineChild(Section):
+    """Correction of the whole assembled child in closed form."""
+
+    tokens: int = Field(
+        32_768, ge=0, description="Train tokens of the fits, the split's first ones; 0 leaves the child as assembled."
+    )
+    held_out_tokens: int = Field(
+        2_048,
+        ge=1,
+        description="Calibration tokens that choose the strength of each subblock's correction, from the split's end.",
+    )
+
+
 class ExportChild(Section):
     """The distilled child in the formats that stock runtimes load."""
 
@@ -271,9 +373,17 @@ class ExportParent(Section):
 
 
 class DistillChild(Section):
-    """Global knowledge distillation (GKD) of the assembled child."""
+    """Global knowledge distillation (GKD) of the corrected child."""
 
-    tokens: int = Field(32_768, ge=1, description="Fresh train tokens (behind those of BLD), each used once.")
+    tokens: int = Field(
+        32_768, ge=1, description="Fresh train tokens (behind those of BLD and of the correction), each used once."
+    )
+    teacher: Literal["auto", "cache", "live"] = Field(
+        "auto",
+        description="Where the parent's hidden states come from: cache, or live, the whole parent in memory, which "
+        "needs no cache of these tokens and a third more arithmetic. auto: live where all boundaries of the tokens "
+        "would take more than 4 GiB, or where a rolling cache does not keep those of the cosine loss.",
+    )
     sequences_per_step: int = Field(4, ge=1, description="Sequences in an optimizer step.")
     learning_rate: float = Field(3e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising learning rate; then cosine to 0.")
@@ -286,6 +396,11 @@ class DistillChild(Section):
     )
     checkpoint_steps: int = Field(
         8, ge=1, description="Steps from one held-out measurement and checkpoint to the next."
+    )
+    patience: int = Field(
+        5,
+        ge=0,
+        description="The training ends after so many held-out measurements in a row without a new lowest; 0: never.",
     )
 
 
@@ -334,16 +449,24 @@ class BenchmarkThroughput(Section):
 class EvaluateChild(Section):
     """Quality of the child on held-out tokens."""
 
-    tokens: int = Field(16_384, ge=1, description="Validation tokens for KL, perplexity and top-1 agreement.")
+    tokens: int = Field(
+        16_384,
+        ge=1,
+        description="Held-out tokens for KL, perplexity and top-1 agreement, of the validation split and of each "
+        "domain of prepare_corpus.domains; a domain with fewer is taken whole.",
+    )
     baseline_tokens: int = Field(
-        4_096, ge=0, description="The first of them: baselines are measured on these; 0: none."
+        4_096, ge=0, description="The first of the validation split: baselines are measured on these; 0: none."
+    )
+    domain_baseline_tokens: int = Field(
+        0, ge=0, description="The first of every other domain: baselines are measured on these too; 0: none."
     )
     sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
     export_tokens: int = Field(
         2_048,
         ge=0,
-        description="The first of them: every exported GGUF is compared with the child on these, in llama.cpp (needs "
-        "the extra llamacpp); 0: none.",
+        description="The first of the validation split: every exported GGUF is compared with the child on these, in "
+        "llama.cpp (needs the extra llamacpp); 0: none.",
     )
 
 

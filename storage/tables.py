@@ -176,6 +176,7 @@ _SCORE_COLUMNS = (
     _text("weights_hash", "hash"),
     _text("around", "'parent' or hash"),
     _count("sequence_shard", "shard index", 0),
+    _count("document", "document number", 0),
     _count("tokens", "tokens", 1),
     _number("kl", "nats/token", _SMALLEST_KL),
     _number("lm_loss", "nats/token", 0),

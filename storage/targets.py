@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from storage.fields import Best, Section
 from storage.metrics import METRICS, MetricName
-from storage.records import Precision, Runtime
+from storage.records import ChosenBy, Precision, Runtime
 from storage.scenario import ScenarioText
 from storage.variants import AttentionKind, FfnKind
 
@@ -109,6 +109,11 @@ class Target(Section):
 
     label: str = Field(min_length=1, max_length=80, description="The name that people see, e.g. 51B-like; one line.")
     constraints: dict[str, Constraint] = Field(min_length=1, description="The limits, by name.")
+    chosen_by: ChosenBy = Field(
+        "search",
+        description="What chooses the child's blocks: the search, or a baseline, which the later stages then heal as "
+        "they heal any child; to compare them at equal limits and tokens, give a second target the same constraints.",
+    )
     pins: tuple[Pin, ...] = Field((), description="Blocks that keep what they are.")
     allowed: Allowed = Field(
         default_factory=Allowed.model_construct, description="Kinds of variants that may be chosen."

@@ -1,8 +1,9 @@
 """Documents of text files and of data sets of the Hugging Face hub, row by row.
 
-In: a file (.parquet, .jsonl, .txt; the last two also as .gz or .zst) or the id of a data set, and the column that holds
-the text or the chat. Out: documents, streamed, so that only what is packed is read. Of a row only that column is read:
-what others hold, or how their types change, does not matter. Rows that give no document are counted in `SkippedRows`.
+In: a file (.parquet, .jsonl, .json, .txt; all but the first also as .gz or .zst) or the id of a data set, and the
+column that holds the text or the chat. Out: documents, streamed, so that only what is packed is read. Of a row only
+that column is read: what others hold, or how their types change, does not matter. A .json holds one list of rows, or a
+row a line as a .jsonl does. Rows that give no document are counted in `SkippedRows`.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ LOST_SHARE = 0.5
 reason."""
 
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
-_KINDS = (".parquet", ".jsonl", ".txt")
+_KINDS = (".parquet", ".jsonl", ".json", ".txt")
 _ROWS_BEFORE_CHECK = 1_000
 _MOST_REASONS = 8
 _NO_TEXT = "no text"
@@ -106,7 +107,7 @@ class SkippedRows:
 
 
 def file_kind(name: str) -> str:
-    """The suffix of a corpus file without that of its compression: .parquet, .jsonl or .txt.
+    """The suffix of a corpus file without that of its compression: .parquet, .jsonl, .json or .txt.
 
     Raises:
         InputError: another suffix.
@@ -116,7 +117,7 @@ def file_kind(name: str) -> str:
     if kind not in _KINDS or (kind == ".parquet" and suffixes[-1] != kind):
         ends = "".join(suffixes[-2:] if suffixes and suffixes[-1] in _CODECS else suffixes[-1:]) or "no suffix"
         raise InputError(
-            f"{name}: corpus files end in {', '.join(_KINDS)}, found {ends!r} (.jsonl and .txt may be compressed: "
+            f"{name}: corpus files end in {', '.join(_KINDS)}, found {ends!r} (all but .parquet may be compressed: "
             f"{', '.join(_CODECS)})"
         )
     return kind
@@ -125,7 +126,7 @@ def file_kind(name: str) -> str:
 def file_documents(
     file: Path, address: str, source: Source, columns: Columns, skipped: SkippedRows
 ) -> Iterator[Document]:
-    """Documents of a file: one for each row of .parquet and .jsonl; a .txt is cut into pages between paragraphs.
+    """Documents of a file: one for each row of .parquet, .jsonl and .json; a .txt is cut into pages at paragraphs.
 
     Args:
         file: local file; its name is no pattern.
@@ -198,7 +199,7 @@ def _is_read_here(file: str) -> bool:
 
 
 def _values(file: str, address: str, column: str) -> Iterator[Any]:
-    """Values of a column, one for each row of a .parquet or .jsonl; null where a row of .jsonl lacks it.
+    """Values of a column, one for each row of a .parquet, .jsonl or .json; null where a row of the last two lacks it.
 
     Args:
         file: a local path, or an address that fsspec opens.
@@ -210,7 +211,7 @@ def _values(file: str, address: str, column: str) -> Iterator[Any]:
             yield from _parquet_values(file, address, column)
         else:
             with _text_lines(file, _LINE_CHARS) as lines:
-                yield from _json_values(lines, address, column)
+                yield from _json_values(_json_rows(lines, address), address, column)
 
 
 def _parquet_values(file: str, address: str, column: str) -> Iterator[Any]:
@@ -224,18 +225,15 @@ def _parquet_values(file: str, address: str, column: str) -> Iterator[Any]:
             yield from batch.column(batch.schema.names.index(column)).to_pylist()
 
 
-def _json_values(lines: Iterable[str], address: str, column: str) -> Iterator[Any]:
-    """Values of lines of JSON.
+def _json_values(rows: Iterable[dict[str, Any]], address: str, column: str) -> Iterator[Any]:
+    """Values of rows of JSON.
 
     Raises:
-        InputError: a line is no JSON object, or no row has the column.
+        InputError: no row has the column.
     """
     rows_before, has_column = 0, False
     row: dict[str, Any] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        row = _json_object(line, f"{address} cannot be read (line {number}")
+    for row in rows:
         has_column |= column in row
         if has_column:
             yield from itertools.repeat(None, rows_before)
@@ -249,18 +247,48 @@ def _json_values(lines: Iterable[str], address: str, column: str) -> Iterator[An
         raise _no_column(address, column, row)
 
 
-def _json_object(line: str, problem: str) -> dict[str, Any]:
-    if len(line) == _LINE_CHARS:
+def _json_rows(lines: Iterator[str], address: str) -> Iterator[dict[str, Any]]:
+    """Rows of a text that is one list of them, or that has a row a line.
+
+    Raises:
+        InputError: a row is no JSON object, or a line or the list is too long.
+    """
+    for number, line in enumerate(lines, start=1):
+        if number == 1 and line.lstrip().startswith("["):
+            members = _parsed(_joined(itertools.chain([line], lines), address), f"{address} cannot be read (its list")
+            for index, member in enumerate(members):
+                yield _json_object(member, f"{address} cannot be read (member {index} of its list")
+        elif line.strip():
+            problem = f"{address} cannot be read (line {number}"
+            yield _json_object(_parsed(line, problem), problem)
+
+
+def _joined(lines: Iterable[str], address: str) -> str:
+    """The whole of a text that is held in memory."""
+    texts, length = [], 0
+    for line in lines:
+        texts.append(line)
+        length += len(line)
+        if length >= _LINE_CHARS:
+            raise InputError(f"{address} is one list of more than {_LINE_CHARS:,} characters; write one row a line")
+    return "".join(texts)
+
+
+def _parsed(text: str, problem: str) -> Any:
+    if len(text) == _LINE_CHARS:
         raise InputError(f"{problem} has more than {_LINE_CHARS:,} characters; write one row a line)")
     try:
         try:
-            row = json.loads(line)
+            return json.loads(text)
         except json.JSONDecodeError:
             raise
         except ValueError:  # an integer of more digits than Python reads
-            row = json.loads(line, parse_int=float)
+            return json.loads(text, parse_int=float)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{problem}: {_one_line(error)})") from error
+        raise InputError(f"{problem}: {_one_line(error)}); write one row a line, or one list of rows") from error
+
+
+def _json_object(row: Any, problem: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise InputError(f"{problem}: expected a JSON object, found {type(row).__name__})")
     return row

@@ -27,7 +27,6 @@ _MAX_BYTES = 40 << 20
 _MAX_TEMPLATE_BYTES = 1 << 20
 _TIMEOUT_S = 60.0
 _MAX_REASON = 300
-_MAX_REASON = 300
 
 
 def check_tokenizer(folder: Path, rebuild: str) -> None:
@@ -67,7 +66,8 @@ def _probe(path: Path, size: int, _changed_ns: int) -> None:
     advice = "save it anew with transformers"
     if size > _MAX_BYTES:
         raise InputError(f"{path} is larger than {_MAX_BYTES >> 20} MiB, which no tokenizer is; {advice}")
-    command = [sys.executable, "-P", str(Path(tokenizer_probe.__file__)), str(path)]
+    seconds, memory = tokenizer_probe.CPU_SECONDS, tokenizer_probe.MEMORY_BYTES
+    command = [sys.executable, "-P", str(Path(tokenizer_probe.__file__)), str(path), str(seconds), str(memory)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}
     try:
         ended = subprocess.run(
@@ -76,7 +76,7 @@ def _probe(path: Path, size: int, _changed_ns: int) -> None:
     except subprocess.TimeoutExpired:
         raise InputError(f"{path} takes the tokenizers library more than {_TIMEOUT_S:.0f} s; {advice}") from None
     if ended.returncode:
-        limits = f"{tokenizer_probe.CPU_SECONDS} s or {tokenizer_probe.MEMORY_BYTES >> 30} GiB"
+        limits = f"{seconds} s or {memory / 2**30:g} GiB"
         lines = ended.stderr.decode(errors="replace").splitlines()
         reason = lines[-1].partition(": ")[2][:_MAX_REASON] if ended.returncode == 1 and lines else ""
         raise InputError(f"{path} is not a tokenizer ({reason or f'reading it takes more than {limits}'}); {advice}")

@@ -20,9 +20,9 @@ _SAMPLE = (
 """Words as people write them, and runs on which the regular expressions that backtrack take forever."""
 
 
-def main(path: str) -> None:
+def main(path: str, cpu_seconds: int, memory_bytes: int) -> None:
     """Load the tokenizer and encode the sample; an error of the library is the last line of the traceback."""
-    for kind, limit in ((resource.RLIMIT_CPU, CPU_SECONDS), (resource.RLIMIT_AS, MEMORY_BYTES)):
+    for kind, limit in ((resource.RLIMIT_CPU, cpu_seconds), (resource.RLIMIT_AS, memory_bytes)):
         with contextlib.suppress(ValueError, OSError):  # macOS has no such limit on memory
             resource.setrlimit(kind, (limit, limit))
     tokenizer = Tokenizer.from_file(path)
@@ -31,4 +31,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

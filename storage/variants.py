@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from storage.files import InputError
+from storage.files import InputError, digest_of
 
 AttentionKind = Literal["gqa", "linear", "no_op"]
 FfnKind = Literal["gated", "linear", "no_op"]
@@ -97,6 +97,11 @@ class Architecture:
         covered = [index for block in self.blocks for index in block.parent_blocks]
         if covered != list(range(len(covered))) or not covered:
             raise InputError(f"an architecture must cover the parent's blocks once and in order, found {covered}")
+
+    @property
+    def digest(self) -> str:
+        """The architecture's content hash."""
+        return digest_of(self.to_json())
 
     def to_json(self) -> list[dict[str, Any]]:
         """The `blocks` list of architecture.json."""

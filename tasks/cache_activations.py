@@ -2,8 +2,8 @@
 
 In: the parent and the corpus. Run: `puzzle stage cache_activations`. The splits train and calibration keep all
 boundaries (for BLD and scores), in rolling mode the first, the last and those that params name. Validation keeps the
-last one only, from which the parent's logits come at evaluation. A shard goes through the parent block by block, so
-memory does not grow with depth.
+last one only, from which the parent's logits come at evaluation. Train sequences for which GKD's teacher runs live are
+left out. A shard goes through the parent block by block, so memory does not grow with depth.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from storage.activations import FORMAT_VERSION, REBUILD, shard_name, shard_path, write_shard
 from storage.code_digest import code_digest
-from storage.corpus import SplitName, read_manifest, read_sequences
+from storage.corpus import SPLITS, SplitName, read_manifest, read_sequences
 from storage.files import InputError, digest_of, sha256
 from storage.model_config import EMBEDDING
 from storage.params import Params
@@ -27,6 +27,7 @@ from tasks.puzzle.model.boundaries import boundaries
 from tasks.puzzle.model.device import prepare_compute
 from tasks.puzzle.search_space import parent_attention, parent_ffn
 from tasks.tensors.activations import STORED, read_tokens
+from tasks.tensors.teacher import cached_train_tokens
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,12 @@ def plan_shards(params: Params, paths: Paths) -> list[Shard]:
         "format": FORMAT_VERSION,
     }
     how, shards = digest_of(inputs), []
-    for split, facts in manifest.splits.items():
-        kept = _kept(split, params, parent)
-        for index, start in enumerate(range(0, facts.sequences, size)):
+    for split in SPLITS:
+        facts = manifest.splits[split]
+        kept, sequences = _kept(split, params, parent), facts.sequences
+        if split == "train":
+            sequences = -(-cached_train_tokens(params, parent.config, facts.tokens) // manifest.seq_len)
+        for index, start in enumerate(range(0, sequences, size)):
             stop = min(start + size, facts.sequences)
             tokens = read_sequences(paths.corpus, split, start, stop)
             content = digest_of([how, tokens.shape, digest_of(tokens.tobytes().hex())])

@@ -1,17 +1,19 @@
-"""distill_child: the assembled child + cached activations -> children/<target>/distilled/ and gkd.json (GKD).
+"""distill_child: the corrected child + the parent's states -> children/<target>/distilled/ and gkd.json (GKD).
 
-Targets come from the activation cache: the train sequences behind those that BLD used, each once; the cosine loss is
-taken at the boundaries that it keeps (rolling mode: the last one and those that params name). A step adds up the
-gradients of its sequences in their order, however many workers computed them. Every few steps the held-out KL is
-measured, and masters, moments, position and the best weights so far go to a checkpoint; a run that was killed goes on
-from it and ends with the bytes of one that was not.
+It trains on the train sequences behind those that BLD used, each once. The parent's hidden states come from the
+activation cache, and the cosine loss is taken at the boundaries that it keeps; or from the parent itself
+(tasks/tensors/teacher.py), at all of them. A step adds up the gradients of its sequences in their order, however many
+workers computed them. Every few steps the held-out KL is measured, and masters, moments, position and the best weights
+so far go to a checkpoint; a run that was killed goes on from it and ends with the bytes of one that was not. A loss or
+a gradient that is not finite ends the run before any weight changes.
 """
 
-import itertools
+import math
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 
 import torch
@@ -24,7 +26,7 @@ from tqdm import tqdm
 from storage.activations import REBUILD, BoundaryReader, shard_name
 from storage.checkpoints import Checkpoint, read_blocks
 from storage.code_digest import code_digest
-from storage.files import digest_of, write_whole
+from storage.files import InputError, digest_of, write_whole
 from storage.gkd import GkdCurve, GkdStep, HeldOutKl, write_gkd
 from storage.json_records import as_record
 from storage.params import Params
@@ -33,89 +35,199 @@ from storage.paths import Paths
 from storage.pieces import Pieces
 from storage.variants import Replacement
 from tasks.checkpoints.children import architecture_for, publish
-from tasks.puzzle.distill.gkd import Losses, LossWeights, States, TrainableChild, gradients, kl_to_parent
+from tasks.puzzle.distill.extrapolation import longer_training
+from tasks.puzzle.distill.gkd import (
+    Losses,
+    LossWeights,
+    States,
+    Teacher,
+    TrainableChild,
+    gradients,
+    kl_to_parent,
+    sick_part,
+)
 from tasks.puzzle.distill.optimizer import MasterWeights, Schedule
 from tasks.puzzle.model.blocks import Block
-from tasks.puzzle.model.device import prepare_compute
+from tasks.puzzle.model.device import Compute, prepare_compute
 from tasks.puzzle.model.head import Head
+from tasks.puzzle.search_space import parent_attention, parent_ffn
+from tasks.tensors.activations import read_tokens
+from tasks.tensors.teacher import teacher_is_live, tokens_before_gkd
 
 _STATE = "state"
+_LONGER = 10
+"""The multiple of the tokens for which gkd.json says what to expect."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The training at a held-out measurement, for people who watch: KL in nats/token, loss and norm of the last step.
+
+    The speed is that of this process, measurements included.
+    """
+
+    step: int
+    num_steps: int
+    kl: float
+    loss: float
+    gradient_norm: float
+    tokens_per_s: float
+    seconds_left: float
+
+
+Watch = Callable[[Measurement], None]
+"""What is called at every held-out measurement behind a step."""
+
+
+def _unwatched(_: Measurement) -> None:
+    """Show nothing."""
 
 
 @task(cache_policy=NO_CACHE)
-def distill(target: str, params: Params, paths: Paths) -> None:
+def distill(target: str, params: Params, paths: Paths, watch: Watch = _unwatched) -> None:
     """Train the child of `target` and publish its best weights.
 
     Raises:
-        InputError: the child was assembled for another parent.
+        InputError: the child was assembled for another parent, or the training does not stay finite.
     """
-    parent, settings = Parent(paths.parent), params.distill_child
+    parent = Parent(paths.parent)
     chosen = architecture_for(parent, target, paths)
     training = _Training(target, chosen.blocks, params, paths)
-    training.run()
+    training.run(watch)
     curve = training.curve
+    corrected = "corrected in closed form, " if params.refine_child.tokens else ""
     sentence = (
-        f"Weights: assembled from blockwise distilled variants, then globally distilled (GKD) on {settings.tokens:,} "
-        f"tokens; held-out KL {curve.held_out[0].kl:.3f} before, {curve.best.kl:.3f} after (nats/token)."
+        f"Weights: assembled from blockwise distilled variants, {corrected}then globally distilled (GKD) on "
+        f"{curve.best.tokens:,} tokens; held-out KL {curve.held_out[0].kl:.3f} before, {curve.best.kl:.3f} after "
+        "(nats/token)."
     )
     max_shard_gib = params.assemble_child.max_shard_gib
     publish(paths.distilled(target), chosen, parent, training.best_blocks(), sentence, max_shard_gib)
-    write_gkd(paths.gkd(target), curve)
+    measured = [(measurement.tokens, measurement.kl) for measurement in curve.held_out]
+    write_gkd(paths.gkd(target), replace(curve, modelled=longer_training(measured, _LONGER)))
     shutil.rmtree(paths.gkd_state(target))
+
+
+class _CachedStates:
+    """The parent's hidden states of a split's sequences, read from the activation cache."""
+
+    def __init__(self, split: str, boundaries: Sequence[int], compute: Compute, paths: Paths) -> None:
+        self._compute = compute
+        self._readers = {boundary: BoundaryReader(paths.activations, split, boundary) for boundary in boundaries}
+
+    def of(self, sequence: int) -> States:
+        """Return a function that reads a boundary of a sequence."""
+        return lambda boundary: self._readers[boundary].read([sequence]).to(*self._compute)
+
+    def digest(self, sequences: range) -> list[list[str]]:
+        """Checksums of all files that hold these sequences."""
+        return [reader.digest(sequences.start, sequences.stop) for reader in self._readers.values()]
+
+
+class _LiveStates:
+    """The parent's hidden states of train sequences, computed when they are asked for."""
+
+    def __init__(self, sequences: range, compute: Compute, paths: Paths) -> None:
+        self._parent, self._first = Parent(paths.parent), sequences.start
+        self._tokens, config = read_tokens(paths, "train", sequences), self._parent.config
+        variants = parent_attention(config), parent_ffn(config)
+        blocks = [Block.load(config, *variants, self._parent.block(i, *compute)) for i in range(config.num_blocks)]
+        embedding, _, _ = self._parent.outside(*compute)
+        self._teacher = Teacher(config, embedding, blocks)
+
+    def of(self, sequence: int) -> States:
+        """Compute all boundaries of a sequence."""
+        return self._teacher.states(self._tokens[sequence - self._first][None])
+
+    def digest(self, _: range) -> list[list[str]]:
+        """Digests of the parent and of all tokens."""
+        return [[self._parent.digest, digest_of(self._tokens.numpy().tobytes().hex())]]
 
 
 class _Training:
     """A child in training, the curve so far, and the checkpoints of both."""
 
     def __init__(self, target: str, replacements: Sequence[Replacement], params: Params, paths: Paths) -> None:
-        run, self._params, self._paths = params.run, params, paths
-        compute, parent = prepare_compute(run.device, run.dtype, run.threads), Parent(paths.parent)
-        assembled = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
-        config, variants = read_blocks(assembled)
-        blocks = [Block.load(config, *variant, assembled.block(i, *compute)) for i, variant in enumerate(variants)]
-        kept = Pieces(paths.activations, REBUILD).get(shard_name("train", 0))["facts"]["kept"]
-        ends = [replacement.parent_blocks.stop for replacement in replacements]
+        run, settings, self._params, parent = params.run, params.distill_child, params, Parent(paths.parent)
+        compute = prepare_compute(run.device, run.dtype, run.threads)
+        refined = Checkpoint(paths.refined(target), f"dvc repro refine_child@{target}")
+        config, variants = read_blocks(refined)
+        blocks = [Block.load(config, *variant, refined.block(i, *compute)) for i, variant in enumerate(variants)]
+        is_live, ends = teacher_is_live(params, parent.config), [block.parent_blocks.stop for block in replacements]
+        kept = ends if is_live else Pieces(paths.activations, REBUILD).get(shard_name("train", 0))["facts"]["kept"]
         self._child = TrainableChild(config, blocks, [end if end in kept else None for end in ends])
         _, norm, lm_head = parent.outside(*compute)
         self._head = Head(norm, lm_head, config.rms_norm_eps)
         self._groups = _steps(params)
-        settings = params.distill_child
         schedule = Schedule(len(self._groups), settings.learning_rate, settings.warmup, settings.weight_decay)
         self._masters = MasterWeights(self._child, schedule)
         self._best = self._weights()
         self._pieces = Pieces(paths.gkd_state(target), f"dvc repro distill_child@{target}")
+        trained = [sequence for group in self._groups for sequence in group]
+        sequences = range(min(trained), max(trained) + 1)
         boundaries = [0, *(end for end in self._child.ends if end is not None)]
-        self._readers = {}
-        for split, boundary in itertools.product(("train", "calibration"), boundaries):
-            self._readers[split, boundary] = BoundaryReader(paths.activations, split, boundary)
+        self._train: _LiveStates | _CachedStates
+        if is_live:
+            self._train = _LiveStates(sequences, compute, paths)
+        else:
+            self._train = _CachedStates("train", boundaries, compute, paths)
+        self._held_out = _CachedStates("calibration", [0, self._child.last], compute, paths)
         self._key = digest_of(
             {
-                "settings": settings.model_dump(),
+                "settings": settings.model_dump(exclude={"teacher"}),
                 "run": run.model_dump(exclude={"workers"}),
-                "child": assembled.checksums,
-                "activations": self._inputs(),
+                "child": refined.checksums,
+                "train": self._train.digest(sequences),
+                "held_out": self._held_out.digest(_held_out(params)),
                 "steps": self._groups,
                 "code": code_digest("tasks.distill_child:_Training"),
             }
         )
         self.curve = GkdCurve(target, (), (), 0)
 
-    def run(self) -> None:
-        """Train to the end, from the last checkpoint or from the start."""
+    def run(self, watch: Watch) -> None:
+        """Train to the end, from the last checkpoint or from the start.
+
+        Raises:
+            InputError: a loss or a gradient is not finite.
+        """
         self._resume()
-        every, total = self._params.distill_child.checkpoint_steps, len(self._groups)
+        every, total, first = self._params.distill_child.checkpoint_steps, len(self._groups), len(self.curve.steps)
         with ThreadPoolExecutor(self._params.run.workers) as pool:
             if not self.curve.held_out:
                 self._measure(pool)
-            progress = tqdm(self._groups, desc="distill", unit="step", initial=len(self.curve.steps), disable=None)
-            for group in self._groups[len(self.curve.steps) :]:
+            began = time.monotonic()
+            progress = tqdm(total=total, desc="distill", unit="step", initial=first, disable=None)
+            for group in self._groups[first:]:
+                if self._has_stalled:
+                    break
                 self._step(pool, group)
                 progress.update()
-                if len(self.curve.steps) % every == 0 or len(self.curve.steps) == total:
+                done = len(self.curve.steps)
+                if done % every == 0 or done == total:
                     self._measure(pool)
                     progress.set_postfix(kl=f"{self.curve.held_out[-1].kl:.3f}")
                     self._save()
+                    watch(self._measurement((time.monotonic() - began) / (done - first)))
             progress.close()
+
+    @property
+    def _has_stalled(self) -> bool:
+        """Whether the last measurements brought no new lowest KL, as many as params call enough."""
+        since_best = sum(measurement.step > self.curve.best_step for measurement in self.curve.held_out)
+        return 0 < self._params.distill_child.patience <= since_best
+
+    def _measurement(self, step_seconds: float) -> Measurement:
+        last, num_steps = self.curve.steps[-1], len(self._groups)
+        return Measurement(
+            step=last.step,
+            num_steps=num_steps,
+            kl=self.curve.held_out[-1].kl,
+            loss=last.loss,
+            gradient_norm=last.gradient_norm,
+            tokens_per_s=last.tokens / last.step / step_seconds,
+            seconds_left=0.0 if self._has_stalled else step_seconds * (num_steps - last.step),
+        )
 
     def best_blocks(self) -> Iterator[dict[str, Tensor]]:
         """Tensors of each block at the best measurement, named as within a Llama layer."""
@@ -124,17 +236,19 @@ class _Training:
             yield {name.removeprefix(prefix): tensor for name, tensor in self._best.items() if name.startswith(prefix)}
 
     def _step(self, pool: Executor, group: list[int]) -> None:
-        rate = self._masters.rate
+        settings, rate, number = self._params.distill_child, self._masters.rate, len(self.curve.steps) + 1
         total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self._masters.narrow]
         losses = []
         for sequence_gradients, loss in pool.map(self._gradients, group):
             torch._foreach_add_(total, sequence_gradients, alpha=1 / len(group))
             losses.append(loss)
         norm = float(torch.nn.utils.get_total_norm(total))
-        if norm > self._params.distill_child.clip_norm:
-            torch._foreach_mul_(total, self._params.distill_child.clip_norm / norm)
+        names = (name for name, _ in self._child.named_parameters())
+        if sick := sick_part(losses, norm, zip(names, total, strict=True)):
+            self._stop(number, sick)
+        if norm > settings.clip_norm:
+            torch._foreach_mul_(total, settings.clip_norm / norm)
         self._masters.apply(total)
-        number = len(self.curve.steps) + 1
         step = GkdStep(
             step=number,
             tokens=number * len(group) * self._params.prepare_corpus.seq_len,
@@ -142,15 +256,32 @@ class _Training:
             kl=fmean(loss.kl for loss in losses),
             cosine=fmean(loss.cosine for loss in losses),
             learning_rate=rate,
+            gradient_norm=norm,
         )
         self.curve = replace(self.curve, steps=(*self.curve.steps, step))
+
+    def _stop(self, step: int, sick: str) -> None:
+        """End a training that is not finite; the weights of the last healthy step go to the checkpoint.
+
+        Raises:
+            InputError: always.
+        """
+        if self.curve.steps:
+            self._save()
+        settings, target = self._params.distill_child, self.curve.target
+        raise InputError(
+            f"distill_child@{target} stopped at step {step} of {len(self._groups)}: {sick}; lower "
+            f"distill_child.learning_rate ({settings.learning_rate:g}) or, with run.dtype bfloat16, set float32, and "
+            f"run `dvc repro distill_child@{target}` (the checkpoint is that of step {len(self.curve.steps)}, and an "
+            "earlier child stays)"
+        )
 
     def _gradients(self, sequence: int) -> tuple[list[Tensor], Losses]:
         """Gradients and losses of one sequence; runs on a worker's thread."""
         settings, run = self._params.distill_child, self._params.run
         prepare_compute(run.device, run.dtype, run.threads)
         weights = LossWeights(settings.kl_weight, settings.cosine_weight)
-        return gradients(self._child, self._states("train", sequence), self._head, weights)
+        return gradients(self._child, self._train.of(sequence), self._head, weights)
 
     def _measure(self, pool: Executor) -> None:
         """Measure the held-out KL, and keep the weights if it is the lowest so far."""
@@ -158,9 +289,11 @@ class _Training:
 
         def sequence_kl(sequence: int) -> float:
             prepare_compute(run.device, run.dtype, run.threads)
-            return kl_to_parent(self._child, self._states("calibration", sequence), self._head)
+            return kl_to_parent(self._child, self._held_out.of(sequence), self._head)
 
         kl, done = fmean(pool.map(sequence_kl, _held_out(self._params))), len(self.curve.steps)
+        if not math.isfinite(kl):
+            self._stop(done, f"the held-out KL behind it is {kl}")
         is_best = not self.curve.held_out or kl < self.curve.best.kl
         if is_best:
             self._best = self._weights()
@@ -170,16 +303,6 @@ class _Training:
             held_out=(*self.curve.held_out, measurement),
             best_step=done if is_best else self.curve.best_step,
         )
-
-    def _states(self, split: str, sequence: int) -> States:
-        device, narrow = self._head.weight.device, self._head.weight.dtype
-        return lambda boundary: self._readers[split, boundary].read([sequence]).to(device, narrow)
-
-    def _inputs(self) -> list[list[str]]:
-        """Checksums of all cached activations that the training and its measurements read."""
-        trained = [sequence for group in self._groups for sequence in group]
-        read = {"train": range(min(trained), max(trained) + 1), "calibration": _held_out(self._params)}
-        return [reader.digest(read[split].start, read[split].stop) for (split, _), reader in self._readers.items()]
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self._child.named_parameters()}
@@ -206,9 +329,9 @@ class _Training:
 
 
 def _steps(params: Params) -> list[list[int]]:
-    """Train sequences of each step: those behind BLD's in the split, in a seeded order, each used once."""
+    """Train sequences of each step: those behind BLD's and the correction's, in a seeded order, each used once."""
     settings, seq_len = params.distill_child, params.prepare_corpus.seq_len
-    first = params.distill_blocks.used_tokens // seq_len
+    first = tokens_before_gkd(params) // seq_len
     generator = torch.Generator().manual_seed(params.run.seed)
     order = (first + torch.randperm(settings.tokens // seq_len, generator=generator)).tolist()
     size = settings.sequences_per_step

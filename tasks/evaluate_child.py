@@ -1,13 +1,15 @@
 """evaluate_child: measured quality of parent and child, and the predicted and the measured value of every limit.
 
-In: children, baselines, cached hidden states, and the speeds that benchmark_throughput measured (this stage reads no
-clock). Out: children/<target>/evaluation.json (for people and the report) and evaluation.parquet (a row per model and
-sequence, for paired comparisons). Run: `puzzle stage evaluate_child --target TARGET`.
+In: children, baselines, the corpus and the parent's cached hidden states, and the speeds that benchmark_throughput
+measured (this stage reads no clock). Out: children/<target>/evaluation.json (for people and the report) and
+evaluation.parquet (a row per domain, model and sequence, for paired comparisons). Quality is measured on held-out text
+of every domain of the corpus: of the training's own, `validation`, and of those that no stage trains on.
+Run: `puzzle stage evaluate_child --target TARGET`.
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,117 +17,165 @@ import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
-from torch.nn import functional
 
 from storage.activations import BoundaryReader
 from storage.architecture import read_architecture, read_baselines
 from storage.checkpoints import Checkpoint, read_blocks
-from storage.corpus import read_sequences
-from storage.evaluation import BaselineQuality, Evaluation, ExportQuality, Exports, MeasuredLimit, PredictedScore
+from storage.corpus import SPLITS, Manifest, domain_split, read_documents, read_manifest, read_sequences
+from storage.documents import TRAINING_MIX
+from storage.evaluation import (
+    CHILD_STATES,
+    BaselineQuality,
+    DomainQuality,
+    Evaluation,
+    Exports,
+    MeasuredLimit,
+    ModelName,
+    PredictedScore,
+)
 from storage.evaluation import write_evaluation as write_evaluation_json
+from storage.formats import FormatName
 from storage.library import Library
 from storage.params import Params
 from storage.parent import Parent
 from storage.parquet_files import write_table
 from storage.paths import Paths
+from storage.records import Weights
 from storage.tables import read_throughput
 from storage.variants import Replacement
-from tasks.checkpoints.export_quality import export_quality, last_hidden
-from tasks.checkpoints.gguf_files import GgufFile, gguf_files, whole
-from tasks.puzzle.model.blocks import Block
+from tasks.checkpoints.export_quality import ExportedSequences, compare_files, export_quality, last_hidden
+from tasks.checkpoints.gguf_files import exported_ggufs
+from tasks.puzzle.model.boundaries import advance, embed
 from tasks.puzzle.model.device import Compute, prepare_compute
 from tasks.puzzle.model.head import Head, compare_with_parent
-from tasks.puzzle.model.rotary import rotary_for
 from tasks.puzzle.quality.evaluation import SequenceQuality, paired_difference, per_sequence, summarise
-from tasks.puzzle.search_space import parent_attention
+from tasks.puzzle.search_space import parent_attention, parent_blocks
 from tasks.targets.measured import Counted, count, measured_speed, measured_value, speed_ratios
 from tasks.tensors.replacements import ReplacementWeights
 
 Qualities = dict[str, list[SequenceQuality]]
-"""Quality of every sequence of a batch, by name of the model."""
+"""Quality of every sequence, by name of the model."""
 Streams = dict[str, Tensor]
 """Hidden states of a batch, [sequences, tokens, hidden], by name of the model."""
-_MODELS = ("parent", "assembled", "distilled")
+_MODELS: tuple[ModelName, ...] = ("parent", *CHILD_STATES)
 """The models that are no baselines."""
+_EXPORT_BATCH = 2
+"""Sequences that exported files are compared on at once."""
 
 
-def plan_batches(params: Params) -> list[range]:
-    """Validation sequences of each batch; a batch is measured on all baselines or on none."""
-    settings, seq_len = params.evaluate_child, params.prepare_corpus.seq_len
-    with_baselines, total = settings.baseline_tokens // seq_len, settings.tokens // seq_len
-    size = settings.sequences_per_batch
+@dataclass(frozen=True)
+class Batch:
+    """Held-out sequences of a domain that go through all models together, through baselines as well or not."""
+
+    domain: str
+    sequences: range
+    has_baselines: bool
+
+
+@dataclass(frozen=True)
+class MeasuredBatch:
+    """The document and the qualities of each sequence of a domain's batch."""
+
+    domain: str
+    documents: list[int]
+    qualities: Qualities
+
+
+@dataclass(frozen=True)
+class _Composed:
+    """A model made of parts of parent and library, without a checkpoint of its own."""
+
+    blocks: Sequence[Replacement]
+    weights: Weights
+
+
+def plan_batches(params: Params, paths: Paths) -> list[Batch]:
+    """Sequences of each batch, domain by domain; a batch is measured on all baselines or on none.
+
+    A domain that no stage trains on is taken whole where it has fewer tokens than params ask for.
+    """
+    settings, manifest = params.evaluate_child, read_manifest(paths.corpus)
     batches = []
-    for first, stop in ((0, with_baselines), (with_baselines, total)):
-        batches += [range(start, min(start + size, stop)) for start in range(first, stop, size)]
+    for domain, split in _splits(manifest).items():
+        total, with_baselines = settings.tokens // manifest.seq_len, settings.baseline_tokens // manifest.seq_len
+        if domain != TRAINING_MIX:
+            total = min(total, manifest.splits[split].sequences)
+            with_baselines = min(settings.domain_baseline_tokens // manifest.seq_len, total)
+        for first, stop in ((0, with_baselines), (with_baselines, total)):
+            for start in range(first, stop, settings.sequences_per_batch):
+                sequences = range(start, min(start + settings.sequences_per_batch, stop))
+                batches.append(Batch(domain, sequences, has_baselines=stop == with_baselines))
     return batches
 
 
-@task(cache_policy=NO_CACHE)
-def measure_quality(sequences: range, target: str, params: Params, paths: Paths) -> Qualities:
-    """Compare children and baselines with the parent on validation sequences.
+def _splits(manifest: Manifest) -> dict[str, str]:
+    """Domain -> its held-out split, the training's own first."""
+    others = {split.removeprefix(domain_split("")): split for split in manifest.splits if split not in SPLITS}
+    return {TRAINING_MIX: "validation", **others}
 
-    The parent's logits are computed from its cached last hidden states.
+
+@task(cache_policy=NO_CACHE)
+def measure_quality(batch: Batch, target: str, params: Params, paths: Paths) -> MeasuredBatch:
+    """Compare children and baselines with the parent on a batch of held-out sequences.
+
+    The parent's logits are computed from its last hidden states, which are cached on the training's own domain only.
     """
     run, parent = params.run, Parent(paths.parent)
     compute = prepare_compute(run.device, run.dtype, run.threads)
-    tokens = torch.from_numpy(read_sequences(paths.corpus, "validation", sequences[0], sequences[-1] + 1)).long()
-    reader = BoundaryReader(paths.activations, "validation", parent.config.num_blocks)
-    last = reader.read(sequences).to(*compute)
-    models: Streams = {"parent": last}
-    for name, folder in (("assembled", paths.assembled(target)), ("distilled", paths.distilled(target))):
-        rebuild = f"dvc repro {'assemble' if name == 'assembled' else 'distill'}_child@{target}"
-        models[name] = last_hidden(Checkpoint(folder, rebuild), tokens, compute, len(tokens))
-    if sequences[0] < params.evaluate_child.baseline_tokens // params.prepare_corpus.seq_len:
-        models |= _baselines(target, tokens, compute, paths)
+    split = _splits(read_manifest(paths.corpus))[batch.domain]
+    first, stop = batch.sequences.start, batch.sequences.stop
+    tokens = torch.from_numpy(read_sequences(paths.corpus, split, first, stop)).long()
+    composed = _baselines(target, paths) if batch.has_baselines else {}
+    models: Streams = {}
+    if batch.domain == TRAINING_MIX:
+        reader = BoundaryReader(paths.activations, "validation", parent.config.num_blocks)
+        models["parent"] = reader.read(batch.sequences).to(*compute)
+    else:
+        composed = {"parent": _Composed(parent_blocks(parent.config), "decoupled"), **composed}
+    models |= _last_states(composed, tokens, compute, paths)
+    for name, checkpoint in _checkpoints(target, paths).items():
+        models[name] = last_hidden(checkpoint, tokens, compute, len(tokens))
     _, norm, lm_head = parent.outside(*compute)
     with torch.inference_mode():
         head = Head(norm, lm_head, parent.config.rms_norm_eps)
-        losses = compare_with_parent(head, tokens.to(compute.device), last, list(models.values()))
-    return {name: per_sequence(token_losses) for name, token_losses in zip(models, losses, strict=True)}
+        losses = compare_with_parent(head, tokens.to(compute.device), models["parent"], list(models.values()))
+    qualities = {name: per_sequence(token_losses) for name, token_losses in zip(models, losses, strict=True)}
+    return MeasuredBatch(batch.domain, read_documents(paths.corpus, split, first, stop).tolist(), qualities)
 
 
-def exported_files(target: str, params: Params, paths: Paths) -> list[GgufFile]:
-    """The child's GGUF files; none where params ask for no tokens to compare on."""
-    files = gguf_files(target, paths.exports(target)) if params.evaluate_child.export_tokens else {}
-    return [GgufFile(target, export_format, path) for export_format, path in files.items()]
+def _checkpoints(target: str, paths: Paths) -> dict[str, Checkpoint]:
+    """The child's checkpoints, in the order in which they were made."""
+    return {
+        "assembled": Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}"),
+        "refined": Checkpoint(paths.refined(target), f"dvc repro refine_child@{target}"),
+        "distilled": Checkpoint(paths.distilled(target), f"dvc repro distill_child@{target}"),
+    }
 
 
-@task(cache_policy=NO_CACHE)
-def measure_export(file: GgufFile, params: Params, paths: Paths) -> tuple[str, ExportQuality]:
-    """Measure how far an exported GGUF is from the distilled child, as llama.cpp computes it.
-
-    Returns:
-        The file's format and its quality.
-
-    Raises:
-        InputError: llama.cpp is not installed, a file is missing or damaged.
-    """
-    sequences = params.evaluate_child.export_tokens // params.prepare_corpus.seq_len
-    tokens = torch.from_numpy(read_sequences(paths.corpus, "validation", 0, sequences)).long()
-    child = Checkpoint(paths.distilled(file.name), f"dvc repro distill_child@{file.name}")
-    return file.format, export_quality(whole(file), child, tokens, params.run)
+def _baselines(target: str, paths: Paths) -> dict[str, _Composed]:
+    """Every baseline that exists under the target's limits."""
+    return {
+        name: _Composed(baseline.blocks, baseline.weights)
+        for name, baseline in read_baselines(target, paths).items()
+        if baseline.blocks
+    }
 
 
-def _baselines(target: str, tokens: Tensor, compute: Compute, paths: Paths) -> Streams:
-    """Last hidden states of every baseline that exists under the target's limits.
-
-    All of them go through the parent's blocks together, so that each block is read once.
-    """
+def _last_states(models: Mapping[str, _Composed], tokens: Tensor, compute: Compute, paths: Paths) -> Streams:
+    """Hidden states before the final norm; all models go through the parent's blocks together, each read once."""
     parent, library = Parent(paths.parent), Library(paths.library)
     config = parent.config
-    baselines = {name: choice for name, choice in read_baselines(target, paths).items() if choice.blocks}
     embedding, _, _ = parent.outside(*compute)
-    streams = dict.fromkeys(baselines, functional.embedding(tokens.to(compute.device), embedding))
+    streams = dict.fromkeys(models, embed(embedding, tokens))
     for index in range(config.num_blocks):
         weights = ReplacementWeights(parent, library, *compute)
-        for name, baseline in baselines.items():
-            replacement = _starting_at(index, baseline.blocks or ())
+        for name, model in models.items():
+            replacement = _starting_at(index, model.blocks)
             if replacement is None:  # the index is inside a span
                 continue
-            tensors = weights.tensors(replacement, baseline.weights)
-            block = Block.load(config, replacement.attention, replacement.ffn, tensors)
-            with torch.inference_mode():
-                streams[name] = block(streams[name], rotary_for(config, tokens.shape[1], streams[name]))
+            tensors = weights.tensors(replacement, model.weights)
+            block = replacement.attention, replacement.ffn, tensors
+            streams[name] = advance(config, block, streams[name], len(tokens))
     return streams
 
 
@@ -133,19 +183,47 @@ def _starting_at(block_index: int, blocks: Sequence[Replacement]) -> Replacement
     return next((block for block in blocks if block.first_block == block_index), None)
 
 
+def exported_files(target: str, params: Params, paths: Paths) -> dict[FormatName, Path]:
+    """The child's GGUF files by format, whole; none where params ask for no tokens to compare on.
+
+    Raises:
+        InputError: a file that was exported is missing.
+        DamagedFileError: one is not as it was exported.
+    """
+    return exported_ggufs(target, paths.exports(target)) if params.evaluate_child.export_tokens else {}
+
+
+def plan_exports(files: Mapping[FormatName, Path], params: Params) -> list[range]:
+    """Validation sequences of each batch that exported files are compared on; none without files."""
+    total = params.evaluate_child.export_tokens // params.prepare_corpus.seq_len if files else 0
+    return [range(start, min(start + _EXPORT_BATCH, total)) for start in range(0, total, _EXPORT_BATCH)]
+
+
+@task(cache_policy=NO_CACHE)
+def measure_exports(
+    sequences: range, files: Mapping[FormatName, Path], target: str, params: Params, paths: Paths
+) -> ExportedSequences:
+    """Measure how far the exported GGUFs are from the distilled child, as llama.cpp computes them.
+
+    Raises:
+        InputError: llama.cpp is not installed, or it does not load a file.
+    """
+    tokens = torch.from_numpy(read_sequences(paths.corpus, "validation", sequences.start, sequences.stop)).long()
+    return compare_files(files, _checkpoints(target, paths)["distilled"], tokens, params.run)
+
+
 @task(cache_policy=NO_CACHE)
 def write_evaluation(
     target: str,
-    batches: list[Qualities],
-    exports: Sequence[tuple[str, ExportQuality]],
+    batches: Sequence[MeasuredBatch],
+    exported: Sequence[ExportedSequences],
     params: Params,
     paths: Paths,
 ) -> None:
     """Join the batches and write evaluation.parquet and evaluation.json, with the quality of the exports."""
-    models = {}
-    for name in batches[0]:
-        models[name] = list(itertools.chain.from_iterable(batch.get(name, []) for batch in batches))
-    _write_sequences(models, paths.evaluation(target).with_suffix(".parquet"))
+    domains = dict.fromkeys(batch.domain for batch in batches)
+    joined = {domain: _joined(domain, batches) for domain in domains}
+    _write_sequences(joined.values(), paths.evaluation(target).with_suffix(".parquet"))
     chosen = read_architecture(target, paths)
     timed = read_throughput(paths.throughput(target))
     counted = _count(target, paths)
@@ -153,18 +231,8 @@ def write_evaluation(
     evaluation = Evaluation(
         target=target,
         label=chosen.label,
-        tokens=params.evaluate_child.tokens,
-        sequences=len(models["parent"]),
-        parent=summarise(models["parent"]),
-        assembled=summarise(models["assembled"]),
-        distilled=summarise(models["distilled"]),
-        baselines={name: _baseline_quality(models[name]) for name in models if name not in _MODELS},
-        paired={
-            name: paired_difference(sequences, models["assembled"])
-            for name, sequences in models.items()
-            if name not in ("parent", "assembled")
-        },
-        exports=Exports(params.evaluate_child.export_tokens, dict(exports)),
+        domains={domain: _domain_quality(measured, params) for domain, measured in joined.items()},
+        exports=_exports(exported, joined[TRAINING_MIX].documents, params),
         predicted=PredictedScore(chosen.predicted.score, chosen.predicted.score_stderr),
         constraints=tuple(
             MeasuredLimit.from_limit(limit, measured_value(limit, counted, timed)) for limit in chosen.constraints
@@ -175,13 +243,56 @@ def write_evaluation(
     write_evaluation_json(paths.evaluation(target), evaluation)
 
 
-def _write_sequences(models: Qualities, path: Path) -> None:
-    """Write evaluation.parquet, a row for each model and sequence."""
-    rows = [
-        {"model": name, "sequence": index, **asdict(quality)}
-        for name, sequences in models.items()
-        for index, quality in enumerate(sequences)
-    ]
+def _joined(domain: str, batches: Sequence[MeasuredBatch]) -> MeasuredBatch:
+    """All sequences of a domain, in order; baselines have the first ones only."""
+    parts = [batch for batch in batches if batch.domain == domain]
+    qualities: Qualities = {}
+    for name in (*_MODELS, *(name for name in parts[0].qualities if name not in _MODELS)):
+        qualities[name] = list(itertools.chain.from_iterable(part.qualities.get(name, ()) for part in parts))
+    documents = list(itertools.chain.from_iterable(part.documents for part in parts))
+    return MeasuredBatch(domain, documents, qualities)
+
+
+def _domain_quality(measured: MeasuredBatch, params: Params) -> DomainQuality:
+    models, documents = measured.qualities, measured.documents
+    parent, assembled, refined, distilled = (summarise(models[name], documents) for name in _MODELS)
+    return DomainQuality(
+        tokens=len(documents) * params.prepare_corpus.seq_len,
+        sequences=len(documents),
+        documents=len(set(documents)),
+        parent=parent,
+        assembled=assembled,
+        refined=refined,
+        distilled=distilled,
+        baselines={name: _baseline_quality(models[name], documents) for name in models if name not in _MODELS},
+        paired={
+            name: paired_difference(sequences, models["assembled"], documents)
+            for name, sequences in models.items()
+            if name not in ("parent", "assembled")
+        },
+    )
+
+
+def _baseline_quality(sequences: Sequence[SequenceQuality], documents: Sequence[int]) -> BaselineQuality:
+    own = documents[: len(sequences)]
+    return BaselineQuality(**asdict(summarise(sequences, own)), sequences=len(own), documents=len(set(own)))
+
+
+def _exports(exported: Sequence[ExportedSequences], documents: Sequence[int], params: Params) -> Exports:
+    """Quality of each exported file; `documents` has the documents of the domain that they were compared on."""
+    own = documents[: sum(len(part.in_torch) for part in exported)]
+    formats = {name: export_quality(name, exported, own) for name in (exported[0].files if exported else ())}
+    return Exports(len(own) * params.prepare_corpus.seq_len, len(set(own)), formats)
+
+
+def _write_sequences(domains: Iterable[MeasuredBatch], path: Path) -> None:
+    """Write evaluation.parquet, a row for each domain, model and sequence."""
+    rows = []
+    for measured in domains:
+        for name, sequences in measured.qualities.items():
+            for index, (document, quality) in enumerate(zip(measured.documents, sequences, strict=False)):
+                place = {"domain": measured.domain, "model": name, "sequence": index, "document": document}
+                rows.append({**place, **asdict(quality)})
     write_table(path, pa.Table.from_pylist(rows))
 
 
@@ -194,7 +305,3 @@ def _count(target: str, paths: Paths) -> dict[str, Counted]:
         "parent": count(parent.checkpoint, parent.config, attention),
         "assembled": count(child, config, [variant for variant, _ in blocks]),
     }
-
-
-def _baseline_quality(sequences: Sequence[SequenceQuality]) -> BaselineQuality:
-    return BaselineQuality(**asdict(summarise(sequences)), sequences=len(sequences))

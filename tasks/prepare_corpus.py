@@ -1,7 +1,8 @@
-"""prepare_corpus: text in, packed token sequences out (artifacts/corpus: three splits and a manifest).
+"""prepare_corpus: text in, packed token sequences out (artifacts/corpus: a file for each split, and a manifest).
 
-It reads the tokenizer and puzzle_parent.json of artifacts/parent and the sources that params.yaml names. An existing
-corpus with the same key, and with every byte as written, is kept.
+It reads the tokenizer and puzzle_parent.json of artifacts/parent and the sources that params.yaml names. Held-out
+domains are packed first, then validation, calibration and train, so that a longer train split changes nothing in the
+others. An existing corpus with the same key, and with every byte as written, is kept.
 """
 
 import importlib.metadata
@@ -9,7 +10,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 from jinja2.exceptions import TemplateError
@@ -25,14 +25,16 @@ from storage.corpus import (
     Split,
     SplitName,
     content_hash,
+    domain_split,
     drop_manifest,
     read_manifest,
     split_path,
     write_manifest,
     write_split,
 )
-from storage.documents import PAGE_CHARS, Document, Message, Source, order_key
+from storage.documents import PAGE_CHARS, TRAINING_MIX, Document, Message, Source, order_key
 from storage.embedded_corpus import embedded_documents, embedded_versions
+from storage.encyclopedia import encyclopedia_documents, encyclopedia_version
 from storage.files import InputError, digest_of, sha256, verify
 from storage.params import Params
 from storage.parent import Parent
@@ -41,23 +43,21 @@ from storage.paths import Paths
 from storage.remote import expand, fetch, fingerprint
 from storage.sections import CorpusSource, PrepareCorpus
 from storage.text_datasets import Columns, HubDataset, SkippedRows, file_documents, file_kind, hub_documents
-from storage.tokenizer import load_tokenizer
-from tasks.puzzle.corpus.packing import Feed, Packer
+from storage.tokenizer import (
+    added_bos,
+    chat_template,
+    document_separator,
+    load_tokenizer,
+    tokenizer_digest,
+    tokenizer_errors,
+)
+from storage.written_text import written_files
+from tasks.puzzle.corpus.packing import Feed, Packer, SplitPlan
 from tasks.puzzle.corpus.repeats import LONG_CHARS
 
-_FILL_ORDER: tuple[SplitName, ...] = ("validation", "calibration", "train")
-_DOCUMENT_END = "<|endoftext|>"
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-)
-_A_DAY = date(2024, 7, 26)  # templates that print the day (Llama 3.2, Mistral) must print the same one in every run
-_DIRECTIVES = "YmdbBaAjyHMS"
+_TRAINING_PLANS: tuple[tuple[SplitName, int | None], ...] = (("validation", 4), ("calibration", 3), ("train", None))
+"""Splits of the training mix in the order of packing. Validation takes every fourth document, calibration every third
+of the others: of a source of a dozen books each split has some, and at most half of any source is held out."""
 _USUAL_ROLES = ("system", "user", "assistant")
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
 """What a chat template raises: on purpose, or where a message is not as it expects."""
@@ -67,7 +67,9 @@ _NOTES = (
     f"reference, or of one package's description, of about {PAGE_CHARS} characters; .txt files are cut the same way.",
     f"No document and no paragraph longer than {LONG_CHARS} characters (white space aside) occurs twice, so none is in "
     "two splits; the marks of a chat template do not count as text.",
-    "A document that a split's end cuts is not continued in another split.",
+    "Outside of train, a sequence begins with a document and a document gives one sequence, short ones are followed by "
+    "others; where a source has no more documents for a split, those that it has go on. Train is packed without gaps.",
+    "A document that is cut in one split is not continued in another.",
 )
 
 
@@ -82,6 +84,9 @@ class _VersionedSource:
     @property
     def source(self) -> Source:
         """The source's name in the manifest."""
+        if self.params.kind == "written":
+            name = f"{self.params.written_kind} that the parent wrote (write_text)"
+            return Source(name, self.version, "the parent's")
         parts = (self.params.path, self.params.subset, self.params.split if self.params.kind == "hub" else None)
         name = "/".join(part for part in parts if part) or self.params.kind
         return Source(name, self.version, self.params.licence or "not stated")
@@ -105,21 +110,22 @@ def pack_corpus(params: Params, paths: Paths) -> Path:
     parent = Parent(paths.parent)
     parent.checkpoint.verify_files()  # the tokenizer's among them
     _check_context(parent, section.seq_len)
-    sources = [_versioned(source) for source in section.sources]
-    tokenizer_digest = _tokenizer_digest(paths.parent)
-    key = _key(section, params.run.seed, tokenizer_digest, sources)
+    mixes = _mixes(section, paths)
+    tokenizer_version = tokenizer_digest(paths.parent)
+    key = _key(section, params.run.seed, tokenizer_version, mixes)
     if _is_done(paths.corpus, key):
         return paths.corpus
     building = paths.corpus.with_name(f".{paths.corpus.name}.building")
     shutil.rmtree(building, ignore_errors=True)  # a killed run's
+    sources = [source for mix in mixes.values() for source in mix]
     skipped = {source.source: SkippedRows(source.source.name) for source in sources}
     try:
-        tokenizer = _Tokenizer(parent, skipped, for_chats=any(source.messages for source in section.sources))
-        packer = _packer(section, params.run.seed, sources, tokenizer, building)
-        splits = _write_splits(building, packer, section.seq_len, skipped)
+        tokenizer = _Tokenizer(parent, skipped, for_chats=any(source.params.messages for source in sources))
+        packer = _packer(section, params.run.seed, mixes, tokenizer, building)
+        splits = _write_splits(building, packer, section, skipped)
         ingredients = [
-            Ingredient(source.name, source.version, source.licence, packer.documents_of[source], tokens)
-            for source, tokens in sorted(packer.tokens_of.items())
+            Ingredient(mix, source.name, source.version, source.licence, packer.documents_of[mix, source], tokens)
+            for (mix, source), tokens in sorted(packer.tokens_of.items())
         ]
         manifest = Manifest(
             key=key,
@@ -127,8 +133,9 @@ def pack_corpus(params: Params, paths: Paths) -> Path:
             seq_len=section.seq_len,
             separator=tokenizer.separator,
             separator_id=tokenizer.separator_id,
-            tokenizer=tokenizer_digest,
-            splits={name: splits[name] for name in SPLITS},
+            bos=tokenizer.bos,
+            tokenizer=tokenizer_version,
+            splits={name: splits[name] for name in (*SPLITS, *(name for name in splits if name not in SPLITS))},
             sources=tuple(ingredients),
             left_out=packer.left_out,
             notes=(*_NOTES, *(f"{rows.address}: {line}" for rows in skipped.values() for line in rows.lines())),
@@ -148,30 +155,61 @@ def _check_context(parent: Parent, seq_len: int) -> None:
         )
 
 
-def _versioned(source: CorpusSource) -> _VersionedSource:
+def _mixes(section: PrepareCorpus, paths: Paths) -> dict[str, list[_VersionedSource]]:
+    """The sources of each held-out domain, by name, and of the training mix, with their files and versions.
+
+    Raises:
+        InputError: a source cannot be read, or a file is in a domain and in the training mix.
+    """
+    wanted = {name: section.domains[name].sources for name in sorted(section.domains)}
+    wanted[TRAINING_MIX] = section.sources
+    mixes = {name: [_versioned(source, paths) for source in sources] for name, sources in wanted.items()}
+    training = {file for source in mixes[TRAINING_MIX] for file in source.files}
+    for name in section.domains:
+        if shared := training & {file for source in mixes[name] for file in source.files}:
+            raise InputError(
+                f"prepare_corpus.domains.{name} must be held out, and {min(shared)} is in `sources` too; take it out "
+                "of one of them"
+            )
+    return mixes
+
+
+def _plans(section: PrepareCorpus) -> list[SplitPlan]:
+    """The splits in the order of packing."""
+    domains = [
+        SplitPlan(domain_split(name), name, section.domains[name].tokens, 1, f"prepare_corpus.domains.{name}.tokens")
+        for name in sorted(section.domains)
+    ]
+    return domains + [
+        SplitPlan(name, TRAINING_MIX, getattr(section, f"{name}_tokens"), every, f"prepare_corpus.{name}_tokens")
+        for name, every in _TRAINING_PLANS
+    ]
+
+
+def _versioned(source: CorpusSource, paths: Paths) -> _VersionedSource:
     """A source with its files, and a version that changes with their content."""
     if source.kind == "embedded":
         return _VersionedSource(source, (), digest_of(embedded_versions()))
+    if source.kind == "encyclopedia":
+        return _VersionedSource(source, (), encyclopedia_version())
     if source.kind == "hub":
         return _VersionedSource(source, (), str(source.revision))
+    if source.kind == "written":
+        written = written_files(paths.written, source.written_kind)
+        return _VersionedSource(source, tuple(written), digest_of(list(written.values())))
     files = expand(str(source.path))
     for name in files:
         file_kind(name)
     return _VersionedSource(source, tuple(files), digest_of([fingerprint(name) for name in files]))
 
 
-def _tokenizer_digest(parent: Path) -> str:
-    files = sorted({path for pattern in _TOKENIZER_FILES for path in parent.glob(pattern) if path.is_file()})
-    return digest_of({path.name: sha256(path) for path in files})
-
-
-def _key(section: PrepareCorpus, seed: int, tokenizer: str, sources: Sequence[_VersionedSource]) -> str:
+def _key(section: PrepareCorpus, seed: int, tokenizer: str, mixes: Mapping[str, Sequence[_VersionedSource]]) -> str:
     return digest_of(
         {
             "params": section.model_dump(mode="json"),
             "seed": seed,
             "tokenizer": tokenizer,
-            "sources": [source.version for source in sources],
+            "sources": {name: [source.version for source in sources] for name, sources in mixes.items()},
             "code": code_digest("tasks.prepare_corpus:pack_corpus"),
             "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         }
@@ -189,7 +227,7 @@ def _is_done(corpus: Path, key: str) -> bool:
 
 
 class _Tokenizer:
-    """The parent's tokenizer: documents in, token ids out; no BOS is added."""
+    """The parent's tokenizer: documents in, token ids out, behind a BOS where the parent is used to one."""
 
     def __init__(self, parent: Parent, skipped: Mapping[Source, SkippedRows], *, for_chats: bool) -> None:
         folder = parent.folder
@@ -198,11 +236,13 @@ class _Tokenizer:
             raise InputError(
                 f"the parent in {folder} has no chat template to render messages with; name a text column instead"
             )
-        self._template = _on_a_fixed_day(self._tokenizer.get_chat_template()) if for_chats else None
+        problem, way_out = f"the parent in {folder} has no chat template to choose", "name a text column instead"
+        self._template = chat_template(self._tokenizer, problem, way_out) if for_chats else None
         vocabulary = self._tokenizer.get_vocab()
-        separator = _DOCUMENT_END if _DOCUMENT_END in vocabulary else self._tokenizer.eos_token
-        if separator is None:
-            raise InputError(f"the tokenizer in {folder} has neither {_DOCUMENT_END} nor an eos_token to end documents")
+        separator = document_separator(self._tokenizer, folder)
+        with tokenizer_errors(f"the tokenizer in {folder} cannot encode text", f"run `{REBUILD_PARENT}`"):
+            self._bos_id = added_bos(self._tokenizer)
+        self.bos: str | None = None if self._bos_id is None else self._tokenizer.bos_token
         self.separator: str = separator
         self.separator_id: int = vocabulary[separator]
         self._vocab_size = parent.config.vocab_size
@@ -214,25 +254,31 @@ class _Tokenizer:
 
     def encode(self, documents: Sequence[Document]) -> Sequence[list[int] | None]:
         """Token ids of documents of one source, without separators; None for a chat that the template cannot render."""
+        where = f"a document of {documents[0].source.name}, from {documents[0].path} on"
         if not documents[0].messages:
-            return self._ids([document.text for document in documents], chats=False)
+            return self._ids([document.text for document in documents], where, chats=False)
         texts = [self._rendered(document) for document in documents]
-        ids = iter(self._ids([text for text in texts if text is not None], chats=True))
+        ids = iter(self._ids([text for text in texts if text is not None], where, chats=True))
         return [None if text is None else next(ids) for text in texts]
 
-    def _ids(self, texts: list[str], *, chats: bool) -> list[list[int]]:
+    def _ids(self, texts: list[str], where: str, *, chats: bool) -> list[list[int]]:
         if not texts:
             return []
         texts = [text.encode("utf-8", "replace").decode() for text in texts]  # JSON can hold half a surrogate pair
         # In plain text "<|endoftext|>" is text; in a rendered chat it is the special token.
-        encoded = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=not chats, verbose=False)
-        ids: list[list[int]] = encoded["input_ids"]
+        options = {"add_special_tokens": False, "split_special_tokens": not chats, "verbose": False}
+        way_out = "leave the document out, or use the parent's own tokenizer"
+        with tokenizer_errors(f"the parent's tokenizer cannot encode {where}", way_out):
+            ids: list[list[int]] = self._tokenizer(texts, **options)["input_ids"]
         if (largest := max(map(max, filter(None, ids)), default=0)) >= self._vocab_size:
             raise InputError(
                 f"the parent's tokenizer gives token {largest}, and its embedding has {self._vocab_size} rows; "
                 "use the parent's own tokenizer"
             )
-        return ids
+        if self._bos_id is None:
+            return ids
+        bos = [self._bos_id]
+        return [tokens if tokens[:1] == bos else bos + tokens for tokens in ids]  # a chat template may write it
 
     def _rendered(self, document: Document) -> str | None:
         """A chat as the template writes it; None, and a reason, where it cannot, or leaves something out."""
@@ -262,29 +308,22 @@ def _unusual_words(messages: Sequence[Message]) -> list[str]:
     return names + [max(re.findall(r"\w+", content), key=len, default="") for content in contents]
 
 
-def _on_a_fixed_day(template: str) -> str:
-    """The template with a macro in place of `strftime_now` that always prints the same day."""
-    filters = "".join(f"|replace('%{letter}', '{_A_DAY.strftime('%' + letter)}')" for letter in _DIRECTIVES)
-    # The empty expression keeps Jinja from trimming what follows the macro.
-    return f"{{%- macro strftime_now(format) -%}}{{{{ format{filters} }}}}{{%- endmacro -%}}{{{{ '' }}}}{template}"
-
-
 def _packer(
-    section: PrepareCorpus, seed: int, sources: Sequence[_VersionedSource], tokenizer: _Tokenizer, scratch: Path
+    section: PrepareCorpus,
+    seed: int,
+    mixes: Mapping[str, Sequence[_VersionedSource]],
+    tokenizer: _Tokenizer,
+    scratch: Path,
 ) -> Packer:
-    feeds = [
-        Feed(
-            versioned.source.name,
-            versioned.params.weight,
-            filter(
-                tokenizer.takes,
-                _documents(versioned, seed, scratch / str(index), tokenizer.skipped[versioned.source]),
-            ),
-        )
-        for index, versioned in enumerate(sources)
-    ]
-    budgets: dict[str, int] = {name: getattr(section, f"{name}_tokens") for name in _FILL_ORDER}
-    return Packer(feeds, budgets, section.seq_len, tokenizer.encode, tokenizer.separator_id, seed)
+    def feed(versioned: _VersionedSource, folder: Path) -> Feed:
+        documents = _documents(versioned, seed, folder, tokenizer.skipped[versioned.source])
+        return Feed(versioned.source.name, versioned.params.weight, filter(tokenizer.takes, documents))
+
+    feeds = {
+        name: [feed(versioned, scratch / f"{name}.{index}") for index, versioned in enumerate(sources)]
+        for name, sources in mixes.items()
+    }
+    return Packer(feeds, _plans(section), section.seq_len, tokenizer.encode, tokenizer.separator_id, seed)
 
 
 def _documents(versioned: _VersionedSource, seed: int, scratch: Path, skipped: SkippedRows) -> Iterator[Document]:
@@ -293,6 +332,8 @@ def _documents(versioned: _VersionedSource, seed: int, scratch: Path, skipped: S
     columns = Columns(settings.text, settings.messages)
     if settings.kind == "embedded":
         yield from embedded_documents(seed)
+    elif settings.kind == "encyclopedia":
+        yield from encyclopedia_documents(seed)
     elif settings.kind == "hub":
         dataset = HubDataset(str(settings.path), str(settings.revision), settings.split, settings.subset)
         yield from hub_documents(dataset, source, columns, scratch, skipped)
@@ -306,10 +347,10 @@ def _documents(versioned: _VersionedSource, seed: int, scratch: Path, skipped: S
 
 
 def _write_splits(
-    building: Path, packer: Packer, seq_len: int, skipped: Mapping[Source, SkippedRows]
-) -> dict[SplitName, Split]:
+    building: Path, packer: Packer, section: PrepareCorpus, skipped: Mapping[Source, SkippedRows]
+) -> dict[str, Split]:
     try:
-        splits = {name: _write(building, name, packer, seq_len) for name in _FILL_ORDER}
+        splits = {plan.name: _write(building, plan.name, packer, section.seq_len) for plan in _plans(section)}
     except InputError:
         _check(skipped)  # that most rows cannot be used says more than that a source ended
         raise
@@ -323,7 +364,7 @@ def _check(skipped: Mapping[Source, SkippedRows]) -> None:
         rows.check()
 
 
-def _write(building: Path, name: SplitName, packer: Packer, seq_len: int) -> Split:
+def _write(building: Path, name: str, packer: Packer, seq_len: int) -> Split:
     path = split_path(building, name)
     sequences, token_sha256 = write_split(path, packer.sequences(name), seq_len)
     return Split(sequences, sequences * seq_len, packer.documents[name], token_sha256, sha256(path))
@@ -333,8 +374,8 @@ def _move_in(building: Path, corpus: Path, manifest: Manifest) -> None:
     """Replace the corpus; it has no manifest from the first moved file to the last, so a mixture is never read."""
     corpus.mkdir(parents=True, exist_ok=True)
     drop_manifest(corpus)
-    for name in SPLITS:
+    for name in manifest.splits:
         split_path(building, name).replace(split_path(corpus, name))
-    for stranger in set(corpus.iterdir()) - {split_path(corpus, name) for name in SPLITS}:
+    for stranger in set(corpus.iterdir()) - {split_path(corpus, name) for name in manifest.splits}:
         shutil.rmtree(stranger) if stranger.is_dir() else stranger.unlink()
     write_manifest(corpus, manifest)

@@ -19,7 +19,9 @@ from storage.parent_info import read_parent_info
 from storage.parquet_files import read_table
 from storage.paths import Paths
 from storage.pipeline import PipelineStage, read_pipeline
+from storage.refinement import read_refinement
 from storage.tables import read_costs, read_scores, read_throughput
+from tasks.drawing.numbers import counted, with_error
 from tasks.drawing.page import Page, render
 from tasks.drawing.pipeline import StageBox
 from tasks.drawing.reported_child import ReportedChild
@@ -76,6 +78,7 @@ def _read_child(target: str, paths: Paths) -> ReportedChild:
         baselines=read_baselines(target, paths) if paths.baselines(target).is_file() else {},
         gkd=read_gkd(target, paths) if paths.gkd(target).is_file() else None,
         throughput=read_throughput(throughput) if throughput.is_file() else (),
+        refinement=read_refinement(target, paths) if paths.refinement(target).is_file() else None,
     )
 
 
@@ -115,7 +118,7 @@ def _missing_of(child: ReportedChild) -> list[str]:
     missing = []
     if child.evaluation is None:
         missing.append(lacking(f"quality of {child.label}", f"evaluate_child@{child.target}"))
-    elif not child.evaluation.baselines:
+    elif not child.evaluation.training.baselines:
         missing.append(lacking(f"baselines of {child.label}", f"evaluate_child@{child.target}"))
     missing += [f"baseline {name} of {child.label}: none keeps the limits" for name in child.infeasible_baselines]
     if child.setting is None:
@@ -144,11 +147,13 @@ def _child_line(child: ReportedChild) -> str:
     )
     if child.evaluation is None:
         return f"{sizes}; not evaluated in this run."
-    quality, parent = child.evaluation.distilled, child.evaluation.parent
-    result = (
-        f"{sizes}; after GKD KL {quality.kl:.3f} ± {quality.kl_stderr:.3f} nats/token to the parent, "
-        f"perplexity {quality.perplexity:.2f} (parent {parent.perplexity:.2f})"
-    )
+    qualities = [
+        f"KL {with_error(measured.distilled.kl, measured.distilled.kl_stderr)} nats/token to the parent, perplexity "
+        f"{measured.distilled.perplexity:.2f} (parent {measured.parent.perplexity:.2f}) on "
+        f"{counted(measured.documents, 'document')} of {domain} text"
+        for domain, measured in child.evaluation.domains.items()
+    ]
+    result = f"{sizes}; distilled: {'; '.join(qualities)}"
     if child.measured_ratio is None or child.setting is None:
         return f"{result}; its speed was not measured in this run."
     setting = f"{child.setting.scenario}, batch {child.setting.batch}, on {child.machine}"

@@ -2,10 +2,13 @@
 
 In: scores.parquet, costs.parquet, parent/puzzle_parent.json, the target's constraints in params.yaml.
 Out: children/<target>/architecture.json (what was chosen and what the tables predict; no clocks in it) and search.json
-(how the search went). Nothing is written when no child exists. Run:
+(how the search went). A target with `chosen_by` gets the child of a baseline in the same form. Nothing is written when
+no child exists. Run:
 `puzzle stage search_architecture --target TARGET`, or `puzzle search` on tables of one's own.
 """
 
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,15 @@ from storage.json_files import read_object
 from storage.model_config import ModelConfig
 from storage.params import Params, load_target
 from storage.paths import Paths
+from storage.records import ChosenBy
 from storage.sections import SearchArchitecture
 from storage.tables import read_costs, read_scores
-from storage.variants import Architecture
+from storage.variants import Architecture, Replacement
 from tasks.puzzle.search.mip import SOLVER_NAME, LimitUse, SolverSettings
+from tasks.puzzle.search.operating_points import OperatingPoint
 from tasks.puzzle.search.problem import TOLERANCE
 from tasks.targets.parent_facts import ParentFacts
+from tasks.targets.simple_choices import Child, simple_choice
 from tasks.targets.target_tables import WEIGHTS, SearchedChild, TargetTables, solver_settings
 
 
@@ -33,16 +39,18 @@ class SearchSummary:
 
     Attributes:
         target: key in params.yaml.
+        chosen_by: `search`, or the baseline that the target asks for.
         score: predicted nats/token.
-        gap: the score's distance from its proven bound, as a share.
+        gap: the score's distance from its proven bound, as a share; None where a baseline chose.
         block_params_ratio: the child's parameters in blocks over the parent's.
         throughput_ratio: the child's speed as a multiple of the parent's; None for a target without a limit on a speed.
         seconds: duration of the search.
     """
 
     target: str
+    chosen_by: ChosenBy
     score: float
-    gap: float
+    gap: float | None
     block_params_ratio: float
     throughput_ratio: float | None
     seconds: float
@@ -87,45 +95,70 @@ def search_own(files: OwnTables, section: SearchArchitecture, out: Path) -> Sear
 
 
 def _search(tables: TargetTables, section: SearchArchitecture, seed: int, out: Path) -> SearchSummary:
-    settings = solver_settings(section, seed)
+    began = time.perf_counter()
+    if tables.target.chosen_by == "search":
+        (blocks, point), how = _searched(tables, solver_settings(section, seed), section)
+    else:
+        blocks, point = simple_choice(tables, tables.target.chosen_by)
+        how = _simple_json(blocks, point, tables)
+    _check_limits(blocks, point, tables)
+    tables.allowed.check_child(blocks)
+    chosen = _chosen_architecture(tables, blocks, point)
+    write_sealed(out / "search.json", {"chosen_by": chosen.chosen_by, **how})
+    write_architecture(out / "architecture.json", chosen)
+    return SearchSummary(
+        tables.target_name,
+        chosen.chosen_by,
+        how["objective"],
+        how.get("gap"),
+        chosen.predicted.block_params_ratio,
+        chosen.predicted.throughput_ratio,
+        time.perf_counter() - began,
+    )
+
+
+def _searched(
+    tables: TargetTables, settings: SolverSettings, section: SearchArchitecture
+) -> tuple[Child, dict[str, Any]]:
+    """The best child, and the content of search.json: how the search went, and further children."""
     child = tables.search(WEIGHTS, settings)
-    _check_limits(child, tables)
-    tables.allowed.check_child(child.blocks)
     alternatives = [
         _alternative_json(other, child, tables)
         for other in tables.alternatives(child, WEIGHTS, settings, section.alternatives, section.min_distance)
     ]
-    chosen = _chosen_architecture(tables, child)
-    write_sealed(out / "search.json", {**_search_json(child, settings), "alternatives": alternatives})
-    write_architecture(out / "architecture.json", chosen)
-    solution = child.best.solution
-    return SearchSummary(
-        tables.target_name,
-        solution.objective,
-        solution.gap,
-        chosen.predicted.block_params_ratio,
-        chosen.predicted.throughput_ratio,
-        solution.seconds,
-    )
+    return (child.blocks, child.point), {**_search_json(child, settings), "alternatives": alternatives}
 
 
-def _check_limits(child: SearchedChild, tables: TargetTables) -> None:
+def _simple_json(blocks: Sequence[Replacement], point: OperatingPoint, tables: TargetTables) -> dict[str, Any]:
+    """The content of search.json where a baseline chose: its score, and how far it is from each limit."""
+    limits = []
+    for bound in tables.limits.bounds(point):
+        reached = bound.value(tables.costs, blocks)
+        slack = reached - bound.limit if bound.lower else bound.limit - reached
+        limits.append({"name": bound.name, "allowed": bound.limit, "reached": reached, "slack": slack})
+    return {"objective": tables.scores.total(blocks, WEIGHTS).mean, "limits": limits}
+
+
+def _check_limits(blocks: Sequence[Replacement], point: OperatingPoint, tables: TargetTables) -> None:
     """Compare the chosen child with every limit, by the tables and not by the search's coefficients."""
-    for bound in tables.limits.bounds(child.point):
-        value = bound.value(tables.costs, child.blocks)
+    for bound in tables.limits.bounds(point):
+        value = bound.value(tables.costs, blocks)
         slack = value - bound.limit if bound.lower else bound.limit - value
         assert slack >= -2 * TOLERANCE * bound.limit, (bound.name, value, bound.limit)
 
 
-def _chosen_architecture(tables: TargetTables, child: SearchedChild) -> ChosenArchitecture:
+def _chosen_architecture(
+    tables: TargetTables, blocks: tuple[Replacement, ...], point: OperatingPoint
+) -> ChosenArchitecture:
     return ChosenArchitecture(
         target=tables.target_name,
         label=tables.target.label,
         parent=ParentIdentity(tables.parent.name, tables.parent.digest),
-        blocks=child.blocks,
-        operating_points=child.point.settings,
-        predicted=tables.predict(child.blocks, WEIGHTS, child.point),
-        constraints=tables.reached_limits(child.blocks, child.point),
+        blocks=blocks,
+        operating_points=point.settings,
+        predicted=tables.predict(blocks, WEIGHTS, point),
+        constraints=tables.reached_limits(blocks, point),
+        chosen_by=tables.target.chosen_by,
     )
 
 

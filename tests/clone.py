@@ -72,7 +72,7 @@ class Clone:
         return subprocess.Popen(
             [sys.executable, "-m", *command],
             cwd=self.folder,
-            env=self._environment(),
+            env=self.all_variables(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -121,7 +121,7 @@ class Clone:
         change(values)
         path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
-    def _environment(self) -> dict[str, str]:
+    def all_variables(self) -> dict[str, str]:
         """The environment of commands: no server but the clone's or the one given, this interpreter first on PATH."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "PUZZLE_"))}
         path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
@@ -168,7 +168,7 @@ def tiny_parent(folder: Path) -> None:
 
 
 def tiny_documents(folder: Path) -> None:
-    """Write text.jsonl and chats.jsonl: random words, no paragraph twice."""
+    """Write text.jsonl, chats.jsonl and, of other words, other.jsonl: random words, no paragraph twice."""
     folder.mkdir()
     texts = _documents(1, 400)
     turns = [[document["text"] for document in _documents(seed, 200)] for seed in (2, 3)]
@@ -176,7 +176,7 @@ def tiny_documents(folder: Path) -> None:
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for question, answer in zip(*turns, strict=True)
     ]
-    for name, documents in (("text", texts), ("chats", chats)):
+    for name, documents in (("text", texts), ("chats", chats), ("other", _documents(4, 60))):
         lines = "".join(json.dumps(document) + "\n" for document in documents)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
@@ -193,6 +193,7 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
     values: dict[str, Any] = {
         "run": {"seed": 0, "dtype": "float32", "device": "cpu", "threads": 1, "workers": 2},
         "prepare_parent": {"source": str(parent)},
+        "write_text": {},
         "prepare_corpus": {
             "sources": [
                 {"kind": "files", "path": str(documents / "text.jsonl"), "weight": 3.0},
@@ -202,6 +203,12 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             "train_tokens": 288 * SEQ_LEN,
             "calibration_tokens": 72 * SEQ_LEN,
             "validation_tokens": 12 * SEQ_LEN,
+            "domains": {
+                "other": {
+                    "sources": [{"kind": "files", "path": str(documents / "other.jsonl")}],
+                    "tokens": 6 * SEQ_LEN,
+                }
+            },
         },
         "cache_activations": {"dtype": "float32", "sequences_per_shard": 48, "sequences_per_batch": 8},
         "distill_blocks": {
@@ -233,7 +240,10 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
             "copies": 2,
             "repeats": 3,
         },
+        "refine_child": {"tokens": 64 * SEQ_LEN, "held_out_tokens": 8 * SEQ_LEN},
         "distill_child": {
+            "teacher": "auto",
+            "cosine_weight": 1.0,
             "tokens": 32 * SEQ_LEN,
             "sequences_per_step": 2,
             "held_out_tokens": 8 * SEQ_LEN,
@@ -243,6 +253,7 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
         "evaluate_child": {
             "tokens": 12 * SEQ_LEN,
             "baseline_tokens": 6 * SEQ_LEN,
+            "domain_baseline_tokens": 2 * SEQ_LEN,
             "export_tokens": 6 * SEQ_LEN,
             "sequences_per_batch": 5,
         },

@@ -19,8 +19,10 @@ from storage.architecture import (
     read_architecture,
     write_baselines,
 )
+from storage.documents import TRAINING_MIX
 from storage.evaluation import (
     BaselineQuality,
+    DomainQuality,
     Evaluation,
     ExportQuality,
     Exports,
@@ -39,6 +41,7 @@ from storage.parent_info import write_parent_info
 from storage.parquet_files import write_table
 from storage.paths import Paths
 from storage.records import CostRow, Phase, ScoreRow, ThroughputRow, Weights
+from storage.refinement import BlockRefinement, Refinement, SubblockRefinement, write_refinement
 from storage.scenario import Setting
 from storage.tables import write_costs, write_scores, write_throughput
 from storage.variants import Attention
@@ -151,6 +154,7 @@ def _scores(config: ModelConfig, params: Params) -> Iterator[ScoreRow]:
             weights_hash,
             "parent",
             shard,
+            shard,
             64,
             kl,
             3 + kl,
@@ -186,22 +190,13 @@ def _losses(config: ModelConfig, params: Params) -> Iterator[dict[str, Any]]:
 
 def _measure(target: str, number: int, paths: Paths) -> None:
     """Write evaluation.json, baselines.json, gkd.json and throughput.parquet of a child."""
-    chosen, rows = read_architecture(target, paths), list(_throughput(RATE))
+    chosen, rows = read_architecture(target, paths), list(throughput_rows(RATE))
     score = chosen.predicted.score
     evaluation = Evaluation(
         target=target,
         label=chosen.label,
-        tokens=8192,
-        sequences=32,
-        parent=_quality(0.0),
-        assembled=_quality(score * 1.2),
-        distilled=_quality(score * 0.8),
-        baselines={
-            name: BaselineQuality(**asdict(_quality(score * (1.3 + 0.4 * rank))), sequences=16)
-            for rank, name in enumerate(BASELINES)
-        },
-        paired={name: PairedDifference(0.1 * rank - 0.1, 0.01) for rank, name in enumerate(("distilled", *BASELINES))},
-        exports=Exports(512, {"gguf-q8_0": ExportQuality(**asdict(_quality(score * 0.001)), torch_perplexity=8.9)}),
+        domains={TRAINING_MIX: _domain(score, 8.8), "prose": _domain(score * 1.7, 19.2)},
+        exports=Exports(512, 2, {"gguf-q8_0": ExportQuality(**asdict(_quality(score * 0.001)), torch_perplexity=8.9)}),
         predicted=PredictedScore(score, 0.01),
         constraints=tuple(MeasuredLimit.from_limit(limit, limit.predicted * 1.01) for limit in chosen.constraints),
         speed=_speed(rows, chosen.constraints),
@@ -210,6 +205,7 @@ def _measure(target: str, number: int, paths: Paths) -> None:
     write_evaluation(paths.evaluation(target), evaluation)
     write_baselines(paths.baselines(target), Baselines(target, _baselines(chosen)))
     write_gkd(paths.gkd(target), _gkd(target, score, number))
+    write_refinement(paths.refinement(target), _refinement(chosen, score))
     write_throughput(paths.throughput(target), rows)
 
 
@@ -222,8 +218,29 @@ def _counted(share: float) -> Counted:
     return Counted(ModelSizes(10_000, 9_000, round(40_000 * share), 0), (Attention("gqa", 2),) * 5, 0)
 
 
-def _quality(kl: float) -> Quality:
-    return Quality(kl=kl, kl_stderr=kl / 20, perplexity=8.8 * math.exp(kl), top1_agreement=math.exp(-kl / 2))
+def _domain(score: float, perplexity: float) -> DomainQuality:
+    """Qualities of a child whose scores predict this KL, on text that the parent has this perplexity on."""
+    names = ("refined", "distilled", *BASELINES)
+    return DomainQuality(
+        tokens=8192,
+        sequences=32,
+        documents=29,
+        parent=_quality(0.0, perplexity),
+        assembled=_quality(score * 1.2, perplexity),
+        refined=_quality(score * 0.9, perplexity),
+        distilled=_quality(score * 0.8, perplexity),
+        baselines={
+            name: BaselineQuality(
+                **asdict(_quality(score * (1.3 + 0.4 * rank), perplexity)), sequences=16, documents=15
+            )
+            for rank, name in enumerate(BASELINES)
+        },
+        paired={name: PairedDifference(0.1 * rank - 0.2, 0.01 * score) for rank, name in enumerate(names)},
+    )
+
+
+def _quality(kl: float, perplexity: float = 8.8) -> Quality:
+    return Quality(kl=kl, kl_stderr=kl / 20, perplexity=perplexity * math.exp(kl), top1_agreement=math.exp(-kl / 2))
 
 
 def _baselines(chosen: ChosenArchitecture) -> dict[str, Baseline]:
@@ -240,6 +257,16 @@ def _baselines(chosen: ChosenArchitecture) -> dict[str, Baseline]:
     return baselines
 
 
+def _refinement(chosen: ChosenArchitecture, score: float) -> Refinement:
+    """A correction of all blocks but the first, which is the parent's."""
+    blocks = [BlockRefinement(0, 1, (), 0.0, 0.0)]
+    for depth, block in enumerate(chosen.blocks[1:], 1):
+        error = score * depth / 100
+        corrections = (SubblockRefinement("ffn", 0.3, error, 0.9 * error),)
+        blocks.append(BlockRefinement(block.first_block, block.span, corrections, error, 0.7 * error))
+    return Refinement(chosen.target, 12_288, 1_024, tuple(blocks))
+
+
 def _gkd(target: str, score: float, number: int) -> GkdCurve:
     def kl(step: int) -> float:
         return score * (0.8 + 0.4 * math.exp(-step / 20))
@@ -252,6 +279,7 @@ def _gkd(target: str, score: float, number: int) -> GkdCurve:
             kl=kl(step) * (1 + 0.1 * math.sin(step + number)),
             cosine=0.1 * math.exp(-step / 50),
             learning_rate=1e-4,
+            gradient_norm=1 + math.exp(-step / 10),
         )
         for step in range(1, 61)
     ]
@@ -259,7 +287,7 @@ def _gkd(target: str, score: float, number: int) -> GkdCurve:
     return GkdCurve(target, tuple(steps), tuple(held_out), 50)
 
 
-def _throughput(parent: float) -> Iterator[ThroughputRow]:
+def throughput_rows(parent: float) -> Iterator[ThroughputRow]:
     """Rows of two engines, and of a modelled GPU where parent and child are best on different numbers of devices."""
     for (engine, pace), (model, faster), (phase, share), batch in itertools.product(
         (("torch", 1.0), ("llama.cpp", 0.37)), (("parent", 1.0), ("child", 1.23)), PHASES.items(), (1, BATCH)

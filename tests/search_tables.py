@@ -75,6 +75,7 @@ def scores(rng: random.Random) -> list[ScoreRow]:
             weights_hash="w",
             around="parent",
             sequence_shard=shard,
+            document=shard,
             tokens=512,
             kl=kl * rng.uniform(0.9, 1.1),
             lm_loss=3.0,

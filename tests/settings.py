@@ -36,6 +36,7 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
             "blocks_per_group": 2,
             "sequences_per_batch": 2,
         },
+        "refine_child": {"tokens": 24 * SEQ_LEN, "held_out_tokens": 4 * SEQ_LEN},
         "distill_child": {
             "tokens": 16 * SEQ_LEN,
             "sequences_per_step": 2,
@@ -46,6 +47,7 @@ def tiny_values(**overrides: dict[str, Any]) -> dict[str, Any]:
         "evaluate_child": {
             "tokens": 8 * SEQ_LEN,
             "baseline_tokens": 4 * SEQ_LEN,
+            "domain_baseline_tokens": 4 * SEQ_LEN,
             "export_tokens": 4 * SEQ_LEN,
             "sequences_per_batch": 4,
         },

@@ -10,7 +10,14 @@ from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.variants import Attention, Ffn, Replacement
-from tasks import assemble_child, benchmark_throughput, cache_activations, distill_blocks, score_blocks
+from tasks import (
+    assemble_child,
+    benchmark_throughput,
+    cache_activations,
+    distill_blocks,
+    refine_child,
+    score_blocks,
+)
 from tasks.prepare_parent import prepare_parent
 from tests.chosen import chosen_architecture
 from tests.settings import SEQ_LEN, tiny_params
@@ -72,12 +79,21 @@ def assemble_blocks(params: Params, paths: Paths, blocks: list[Replacement]) -> 
     assemble_child.assemble.fn("small", params, paths)
 
 
+def refine(params: Params, paths: Paths) -> None:
+    """Run refine_child on target `small`."""
+    refine_child.refine.fn("small", params, paths)
+
+
 def score(params: Params, paths: Paths) -> list[score_blocks.ScoreJob]:
     """Run score_blocks; return the jobs that it computed."""
     groups = score_blocks.plan_groups.fn(params, paths)
     for group in groups:
         score_blocks.score_jobs.fn(group, params, paths)
-    score_blocks.write_score_table.fn(params, paths)
+    removals = score_blocks.scores_of_removals.fn(params, paths)
+    while batches := score_blocks.plan_removals.fn(removals, params, paths):
+        for batch in batches:
+            score_blocks.score_removal.fn(batch, params, paths)
+    score_blocks.write_score_table.fn(removals, params, paths)
     return [job for group in groups for job in group.jobs]
 
 

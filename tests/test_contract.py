@@ -356,9 +356,9 @@ def test_dvc_watches_every_section_that_a_task_reads(name: str) -> None:
     assert watched - read <= {name}
 
 
-def test_global_distillation_starts_anew_when_blockwise_distillation_takes_other_tokens() -> None:
-    """It trains on the sequences behind BLD's, also where the child it starts from came out the same."""
-    reads = {f"distill_blocks.{name}" for name in ("tokens", "variant_tokens", "fit_tokens")}
+def test_global_distillation_starts_anew_when_blockwise_distillation_or_the_correction_takes_other_tokens() -> None:
+    """It trains on the sequences behind theirs, also where the child it starts from came out the same."""
+    reads = {f"distill_blocks.{name}" for name in ("tokens", "variant_tokens", "fit_tokens")} | {"refine_child.tokens"}
     assert reads <= set(_stage("distill_child")["params"])
 
 
@@ -435,7 +435,8 @@ def _make_targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):", makefile, re.M))
 
 
-DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("architecture", "costs", "scores", "search", "ui")))
+_DOCS = ("architecture", "corpus", "costs", "distillation", "scores", "search", "ui")
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in _DOCS))
 
 
 def _code_in(document: str) -> str:

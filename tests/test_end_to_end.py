@@ -27,6 +27,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from storage.corpus import read_sequences
+from storage.evaluation import CHILD_STATES
 from storage.library import Library
 from storage.parent import Parent
 from storage.pipeline import read_pipeline
@@ -230,9 +231,10 @@ def test_the_demo_closes_with_the_children_beside_the_parent(built: Built) -> No
     assert shown.ran() == []
     *_, table = shown.out.partition("\nmodel ")
     lines = table.splitlines()
-    names = ["parent", "Small assembled", "Small distilled", "Fast assembled", "Fast distilled"]
-    assert [line[:19].strip() for line in lines[1:6]] == names
-    assert "KL of baselines less the child's:" in table
+    children = [f"{label} {state}" for label in ("Small", "Fast") for state in CHILD_STATES]
+    assert [line[:19].strip() for line in lines[1:21] if line[0] != " "] == ["parent", *children]
+    assert "KL of baselines less the assembled child's, training, 6 documents:" in table
+    assert "KL of baselines less the assembled child's, other, 2 documents:" in table
     assert max(map(len, lines)) <= 100
     for name in ("block_params", "kv_bytes", "memory_gib", "decode_throughput"):
         assert name in table
@@ -473,7 +475,9 @@ def test_quality_is_what_the_whole_models_give(built: Built, target: str) -> Non
         parent, child = (model(tokens).logits[:, :-1] for model in (_source_parent(built), _child(built, target)))
     kl = functional.kl_div(child.log_softmax(-1), parent.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     losses = [functional.cross_entropy(logits.mT, tokens[:, 1:]) for logits in (parent, child)]
-    evaluation = built.undisturbed.json(f"children/{target}/evaluation.json")
+    domains = built.undisturbed.json(f"children/{target}/evaluation.json")["domains"]
+    assert [(name, measured["sequences"]) for name, measured in domains.items()] == [("training", 12), ("other", 6)]
+    evaluation = domains["training"]
     assert {"kl", "kl_stderr", "perplexity", "top1_agreement"} <= evaluation["assembled"].keys()
     assert evaluation["parent"]["kl"] == pytest.approx(0, abs=1e-6)
     assert evaluation["parent"]["perplexity"] == pytest.approx(float(losses[0].exp()), rel=1e-4)
@@ -482,7 +486,9 @@ def test_quality_is_what_the_whole_models_give(built: Built, target: str) -> Non
     agreement = (parent.argmax(-1) == child.argmax(-1)).float().mean()
     assert evaluation["assembled"]["top1_agreement"] == pytest.approx(float(agreement), abs=0.006)  # one tie in 180
     rows = pq.read_table(built.undisturbed.child(target) / "evaluation.parquet").to_pylist()
-    kl_of_child = [row["kl"] for row in sorted(rows, key=lambda row: row["sequence"]) if row["model"] == "assembled"]
+    place = ("training", "assembled")
+    of_child = [row for row in rows if (row["domain"], row["model"]) == place]
+    kl_of_child = [row["kl"] for row in sorted(of_child, key=lambda row: row["sequence"])]
     assert kl_of_child == pytest.approx(kl.mean(-1).tolist(), rel=1e-3)
 
 
@@ -503,11 +509,12 @@ def test_a_baseline_is_measured_as_its_whole_model_would_be(built: Built, name: 
     with torch.inference_mode():
         theirs, ours = (network(tokens).logits[:, :-1].log_softmax(-1) for network in (_source_parent(built), model))
     kl = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean(-1)
-    evaluation = built.undisturbed.json("children/small/evaluation.json")
-    assert evaluation["baselines"][name]["sequences"] == 6
+    evaluation = built.undisturbed.json("children/small/evaluation.json")["domains"]["training"]
+    assert (evaluation["baselines"][name]["sequences"], evaluation["baselines"][name]["documents"]) == (6, 6)
     assert evaluation["baselines"][name]["kl"] == pytest.approx(float(kl.mean()), rel=1e-3)
     rows = pq.read_table(built.undisturbed.child("small") / "evaluation.parquet").to_pylist()
-    child = [row["kl"] for row in rows if row["model"] == "assembled" and row["sequence"] < 6]
+    first = [row for row in rows if row["domain"] == "training" and row["sequence"] < 6]
+    child = [row["kl"] for row in first if row["model"] == "assembled"]
     difference = [baseline - assembled for baseline, assembled in zip(kl.tolist(), child, strict=True)]
     paired = evaluation["paired"][name]
     assert paired["kl_difference"] == pytest.approx(fmean(difference), rel=1e-2, abs=1e-5)
@@ -594,7 +601,7 @@ def test_a_learning_rate_reruns_from_distill_blocks(built: Built) -> None:
     assert built.undisturbed.stale() == {"distill_blocks"}
     would_run = set(built.undisturbed.must("dvc", "repro", "--dry", "--force-downstream").ran())
     built.undisturbed.set_params(back)
-    upstream = {"prepare_parent", "prepare_corpus", "cache_activations", "measure_costs", "export_parent"}
+    upstream = {"prepare_parent", "write_text", "prepare_corpus", "cache_activations", "measure_costs", "export_parent"}
     assert would_run == ALL_STAGES - upstream
 
 

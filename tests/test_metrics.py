@@ -11,6 +11,7 @@ import pytest
 from flows.closing_table import closing_table
 from flows.ui.overrides import Constraints
 from storage.architecture import read_architecture
+from storage.documents import TRAINING_MIX
 from storage.evaluation import MeasuredLimit, read_evaluation, write_evaluation
 from storage.metrics import METRICS, Metric
 from storage.paths import Paths
@@ -62,10 +63,9 @@ def test_a_target_can_limit_any_metric(metric: Metric, tmp_path: Path) -> None:
     )
     write_evaluation(paths.evaluation("small"), evaluation)
 
-    quality = panel(ReportedChild(chosen, evaluation, {}, None, rows))
-    assert quality is not None
+    quality = panel(ReportedChild(chosen, evaluation, {}, None, rows), TRAINING_MIX)
     expected = 2.0 if metric.speed else None
-    assert [point.measured_ratio for point in quality.points[1:3]] == [expected] * 2
+    assert [point.measured_ratio for point in quality.points[1:4]] == [expected] * 3
     table = closing_table(paths, ["small"])
     assert f"{metric.name} ({limit.name})" in table and f"{measured:>9.3f}  {limit.unit}" in table
     assert (" 2.00 x" in table) == (metric.speed is not None)

@@ -18,7 +18,17 @@ from transformers import (
 )
 
 from storage.checkpoints import CheckpointWriter
-from storage.corpus import SPLITS, Manifest, Split, content_hash, split_path, write_manifest, write_split
+from storage.corpus import (
+    SPLITS,
+    Manifest,
+    Split,
+    content_hash,
+    domain_split,
+    split_path,
+    write_manifest,
+    write_split,
+)
+from storage.documents import PackedSequence
 from storage.files import read_json, sha256, write_json
 from storage.model_config import ModelConfig, expected_shapes
 from storage.nemotron_nas import to_nemotron_nas
@@ -129,17 +139,27 @@ def flip_byte(path: Path, position: int = -1) -> None:
     path.write_bytes(data)
 
 
-def tiny_corpus(folder: Path, vocab_size: int, seq_len: int, sequences: tuple[int, int, int] = (48, 16, 8)) -> None:
+def tiny_corpus(
+    folder: Path,
+    vocab_size: int,
+    seq_len: int,
+    sequences: tuple[int, int, int] = (48, 16, 8),
+    domains: tuple[str, ...] = (),
+) -> None:
     """Write a corpus of random ids as prepare_corpus would, the same on every call; `sequences` counts them by split.
 
-    A shorter corpus holds the first sequences of a longer one.
+    A shorter corpus holds the first sequences of a longer one. Each sequence is a document; a domain has as many as
+    validation.
     """
+    counts: dict[str, int] = dict(zip(SPLITS, sequences, strict=True))
+    counts |= {domain_split(name): sequences[2] for name in domains}
     splits = {}
-    for number, (name, count) in enumerate(zip(SPLITS, sequences, strict=True)):
+    for number, (name, count) in enumerate(counts.items()):
         ids = np.random.default_rng(number).integers(0, vocab_size, (count, seq_len), np.int32)
-        _, token_sha256 = write_split(split_path(folder, name), iter(ids), seq_len)
-        splits[name] = Split(count, count * seq_len, 1, token_sha256, sha256(split_path(folder, name)))
+        packed = [PackedSequence(tokens, document) for document, tokens in enumerate(ids)]
+        _, token_sha256 = write_split(split_path(folder, name), packed, seq_len)
+        splits[name] = Split(count, count * seq_len, count, token_sha256, sha256(split_path(folder, name)))
     write_manifest(
         folder,
-        Manifest("key", content_hash(splits), seq_len, "<|endoftext|>", 0, "no tokenizer", splits, (), 0, ()),
+        Manifest("key", content_hash(splits), seq_len, "<|endoftext|>", 0, None, "no tokenizer", splits, (), 0, ()),
     )

@@ -61,7 +61,7 @@ def plan_text(plan: "Plan") -> str:
     lines.append("  blocks (reflinks: Btrfs, XFS, APFS)")
     if plan.device != "cpu":
         lines.append(f"{seconds / 3600:.1f} GPU hours")
-    return "\n".join([*lines, *_cache_lines(plan), ""])
+    return "\n".join([*lines, *_cache_lines(plan), *_healing_lines(plan), ""])
 
 
 def _took(plan: "Plan", stage: str) -> str:
@@ -89,7 +89,21 @@ def _cache_lines(plan: "Plan") -> list[str]:
     if not fits:
         advice = f"cache_activations.mode: {other}" if other_fits else "fewer tokens or a larger disk"
         lines.append(f"  {mode} needs more than there is: set {advice}")
+    teacher = "live, and not in the cache" if plan.live_teacher else "read from the cache"
+    lines.append(f"GKD's teacher: {teacher} (all boundaries of its tokens: {_gib(plan.teacher_cache_bytes)})")
     return lines
+
+
+def _healing_lines(plan: "Plan") -> list[str]:
+    """What both ways to heal a child hold in memory; the first is there where the second does not fit."""
+    by_block, whole = (
+        max(stage.memory_bytes for stage in plan.stages if stage.stage.startswith(f"{name}@"))
+        for name in ("refine_child", "distill_child")
+    )
+    return [
+        f"healing: refine_child holds one block at a time ({_gib(by_block)}), whatever the mode of the cache;",
+        f"  distill_child holds the whole child with its gradients and moments ({_gib(whole)})",
+    ]
 
 
 def _fits(size: float, plan: "Plan") -> bool:

@@ -76,8 +76,9 @@ def _search_tables(args: argparse.Namespace) -> None:
 
     child = search_own(OwnTables(args.scores, args.costs, args.target, args.parent), _section(args), args.out)
     speed = "" if child.throughput_ratio is None else f", {child.throughput_ratio:.3f} times its speed"
+    how = child.chosen_by if child.gap is None else f"gap {child.gap:.1e}"
     sys.stdout.write(
-        f"predicted: score {child.score:.4f} nats/token (gap {child.gap:.1e}), {child.block_params_ratio:.1%} of the "
+        f"predicted: score {child.score:.4f} nats/token ({how}), {child.block_params_ratio:.1%} of the "
         f"parent's block parameters{speed}\nwrote {args.out / 'architecture.json'} and {args.out / 'search.json'}\n"
     )
 

@@ -1,7 +1,7 @@
 """Serve a child and its parent behind OpenAI HTTP APIs; `make serve-child` is the same for the demo's children.
 
-llama.cpp computes and listens on 127.0.0.1 alone, the parent's server on the port after the child's; their addresses
-are printed once both answer. Ctrl-C or SIGTERM ends them.
+llama.cpp computes, behind servers that listen on 127.0.0.1 alone and let no page of the web in; the parent's has the
+port after the child's. Their addresses are printed once both answer; Ctrl-C or SIGTERM ends them.
 """
 
 import argparse
@@ -9,17 +9,18 @@ import json
 import os
 import shlex
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Mapping
 
 from flows.arguments import LAST_PORT, count, port
+from flows.gate import listening_on, serve_in_thread
 from storage.files import InputError
 from storage.formats import LLAMACPP_FORMAT
 from storage.params import load
 from storage.paths import Paths
 from tasks.checkpoints.gguf_files import CONTEXT, PARENT, gguf_of, loaded, parent_beside, precision_note
-from tasks.engines.llamacpp import check_port
 
 EXAMPLE = "puzzle serve-child --target like-51b --port 8080"
 _PORT = 8080
@@ -58,20 +59,23 @@ def _question(name: str, url: str) -> str:
     return shlex.join(question)
 
 
-def _ports(first: int, with_parent: bool) -> tuple[int, int]:
-    """Ports of child and parent, both free; 0, 0 for any.
+def _sockets(first: int, with_parent: bool) -> list[socket.socket]:
+    """The sockets of child and parent, which listen from now on.
+
+    Args:
+        first: the child's port, the parent's is the next one; 0: any for both.
+        with_parent: whether the parent has one.
 
     Raises:
-        InputError: one of them is taken, or there is none after the child's.
+        InputError: one of the ports is taken, or there is none after the child's.
     """
-    if not first:
-        return 0, 0
-    check_port(first, "choose another with --port")
     if with_parent and first == LAST_PORT:
         raise InputError(f"--port {first} leaves none for the parent; choose a lower one, or --no-parent")
+    sockets = [listening_on(first, "choose another with --port")]
     if with_parent:
-        check_port(first + 1, "it is the parent's; choose another --port, or --no-parent")
-    return first, first + 1
+        way_out = "it is the parent's; choose another --port, or --no-parent"
+        sockets.append(listening_on(first and first + 1, way_out))
+    return sockets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,18 +104,19 @@ def run(args: argparse.Namespace) -> None:
     files = [gguf_of(args.target, args.format, paths)]
     if not args.no_parent and args.target != PARENT:
         files.append(parent_beside(files[0], paths))
-    ports = _ports(args.port, len(files) > 1)
+    sockets = _sockets(args.port, len(files) > 1)
     threads = args.threads or params.measure_costs.threads
-    engines = {
-        file.name: loaded(file, threads, args.parallel, args.context, own_port)
-        for file, own_port in zip(files, ports, strict=False)
-    }
+    engines = [loaded(file, threads, args.parallel, args.context) for file in files]
+    urls = {}
+    for file, engine, listening in zip(files, engines, sockets, strict=True):
+        serve_in_thread(listening, engine.url.removesuffix("/v1"), engine.key)
+        urls[file.name] = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
     sys.stderr.write(precision_note(files))
     ended = threading.Event()
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, lambda *_: ended.set())
-    context = min(engine.context for engine in engines.values())
-    sys.stdout.write(serving_text({name: engine.url for name, engine in engines.items()}, args.parallel, context))
+    context = min(engine.context for engine in engines)
+    sys.stdout.write(serving_text(urls, args.parallel, context))
     sys.stdout.flush()
     ended.wait()
     os._exit(0)  # llama.cpp's own end waits for streams that are open, up to half a minute

@@ -32,6 +32,7 @@ from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from prefect.settings import PREFECT_API_URL
 
 from flows import HOME
+from flows.orphans import RUNNING
 from flows.progress import PIECES, ProgressArtifact
 from flows.ui.dvc_progress import DvcProgress
 from storage.files import InputError
@@ -159,9 +160,10 @@ def _command(*arguments: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """DVC's stages use the server of this run; variables that the runner set for this run alone are left out."""
+    """DVC's stages use the server of this run and its record of runs; variables of this run alone are left out."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}
-    return {**kept, "PREFECT_API_URL": PREFECT_API_URL.value(), "PYTHONUNBUFFERED": "1"}
+    address = {"PREFECT_API_URL": PREFECT_API_URL.value(), "PUZZLE_RUNNING": str(RUNNING)}
+    return {**kept, **address, "PYTHONUNBUFFERED": "1"}
 
 
 def _failure(output: list[str], code: int) -> InputError:

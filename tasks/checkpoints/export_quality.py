@@ -1,12 +1,15 @@
 """The distance of an exported GGUF from the child in torch, on held-out tokens, computed by llama.cpp itself.
 
-In: a GGUF file, the child's checkpoint, held-out tokens. Out: KL, perplexity and top-1 agreement. llama.cpp gives the
+In: GGUF files, the child's checkpoint, held-out tokens. Out: KL, perplexity and top-1 agreement. llama.cpp gives the
 hidden states behind the final norm; the LM head is applied here, as the file has it and with hidden states rounded as
 llama.cpp rounds them, so that KL is over the whole vocabulary without logits of [tokens, vocabulary].
 """
 
+import itertools
 import math
-from dataclasses import asdict
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from storage.checkpoints import Checkpoint, read_blocks
 from storage.evaluation import ExportQuality
+from storage.formats import FormatName
 from storage.model_config import EMBEDDING, LM_HEAD, NORM
 from storage.sections import Run
 from tasks.engines.hidden_states import as_multiplied, head_of, hidden_states
@@ -22,29 +26,52 @@ from tasks.engines.llamacpp import check_installed
 from tasks.puzzle.model.boundaries import boundaries
 from tasks.puzzle.model.device import Compute, prepare_compute
 from tasks.puzzle.model.head import Head, Projected, compare_models
-from tasks.puzzle.quality.evaluation import per_sequence, summarise
+from tasks.puzzle.quality.evaluation import SequenceQuality, per_sequence, summarise
 
 
-def export_quality(file: Path, child: Checkpoint, tokens: Tensor, run: Run) -> ExportQuality:
-    """Quality of a GGUF file as llama.cpp computes it, against the child in torch.
+@dataclass(frozen=True)
+class ExportedSequences:
+    """Quality of every sequence: of the child in torch, float32, and of each of its files in llama.cpp."""
 
-    KL is of the child's distribution in torch, float32, to llama.cpp's, nats per token.
+    in_torch: Sequence[SequenceQuality]
+    files: Mapping[FormatName, Sequence[SequenceQuality]]
+
+
+def compare_files(files: Mapping[FormatName, Path], child: Checkpoint, tokens: Tensor, run: Run) -> ExportedSequences:
+    """Compare GGUF files as llama.cpp computes them with the child in torch, whose states are computed once for all.
+
+    KL is of the child's distribution in torch, float32, to llama.cpp's, nats per token. Memory holds two LM heads.
 
     Args:
-        file: GGUF file of the child.
+        files: GGUF files of the child, by format.
         child: the child's checkpoint.
         tokens: held-out token ids, [sequences, tokens] int64.
         run: device, and threads of torch and of llama.cpp.
 
     Raises:
-        InputError: llama.cpp is not installed, or the file is damaged.
+        InputError: llama.cpp is not installed, or a file is damaged.
     """
     check_installed()
     reference = _in_torch(child, tokens, prepare_compute(run.device, "float32", run.threads))
     with torch.inference_mode():
-        in_torch, in_llamacpp = compare_models(tokens, reference, [reference, _in_llamacpp(file, tokens, run.threads)])
-    quality = summarise(per_sequence(in_llamacpp))
-    return ExportQuality(**asdict(quality), torch_perplexity=math.exp(in_torch.lm_loss.mean()))
+        in_torch, *_ = compare_models(tokens, reference, [reference])
+    in_llamacpp: dict[FormatName, Sequence[SequenceQuality]] = {}
+    for name, path in files.items():
+        model = _in_llamacpp(path, tokens, run.threads)
+        with torch.inference_mode():
+            losses, *_ = compare_models(tokens, reference, [model])
+        in_llamacpp[name] = per_sequence(losses)
+    return ExportedSequences(per_sequence(in_torch), in_llamacpp)
+
+
+def export_quality(
+    format_name: FormatName, parts: Sequence[ExportedSequences], documents: Sequence[int]
+) -> ExportQuality:
+    """Average the quality of a file over the sequences of all parts; `documents` has the document of each."""
+    sequences = list(itertools.chain.from_iterable(part.files[format_name] for part in parts))
+    in_torch = itertools.chain.from_iterable(part.in_torch for part in parts)
+    lm_loss = statistics.fmean(sequence.lm_loss for sequence in in_torch)
+    return ExportQuality(**asdict(summarise(sequences, documents)), torch_perplexity=math.exp(lm_loss))
 
 
 def _in_torch(checkpoint: Checkpoint, tokens: Tensor, compute: Compute) -> Projected:

@@ -74,6 +74,22 @@ def gguf_files(model: str, folder: Path) -> dict[FormatName, Path]:
     return files
 
 
+def exported_ggufs(target: str, folder: Path) -> dict[FormatName, Path]:
+    """Format -> a target's GGUF file, for all that exports.json lists, their bytes compared with it.
+
+    Raises:
+        InputError: exports.json, or a file that it lists, is missing.
+        DamagedFileError: a file's bytes are not those that were exported.
+    """
+    rebuild = f"dvc repro export_child@{target}"
+    listed = read_sealed(folder / EXPORTS_OVERVIEW, rebuild)["formats"]
+    files = {name: folder / name / row.gguf_name(target) for name, row in sorted(FORMATS.items()) if row.is_gguf}
+    for name, path in files.items():
+        if name in listed and not path.is_file():
+            raise InputError(f"{path} is missing, and {EXPORTS_OVERVIEW} beside it lists it; run `{rebuild}`")
+    return {name: whole(GgufFile(target, name, path)) for name, path in files.items() if name in listed}
+
+
 def whole(file: GgufFile) -> Path:
     """The path of a file whose bytes are those that were exported.
 
@@ -89,7 +105,7 @@ def whole(file: GgufFile) -> Path:
     return file.path
 
 
-def loaded(file: GgufFile, threads: int, sequences: int, context: int | None, port: int = 0) -> LlamaCpp:
+def loaded(file: GgufFile, threads: int, sequences: int, context: int | None) -> LlamaCpp:
     """Load a model into llama.cpp, under its name.
 
     Args:
@@ -97,13 +113,12 @@ def loaded(file: GgufFile, threads: int, sequences: int, context: int | None, po
         threads: threads of llama.cpp.
         sequences: conversations at once.
         context: tokens of a conversation; None: :data:`CONTEXT`, or as many as the model was made for.
-        port: port of its HTTP API on 127.0.0.1; 0: any.
 
     Raises:
         DamagedFileError: its bytes are not those that were exported.
         InputError: llama.cpp refuses the file, as for :class:`LlamaCpp`, or the model was made for a shorter context.
     """
-    engine = LlamaCpp(whole(file), threads, sequences, context or CONTEXT, name=file.name, port=port, quiet=True)
+    engine = LlamaCpp(whole(file), threads, sequences, context or CONTEXT, name=file.name, quiet=True)
     if context and engine.context < context:
         raise InputError(f"{file.name} was made for {engine.context} tokens of context, {context} are asked for")
     return engine

@@ -17,7 +17,6 @@ from storage.files import InputError, write_whole
 from storage.records import ServingLoad, ServingRow
 from storage.scenario import Scenario
 from storage.tables import read_serving, write_serving
-from tasks.drawing.serving import draw_serving
 from tasks.drawing.serving_text import comparison_table, load_table
 from tasks.drawing.throughput_text import SCENARIO_NAMES
 from tasks.engines.client import Endpoint, load, models
@@ -111,6 +110,8 @@ def _key(row: ServingRow) -> tuple[object, ...]:
 
 
 def _figure(rows: Sequence[ServingRow]) -> dict[str, bytes]:
+    from tasks.drawing.serving import draw_serving  # matplotlib takes a second, which --help need not wait for
+
     drawing = draw_serving(rows, dpi=144)
     return {".svg": drawing.svg.encode(), ".png": drawing.png}
 

@@ -24,6 +24,8 @@ from tasks.commands.stage_estimates import StageEstimate, estimate_stages
 class Plan:
     """Estimates of all stages; bytes of the activation cache in both modes, and whether params name rolling mode.
 
+    `live_teacher` says whether the parent itself runs in GKD, whose tokens would take `teacher_cache_bytes` of cache.
+
     `took` has the seconds that stages of this clone took when they last ran.
     """
 
@@ -35,6 +37,8 @@ class Plan:
     materialised_bytes: float
     rolling_bytes: float
     rolling: bool
+    live_teacher: bool
+    teacher_cache_bytes: float
     free_disk_bytes: float
 
 
@@ -64,6 +68,8 @@ def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
         materialised_bytes=case.materialised_bytes,
         rolling_bytes=case.rolling_bytes,
         rolling=case.is_rolling,
+        live_teacher=case.has_live_teacher,
+        teacher_cache_bytes=case.teacher_cache_bytes,
         free_disk_bytes=float(status.f_bavail * status.f_frsize),
     )
 

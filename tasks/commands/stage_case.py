@@ -8,8 +8,7 @@ from storage.params import Params
 from storage.variants import Attention, Ffn
 from tasks.puzzle.costs.sizes import attention_elements, ffn_elements
 from tasks.puzzle.search_space import block_variants, parent_attention, parent_ffn
-
-_ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
+from tasks.tensors.teacher import ELEMENT_BYTES, cached_train_tokens, teacher_cache_bytes, teacher_is_live
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,25 @@ class StageCase:
         return corpus.train_tokens + corpus.calibration_tokens + corpus.validation_tokens
 
     @property
+    def has_live_teacher(self) -> bool:
+        """Whether the parent itself runs in GKD."""
+        return teacher_is_live(self.params, self.config)
+
+    @property
+    def teacher_cache_bytes(self) -> int:
+        """Bytes that all boundaries of GKD's tokens take in the activation cache."""
+        return teacher_cache_bytes(self.params, self.config)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of all splits that are in the activation cache."""
+        train_tokens = self.params.prepare_corpus.train_tokens
+        return self.corpus_tokens - train_tokens + cached_train_tokens(self.params, self.config, train_tokens)
+
+    @property
     def compute_bytes(self) -> int:
         """Bytes of an element in the dtype of compute."""
-        return _ELEMENT_BYTES[self.params.run.dtype]
+        return ELEMENT_BYTES[self.params.run.dtype]
 
     @property
     def workers(self) -> int:
@@ -128,8 +143,8 @@ class StageCase:
     @property
     def boundary_bytes(self) -> float:
         """Bytes of a boundary in the activation cache."""
-        element_bytes = _ELEMENT_BYTES[self.params.cache_activations.dtype]
-        return float(self.corpus_tokens * self.config.hidden_size * element_bytes)
+        element_bytes = ELEMENT_BYTES[self.params.cache_activations.dtype]
+        return float(self.cached_tokens * self.config.hidden_size * element_bytes)
 
     @property
     def materialised_bytes(self) -> float:

@@ -22,6 +22,7 @@ from storage.targets import Target
 from storage.variants import Attention, Ffn
 from tasks.commands.stage_case import StageCase
 from tasks.puzzle.costs.sizes import attention_elements, ffn_elements
+from tasks.puzzle.removals import CANDIDATES, MOST_REMOVED
 
 _MASTER_BYTES = 12  # float32 weight and AdamW's two moments
 _CHECKPOINTED = 4 * _MASTER_BYTES // 3  # and the best weights so far
@@ -111,14 +112,33 @@ def _prepare_parent(case: StageCase) -> Demand:
     )
 
 
+def _write_text(case: StageCase) -> Demand:
+    """The parent's weights are read at each step of a batch; memory holds them, and the cache of every row."""
+    settings, blocks = case.params.write_text, case.config.num_blocks
+    batches = sum(map(settings.batches, case.params.prepare_corpus.written_kinds))
+    if not batches:
+        return Demand()
+    tokens, in_compute = batches * settings.rows * settings.row_tokens, case.compute_bytes / 2 * case.parent_bytes
+    row = settings.row_tokens * blocks * 2 * case.config.num_kv_heads * case.config.head_dim * case.compute_bytes
+    return Demand(
+        block_flops=tokens * blocks * case.block_flops,
+        head_flops=tokens * case.head_flops,
+        streamed_bytes=batches * settings.row_tokens * (in_compute + settings.rows * row / 2),
+        memory_bytes=in_compute + case.workers * settings.rows * (row + 12.0 * case.config.vocab_size),
+        disk_bytes=5.0 * tokens,
+    )
+
+
 def _prepare_corpus(case: StageCase) -> Demand:
-    return Demand(memory_bytes=1.5e9, disk_bytes=4.0 * case.corpus_tokens, starts=2)
+    corpus = case.params.prepare_corpus
+    tokens = case.corpus_tokens + sum(domain.tokens for domain in corpus.domains.values())
+    return Demand(memory_bytes=1.5e9, disk_bytes=4.0 * (tokens + tokens / corpus.seq_len), starts=2)
 
 
 def _cache_activations(case: StageCase) -> Demand:
     held = case.rolling_bytes if case.is_rolling else case.materialised_bytes
     return Demand(
-        block_flops=case.config.num_blocks * case.corpus_tokens * case.block_flops,
+        block_flops=case.config.num_blocks * case.cached_tokens * case.block_flops,
         moved_bytes=3 * held,
         memory_bytes=2.0 * case.outside_params + case.compute_bytes * case.block_params,
         disk_bytes=held,
@@ -172,11 +192,11 @@ def _fit_flops(case: StageCase, attentions: Sequence[Attention], ffns: Sequence[
 
 
 def _score_blocks(case: StageCase) -> Demand:
-    """Each candidate runs from its block to the end, and through the head."""
+    """Each candidate runs from its block to the end, and through the head; then blocks are removed one by one."""
     num_blocks, score = case.config.num_blocks, case.params.score_blocks
     trained, no_ops = len(case.trained_attentions) + len(case.trained_ffns), 2
     scored = (trained + no_ops) * score.tokens + trained * score.initial_tokens
-    suffix = scored * sum(range(1, num_blocks + 1))
+    suffix: float = scored * sum(range(1, num_blocks + 1))
     groups = -(-num_blocks // score.blocks_per_group)
     heads = num_blocks * scored + 2 * groups * score.tokens
     read = num_blocks * trained
@@ -185,6 +205,10 @@ def _score_blocks(case: StageCase) -> Demand:
         suffix += scored_at_span * sum(range(1, num_ranges + 1))
         heads += num_ranges * scored_at_span
         read += num_ranges * (1 + trained)
+    for removed in range(int(MOST_REMOVED * num_blocks) if score.depth_tokens else 0):
+        tried = min(CANDIDATES, num_blocks - removed)
+        suffix += score.depth_tokens * (1 + tried) * (num_blocks - removed) / 2
+        heads += score.depth_tokens * (2 + tried)
     return Demand(
         block_flops=case.in_order(suffix * case.block_flops, score.tokens),
         head_flops=heads * case.head_flops * case.slowdown,
@@ -202,6 +226,35 @@ def _assemble_child(case: StageCase) -> Demand:
     return Demand(moved_bytes=3 * case.child_bytes, disk_bytes=case.child_bytes)
 
 
+_RIDGES_TRIED = 5
+"""Strengths of the correction that a subblock tries before one is worse than the one before it."""
+
+
+def _refine_child(case: StageCase) -> Demand:
+    """Each token runs twice through the child's blocks and through the parent's attentions, for features and states.
+
+    Held-out tokens run three times more: without the correction, and for the errors along depth.
+    """
+    config, settings = case.config, case.params.refine_child
+    if not settings.tokens:
+        return _assemble_child(case)
+    tokens, held_out = settings.tokens + settings.held_out_tokens, settings.held_out_tokens
+    hidden, width = config.hidden_size, case.kept * config.intermediate_size
+    features = config.num_heads * config.head_dim, width
+    summed = sum(2.0 * inputs * (inputs + hidden) for inputs in features)
+    solved = sum(inputs**3 / 3 + 4.0 * inputs**2 * hidden for inputs in features)
+    block_flops = tokens * (2 * case.child_flops + 2 * config.num_blocks * case.parent_attention_flops)
+    states = (tokens + held_out) * hidden * case.compute_bytes
+    return Demand(
+        block_flops=block_flops + 3 * held_out * case.child_flops + case.in_order(0.0, tokens),
+        float32_flops=config.num_blocks * (tokens * summed + 2 * _RIDGES_TRIED * solved),  # float64 at half the rate
+        moved_bytes=4 * config.num_blocks * states + 4 * case.child_bytes,
+        memory_bytes=3.0 * case.compute_bytes * case.block_params
+        + (4.0 * (2 + case.workers) + 3 * 8.0) * config.intermediate_size**2,
+        disk_bytes=case.child_bytes,
+    )
+
+
 def _distill_child(case: StageCase) -> Demand:
     gkd = case.params.distill_child
     params = case.kept * case.config.num_blocks * case.block_params
@@ -214,13 +267,15 @@ def _distill_child(case: StageCase) -> Demand:
         * case.config.num_blocks
         * (12 * case.config.hidden_size + 4 * case.config.intermediate_size)
     )
+    taught = gkd.tokens if case.has_live_teacher else 0
     return Demand(
-        block_flops=(3 * gkd.tokens + held_out) * case.child_flops,
+        block_flops=(3 * gkd.tokens + held_out) * case.child_flops + taught * case.config.num_blocks * case.block_flops,
         head_flops=(3 * gkd.tokens + 2 * held_out) * case.head_flops,
         streamed_bytes=steps * params * 4 * _MASTER_BYTES,
         moved_bytes=checkpoints * params * _CHECKPOINTED + 4 * case.child_bytes,
         memory_bytes=params * (_CHECKPOINTED + 4 + case.workers * 4 + 2 * case.compute_bytes)
-        + case.compute_bytes * (case.outside_params + case.workers * saved),
+        + case.compute_bytes * (case.outside_params + case.workers * saved)
+        + (case.compute_bytes * case.config.num_blocks * case.block_params if case.has_live_teacher else 0),
         disk_bytes=case.child_bytes,
     )
 
@@ -260,16 +315,26 @@ def _benchmark_throughput(case: StageCase) -> Demand:
 
 
 def _evaluate_child(case: StageCase) -> Demand:
+    """Three states of the child on every domain, and on all but the training's own the parent too."""
     evaluate = case.params.evaluate_child
-    num_baselines = 4 + case.params.search_baselines.random_seeds
     num_ggufs = sum(FORMATS[name].is_gguf for name in case.params.export_child.formats)
-    baseline_tokens = num_baselines * evaluate.baseline_tokens
+    exported_head = 4.0 * case.config.hidden_size * case.config.vocab_size
+    others = [min(evaluate.tokens, domain.tokens) for domain in case.params.prepare_corpus.domains.values()]
+    tokens = evaluate.tokens + sum(others)
+    num_baselines = 4 + case.params.search_baselines.random_seeds
+    domain_tokens = sum(min(evaluate.domain_baseline_tokens, size) for size in others)
+    baseline_tokens = num_baselines * (evaluate.baseline_tokens + domain_tokens)
     return Demand(
-        block_flops=(2 * evaluate.tokens + baseline_tokens) * case.child_flops,
-        head_flops=(4 * evaluate.tokens + baseline_tokens) * case.head_flops,
-        float32_flops=num_ggufs * evaluate.export_tokens * (2 * case.child_flops + 4 * case.head_flops),
-        memory_bytes=case.compute_bytes * (case.outside_params + case.workers * 3 * case.block_params),
-        moved_bytes=4 * case.child_bytes,
+        block_flops=(3 * tokens + baseline_tokens) * case.child_flops
+        + sum(others) * case.config.num_blocks * case.block_flops,
+        head_flops=(5 * tokens + baseline_tokens) * case.head_flops,
+        float32_flops=evaluate.export_tokens
+        * ((1 + num_ggufs) * case.child_flops + 3 * (1 + num_ggufs) * case.head_flops),
+        memory_bytes=max(
+            case.compute_bytes * (case.outside_params + case.workers * 3 * case.block_params),
+            case.workers * 2 * exported_head if evaluate.export_tokens else 0.0,
+        ),
+        moved_bytes=5 * case.child_bytes,
     )
 
 
@@ -277,6 +342,7 @@ ESTIMATORS: Mapping[str, Callable[[StageCase], Demand]] = {
     "prepare_parent": _prepare_parent,
     "measure_costs": _starts(1.0),
     "export_parent": _export_parent,
+    "write_text": _write_text,
     "prepare_corpus": _prepare_corpus,
     "cache_activations": _cache_activations,
     "distill_blocks": _distill_blocks,
@@ -284,6 +350,7 @@ ESTIMATORS: Mapping[str, Callable[[StageCase], Demand]] = {
     "search_architecture": _starts(0.6),
     "search_baselines": _starts(0.6),
     "assemble_child": _assemble_child,
+    "refine_child": _refine_child,
     "distill_child": _distill_child,
     "export_child": _export_child,
     "benchmark_throughput": _benchmark_throughput,

@@ -7,12 +7,14 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from storage.evaluation import CHILD_STATES, Evaluation
 from storage.metrics import METRICS, SpeedParts
 from storage.model_config import ModelConfig
 from storage.records import Component, CostRow
 from storage.scenario import Setting
 from storage.variants import Attention, Replacement
 from tasks.drawing.blocks import BlockRuntime, ChildRuntime
+from tasks.drawing.healing import HealedChild
 from tasks.drawing.quality import QualityPanel, QualityPoint, SpeedPoint
 from tasks.drawing.reported_child import ReportedChild, ReportedModel
 from tasks.drawing.scores import ScoreCell
@@ -25,17 +27,24 @@ _ONE_STEP = SpeedParts(reads_input=False, steps="one")
 """What is drawn of a target that limits decoding, or no speed: the milliseconds of one decode step."""
 
 
-def panel(child: ReportedChild) -> QualityPanel | None:
-    """A target's models for the figures of quality; None where it was not evaluated."""
-    if child.evaluation is None:
-        return None
-    points = [_point(model) for model in child.models]
+def panel(child: ReportedChild, domain: str) -> QualityPanel:
+    """A target's models on the text of one domain for the figures of quality; none where it was not evaluated."""
+    points = [_point(model) for model in child.models(domain)]
     if child.setting is None:
-        return QualityPanel(child.label, "no speed limit", "nothing", points)
+        return QualityPanel(child.label, domain, "no speed limit", "nothing", points)
     speed, setting = child.chosen.predicted.speed, child.setting
     assert speed is not None
     text = f"{child.phase}, {setting.scenario}, batch {setting.batch}, {setting.engine}"
-    return QualityPanel(child.label, text, f"{speed.origin} timings of {setting.hardware}", points)
+    return QualityPanel(child.label, domain, text, f"{speed.origin} timings of {setting.hardware}", points)
+
+
+def healed_child(label: str, evaluation: Evaluation) -> HealedChild:
+    """A child's qualities in each state, by domain."""
+    domains = {}
+    for domain, measured in evaluation.domains.items():
+        states = {name: measured.models[name] for name in CHILD_STATES}
+        domains[domain] = states, measured.parent.perplexity
+    return HealedChild(label, domains)
 
 
 def _point(model: ReportedModel) -> QualityPoint:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from tasks.drawing.style import (
     BLUE,
+    GREEN,
     GREY,
     INK,
     LINE,
@@ -28,12 +29,13 @@ from tasks.drawing.style import (
     styled,
 )
 
-Series = Literal["parent", "assembled", "distilled", "baseline"]
+Series = Literal["parent", "assembled", "refined", "distilled", "baseline"]
 _LOOKS: dict[Series, tuple[str, str, str]] = {
     "parent": ("parent", GREY, "D"),
-    "assembled": ("child before GKD", PALE_BLUE, "o"),
-    "distilled": ("child after GKD", BLUE, "o"),
-    "baseline": ("baseline, before GKD", ORANGE, "s"),
+    "assembled": ("child, assembled", PALE_BLUE, "o"),
+    "refined": ("child, refined", GREEN, "o"),
+    "distilled": ("child, distilled", BLUE, "o"),
+    "baseline": ("baseline, assembled", ORANGE, "s"),
 }
 _GAP = 0.05
 """Least distance of labels, as a share of the axes' height."""
@@ -47,7 +49,7 @@ class QualityPoint:
         name: the label's text.
         series: kind of model.
         kl: measured KL to the parent, nats/token.
-        kl_stderr: its standard error.
+        kl_stderr: its standard error; None where it has none.
         measured_ratio: measured speed over the parent's; None where it was not measured.
         predicted_ratio: speed over the parent's by the cost table; None where the target limits no speed.
         score: predicted KL (sum of replace-1-block scores), nats/token; None where there is none.
@@ -56,7 +58,7 @@ class QualityPoint:
     name: str
     series: Series
     kl: float
-    kl_stderr: float
+    kl_stderr: float | None
     measured_ratio: float | None = None
     predicted_ratio: float | None = None
     score: float | None = None
@@ -64,44 +66,54 @@ class QualityPoint:
 
 @dataclass(frozen=True)
 class QualityPanel:
-    """The models of one target.
+    """The models of one target, measured on the text of one domain.
 
     Attributes:
         label: the target's name for people.
+        domain: the domain's name.
         setting: the compared speed and its setting, in words.
         tables: the timings that predicted speeds rest on.
         points: the models, the parent first.
     """
 
     label: str
+    domain: str
     setting: str
     tables: str
     points: Sequence[QualityPoint]
 
 
 @styled
-def quality_throughput(targets: Sequence[QualityPanel], dpi: int) -> Drawing:
-    """Draw KL to the parent over relative throughput: filled markers are measured, hollow ones predicted."""
-    figure, (row,) = panels(1, len(targets), 4.6, share_y=True)
-    for axes, target in zip(row, targets, strict=True):
+def quality_throughput(domains: Sequence[Sequence[QualityPanel]], dpi: int) -> Drawing:
+    """Draw KL to the parent over relative throughput: filled markers are measured, hollow ones predicted.
+
+    Args:
+        domains: for each domain a row of panels, one for each target.
+        dpi: pixels per inch of the PNG.
+    """
+    figure, grid = panels(len(domains), len(domains[0]), 0.8 + 3.8 * len(domains), share_y=True)
+    cells = [axes for row in grid for axes in row]
+    shown = list(itertools.chain.from_iterable(domains))
+    for axes, target in zip(cells, shown, strict=True):
         _frontier(axes, target)
-    row[0].set_ylabel("KL(parent || model), nats/token, measured\n(± standard error; lower is better)")
-    points = list(itertools.chain.from_iterable(target.points for target in targets))
+    for row in grid:
+        row[0].set_ylabel("KL(parent || model), nats/token, measured\n(± standard error; lower is better)")
+    points = list(itertools.chain.from_iterable(target.points for target in shown))
     linear = _linear_below([point.kl for point in points])
-    top = max(point.kl + point.kl_stderr for point in points)
-    row[0].set_yscale("symlog", linthresh=linear, linscale=0.35)
-    row[0].set_ylim(-0.12 * linear, max(top, linear) * 1.5)
+    top = max(point.kl + (point.kl_stderr or 0.0) for point in points)
+    cells[0].set_yscale("symlog", linthresh=linear, linscale=0.35)
+    cells[0].set_ylim(-0.12 * linear, max(top, linear) * 1.5)
     ticks = [0.0, *_round_numbers(linear, top * 1.5)]
-    row[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
-    for axes in row:
+    cells[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    for axes in cells:
         axes.minorticks_off()
-    for axes, target in zip(row, targets, strict=True):
+    for axes, target in zip(cells, shown, strict=True):
         _label(axes, target.points)
-    _legend(figure, row)
+    _legend(figure, cells)
     words = []
-    for target in targets:
+    for target in shown:
         qualities = [f"{point.name} KL {point.kl:.3f}" for point in target.points]
-        words.append(f"{target.label}: {', '.join(qualities)}")
+        words.append(f"{target.label} on {target.domain} text: {', '.join(qualities)}")
     return finish(figure, "quality_throughput", f"Quality against throughput. {'. '.join(words)}", dpi)
 
 
@@ -130,7 +142,7 @@ def _frontier(axes: Axes, target: QualityPanel) -> None:
     axes.axvline(1.0, color=LINE, linewidth=0.8, zorder=0)
     axes.margins(x=0.1)
     axes.grid()
-    axes.set_title(target.label)
+    axes.set_title(f"{target.label}, {target.domain} text")
     axes.set_xlabel(
         f"throughput ÷ the parent's: {target.setting}\n(filled: measured; hollow:\npredicted from {target.tables})"
     )
@@ -203,7 +215,7 @@ class SpeedPoint:
 
 @styled
 def predicted_measured(targets: Sequence[QualityPanel], speeds: Sequence[SpeedPoint], dpi: int) -> Drawing:
-    """Draw sum of scores against KL of models without GKD (left), and predicted against measured tokens/s (right)."""
+    """Draw sum of scores against KL of assembled models (left), and predicted against measured tokens/s (right)."""
     figure, (row,) = panels(1, 2, 4.2)
     points: list[tuple[str, QualityPoint]] = []
     for target in targets:

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from storage.architecture import Baseline, ChosenArchitecture
-from storage.evaluation import Evaluation, PairedDifference, Quality
+from storage.evaluation import CHILD_STATES, ChildState, DomainQuality, Evaluation, PairedDifference, Quality
 from storage.gkd import GkdCurve
 from storage.metrics import METRICS
 from storage.records import ThroughputRow
+from storage.refinement import Refinement
 from storage.scenario import Setting
 from storage.variants import Replacement
 from tasks.drawing.quality import Series
@@ -19,14 +20,15 @@ from tasks.drawing.quality import Series
 
 @dataclass(frozen=True)
 class ReportedModel:
-    """A model that evaluate_child measured: the parent, the child before or after GKD, or a baseline.
+    """A model that evaluate_child measured on the text of one domain: the parent, the child or a baseline.
 
     Attributes:
         name: the model's name for people.
         series: kind of model.
-        quality: quality on held-out text.
+        quality: quality on the domain's held-out text.
         sequences: held-out sequences that it was measured on.
-        paired: KL minus the KL of the child before GKD, on the same sequences; None for parent and that child.
+        documents: the documents that those come from.
+        paired: KL minus the KL of the assembled child, on the same sequences; None for parent and that child.
         score: predicted KL (sum of replace-1-block scores), nats/token; None where there is none.
         block_params_ratio: parameters in blocks over the parent's.
         kv_ratio: KV cache over the parent's.
@@ -38,6 +40,7 @@ class ReportedModel:
     series: Series
     quality: Quality
     sequences: int
+    documents: int
     paired: PairedDifference | None
     score: float | None
     block_params_ratio: float | None
@@ -55,6 +58,7 @@ class ReportedChild:
     baselines: Mapping[str, Baseline]
     gkd: GkdCurve | None
     throughput: Sequence[ThroughputRow]
+    refinement: Refinement | None = None
 
     @property
     def target(self) -> str:
@@ -63,8 +67,9 @@ class ReportedChild:
 
     @property
     def label(self) -> str:
-        """The target's name for people."""
-        return self.chosen.label
+        """The target's name for people, and the baseline that chose the child where the search did not."""
+        chosen = self.chosen
+        return chosen.label if chosen.chosen_by == "search" else f"{chosen.label} (chosen by {chosen.chosen_by})"
 
     @property
     def blocks(self) -> tuple[Replacement, ...]:
@@ -113,24 +118,28 @@ class ReportedChild:
         return [_spaced(name) for name, baseline in self.baselines.items() if baseline.infeasible is not None]
 
     @property
-    def models(self) -> list[ReportedModel]:
-        """Every model of the target that was measured, the parent first; none without evaluation.json."""
-        if self.evaluation is None:
+    def domains(self) -> tuple[str, ...]:
+        """The domains whose text models were measured on, the training's own first; none without evaluation.json."""
+        return tuple(self.evaluation.domains) if self.evaluation else ()
+
+    def models(self, domain: str) -> list[ReportedModel]:
+        """Every model of the target that was measured on a domain's text, the parent first."""
+        measured = self.evaluation.domains.get(domain) if self.evaluation else None
+        if measured is None:
             return []
-        baselines = [self._baseline(key, self.evaluation) for key in self.evaluation.baselines]
         return [
-            self._parent(self.evaluation),
-            self._child("before GKD", "assembled", self.evaluation),
-            self._child("after GKD", "distilled", self.evaluation),
-            *baselines,
+            self._parent(measured),
+            *(self._child(name, measured) for name in CHILD_STATES),
+            *(self._baseline(key, measured) for key in measured.baselines),
         ]
 
-    def _parent(self, evaluation: Evaluation) -> ReportedModel:
+    def _parent(self, measured: DomainQuality) -> ReportedModel:
         return ReportedModel(
             name="parent",
             series="parent",
-            quality=evaluation.parent,
-            sequences=evaluation.sequences,
+            quality=measured.parent,
+            sequences=measured.sequences,
+            documents=measured.documents,
             paired=None,
             score=None,
             block_params_ratio=1.0,
@@ -139,31 +148,33 @@ class ReportedChild:
             predicted_ratio=1.0 if self.setting else None,
         )
 
-    def _child(self, name: str, series: Series, evaluation: Evaluation) -> ReportedModel:
-        """The child before or after GKD, which changes no speed; the scores predict it before."""
-        predicted, is_assembled = self.chosen.predicted, series == "assembled"
+    def _child(self, name: ChildState, measured: DomainQuality) -> ReportedModel:
+        """The child in one of its states, which all have the same speed; the scores predict it as assembled."""
+        predicted = self.chosen.predicted
         return ReportedModel(
             name=name,
-            series=series,
-            quality=evaluation.assembled if is_assembled else evaluation.distilled,
-            sequences=evaluation.sequences,
-            paired=evaluation.paired.get(series),
-            score=predicted.score if is_assembled else None,
+            series=name,
+            quality=measured.models[name],
+            sequences=measured.sequences,
+            documents=measured.documents,
+            paired=measured.paired.get(name),
+            score=predicted.score if name == "assembled" else None,
             block_params_ratio=predicted.block_params_ratio,
             kv_ratio=predicted.kv_ratio,
             measured_ratio=self.measured_ratio,
             predicted_ratio=predicted.throughput_ratio if self.setting else None,
         )
 
-    def _baseline(self, key: str, evaluation: Evaluation) -> ReportedModel:
-        baseline, quality = self.baselines.get(key), evaluation.baselines[key]
+    def _baseline(self, key: str, measured: DomainQuality) -> ReportedModel:
+        baseline, quality = self.baselines.get(key), measured.baselines[key]
         predicted = baseline.predicted if baseline else None
         return ReportedModel(
             name=_spaced(key),
             series="baseline",
             quality=quality,
             sequences=quality.sequences,
-            paired=evaluation.paired.get(key),
+            documents=quality.documents,
+            paired=measured.paired.get(key),
             score=predicted.score if predicted else None,
             block_params_ratio=predicted.block_params_ratio if predicted else None,
             kv_ratio=predicted.kv_ratio if predicted else None,

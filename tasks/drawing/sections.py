@@ -8,15 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from storage.documents import TRAINING_MIX
 from storage.gkd import GkdCurve
 from storage.model_config import ModelConfig
 from storage.records import CostRow
+from storage.refinement import Refinement
 from tasks.drawing import tables, throughput_tables
 from tasks.drawing.blocks import DrawnModel, architectures, runtimes
-from tasks.drawing.figure_data import bld_losses, panel, runtime, score_cells, speed_points
+from tasks.drawing.figure_data import bld_losses, healed_child, panel, runtime, score_cells, speed_points
+from tasks.drawing.healing import healing
 from tasks.drawing.page import PageSection
 from tasks.drawing.pipeline import StageBox, pipeline
 from tasks.drawing.quality import predicted_measured, quality_throughput
+from tasks.drawing.refinement import error_along_depth
 from tasks.drawing.reported_child import ReportedChild
 from tasks.drawing.scores import score_map
 from tasks.drawing.tables import Table
@@ -67,8 +71,8 @@ def lacking(result: str, stage: str) -> str:
 def all_parts(run: ReportedRun) -> list[Part]:
     """Every section, in the page's order."""
     builders = (
-        *(pipeline_part, quality_part, architecture_part, runtime_part, bld_part),
-        *(scores_part, gkd_part, throughput_part, exports_part, predicted_part),
+        *(pipeline_part, healing_part, quality_part, architecture_part, runtime_part, bld_part),
+        *(scores_part, refinement_part, gkd_part, throughput_part, exports_part, predicted_part),
     )
     return [build(run) for build in builders]
 
@@ -79,23 +83,38 @@ def pipeline_part(run: ReportedRun) -> Part:
     return Part(PageSection("pipeline", "Pipeline", text, pipeline(run.stages, run.dpi)))
 
 
+def healing_part(run: ReportedRun) -> Part:
+    """KL and perplexity of every evaluated child in each of its states."""
+    evaluated = [healed_child(child.label, child.evaluation) for child in run.children if child.evaluation]
+    if not evaluated:
+        return Part(None)
+    text = (
+        "Each child as the search composed it (assembled), after the correction of the whole child in closed form "
+        "(refined) and after global distillation (distilled), measured on held-out text of each domain. No stage "
+        "trains on another domain than training: the others show whether what the child learnt holds beyond it."
+    )
+    return Part(PageSection("healing", "From assembled to distilled", text, healing(evaluated, run.dpi)))
+
+
 def quality_part(run: ReportedRun) -> Part:
     """Quality against throughput of every model of every evaluated target."""
     evaluated = [child for child in run.children if child.evaluation]
     if not evaluated:
         return Part(None)
-    panels = [panel(child) for child in evaluated if child.setting]
-    shown = [target for target in panels if target]
+    limited = [child for child in evaluated if child.setting]
+    domains = list(dict.fromkeys(domain for child in limited for domain in child.domains))
+    rows = [[panel(child, domain) for child in limited] for domain in domains]
     machines = dict.fromkeys(child.machine for child in evaluated if child.measured_ratio is not None)
     text = (
         "KL to the parent (measured on held-out text, bars are standard errors) over throughput relative to the "
         f"parent: filled markers were measured{' on ' + ' and '.join(machines) if machines else ''}, hollow ones are "
-        "predicted from the cost table. GKD does not change what a child computes, so both children of a target share "
-        "the speed that was measured before GKD. No baseline went through GKD: compare them with the child before it, "
-        "and on the same sequences, as the tables' third column does, since baselines may be measured on fewer."
+        "predicted from the cost table. Neither correction nor GKD changes what a child computes, so a target's child "
+        "has in all states the speed that was measured as it was assembled. No baseline was corrected or distilled: "
+        "compare them with the assembled child, and on the same sequences, as the tables' third column does, since "
+        "baselines may be measured on fewer."
     )
-    drawing = quality_throughput(shown, run.dpi) if shown else None
-    models = [tables.models_table(child) for child in evaluated]
+    drawing = quality_throughput(rows, run.dpi) if rows else None
+    models = [table for child in evaluated for table in tables.quality_tables(child)]
     return Part(PageSection("quality", "Quality against throughput", text, drawing, models))
 
 
@@ -150,6 +169,25 @@ def scores_part(run: ReportedRun) -> Part:
     return Part(PageSection("scores", "Replace-1-block scores", text, drawing))
 
 
+def refinement_part(run: ReportedRun) -> Part:
+    """The error along depth before and after the correction in closed form."""
+    corrections: dict[str, Refinement] = {}
+    missing = []
+    for child in run.children:
+        if child.refinement:
+            corrections[child.label] = child.refinement
+        else:
+            missing.append(lacking(f"correction of {child.label}", f"refine_child@{child.target}"))
+    if not corrections:
+        return Part(None, tuple(missing))
+    text = (
+        "After assembly every output layer is refitted on the child's own hidden states, towards the parent's at the "
+        "same place. Measured on held-out text: how far the states behind each block are from the parent's."
+    )
+    drawing = error_along_depth(corrections, run.dpi)
+    return Part(PageSection("refinement", "Whole-child correction", text, drawing), tuple(missing))
+
+
 def gkd_part(run: ReportedRun) -> Part:
     """The curves of global distillation."""
     curves: dict[str, GkdCurve] = {}
@@ -162,11 +200,25 @@ def gkd_part(run: ReportedRun) -> Part:
     if not curves:
         return Part(None, tuple(missing))
     text = (
-        "The assembled child learns from the parent's hidden states and logits. Measured on the fly: KL on each "
-        "training batch and on held-out text; the weights that are kept are those of the dotted line."
+        "The child learns from the parent's hidden states and logits. Measured on the fly: KL on each training batch "
+        "and on held-out text, and the norm of the gradient before it is clipped; the weights that are kept are those "
+        f"of the dotted line. {_longer_training(curves)}"
     )
     drawing = gkd_curves(curves, run.dpi)
     return Part(PageSection("gkd", "Global distillation (GKD)", text, drawing), tuple(missing))
+
+
+def _longer_training(curves: Mapping[str, GkdCurve]) -> str:
+    """What the fitted curves say of more tokens."""
+    modelled = [
+        f"{label}: KL {curve.modelled.kl:.3f} after {curve.modelled.tokens:,} tokens, {curve.best.kl:.3f} measured "
+        f"after {curve.best.tokens:,} (the fit's error is {curve.modelled.rms_error:.3f})"
+        for label, curve in curves.items()
+        if curve.modelled
+    ]
+    if not modelled:
+        return "The held-out measurements are too few, or lie on no power law, to say what more tokens would give."
+    return f"Modelled by a power law with an offset through the held-out KL, not measured: {'; '.join(modelled)}."
 
 
 def throughput_part(run: ReportedRun) -> Part:
@@ -203,11 +255,11 @@ def predicted_part(run: ReportedRun) -> Part:
     """Predictions against measurements, and every limit."""
     if not run.children:
         return Part(None)
-    panels = [panel(child) for child in run.children]
-    evaluated = [target for target in panels if target]
+    evaluated = [panel(child, TRAINING_MIX) for child in run.children if child.evaluation]
     text = (
         "On the line, the tables were right. Left: the sum of replace-1-block scores against the measured KL of models "
-        "that had no GKD. Right: tokens per second from the cost table against the clock. Below: each limit."
+        "as assembled, on held-out training text. Right: tokens per second from the cost table against the clock. "
+        "Below: each limit."
     )
     drawing = predicted_measured(evaluated, speed_points(run.children), run.dpi) if evaluated else None
     limits = tables.limits_table(run.children)

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from storage.architecture import ReachedLimit
-from storage.evaluation import MeasuredLimit, PairedDifference, Quality
-from tasks.drawing.reported_child import ReportedChild
+from storage.documents import TRAINING_MIX
+from storage.evaluation import MeasuredLimit, Quality
+from tasks.drawing.numbers import counted, with_error
+from tasks.drawing.reported_child import ReportedChild, ReportedModel
 
 NONE = "–"
 """A cell without a number."""
@@ -22,54 +24,82 @@ class Table:
 
 
 def children_table(children: Sequence[ReportedChild]) -> Table:
-    """One row per target: how much of the parent is left, the quality after GKD, the speed."""
+    """One row per target: how much of the parent is left, the distilled child's quality by domain, the speed."""
+    domains = list(dict.fromkeys(domain for child in children for domain in child.domains))
+    texts = [*domains, *(["mean"] if len(domains) > 1 else [])]
     columns = (
-        *("child", "parameters", "of block params", "of KV cache", "KL to the parent, nats/token", "perplexity"),
-        *("top-1 agreement", "throughput, measured", "throughput, predicted"),
+        *("child", "parameters", "of block params", "of KV cache"),
+        *(f"KL, {text}" for text in texts),
+        *(f"perplexity, {domain}" for domain in domains),
+        *("throughput, measured", "throughput, predicted"),
     )
-    return Table("Children; throughput relative to the parent", columns, [_child_row(child) for child in children])
+    caption = (
+        "Children as distilled; KL to the parent in nats/token; perplexity, as KL measured on held-out text, and "
+        "throughput relative to the parent's"
+    )
+    return Table(caption, columns, [_child_row(child, domains) for child in children])
 
 
-def _child_row(child: ReportedChild) -> tuple[str, ...]:
-    predicted, quality = child.chosen.predicted, child.evaluation.distilled if child.evaluation else None
+def _child_row(child: ReportedChild, domains: Sequence[str]) -> tuple[str, ...]:
+    predicted, measured = child.chosen.predicted, child.evaluation.domains if child.evaluation else {}
+    shown = [measured.get(domain) for domain in domains]
+    mean = [_kl(child.evaluation.mean("distilled")) if child.evaluation else NONE] if len(domains) > 1 else []
     return (
         child.label,
         f"{predicted.params:,}",
         percent(predicted.block_params_ratio),
         percent(predicted.kv_ratio),
-        _kl(quality) if quality else NONE,
-        f"{quality.perplexity:.2f}" if quality else NONE,
-        percent(quality.top1_agreement) if quality else NONE,
+        *(_kl(quality.distilled) if quality else NONE for quality in shown),
+        *mean,
+        *(times(quality.distilled.perplexity / quality.parent.perplexity) if quality else NONE for quality in shown),
         times(child.measured_ratio),
         times(predicted.throughput_ratio),
     )
 
 
-def models_table(child: ReportedChild) -> Table:
-    """Every model of a target: quality on held-out sequences, sizes, speed measured and predicted."""
-    assert child.evaluation is not None, child.target
-    titles = {"baseline": "baseline: ", "parent": ""}
+def quality_tables(child: ReportedChild) -> list[Table]:
+    """Every model of a target: a table of its quality for each domain, then one of sizes and speed."""
+    tables = [_quality_table(child, domain) for domain in child.domains]
     rows = [
         (
-            f"{titles.get(model.series, 'child ')}{model.name}",
-            _kl(model.quality),
-            _difference(model.paired),
-            f"{model.quality.perplexity:.2f}",
-            percent(model.quality.top1_agreement),
-            str(model.sequences),
+            _model_name(model),
             percent(model.block_params_ratio),
             percent(model.kv_ratio),
             times(model.measured_ratio),
             times(model.predicted_ratio),
         )
-        for model in child.models
+        for model in child.models(TRAINING_MIX)
+    ]
+    columns = ("model", "block params", "KV cache", "throughput, measured", "throughput, predicted")
+    return [*tables, Table(f"{child.label}: sizes and speed relative to the parent", columns, rows)]
+
+
+def _quality_table(child: ReportedChild, domain: str) -> Table:
+    models = child.models(domain)
+    parent = models[0].quality
+    rows = [
+        (
+            _model_name(model),
+            _kl(model.quality),
+            with_error(model.paired.kl_difference, model.paired.stderr, sign="+") if model.paired else NONE,
+            f"{model.quality.perplexity:.2f}",
+            times(model.quality.perplexity / parent.perplexity),
+            percent(model.quality.top1_agreement),
+            str(model.sequences),
+            str(model.documents),
+        )
+        for model in models
     ]
     columns = (
-        *("model", "KL, nats/token", "KL minus child's before GKD, same sequences", "perplexity", "top-1 agreement"),
-        *("sequences", "block params", "KV cache", "throughput, measured", "throughput, predicted"),
+        *("model", "KL, nats/token", "KL minus the assembled child's, same sequences", "perplexity"),
+        *("÷ parent's", "top-1 agreement", "sequences", "documents"),
     )
-    tokens = f"{child.evaluation.tokens:,} validation tokens in {child.evaluation.sequences} sequences"
-    return Table(f"{child.label}: {tokens}; ± is a standard error over sequences", columns, rows)
+    return Table(f"{child.label} on held-out {domain} text, measured; ± clusters by document", columns, rows)
+
+
+def _model_name(model: ReportedModel) -> str:
+    titles = {"baseline": "baseline: ", "parent": ""}
+    return f"{titles.get(model.series, 'child, ')}{model.name}"
 
 
 def limits_table(children: Sequence[ReportedChild]) -> Table:
@@ -97,32 +127,30 @@ def _limit_row(label: str, limit: ReachedLimit) -> tuple[str, ...]:
 
 def exports_table(children: Sequence[ReportedChild]) -> Table | None:
     """The distance of each exported GGUF from the child in torch, by llama.cpp itself; None where none was measured."""
-    rows, tokens = [], 0
+    rows, tokens, documents = [], 0, 0
     for child in children:
         if child.evaluation is None:
             continue
-        tokens = max(tokens, child.evaluation.exports.tokens)
-        for export_format, quality in child.evaluation.exports.formats.items():
+        exports = child.evaluation.exports
+        tokens, documents = max(tokens, exports.tokens), max(documents, exports.documents)
+        for export_format, quality in exports.formats.items():
             row = (
                 child.label,
                 export_format,
-                f"{quality.kl:.6f} ± {quality.kl_stderr:.6f}",
+                with_error(quality.kl, quality.kl_stderr, digits=6),
                 f"{quality.perplexity:.3f}",
                 f"{quality.torch_perplexity:.3f}",
                 percent(quality.top1_agreement),
             )
             rows.append(row)
     columns = ("child", "format", "KL to torch, nats/token", "perplexity", "perplexity in torch", "top-1 agreement")
-    caption = f"Exported GGUF files in llama.cpp against the child in torch, {tokens:,} validation tokens, measured"
+    size = f"{tokens:,} validation tokens of {counted(documents, 'document')}"
+    caption = f"Exported GGUF files in llama.cpp against the child in torch, {size}, measured"
     return Table(caption, columns, rows, num_words=2) if rows else None
 
 
 def _kl(quality: Quality) -> str:
-    return f"{quality.kl:.3f} ± {quality.kl_stderr:.3f}"
-
-
-def _difference(paired: PairedDifference | None) -> str:
-    return f"{paired.kl_difference:+.3f} ± {paired.stderr:.3f}" if paired else NONE
+    return with_error(quality.kl, quality.kl_stderr)
 
 
 def percent(share: float | None) -> str:

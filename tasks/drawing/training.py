@@ -83,17 +83,18 @@ def _variant(axes: Axes, title: str, losses: Sequence[BldLoss]) -> None:
 
 @styled
 def gkd_curves(children: Mapping[str, GkdCurve], dpi: int) -> Drawing:
-    """Draw KL to the parent in training and on held-out text (upper row), and the hidden states' cosine distance.
+    """Draw KL to the parent in training and on held-out text, the hidden states' cosine distance, the gradient's norm.
 
     Args:
         children: the curves, each by its target's label.
         dpi: pixels per inch of the PNG.
     """
-    figure, grid = panels(2, len(children), 5.2, (2.2, 1.0))
-    for column, (label, curve) in enumerate(children.items()):
-        _curve(grid[0][column], grid[1][column], label, curve)
+    figure, grid = panels(3, len(children), 6.6, (2.2, 1.0, 1.0))
+    for (label, curve), *axes in zip(children.items(), *grid, strict=True):
+        _curve(axes, label, curve)
     grid[0][0].set_ylabel("KL(parent || child), nats/token")
     grid[1][0].set_ylabel("1 − cosine,\nmean over blocks")
+    grid[2][0].set_ylabel("norm of the\ngradient")
     handles, names = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper right", ncols=3)
     words = [
@@ -108,14 +109,17 @@ def _best_kl(curve: GkdCurve) -> float:
     return min(measurement.kl for measurement in curve.held_out)
 
 
-def _curve(upper: Axes, lower: Axes, label: str, curve: GkdCurve) -> None:
+def _curve(column: Sequence[Axes], label: str, curve: GkdCurve) -> None:
+    kl, cosine, norm = column
     tokens, held_out_tokens = [step.tokens for step in curve.steps], [point.tokens for point in curve.held_out]
-    upper.plot(tokens, [step.kl for step in curve.steps], color=PALE_BLUE, linewidth=1, label="training batches")
-    upper.plot(held_out_tokens, [point.kl for point in curve.held_out], "o-", color=BLUE, ms=4, label="held-out text")
-    for axes in (upper, lower):
+    kl.plot(tokens, [step.kl for step in curve.steps], color=PALE_BLUE, linewidth=1, label="training batches")
+    kl.plot(held_out_tokens, [point.kl for point in curve.held_out], "o-", color=BLUE, ms=4, label="held-out text")
+    cosine.plot(tokens, [step.cosine for step in curve.steps], color=ORANGE, linewidth=1)
+    norm.plot(tokens, [step.gradient_norm for step in curve.steps], color=GREY, linewidth=1)
+    norm.set_yscale("log")
+    for axes in column:
         axes.axvline(curve.best.tokens, color=GREY, linestyle=":", linewidth=1, label="kept: best on held-out text")
         axes.grid()
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    lower.plot(tokens, [step.cosine for step in curve.steps], color=ORANGE, linewidth=1)
-    lower.set_xlabel("GKD tokens")
-    upper.set_title(label)
+    norm.set_xlabel("GKD tokens")
+    kl.set_title(label)

@@ -39,9 +39,10 @@ def hidden_states(path: Path, texts: Sequence[Sequence[int]], threads: int) -> I
     """
     engine = LlamaCpp(path, threads, 1, max(map(len, texts)), embeddings=True)
     url = engine.url.removesuffix("/v1") + "/embedding"
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {engine.key}"}
     for text in texts:
         body = json.dumps({"content": list(text), "embd_normalize": -1}).encode()
-        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(url, body, headers)
         with urllib.request.urlopen(request, timeout=_SECONDS) as response:
             yield np.array(json.load(response)[0]["embedding"], np.float32)
 

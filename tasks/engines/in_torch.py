@@ -22,35 +22,12 @@ from tasks.engines.timings import Rounds, Timing, Workload, spread
 from tasks.puzzle.model.blocks import Block, RMSNorm
 from tasks.puzzle.model.child import DeciLMForCausalLM, build
 from tasks.puzzle.model.device import Compute
+from tasks.puzzle.model.kv_cache import KvCache
 from tasks.puzzle.model.rotary import RotaryEmbedding
 from tasks.puzzle.search_space import parent_attention, parent_ffn
 
 ENGINE = "torch"
 """Name of the engine in tables."""
-
-
-class KvCache:
-    """Keys and values of every layer in buffers of `length` positions; the next ones go to `position`.
-
-    Nothing is copied to make room, and a decode step that always goes to the same position can be a CUDA graph.
-    """
-
-    def __init__(self, length: int) -> None:
-        self.position = 0
-        self._length = length
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Put keys and values [batch, kv heads, tokens, head_dim] at `position`; return all up to their end."""
-        if layer not in self._layers:
-            batch, heads, _, head_dim = key.shape
-            shape = (batch, heads, self._length, head_dim)
-            self._layers[layer] = key.new_zeros(shape), value.new_zeros(shape)
-        end = self.position + key.shape[2]
-        keys, values = self._layers[layer]
-        keys[:, :, self.position : end] = key
-        values[:, :, self.position : end] = value
-        return keys[:, :, :end], values[:, :, :end]
 
 
 class Stack:

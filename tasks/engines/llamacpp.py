@@ -1,15 +1,15 @@
 """llama.cpp in this process (extra `llamacpp`: xllamacpp, a wheel with a prebuilt llama.cpp), timed.
 
 In: a GGUF file, threads, sequences at once, their context in tokens. Out: milliseconds of prefill and of a decode step;
-answers to conversations, streamed. Its server runs in threads of this process, on a port of 127.0.0.1 that any client
-may use as well.
+answers to conversations, streamed. Its server runs in threads of this process, on a port of 127.0.0.1, and answers
+whoever has its key.
 """
 
 import contextlib
 import http.client
 import importlib
 import json
-import socket
+import secrets
 import statistics
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -53,16 +53,6 @@ def software() -> str:
     return f"xllamacpp {metadata.version('xllamacpp')}"
 
 
-def check_port(port: int, way_out: str) -> None:
-    """Raise InputError, which ends in `way_out`, where a server cannot listen on a port of 127.0.0.1."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((_HOST, port))
-        except OSError as error:
-            raise InputError(f"port {port} on {_HOST} cannot be used ({error.strerror}); {way_out}") from error
-
-
 @dataclass(frozen=True)
 class ChatOptions:
     """Settings of an answer: its longest length in tokens, the temperature (0 is greedy), and the seed of draws."""
@@ -104,7 +94,6 @@ class LlamaCpp:
         exact: bool = False,
         embeddings: bool = False,
         name: str | None = None,
-        port: int = 0,
         quiet: bool = False,
     ) -> None:
         """Load a model.
@@ -117,11 +106,10 @@ class LlamaCpp:
             exact: a float32 KV cache and no flash attention, to compare numbers; else a 16-bit cache, as users have it.
             embeddings: the server gives the hidden state of each token of a text instead of answers.
             name: the model's name in the HTTP API; None: the file's name.
-            port: the port to listen on; 0: any that is free.
             quiet: llama.cpp does not write its errors to stderr; requests and exceptions have them.
 
         Raises:
-            InputError: xllamacpp is not installed, the port is taken, or llama.cpp does not load the file.
+            InputError: xllamacpp is not installed, or llama.cpp does not load the file.
         """
         library = _library()
         params = library.CommonParams()
@@ -140,20 +128,20 @@ class LlamaCpp:
         params.fit_params = params.warmup = False
         params.cache_ram_mib = 0
         params.verbosity = 0 if quiet else 1  # 1: errors
-        params.hostnames, params.port = [_HOST], port
+        self.key = secrets.token_hex()
+        params.hostnames, params.port, params.api_keys = [_HOST], 0, [self.key]
         params.cors_origins = "localhost"  # its default lets any page in the user's browser read conversations
         if name is not None:
             params.model_alias = {name}
         try:
             self._server = library.Server(params)
         except Exception as error:  # the binding has no types of its own
-            check_port(port, "choose another one")
             raise InputError(f"llama.cpp does not load {path} ({error}); write it anew") from error
         self.complete([1], 1)  # a server that is let go of before its first request hangs
 
     @property
     def url(self) -> str:
-        """URL of its OpenAI HTTP API."""
+        """URL of its OpenAI HTTP API, which wants :attr:`key`."""
         return f"{self._server.listening_address}/v1"
 
     @property
@@ -191,7 +179,8 @@ class LlamaCpp:
         connection = http.client.HTTPConnection(self._server.listening_address.removeprefix("http://"))
         try:
             text = None if body is None else json.dumps(body)
-            connection.request(method, f"/v1{path}", text, {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+            connection.request(method, f"/v1{path}", text, headers)
             response = connection.getresponse()
             if response.status != http.client.OK:
                 raise InputError(_refusal(json.load(response)["error"]))

@@ -9,7 +9,8 @@ from storage.metrics import METRICS
 from storage.records import Runtime
 from storage.targets import Pin, Target
 from storage.variants import Attention, Ffn, Replacement
-from tasks.puzzle.runtimes.rules import is_empty, reasons_against, refusals
+from tasks.puzzle.runtimes.rules import child_rules, is_empty, reasons_against, refusals
+from tasks.puzzle.search.problem import Limit
 from tasks.targets.parent_facts import ParentFacts
 
 _OR_FORMATS = ", and gguf formats out of export_child.formats"
@@ -102,8 +103,23 @@ class AllowedReplacements:
         first_block, attention, ffn = replacement.first_block, replacement.attention, replacement.ffn
         return not any(reasons_against(runtime, config, first_block, attention, ffn) for runtime in self.runtimes)
 
+    def rules(self, replacements: Sequence[Replacement]) -> tuple[Limit, ...]:
+        """What a child of these replacements must keep as a whole; the search takes no other."""
+        choices = [(block.first_block, block.attention, block.ffn) for block in replacements]
+        return tuple(
+            Limit(
+                name=f"rule {number}",
+                text=rule.text,
+                coefficients=tuple(-float(weight) for weight in rule.weights),
+                constant=float(rule.at_least),
+                upper=0.0,
+                is_rule=True,
+            )
+            for number, rule in enumerate(child_rules(self.runtimes, choices))
+        )
+
     def check_child(self, blocks: Sequence[Replacement]) -> None:
-        """Refuse a whole child.
+        """Refuse a whole child, such as the search would not have chosen.
 
         Raises:
             InputError: it is empty, or a runtime refuses it for a reason that no single block shows.

@@ -19,6 +19,7 @@ from storage.tables import read_costs, read_scores
 from storage.targets import Target
 from storage.variants import Replacement
 from tasks.puzzle.costs.cost_table import CostTable
+from tasks.puzzle.removals import removal_order
 from tasks.puzzle.search.best_child import BestChild, PointLimits, alternatives, best_child
 from tasks.puzzle.search.mip import SolverSettings
 from tasks.puzzle.search.operating_points import OperatingPoint
@@ -56,6 +57,7 @@ class TargetTables:
         target: constraints, pins, kinds, runtimes.
         parent: the parent.
         scores: replace-1-block scores.
+        removal_order: whole blocks in the order in which the joint KL of their removal grows least, as far as measured.
         costs: sizes and milliseconds.
         speed_margin: share by which the search tightens limits on speeds.
     """
@@ -64,6 +66,7 @@ class TargetTables:
     target: Target
     parent: ParentFacts
     scores: Scores
+    removal_order: tuple[int, ...]
     costs: CostTable
     speed_margin: float
 
@@ -92,7 +95,13 @@ class TargetTables:
         """The tables from rows that were read elsewhere."""
         block = parent.blocks[0]
         return cls(
-            target_name, target, parent, Scores(scores, block.attention, block.ffn), CostTable(costs), speed_margin
+            target_name,
+            target,
+            parent,
+            Scores(scores, block.attention, block.ffn),
+            removal_order(scores, parent.blocks),
+            CostTable(costs),
+            speed_margin,
         )
 
     @cached_property
@@ -119,7 +128,8 @@ class TargetTables:
         )
         fixed, points = self._fixed_limits(replacements), self._point_limits(replacements)
         where = f"targets.{self.target_name}.constraints"
-        return Problem(self.target_name, len(self.parent.blocks), choices, fixed, where), points
+        rules = self.allowed.rules(replacements)
+        return Problem(self.target_name, len(self.parent.blocks), choices, fixed, where, rules), points
 
     @property
     def _fixed_names(self) -> set[str]:

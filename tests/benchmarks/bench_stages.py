@@ -222,6 +222,7 @@ def caching(paths: Paths, case: Case) -> Iterator[dict[str, Any]]:
                 "width_multiple": 64,
             },
             score_blocks={"tokens": 2 * SEQ_LEN, "initial_tokens": 0},
+            refine_child={"tokens": 16 * SEQ_LEN, "held_out_tokens": 2 * SEQ_LEN},
             distill_child={"tokens": 16 * SEQ_LEN, "held_out_tokens": 2 * SEQ_LEN},
             evaluate_child={"tokens": 8 * SEQ_LEN, "baseline_tokens": 0},
         )

@@ -13,10 +13,11 @@ import torch
 from storage.nemotron_nas import to_nemotron_nas
 from storage.scenario import Scenario
 from storage.variants import Attention, Ffn
-from tasks.engines.in_torch import Components, KvCache, Whole, captured
+from tasks.engines.in_torch import Components, Whole, captured
 from tasks.engines.timings import Workload
 from tasks.puzzle.model.child import DeciLMForCausalLM, NemotronNasConfig
 from tasks.puzzle.model.device import prepare_compute
+from tasks.puzzle.model.kv_cache import KvCache
 from tests.tiny import save_tiny
 
 BLOCKS = [

@@ -18,7 +18,7 @@ from storage.gguf_child import write_gguf
 from storage.model_config import ModelConfig
 from storage.scenario import Scenario
 from storage.variants import Attention, Ffn
-from tasks.commands.benchmark_server import LoadSweep, Server, benchmark_servers, serving_text
+from tasks.commands.benchmark_server import API_KEY_VARIABLE, LoadSweep, Server, benchmark_servers, serving_text
 from tasks.engines.client import Endpoint, load, models
 from tasks.engines.llamacpp import LlamaCpp, time_files
 from tasks.engines.timings import Workload
@@ -127,17 +127,18 @@ def test_what_is_timed_are_the_steps_and_the_whole_prompts(monkeypatch: pytest.M
     assert counts.count((11, 1, 25)) == 6  # three times 24 steps behind 12 tokens, of two
 
 
-def test_the_client_against_its_server(tmp_path: Path) -> None:
+def test_the_client_against_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded parent under load: every request whole, lengths as asked for, one row a concurrency."""
     engine = LlamaCpp(embedded_parent()[0], threads=1, sequences=2, context=64)
-    (model,) = asyncio.run(models(engine.url, None, 10.0))
+    (model,) = asyncio.run(models(engine.url, engine.key, 10.0))
     prompts = [[1000 + 7 * slot + token for token in range(16)] for slot in range(4)]
-    answers = asyncio.run(load(Endpoint(engine.url, model), prompts, 8, 2, 60.0, lambda: None))
+    answers = asyncio.run(load(Endpoint(engine.url, model, engine.key), prompts, 8, 2, 60.0, lambda: None))
     assert [(answer.error, answer.input_tokens, answer.output_tokens) for answer in answers] == [(None, 16, 8)] * 4
     for answer in answers:
         assert len(answer.arrivals) == 8
         assert all(earlier <= later for earlier, later in itertools.pairwise(answer.arrivals))
     sweep = LoadSweep(("128/128",), 1 / 16, (1, 2), rounds=2, devices=1, stall_s=60.0, vocabulary=30_000)
+    monkeypatch.setenv(API_KEY_VARIABLE, engine.key)
     rows = benchmark_servers([Server("parent", engine.url, None)], sweep, tmp_path / "serving.parquet")
     assert [(row.concurrency, row.requests, row.errors) for row in rows] == [(1, 2, 0), (2, 4, 0)]
     assert all(row.counted_input_tokens == row.input_tokens == row.output_tokens == 8 for row in rows)

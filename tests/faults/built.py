@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-import os
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,14 +16,29 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from storage.pipeline import PipelineStage, overlap, read_pipeline
-from tests.clone import ROOT, TIMINGS, Clone, Ended, make_clone, tiny_documents, tiny_parent, tiny_run_params
+from tests.clone import ROOT, SEQ_LEN, TIMINGS, Clone, Ended, make_clone, tiny_documents, tiny_parent, tiny_run_params
+from tests.faults import forks
 from tests.faults.outcomes import Settings
 
 PIPELINE = read_pipeline(ROOT / "dvc.yaml")
-_FIRST_STAGES = (
-    *("prepare_parent", "export_parent", "prepare_corpus", "cache_activations", "distill_blocks", "score_blocks"),
-)
-BUILD_SECONDS = 600
+_BUILD_SECONDS = 1200
+_DVC = ("dvc.cli.parser", "dvc.repo", "dvc.repo.reproduce", "dvc.stage.cache", "dvc.output", "dvc_data.index")
+"""Modules that `dvc repro` needs, imported before it runs in a fork."""
+_FEWER: dict[str, dict[str, Any]] = {
+    "write_text": {"tokens": 16 * SEQ_LEN, "chat_tokens": 8 * SEQ_LEN, "rows": 4, "row_tokens": SEQ_LEN},
+    "prepare_corpus": {
+        "train_tokens": 64 * SEQ_LEN,
+        "calibration_tokens": 24 * SEQ_LEN,
+        "validation_tokens": 8 * SEQ_LEN,
+    },
+    "cache_activations": {"sequences_per_shard": 16},
+    "distill_blocks": {"fit_tokens": 16 * SEQ_LEN, "tokens": 32 * SEQ_LEN, "importance_tokens": 8 * SEQ_LEN},
+    "score_blocks": {"tokens": 8 * SEQ_LEN, "initial_tokens": 4 * SEQ_LEN},
+    "refine_child": {"tokens": 32 * SEQ_LEN},
+    "distill_child": {"tokens": 16 * SEQ_LEN},
+    "evaluate_child": {"tokens": 8 * SEQ_LEN, "baseline_tokens": 4 * SEQ_LEN, "export_tokens": 2 * SEQ_LEN},
+}
+"""Less work than the tests of whole runs have, with several pieces in each stage still."""
 TARGETS = ("small", "fast")
 _CLOCKS = {"seconds", "seal", "speed", "measured", "measured_spread", "drift"}
 """Keys of JSON artifacts whose values are times of this machine, or digests of them."""
@@ -48,6 +64,11 @@ class Built:
         """The stages that make an artifact: one, or none."""
         return [stage for stage in self.stages if _has(name, stage, lambda row: row.outs)]
 
+    def outs(self, stage: str) -> list[str]:
+        """The outs of a stage in dvc.yaml."""
+        kind, _, target = stage.partition("@")
+        return [path.replace("${key}", target) for row in PIPELINE if row.name == kind for path in row.outs]
+
 
 def _has(name: str, stage: str, paths: Callable[[PipelineStage], tuple[str, ...]]) -> bool:
     kind, _, target = stage.partition("@")
@@ -56,28 +77,37 @@ def _has(name: str, stage: str, paths: Callable[[PipelineStage], tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Stages:
-    """Stages of a clone, run in forks of one process that has imported its code."""
+class Forks:
+    """Commands of a clone in forks of one process that has imported its code, and DVC's."""
 
-    process: "subprocess.Popen[str]"
+    address: str
 
-    def run(self, clone: Clone, stage: str, seconds: float) -> Ended | None:
-        """Run `stage` or `stage@target` in a copy of the clone; None if it was killed after so many seconds."""
-        name, _, target = stage.partition("@")
-        job = {"folder": str(clone.folder), "stage": name, "target": target or None, "seconds": seconds}
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        ended = json.loads(self.process.stdout.readline())
-        return ended and Ended(*ended)
+    def run(self, clone: Clone, *command: str, seconds: float = _BUILD_SECONDS) -> Ended | None:
+        """Run `python -m <command>` in a copy of the clone; None if it was killed after so many seconds."""
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            try:
+                code = forks.ask(
+                    self.address, str(clone.folder), ["-m", *command], (out.fileno(), err.fileno()), seconds
+                )
+            except TimeoutError:
+                return None
+            texts = []
+            for file in (out, err):
+                file.seek(0)
+                texts.append(file.read().decode("utf-8", "replace"))
+        return Ended(code, *texts)
+
+    def must(self, clone: Clone, *command: str) -> None:
+        """Run a command that has to succeed."""
+        ended = self.run(clone, *command)
+        assert ended and ended.code == 0, ended
 
 
 @contextmanager
-def built_clone(settings: Settings) -> Iterator[tuple[Built, Stages]]:
-    """A clone in which stages ran, its server, which copies use as well, and its stages to run once more in copies.
+def built_clone(settings: Settings) -> Iterator[tuple[Built, Forks]]:
+    """A clone in which stages ran, its server, which copies use as well, and what runs commands in copies.
 
-    It is made in `<scratch>/base` where that holds none; a short campaign has the first stages, which DVC did not run.
+    It is made in `<scratch>/base` where that holds none; a short campaign has the stages that all targets share.
     """
     root = settings.scratch / "base"
     if not (root / "whole").exists():
@@ -86,34 +116,34 @@ def built_clone(settings: Settings) -> Iterator[tuple[Built, Stages]]:
     try:
         url = clone.must("flows.server", "start").out.split()[-1]
         clone = Clone(clone.folder, {"PREFECT_API_URL": f"{url}/api"})
-        with _forked_stages(clone, root) as stages:
-            names = _FIRST_STAGES if settings.is_short else all_stages()
+        with _forks(clone) as running:
+            names = _shared_stages() if settings.is_short else all_stages()
             if not (root / "whole").exists():
-                _finish(clone, stages, names, settings.is_short)
+                _finish(clone, running, names)
                 (root / "whole").touch()
-            yield Built(clone, tuple(names), digests(clone.artifacts)), stages
+            yield Built(clone, tuple(names), digests(clone.artifacts)), running
     finally:
         clone.run("flows.server", "stop")
 
 
 def _begin(root: Path) -> None:
-    """Make a clone around a tiny parent."""
+    """Make a clone around a tiny parent, in place of one that was left unfinished."""
+    shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     tiny_parent(root / "parent")
     tiny_documents(root / "documents")
-    make_clone(root / "undisturbed", tiny_run_params(root / "parent", root / "documents"))
+    params = tiny_run_params(root / "parent", root / "documents")
+    for section, fewer in _FEWER.items():
+        params[section] |= fewer
+    params["prepare_corpus"]["sources"].append({"kind": "written", "weight": 0.2})
+    make_clone(root / "undisturbed", params)
 
 
-def _finish(clone: Clone, stages: Stages, names: Sequence[str], is_short: bool) -> None:
-    """Run the stages once: with timings of this machine and through DVC, or the first ones as they are."""
-    if not is_short:
-        clone.must("dvc", "repro", "prepare_parent")
-        clone.must("flows.cli", "time-machine", TIMINGS)
-        clone.must("dvc", "repro")
-        return
-    for name in names:
-        ended = stages.run(clone, name, BUILD_SECONDS)
-        assert ended and ended.code == 0, ended
+def _finish(clone: Clone, running: Forks, names: Sequence[str]) -> None:
+    """Run the stages once through DVC, with timings of this machine."""
+    running.must(clone, "dvc", "repro", "prepare_parent")
+    running.must(clone, "flows.cli", "time-machine", TIMINGS)
+    running.must(clone, "dvc", "repro", *names)
 
 
 def copy_of(built: Built, folder: Path) -> Clone:
@@ -166,21 +196,31 @@ def _without_clocks(value: Any) -> Any:
 
 
 @contextmanager
-def _forked_stages(clone: Clone, root: Path) -> Iterator[Stages]:
-    """Import the clone's stages in a process of their own."""
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("forks.py")), *(stage.name for stage in PIPELINE)],
-        cwd=root,
-        env={**os.environ, **clone.environment, "PYTHONPATH": str(clone.folder), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield Stages(process)
-    finally:
-        process.kill()
-        process.wait()
+def _forks(clone: Clone) -> Iterator[Forks]:
+    """Import the code of the clone and of DVC in a process of its own; `python` of what it forks is a fork as well."""
+    modules = [*_DVC, "flows.cli", *(f"flows.{stage.name}" for stage in PIPELINE)]
+    with tempfile.TemporaryDirectory(prefix="forks-") as folder:
+        address, script = f"{folder}/socket", Path(forks.__file__)
+        python = Path(folder) / "python"
+        asking = [sys.executable, "-IS", str(script), "ask", address]
+        python.write_text(f'#!/bin/sh\nexec {shlex.join(asking)} "$@"\n', encoding="utf-8")
+        python.chmod(0o755)
+        environment = {**clone.all_variables(), "PYTHONPATH": str(clone.folder), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, str(script), "serve", address, *modules],
+            cwd=clone.folder.parent,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            assert process.stdout and process.stdout.readline() == "ready\n"
+            yield Forks(address)
+        finally:
+            process.kill()
+            process.wait()
 
 
 def all_stages() -> list[str]:
@@ -190,3 +230,8 @@ def all_stages() -> list[str]:
         for stage in PIPELINE
         for target in (TARGETS if stage.per_target else (None,))
     ]
+
+
+def _shared_stages() -> list[str]:
+    """The stages that read no artifact of a target, in the order of the work."""
+    return [stage.name for stage in PIPELINE if not any("children" in path for path in (*stage.deps, *stage.outs))]

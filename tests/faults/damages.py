@@ -1,7 +1,8 @@
-"""Damaged files: artifacts and cache objects altered in place, read by a stage, mended by what its message says.
+"""Damaged files: artifacts and DVC's cache altered in place, read by a stage, mended by what its message says.
 
-Run: `python -m tests.faults.damages --count 300`. One fault in ten goes through `dvc repro` and `puzzle chat` as a
-person runs them; the others through the stages themselves, in forks of one process.
+Run: `python -m tests.faults.damages --count 300`. Each fault goes through `dvc repro` (a GGUF through `puzzle chat`
+as well), in forks of one process: rot that keeps a file's date, read by a stage that has to run; a change with a new
+date, which DVC sees; an object in DVC's cache, of a file or of a folder's list, checked out and then read.
 """
 
 import hashlib
@@ -14,14 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from tests.clone import Clone, Ended
-from tests.faults.built import Built, Stages, built_clone, copy_of, differing, digests
+from tests.faults.built import Built, Forks, built_clone, copy_of, differing
 from tests.faults.outcomes import Outcome, Settings, end_of, last_words, run_campaign
 
 _SECONDS = 120
-_MOST_COMMANDS = 5
-_THROUGH_DVC = 10
-"""Of so many faults one goes through DVC."""
+_MOST_COMMANDS = 8
 _COMMAND = re.compile(r"`((?:dvc|puzzle) [^`]+)`")
 _NOBODYS = ("seconds.json", "report/", "frontier/")
 _KINDS = {
@@ -48,14 +49,27 @@ _WEIGHTS = {
 _HARMS = ("flip", "flip", "flip", "zeros", "noise", "cut", "empty", "longer", "delete")
 
 
+_PLACES = {"rot": 9, "new date": 5, "cache": 6}
+"""Where the harm is done, and how often."""
+_CACHE = Path(".dvc/cache/files/md5")
+_SHARE_OF_LISTS = 0.25
+"""Of the faults in the cache of a folder, the list of its files."""
+
+
 @dataclass(frozen=True)
 class _Damage:
-    """A damaged artifact, how, and the stage that reads it next."""
+    """A damaged artifact, how, where, and the stage that reads it next."""
 
     name: str
     kind: str
     harm: str
+    place: str
     reader: str
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is a file that people chat with."""
+        return self.kind == "GGUF" and self.name.startswith("children/") and self.place == "rot"
 
 
 def _kind(name: str) -> str:
@@ -74,7 +88,9 @@ def _choose(chance: random.Random, built: Built) -> _Damage:
     stages, is_record = built.readers(name), kind == "piece record"
     reader = chance.choice(stages if stages and not is_record and chance.random() < 0.75 else built.makers(name))
     empty = (built.clone.artifacts / name).stat().st_size == 0
-    return _Damage(name, kind, "longer" if empty else chance.choice(_HARMS), reader)
+    how = "longer" if empty else chance.choice(_HARMS)
+    place = chance.choices(list(_PLACES), list(_PLACES.values()))[0]
+    return _Damage(name, kind, how, place, reader)
 
 
 def harm(path: Path, how: str, chance: random.Random, keeps_date: bool) -> None:
@@ -104,130 +120,114 @@ def harm(path: Path, how: str, chance: random.Random, keeps_date: bool) -> None:
             case "longer":
                 handle.seek(0, os.SEEK_END)
                 handle.write(chance.randbytes(7))
+    path.chmod(before.st_mode)
     if keeps_date:
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def faults(settings: Settings) -> Iterator[Outcome]:
     """Damage, read, mend and compare."""
-    with built_clone(settings) as (built, stages), tempfile.TemporaryDirectory(dir=settings.scratch) as folder:
-        copies = [copy_of(built, Path(folder) / name) for name in ("forked", "dvc")]
+    with built_clone(settings) as (built, forks), tempfile.TemporaryDirectory(dir=settings.scratch) as folder:
         for number in range(settings.count):
-            chance = settings.chance(number)
-            if number % _THROUGH_DVC == _THROUGH_DVC - 1 and not settings.is_short:
-                outcome = _through_dvc(copies[1], built, chance)
-                _restore_all(built, copies[1])
-            else:
-                outcome = _in_forks(copies[0], built, stages, chance)
-                _restore(built, copies[0])
+            clone = copy_of(built, Path(folder) / "copy")
+            outcome = _read(clone, built, forks, settings.chance(number))
+            shutil.rmtree(clone.folder)
             yield Outcome(outcome.kind, outcome.verdict, f"fault {number}: {outcome.story}")
 
 
-def _restore(built: Built, clone: Clone) -> None:
-    """Bring the artifacts of a copy back to those of the undisturbed clone."""
-    expected, actual = built.digests, digests(clone.artifacts)
-    for name in expected.keys() | actual.keys():
-        source, copy = built.clone.artifacts / name, clone.artifacts / name
-        if name not in expected:
-            copy.unlink()
-        elif (
-            not copy.is_file() or copy.stat().st_mtime_ns != source.stat().st_mtime_ns or expected[name] != actual[name]
-        ):
-            copy.unlink(missing_ok=True)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, copy)
-
-
-def _restore_all(built: Built, clone: Clone) -> None:
-    """Make a copy anew, DVC's cache and lock file included."""
-    shutil.rmtree(clone.folder)
-    copy_of(built, clone.folder)
-
-
-# --- through the stages ----------------------------------------------------------------------------------------------
-
-
-def _in_forks(clone: Clone, built: Built, stages: Stages, chance: random.Random) -> Outcome:
+def _read(clone: Clone, built: Built, forks: Forks, chance: random.Random) -> Outcome:
+    """Harm a file and run what reads it, then whatever the messages say, until it ends well."""
     damage = _choose(chance, built)
-    harm(clone.artifacts / damage.name, damage.harm, chance, keeps_date=chance.random() < 0.5)
-    kind, story = f"{damage.kind}, stage", f"{damage.harm} {damage.name}, read by {damage.reader}"
-    complained, todo = False, [damage.reader]
+    todo = [_first_command(damage)]
+    if damage.place == "cache":
+        suspect, out = _harm_cache(clone, damage, built.makers(damage.name)[0], chance)
+        todo.append(("dvc", "checkout", out))
+    else:
+        suspect = clone.artifacts / damage.name
+        harm(suspect, damage.harm, chance, keeps_date=damage.place == "rot")
+    kind = f"{damage.kind}, {damage.place}"
+    story = f"{damage.harm} {suspect.relative_to(clone.folder)} ({damage.name}), then {' '.join(todo[0])}"
+    complained = False
     for _ in range(_MOST_COMMANDS):
-        ended = stages.run(clone, todo[-1], _SECONDS)
+        ended = forks.run(clone, *todo[-1], seconds=_SECONDS)
         if verdict := end_of(ended):
-            return Outcome(kind, verdict, f"{story} -> {todo[-1]}: {last_words(ended)}")
+            return Outcome(kind, verdict, f"{story} -> {' '.join(todo[-1])}: {last_words(ended)}")
         if ended and ended.code == 0:
             todo.pop()
             if not todo:
                 return _compared(kind, story, clone, built, damage, complained)
             continue
         complained = True
-        command = _COMMAND.search(ended.err if ended else "")
-        name = command[1].removeprefix("dvc repro").strip() if command else ""
-        advised = [stage for stage in built.stages if name in (stage, stage.partition("@")[0])]
-        if not advised:
-            return Outcome(kind, "wrong", f"{story} -> no stage to run in: {last_words(ended)}")
-        todo += advised
+        command = _advice(ended)
+        if not command:
+            return Outcome(kind, "wrong", f"{story} -> no way out in: {last_words(ended)}")
+        todo.append(command)
     return Outcome(kind, "wrong", f"{story} -> the messages lead in a circle: {last_words(ended)}")
 
 
+def _first_command(damage: _Damage) -> tuple[str, ...]:
+    """What reads the file: a stage that has to run, since DVC does not see rot; whatever DVC runs; a chat."""
+    if damage.is_chat:
+        _, target, _, form, _ = damage.name.split("/")
+        return ("flows.cli", "chat", "--target", target, "--format", form)
+    forced = ("--force", "--single-item") if damage.place != "new date" else ()
+    return ("dvc", "repro", *forced, damage.reader)
+
+
+def _advice(ended: Ended | None) -> tuple[str, ...]:
+    """The command that a message tells people to run: ours where there is one, else DVC's."""
+    lines = ended.err.splitlines() if ended else []
+    commands = [
+        match[1]
+        for line in sorted(lines, key=lambda line: not line.startswith("error: "))
+        if (match := _COMMAND.search(line))
+    ]
+    return tuple(commands[0].replace("puzzle ", "flows.cli ").split()) if commands else ()
+
+
 def _compared(kind: str, story: str, clone: Clone, built: Built, damage: _Damage, complained: bool) -> Outcome:
-    """Whether a copy holds the right bytes in the end; a file that nobody had to read may still be damaged."""
+    """Whether a copy holds the right bytes in the end, and DVC's cache; what nobody had to read may be damaged."""
     wrong = differing(clone.artifacts, built.digests)
-    if not wrong:
+    rotten = _rotten(clone) if complained else []
+    if not wrong and not rotten:
         return Outcome(kind, "right", f"{story} -> {'mended as the message says' if complained else 'mended'}")
-    if not complained and wrong == [damage.name] and damage.reader not in built.makers(damage.name):
+    is_unread = not complained and not damage.is_chat and damage.reader not in built.makers(damage.name)
+    if is_unread and wrong == [damage.name]:
         return Outcome(kind, "right", f"{story} -> not read")
-    return Outcome(kind, "wrong", f"{story} -> {'after its message' if complained else 'silent'}: {wrong[:4]} differ")
-
-
-# --- as a person would -----------------------------------------------------------------------------------------------
-
-
-def _through_dvc(clone: Clone, built: Built, chance: random.Random) -> Outcome:
-    """An artifact, or its cache object that DVC then links back, and `dvc repro`; a GGUF is also chatted with."""
-    damage = _choose(chance, built)
-    story = f"{damage.harm} {damage.name}"
-    target = damage.name.split("/")[1]
-    is_chat = damage.kind == "GGUF" and damage.name.startswith("children/")
-    if not is_chat and chance.random() < 0.4 and (cached := _cache_object(clone, damage.name)):
-        harm(cached, "flip" if damage.harm == "delete" else damage.harm, chance, keeps_date=True)
-        (clone.artifacts / damage.name).unlink()
-        story = f"{story}'s cache object"
-    else:
-        harm(clone.artifacts / damage.name, damage.harm, chance, keeps_date=True)
-    first: tuple[str, ...] = (
-        ("flows.cli", "chat", "--target", target, "--format", damage.name.split("/")[3])
-        if is_chat
-        else (*("dvc", "repro", "--force", "--single-item", damage.reader),)
+    return Outcome(
+        kind, "wrong", f"{story} -> {'after its message' if complained else 'silent'}: {wrong[:4]} differ, {rotten}"
     )
-    kind, story = f"{damage.kind}, {'chat' if is_chat else 'dvc repro'}", f"{story}, then {' '.join(first)}"
-    commands, complained = list[tuple[str, ...]]([first]), False
-    if not is_chat and not (clone.artifacts / damage.name).exists():
-        commands = [("dvc", "repro"), first]
-    while commands:
-        command = commands.pop(0)
-        ended: Ended = clone.run(*command)
-        if verdict := end_of(ended):
-            return Outcome(kind, verdict, f"{story} -> {last_words(ended)}")
-        if ended.code == 0:
-            if is_chat and not complained:
-                return Outcome(kind, "wrong", f"{story} -> chats on")
-            continue
-        advice = _COMMAND.search(ended.err)
-        if len(commands) > _MOST_COMMANDS or not advice:
-            return Outcome(kind, "wrong", f"{story} -> no way out in: {last_words(ended)}")
-        complained = True
-        commands = [tuple(advice[1].split()), ("dvc", "repro"), *commands[-_MOST_COMMANDS:]]
-    return _compared(kind, story, clone, built, damage, complained)
 
 
-def _cache_object(clone: Clone, name: str) -> Path | None:
-    """The cache object with the bytes of an artifact."""
-    digest = hashlib.md5((clone.artifacts / name).read_bytes()).hexdigest()
-    path = clone.folder / ".dvc/cache/files/md5" / digest[:2] / digest[2:]
-    return path if path.is_file() else None
+# --- DVC's cache -----------------------------------------------------------------------------------------------------
+
+
+def _harm_cache(clone: Clone, damage: _Damage, maker: str, chance: random.Random) -> tuple[Path, str]:
+    """Damage the object of an artifact, or the list of its folder, and take away what was checked out.
+
+    Returns the object, and the out of dvc.yaml that it belongs to.
+    """
+    locked = yaml.safe_load((clone.folder / "dvc.lock").read_text(encoding="utf-8"))["stages"][maker]["outs"]
+    out = next(row for row in locked if f"artifacts/{damage.name}/".startswith(f"{row['path']}/"))
+    artifact = clone.artifacts / damage.name
+    digest = hashlib.md5(artifact.read_bytes()).hexdigest()
+    if out["md5"].endswith(".dir") and chance.random() < _SHARE_OF_LISTS:
+        digest = out["md5"]
+    cached = clone.folder / _CACHE / digest[:2] / digest[2:]
+    harm(cached, damage.harm, chance, keeps_date=True)
+    artifact.unlink()
+    return cached, out["path"]
+
+
+def _rotten(clone: Clone) -> list[str]:
+    """Objects of DVC's cache that are not as their names say."""
+    objects = sorted((clone.folder / _CACHE).glob("??/*"))
+    return [
+        str(path.relative_to(clone.folder))
+        for path in objects
+        if hashlib.md5(path.read_bytes()).hexdigest() != f"{path.parent.name}{path.name}".removesuffix(".dir")
+    ]
 
 
 if __name__ == "__main__":
-    run_campaign("damages", "Artifacts and cache objects altered in place, read and mended.", 300, faults)
+    run_campaign("damages", "Artifacts and DVC's cache altered in place, read and mended.", 300, faults)

@@ -1,23 +1,31 @@
-"""Stages of a clone in forks of one process that has imported them: a second each, not five.
+"""Commands of a clone in forks of one process that has imported its code and DVC's: a second each, not five.
 
-Run by tests/faults/built.py as a script, with the clone's code first on PYTHONPATH: a line of JSON in for each stage
-to run, {folder, stage, target, seconds}, and one out, how it ended: [code, stdout, stderr], null if it was killed.
+`serve SOCKET MODULE...` imports the modules and forks for every connection, with the clone's code first on PYTHONPATH:
+a line of JSON in, {folder, arguments of Python}, with the descriptors of stdout and stderr; the exit code out. Who
+closes the connection before has the fork killed. `ask SOCKET ARGUMENT...` is a `python` that has such a fork do its
+work: the one that `dvc repro` finds first on PATH (tests/faults/built.py).
 """
 
+import contextlib
 import functools
 import importlib
 import json
 import os
+import runpy
 import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
+KILLED = 137
 _STEP_SECONDS = 0.01
+_LONGEST_LINE = 1 << 16
 
 
 class Caught:
@@ -89,19 +97,73 @@ def _wait(pid: int, seconds: float) -> int | None:
         time.sleep(_STEP_SECONDS)
 
 
-def main() -> None:
-    """Import the stages that the arguments name, then run what stdin asks for."""
-    from flows.errors import run_cleanly  # the clone's, not this checkout's
-    from flows.stage import run_stage
+def serve(address: str, modules: Sequence[str]) -> None:
+    """Import the modules, say so in a line, and fork for every connection, until stdin ends.
 
-    flows = {name: getattr(importlib.import_module(f"flows.{name}"), name) for name in sys.argv[1:]}
-    for line in sys.stdin:
-        job = json.loads(line)
-        stage = functools.partial(run_stage, flows[job["stage"]], job["target"])
-        action = functools.partial(run_cleanly, stage)
-        sys.stdout.write(json.dumps(in_fork(action, job["seconds"], Path(job["folder"]))) + "\n")
+    The `python` beside the socket comes first on PATH: a .pth file of the environment may have put another there.
+    """
+    os.environ["PATH"] = os.pathsep.join([str(Path(address).parent), os.environ["PATH"]])
+    for name in modules:
+        importlib.import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+    threading.Thread(target=_end_with, args=(sys.stdin.fileno(),), daemon=True).start()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(address)
+        listening.listen()
+        sys.stdout.write("ready\n")
         sys.stdout.flush()
+        while True:
+            connection, _ = listening.accept()
+            if os.fork() == 0:
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                _answer(connection)
+                os._exit(0)
+            connection.close()
+
+
+def _answer(connection: socket.socket) -> None:
+    """Run what a connection asks for, as `python <arguments>` would in its folder, and answer with the exit code."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setpgid(0, 0)
+    line, (out, err), _, _ = socket.recv_fds(connection, _LONGEST_LINE, 2)
+    job = json.loads(line)
+    threading.Thread(target=_end_with, args=(connection.fileno(),), daemon=True).start()
+    code = _in_child(functools.partial(_run_module, *job["arguments"]), Path(job["folder"]), out, err)
+    connection.sendall(f"{code}\n".encode())
+
+
+def _end_with(descriptor: int) -> None:
+    """End this process, and what it started, when the other end is closed: nobody waits for it any longer."""
+    os.read(descriptor, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _run_module(_: str, module: str, *arguments: str) -> None:
+    """Do what `python -m module arguments` does."""
+    sys.argv = [module, *arguments]
+    if not hasattr(sys.modules.get(module), "__path__"):
+        sys.modules.pop(module, None)  # Python would warn that it was imported before
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def ask(address: str, folder: str, arguments: Sequence[str], descriptors: Sequence[int], seconds: float | None) -> int:
+    """Have a fork run `python <arguments>` in a folder; returns its exit code.
+
+    Raises:
+        TimeoutError: it took longer than so many seconds, and was killed.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address)
+        connection.settimeout(seconds)
+        job = json.dumps({"folder": folder, "arguments": list(arguments)})
+        socket.send_fds(connection, [job.encode()], list(descriptors))
+        with contextlib.suppress(ConnectionResetError):
+            return int(connection.recv(_LONGEST_LINE) or KILLED)
+        return KILLED
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] == "serve":
+        serve(sys.argv[2], sys.argv[3:])
+    else:
+        sys.exit(ask(sys.argv[2], str(Path.cwd()), sys.argv[3:], (1, 2), None))

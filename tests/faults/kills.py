@@ -1,11 +1,13 @@
 """Kills: stages with pieces under way, DVC and the Prefect server are killed; `dvc repro` must end in the same bytes.
 
-Run: `python -m tests.faults.kills --count 24`. Each fault takes a finished clone without one stage's artifacts and
-without DVC's memory of earlier runs, starts `dvc repro`, kills at a random moment of that stage, and runs `dvc repro`
-again.
+Run: `python -m tests.faults.kills --count 30`. Each fault takes a finished clone without one stage's artifacts and
+without DVC's memory of earlier runs, starts `dvc repro`, waits until the stage's flow runs and a random number of its
+files are written (where there is only one: for a share of the flow's time), kills, and runs `dvc repro` again. A stage
+that ended before counts as not killed: it runs again, to be killed earlier.
 """
 
 import contextlib
+import functools
 import os
 import random
 import shutil
@@ -13,7 +15,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,10 @@ from tests.faults.outcomes import Outcome, Settings, end_of, last_words, run_cam
 
 _SECONDS = 600
 _STEP_SECONDS = 0.005
+_FIRST_GUESS = 2.0
+"""Seconds that a flow without pieces is taken to run, until one was seen to end."""
+_EARLIER = 0.7
+"""The share of the moment at which a stage is killed that had ended before it."""
 _VICTIMS = ("all", "stage", "dvc", "server", "all")
 """Who is killed: the whole process group, the stage alone, DVC alone (the stage runs on), the Prefect server."""
 
@@ -43,10 +49,15 @@ class _Fault:
         name, _, target = self.stage.partition("@")
         return ["-m", f"flows.{name}", *(["--target", target] if target else [])]
 
-    @property
+    @functools.cached_property
     def outs(self) -> list[str]:
         """The artifacts that the stage makes."""
         return [name for name in self.built.digests if self.stage in self.built.makers(name)]
+
+    @functools.cached_property
+    def others(self) -> set[str]:
+        """All other artifacts."""
+        return {*self.built.digests} - {*self.outs}
 
     def command(self, target: str = "") -> list[str]:
         """What runs the stage, or everything for a person who runs DVC."""
@@ -60,60 +71,67 @@ class _Fault:
         if self.victim == "server":
             self.clone.must("flows.server", "start")
 
-    def kill(self, process: "subprocess.Popen[str]", moment: float) -> str:
-        """Wait for the moment and kill; when that was, in words, empty if the stage ended before."""
-        end = time.monotonic() + _SECONDS
-        while not (pids := self._running(process)) and time.monotonic() < end and process.poll() is None:
-            time.sleep(_STEP_SECONDS)
-        when = self._wait(process, moment)
-        if process.poll() is not None or not pids:
-            return ""
+    def kill(self, process: "subprocess.Popen[str]", moment: float, seconds: float) -> tuple[str, float]:
+        """Wait for the moment and kill.
+
+        Returns when that was, in words, empty if the stage ended before, and how many seconds the flow ran.
+        """
+        flow = self.clone.folder / ".prefect/running"
+        self._wait(process, lambda: any(flow.glob("*.lock")))
+        began, pids = time.monotonic(), self._running(process)
+        num_files = len([name for name in self.outs if name not in self._whole_outs()])
+        count = 1 + int(moment * (num_files - 1))
+        if num_files:
+            self._wait(process, lambda: len(self._written()) >= count)
+            when = f"file {count} of {num_files}"
+        else:
+            self._wait(process, lambda: time.monotonic() > began + moment * seconds)
+            when = f"{moment * seconds:.2f} s"
+        ran = time.monotonic() - began
+        if process.poll() is not None or not pids or not _lives(pids[-1]):
+            return "", ran
         victims = {"all": (os.killpg, process.pid), "dvc": (os.kill, process.pid), "stage": (os.kill, pids[-1])}
         end_it, number = victims.get(self.victim) or (os.killpg, self._server())
-        try:
-            end_it(number, signal.SIGKILL)
-        except ProcessLookupError:
-            return ""
-        return when
+        end_it(number, signal.SIGKILL)
+        return when, ran
+
+    def _whole_outs(self) -> set[str]:
+        """Outs that are a file each: one moment they are not there, the next they are whole."""
+        return {name for name in self.outs if f"artifacts/{name}" in self.built.outs(self.stage)}
+
+    def _written(self) -> set[str]:
+        """Files under artifacts/ that the finished clone without this stage does not have, unfinished ones as well."""
+        root = self.clone.artifacts  # walked, since a folder may go meanwhile
+        paths = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
+        return {str(path.relative_to(root)) for path in paths} - self.others
 
     def _server(self) -> int:
         """The process of the clone's own Prefect server."""
         return int(self.clone.json("../.prefect/server.json")["pid"])
 
     def _running(self, process: "subprocess.Popen[str]") -> list[int]:
-        """The processes of the stage: none before DVC starts it."""
+        """The processes of the stage."""
         listed = subprocess.run(["ps", "-eo", "pid=,pgid=,args="], capture_output=True, text=True, check=True).stdout
         rows = [line.split() for line in listed.splitlines()]
         is_ours = [row for row in rows if row[1] == str(process.pid) and row[3:] == self.arguments]
         return [int(row[0]) for row in is_ours]
 
-    def _wait(self, process: "subprocess.Popen[str]", moment: float) -> str:
-        """Wait until a share of the stage's pieces is there; for a share of its seconds where it has no pieces."""
-        pieces = [name for name in self.outs if "/.pieces/" in name]
+    def _wait(self, process: "subprocess.Popen[str]", is_time: Callable[[], bool]) -> None:
+        """Wait for something while a command runs."""
         end = time.monotonic() + _SECONDS
-        if len(pieces) > 1:
-            count = 1 + int(moment * (len(pieces) - 1))
-            while time.monotonic() < end and process.poll() is None:
-                if sum((self.clone.artifacts / name).is_file() for name in pieces) >= count:
-                    break
-                time.sleep(_STEP_SECONDS)
-            return f"piece {count} of {len(pieces)}"
-        seconds = self.clone.json("seconds.json").get(self.stage, 5.0) * moment
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and process.poll() is None:
+        while time.monotonic() < end and process.poll() is None and not is_time():
             time.sleep(_STEP_SECONDS)
-        return f"{seconds:.1f} s"
 
     def outcome(self, moment: float) -> Outcome:
         """Kill, and see what the next runs make of it; a stage that ended before runs again, to be killed earlier."""
-        when = ""
+        when, seconds = "", _FIRST_GUESS
         while not when:
             self.prepare()
             process = self.clone.start(*self.command(self.stage))
-            when = self.kill(process, moment)
+            when, ran = self.kill(process, moment, seconds)
             if not when:
                 process.communicate()
-                moment /= 2
+                moment, seconds = moment * _EARLIER, min(ran, seconds)
         kind, story = f"{self.victim} killed", f"{self.stage} at {when}, {self.victim} killed"
         if self.victim == "dvc":  # a person runs DVC again at once, while the stage still runs on
             outcome = self._rerun(kind, story)
@@ -144,6 +162,13 @@ class _Fault:
         return Outcome(kind, "right", f"{story} -> the same bytes")
 
 
+def _lives(pid: int) -> bool:
+    """Whether a process has not ended, nor waits for its parent to notice."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def _end_group(process: "subprocess.Popen[str]") -> None:
     """End what a command started and its pipes still hold."""
     with contextlib.suppress(ProcessLookupError):
@@ -172,4 +197,4 @@ def faults(settings: Settings) -> Iterator[Outcome]:
 
 
 if __name__ == "__main__":
-    run_campaign("kills", "Stages, DVC and the server killed, and run again.", 24, faults)
+    run_campaign("kills", "Stages, DVC and the server killed, and run again.", 30, faults)

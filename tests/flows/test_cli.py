@@ -1,5 +1,6 @@
 """The command `puzzle`: its list, errors, start and examples; the installed entry point; `python` without a venv."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -18,7 +19,7 @@ VENV = Path(sys.prefix)
 
 def _run(*command: str | Path, folder: Path = ROOT) -> "subprocess.CompletedProcess[str]":
     """A process that has no activated venv."""
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    environment = {"PATH": "/usr/bin:/bin", "HOME": os.environ["HOME"]}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 

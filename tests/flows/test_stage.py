@@ -9,10 +9,12 @@ from uuid import UUID
 
 import pytest
 import yaml
+from httpx import ConnectError
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import distill_blocks, score_blocks
+from flows import distill_blocks, prepare_parent, score_blocks, stage
+from storage.files import InputError
 from storage.paths import Paths
 from storage.pipeline import read_seconds
 from tests.clone import ROOT, Clone, Ended
@@ -20,7 +22,8 @@ from tests.settings import tiny_params, tiny_values
 
 # The pieces that end first are the last ones; 2 is a wrong input, or our own mistake.
 STAGE = """
-import json, time
+import json, os, signal, time
+from pathlib import Path
 from flows.stage import main, run_pieces
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -28,6 +31,9 @@ from storage.files import DamagedFileError
 
 @task(cache_policy=NO_CACHE)
 def make(piece, target, paths):
+    if target == "loses" and piece == 1 and not Path("killed").exists():
+        Path("killed").touch()
+        os.kill(json.loads(Path(".prefect/server.json").read_text())["pid"], signal.SIGKILL)
     if target == "ordered":
         assert {path.name for path in paths.root.iterdir()} == set(map(str, range(piece + 1, 4)))
     time.sleep(0.2 * piece)
@@ -38,7 +44,7 @@ def make(piece, target, paths):
 
 @flow(name="pieces")
 def pieces(params, paths, target):
-    paths.root.mkdir()
+    paths.root.mkdir(exist_ok=True)
     made = run_pieces(make, [3, 2, 1, 0], target, paths, unit="piece", in_order=target == "ordered")
     (paths.root / "results").write_text(json.dumps(made))
     (paths.root / "seconds.json").write_text('{"a stage": 1.0, "anoth')
@@ -53,7 +59,7 @@ def _folder(folder: Path) -> Clone:
     folder.mkdir(exist_ok=True)
     target = tiny_values()["targets"]["small"]
     values = tiny_values(run={"workers": 4}) | {
-        "targets": {name: {**target, "label": name} for name in ("works", "ordered", "fails", "breaks")}
+        "targets": {name: {**target, "label": name} for name in ("works", "ordered", "fails", "breaks", "loses")}
     }
     (folder / "params.yaml").write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
     (folder / "pieces.py").write_text(STAGE, encoding="utf-8")
@@ -93,11 +99,19 @@ def test_a_wrong_input_in_a_piece_is_one_error_and_finished_pieces_stay(tmp_path
     assert {"0", "1"} <= {path.name for path in (tmp_path / "artifacts").iterdir()} <= {"0", "1", "3"}
 
 
-def test_a_run_that_was_killed_is_marked_when_the_next_stage_starts(tmp_path: Path, address: str) -> None:
+@pytest.mark.parametrize("is_temporary", [False, True])
+def test_a_run_that_was_killed_is_marked_when_the_next_stage_starts(
+    is_temporary: bool, tmp_path: Path, address: str
+) -> None:
+    """Also one that `dvc exp run --temp` started for the UI, in a folder that DVC then removes."""
     clone = Clone(tmp_path, {**_folder(tmp_path).environment, "PREFECT_API_URL": address})
     running = tmp_path / ".prefect/running"
-    clone.kill_when((tmp_path / "artifacts").exists, "pieces", "--target", "ordered")
-    shutil.rmtree(tmp_path / "artifacts")
+    killed_in = clone
+    if is_temporary:
+        environment = {**clone.environment, "PUZZLE_RUNNING": str(running)}
+        killed_in = Clone(_folder(tmp_path / "temporary").folder, environment)
+    killed_in.kill_when(killed_in.artifacts.exists, "pieces", "--target", "ordered")
+    shutil.rmtree(killed_in.folder if is_temporary else killed_in.artifacts)
     killed = UUID(next(running.glob("*.lock")).stem)
     with temporary_settings({PREFECT_API_URL: address}), get_client(sync_client=True) as client:
         before = client.read_flow_run(killed).state
@@ -110,6 +124,37 @@ def test_a_run_that_was_killed_is_marked_when_the_next_stage_starts(tmp_path: Pa
     assert list(running.iterdir()) == []
 
 
+def test_a_stage_whose_server_dies_gets_another_one_and_does_its_work(tmp_path: Path) -> None:
+    """It took three minutes to fail: each request was tried for a minute, each event for seven seconds."""
+    clone = _folder(tmp_path)
+    try:
+        ended = clone.run("pieces", "--target", "loses")
+        assert (ended.code, ended.out, ended.err) == (0, "", "")
+        assert (tmp_path / "killed").exists()
+        assert json.loads((tmp_path / "artifacts/results").read_text()) == [30, 20, 10, 0]
+        port = json.loads((tmp_path / ".prefect/server.json").read_text())["port"]
+        address = {PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}
+        with temporary_settings(address), get_client(sync_client=True) as client:
+            states = [run.state.type.name for run in client.read_flow_runs() if run.state]
+        assert sorted(states) == ["COMPLETED", "CRASHED"]
+    finally:
+        clone.must("flows.server", "stop")
+
+
+def test_a_stage_whose_server_of_elsewhere_dies_ends_with_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: object) -> None:
+        raise ConnectError("refused")
+
+    monkeypatch.chdir(_folder(tmp_path).folder)
+    monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere.example/api")
+    monkeypatch.setattr(stage, "ensure", lambda: ("http://elsewhere.example/api", False))
+    monkeypatch.setattr(stage, "_run_tracked", lose)
+    with pytest.raises(InputError, match=r"elsewhere.example/api no longer answers \(refused\); run the same command"):
+        stage.run_stage(prepare_parent.prepare_parent, None)
+
+
 def test_our_own_mistake_is_not_dressed_up_as_a_wrong_input(tmp_path: Path, address: str) -> None:
     ended = _run(tmp_path, address, "breaks")
     assert ended.code == 1
@@ -118,18 +163,18 @@ def test_our_own_mistake_is_not_dressed_up_as_a_wrong_input(tmp_path: Path, addr
 
 
 @pytest.mark.parametrize("mode", ["materialised", "rolling"])
-@pytest.mark.parametrize("stage", [distill_blocks, score_blocks])
+@pytest.mark.parametrize("module", [distill_blocks, score_blocks])
 def test_stages_that_roll_through_the_parent_do_so_in_order(
-    stage: ModuleType, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two workers would delete each other's windows."""
     plans, seen = iter([["a piece"], []]), []
     for name in ("plan_blocks", "plan_groups"):
-        monkeypatch.setattr(stage.tasks, name, lambda *_: next(plans), raising=False)
+        monkeypatch.setattr(module.tasks, name, lambda *_: next(plans), raising=False)
     for name in ("write_library_index", "write_score_table"):
-        monkeypatch.setattr(stage.tasks, name, lambda *_: None, raising=False)
-    monkeypatch.setattr(stage, "run_pieces", lambda *_, in_order, **__: seen.append(in_order))
-    flow = getattr(stage, stage.__name__.rpartition(".")[2])
+        monkeypatch.setattr(module.tasks, name, lambda *_: None, raising=False)
+    monkeypatch.setattr(module, "run_pieces", lambda *_, in_order, **__: seen.append(in_order))
+    flow = getattr(module, module.__name__.rpartition(".")[2])
     flow.fn(tiny_params(run={"workers": 2}, cache_activations={"mode": mode}), Paths(tmp_path))
     assert seen == [mode == "rolling"]
 

@@ -1,6 +1,7 @@
 """The corpus on disk: what is written is read back, bytes repeat, damage is noticed."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,32 +14,41 @@ from storage.corpus import (
     Ingredient,
     Manifest,
     Split,
-    SplitName,
-    Tokens,
     content_hash,
+    domain_split,
+    read_documents,
     read_manifest,
     read_sequences,
     split_path,
     write_manifest,
     write_split,
 )
+from storage.documents import PackedSequence, Tokens
 from storage.files import DamagedFileError, InputError, sha256
 
 SEQ_LEN = 8
+PROSE = domain_split("prose")
+ALL_SPLITS = (*SPLITS, PROSE)
 
 
-def make(folder: Path, sequences: int = 5) -> dict[SplitName, Tokens]:
+def packed(ids: Tokens) -> Iterator[PackedSequence]:
+    """Sequences of which three in a row share a document."""
+    return (PackedSequence(tokens, index // 3) for index, tokens in enumerate(ids))
+
+
+def make(folder: Path, sequences: int = 5) -> dict[str, Tokens]:
     """A corpus of random ids whose splits differ; returns its tokens."""
     rng = np.random.default_rng(0)
-    tokens = {name: rng.integers(0, 50_000, (sequences + i, SEQ_LEN), np.int32) for i, name in enumerate(SPLITS)}
+    tokens = {name: rng.integers(0, 50_000, (sequences + i, SEQ_LEN), np.int32) for i, name in enumerate(ALL_SPLITS)}
     splits = {}
     for name, ids in tokens.items():
-        count, token_sha256 = write_split(split_path(folder, name), iter(ids), SEQ_LEN)
+        count, token_sha256 = write_split(split_path(folder, name), packed(ids), SEQ_LEN)
         splits[name] = Split(count, count * SEQ_LEN, 1, token_sha256, sha256(split_path(folder, name)))
-    source = Ingredient("files", "1", "MIT", 3, sum(ids.size for ids in tokens.values()))
+    source = Ingredient("training", "files", "1", "MIT", 3, sum(ids.size for ids in tokens.values()))
+    hashed = content_hash(splits)
     write_manifest(
         folder,
-        Manifest("key", content_hash(splits), SEQ_LEN, "<|endoftext|>", 0, "digest", splits, (source,), 0, ("note",)),
+        Manifest("key", hashed, SEQ_LEN, "<|endoftext|>", 0, None, "digest", splits, (source,), 0, ("note",)),
     )
     return tokens
 
@@ -56,6 +66,9 @@ def test_sequences_are_read_back_in_any_range(tmp_path: Path) -> None:
             read = read_sequences(tmp_path, name, start, stop)
             assert read.dtype == np.int32
             np.testing.assert_array_equal(read, ids[start:stop])
+            documents = read_documents(tmp_path, name, start, stop)
+            assert documents.dtype == np.int32
+            np.testing.assert_array_equal(documents, np.arange(len(ids))[start:stop] // 3)
     assert read_sequences(tmp_path, "train", 0, 1).flags.writeable, "torch refuses to share memory that is not"
 
 
@@ -65,18 +78,20 @@ def test_the_file_has_the_stated_schema(tmp_path: Path) -> None:
     assert str(table.schema.field("sequence_index").type) == "int32"
     assert str(table.schema.field("tokens").type) == f"fixed_size_list<element: int32>[{SEQ_LEN}]"
     assert table.column("sequence_index").to_pylist() == list(range(table.num_rows))
+    assert str(table.schema.field("document").type) == "int32"
 
 
 def test_the_same_tokens_give_the_same_bytes_and_other_tokens_another_hash(tmp_path: Path) -> None:
     tokens = make(tmp_path / "a")
     make(tmp_path / "b")
-    for file in ("manifest.json", *(f"{name}.parquet" for name in SPLITS)):
+    for file in ("manifest.json", *(f"{name}.parquet" for name in ALL_SPLITS)):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     manifest = read_manifest(tmp_path / "a")
-    tokens["train"][0, 0] ^= 1
-    _, changed = write_split(tmp_path / "other.parquet", tokens["train"], SEQ_LEN)
-    splits = {**manifest.splits, "train": replace(manifest.splits["train"], token_sha256=changed)}
-    assert content_hash(splits) != manifest.content_hash
+    for name in ALL_SPLITS:
+        tokens[name][0, 0] ^= 1
+        _, changed = write_split(tmp_path / "other.parquet", packed(tokens[name]), SEQ_LEN)
+        splits = {**manifest.splits, name: replace(manifest.splits[name], token_sha256=changed)}
+        assert (content_hash(splits) == manifest.content_hash) == (name == PROSE), "no child is trained on a domain"
 
 
 def test_the_manifest_is_read_back(tmp_path: Path) -> None:
@@ -129,7 +144,11 @@ def test_an_edited_manifest_is_found(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_more_sequences_than_there_are(tmp_path: Path) -> None:
+def test_more_sequences_than_there_are_and_splits_that_are_not(tmp_path: Path) -> None:
     make(tmp_path)
     with pytest.raises(InputError, match=r"holds 5 sequences of 8 tokens, 6 are wanted; raise prepare_corpus\.train"):
         read_sequences(tmp_path, "train", 0, 6)
+    with pytest.raises(InputError, match=r"9 are wanted; raise prepare_corpus\.domains\.prose\.tokens"):
+        read_documents(tmp_path, PROSE, 0, 9)
+    with pytest.raises(InputError, match=r"no split domain_code \(has: train, .*, domain_prose\); run `dvc repro"):
+        read_sequences(tmp_path, domain_split("code"))

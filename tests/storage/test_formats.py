@@ -1,5 +1,7 @@
 """The table of export formats: every row can be written and refused, its size is the true one, its name is found."""
 
+import itertools
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -7,7 +9,9 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES
 
 from storage.formats import FORMATS, LLAMACPP_FORMAT, FileType, FormatKind
+from storage.model_config import ModelConfig, to_hf
 from tasks.checkpoints.exports import WRITERS
+from tasks.puzzle.model.padding import padded_config
 from tasks.puzzle.runtimes.rules import RUNTIMES, format_refusals
 from tests.engines.test_loaders import KV, PLAIN, WIDE
 from tests.settings import tiny_params, tiny_values
@@ -18,6 +22,20 @@ def test_every_kind_has_a_row_a_writer_and_refusals() -> None:
     assert {row.kind for row in FORMATS.values()} == set(get_args(FormatKind)) == set(WRITERS)
     for name in FORMATS:
         assert format_refusals(name, PLAIN, [(KV, WIDE)] * 2) == [], "two blocks of a plain Llama have every format"
+
+
+@pytest.mark.parametrize("biases", itertools.product([False, True], repeat=3))
+def test_a_config_of_a_family_says_every_bias_or_is_refused(biases: tuple[bool, bool, bool]) -> None:
+    """A Qwen2 with biases in its FFNs would be loaded without them, and nothing said."""
+    qkv, output, mlp = biases
+    config = replace(PLAIN, qkv_bias=qkv, output_bias=output, mlp_bias=mlp)
+    as_padded = padded_config(config)
+    assert as_padded.qkv_bias == as_padded.output_bias == (qkv or output)
+    assert format_refusals("padded-llama", config, [(KV, WIDE)] * 2) == []
+    kept = [as_padded, *([] if format_refusals("plain", config, [(KV, WIDE)] * 2) else [config])]
+    for written in kept:
+        read = ModelConfig.from_hf(to_hf(written, 2, (KV, WIDE), {}, "float32"), "written")
+        assert [read.qkv_bias, read.output_bias, read.mlp_bias] == [written.qkv_bias, written.output_bias, mlp]
 
 
 def test_the_rows_of_gguf_are_the_types_of_its_matrices() -> None:

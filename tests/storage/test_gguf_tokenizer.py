@@ -99,7 +99,8 @@ class Both:
     def ask(self, path: str, **body: Any) -> Any:
         """The answer of llama.cpp's HTTP API."""
         url = self.engine.url.removesuffix("/v1") + path
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.engine.key}"}
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
 

@@ -13,6 +13,7 @@ from storage.files import DamagedFileError, InputError, read_sealed, write_seale
 from storage.gkd import read_gkd, write_gkd
 from storage.parent_info import INFO, read_parent_info, write_parent_info
 from storage.paths import Paths
+from storage.refinement import read_refinement, write_refinement
 from tests.report_run import write_run
 
 TARGET = "small"
@@ -64,6 +65,13 @@ ARTIFACTS = {
         lambda paths: write_gkd(paths.gkd(TARGET), read_gkd(TARGET, paths)),
         ("held_out", 2, "kl"),
         "dvc repro distill_child@small",
+    ),
+    "refine.json": Artifact(
+        lambda paths: paths.refinement(TARGET),
+        lambda paths: read_refinement(TARGET, paths),
+        lambda paths: write_refinement(paths.refinement(TARGET), read_refinement(TARGET, paths)),
+        ("blocks", 1, "subblocks", 0, "error_after"),
+        "dvc repro refine_child@small",
     ),
 }
 

@@ -177,7 +177,7 @@ def test_a_section_that_is_missing_or_empty_is_named() -> None:
     [
         ({"kind": "files"}, "a source of kind files needs `path`"),
         ({"kind": "hub", "path": "org/data"}, "a source of kind hub needs `revision`"),
-        ({"kind": "parquet", "path": "x"}, "Input should be 'embedded', 'hub' or 'files'"),
+        ({"kind": "parquet", "path": "x"}, "Input should be 'embedded', 'encyclopedia', 'written', 'hub' or 'files'"),
     ],
 )
 def test_a_source_says_what_it_needs(source: dict[str, Any], expected: str) -> None:
@@ -234,21 +234,48 @@ def test_a_target_needs_a_key_that_dvc_can_parse_and_a_constraint() -> None:
 
 
 def test_budgets_must_fit_into_their_splits() -> None:
-    long = 64 * SEQ_LEN
-    assert problems(tiny_values(distill_blocks={"tokens": long}, evaluate_child={"tokens": long})) == [
-        "distill_child.tokens + the most of distill_blocks.tokens, variant_tokens, fit_tokens is 1280, more than "
-        "prepare_corpus.train_tokens = 768",
-        "evaluate_child.tokens is 1024, more than prepare_corpus.validation_tokens = 128",
-    ]
+    long, more = 64 * SEQ_LEN, 72 * SEQ_LEN
+    for section in ("distill_blocks", "refine_child"):
+        other = "refine_child" if section == "distill_blocks" else "distill_blocks"
+        values = tiny_values(**{section: {"tokens": more}, other: {"tokens": long}}, evaluate_child={"tokens": long})
+        assert problems(values) == [
+            "distill_child.tokens + the most of distill_blocks.tokens, variant_tokens, fit_tokens, refine_child.tokens "
+            "is 1408, more than prepare_corpus.train_tokens = 768",
+            "evaluate_child.tokens is 1024, more than prepare_corpus.validation_tokens = 128",
+        ]
 
 
 def test_scores_and_held_out_losses_share_no_sequence() -> None:
     full = {"tokens": 16 * SEQ_LEN, "initial_tokens": 0}
-    [line] = problems(tiny_values(score_blocks=full, distill_blocks={"held_out_tokens": 1}))
-    assert line == (
-        "score_blocks.tokens + distill_blocks.held_out_tokens is 257, more than prepare_corpus.calibration_tokens = 256"
+    values = tiny_values(
+        score_blocks=full, distill_blocks={"held_out_tokens": 1}, refine_child={"held_out_tokens": SEQ_LEN}
     )
-    tiny_params(score_blocks={**full, "tokens": 14 * SEQ_LEN}, distill_blocks={"held_out_tokens": 2 * SEQ_LEN})
+    assert problems(values) == [
+        f"seq_len x the sequences of score_blocks.tokens + {section}.held_out_tokens is {tokens}, more than "
+        "prepare_corpus.calibration_tokens = 256"
+        for section, tokens in (("refine_child", 272), ("distill_blocks", 257))
+    ]
+    two = {"held_out_tokens": 2 * SEQ_LEN}
+    tiny_params(score_blocks={**full, "tokens": 14 * SEQ_LEN}, distill_blocks=two, refine_child=two)
+
+
+def test_a_domain_is_held_out_of_the_training_mix() -> None:
+    training, other = {"kind": "files", "path": "a.jsonl"}, {"kind": "files", "path": "b.jsonl"}
+
+    def corpus(name: str, source: dict[str, Any], tokens: int = SEQ_LEN) -> dict[str, dict[str, Any]]:
+        domains = {name: {"sources": [source], "tokens": tokens}}
+        return {"prepare_corpus": {"sources": [training, {"kind": "embedded"}], "domains": domains}}
+
+    tiny_params(**corpus("prose", other))
+    for source, shown in (({**training, "text": "body"}, "files a.jsonl"), ({"kind": "embedded"}, "embedded")):
+        assert problems(tiny_values(**corpus("prose", source))) == [
+            f"prepare_corpus: domains.prose must be held out, and its source {shown} is in `sources` too; "
+            "take it out of one of them"
+        ]
+    [line] = problems(tiny_values(**corpus("training", other)))
+    assert line == "prepare_corpus: domains.training: the training mix has this name; choose another"
+    [line] = problems(tiny_values(**corpus("prose", other, SEQ_LEN + 1)))
+    assert line.startswith("prepare_corpus.domains.prose.tokens is 17, expected a multiple of 16")
 
 
 def test_budgets_are_whole_batches() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from dvc.repo import Repo
 
 from storage.architecture import read_architecture, read_baselines
 from storage.checkpoints import CHECKSUMS, Checkpoint, CheckpointWriter
@@ -232,6 +234,50 @@ def test_a_damaged_file_gets_a_new_date_so_that_dvc_looks_at_it(tmp_path: Path) 
     with pytest.raises(DamagedFileError):
         read_sealed(path, REBUILD)
     assert path.stat().st_mtime > 1e9
+
+
+_RECORD = Path("record.json")
+
+
+@pytest.fixture
+def rotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repo:
+    """A stage `it` of DVC that made record.json and, as ours do, has DVC check its copy; the cached copy rotted.
+
+    It was altered in place, read-only and dated as before, and checked out.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    write_sealed(Path("original.json"), {"a": 1})
+    repo = Repo.init(no_scm=True)
+    check = f"from pathlib import Path; import storage.files; storage.files.have_cached_copy_checked(Path('{_RECORD}'))"
+    command = f'cp original.json {_RECORD} && {sys.executable} -c "{check}"'
+    repo.run(name="it", cmd=command, deps=["original.json"], outs=[str(_RECORD)])
+    cached = next(Path(".dvc/cache/files/md5").glob("??/*"))
+    written = cached.stat()
+    cached.chmod(0o644)
+    cached.write_text(cached.read_text().replace("1,", "2,"))
+    cached.chmod(written.st_mode)
+    os.utime(cached, ns=(written.st_atime_ns, written.st_mtime_ns))
+    _RECORD.unlink()
+    Repo().checkout()
+    return Repo()  # as another process opens it
+
+
+def test_the_command_of_a_message_rebuilds_what_rotted_in_dvcs_cache(rotten: Repo) -> None:
+    """DVC checks nothing that is read-only in its cache, and put the rotten object back for the stage's run."""
+    with pytest.raises(DamagedFileError, match=REBUILD):
+        read_sealed(_RECORD, REBUILD)
+    rotten.reproduce("it")
+    assert read_sealed(_RECORD, REBUILD) == {"a": 1}
+    _RECORD.unlink()
+    rotten.checkout()
+    assert read_sealed(_RECORD, REBUILD) == {"a": 1}
+
+
+def test_what_rotted_in_dvcs_cache_never_takes_the_place_of_what_a_stage_wrote(rotten: Repo) -> None:
+    """DVC copied the rotten object over the file that the stage had just made, and said nothing."""
+    rotten.reproduce("it", force=True)
+    assert read_sealed(_RECORD, REBUILD) == {"a": 1}
 
 
 def _check_message(error: DamagedFileError, path: Path) -> None:

@@ -34,6 +34,7 @@ SCORE = ScoreRow(
     weights_hash="ab12",
     around="parent",
     sequence_shard=0,
+    document=0,
     tokens=512,
     kl=0.02,
     lm_loss=2.9,

@@ -40,12 +40,14 @@ def read_hub(dataset: HubDataset, cache: Path) -> list[Document]:
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
     if file.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), file)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(rows, indent=2))
     else:
         file.write_text("\n".join(json.dumps(row) for row in rows))
     return file
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".json"])
 def test_rows_are_documents(tmp_path: Path, suffix: str) -> None:
     rows: list[dict[str, Any]] = [{"body": "first\n\ntext", "n": 1}, {"body": None, "n": 2}, {"body": "third", "n": 3}]
     documents = read(write_rows(tmp_path / f"a{suffix}", rows), Columns("body"))
@@ -106,8 +108,40 @@ def test_empty_files_hold_no_documents(tmp_path: Path, name: str) -> None:
 
 
 def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"corpus files end in \.parquet, \.jsonl, \.txt, found '\.csv'"):
+    with pytest.raises(InputError, match=r"corpus files end in \.parquet, \.jsonl, \.json, \.txt, found '\.csv'"):
         read(tmp_path / "a.csv")
+
+
+def test_a_json_is_one_list_or_has_a_row_a_line(tmp_path: Path) -> None:
+    """Data sets in the wild use the suffix for both."""
+    rows: list[dict[str, Any]] = [{"text": "[a] ]\n,"}, {"text": None}, {"text": "b", "n": 1}]
+    for name, content in (
+        ("indented.json", json.dumps(rows, indent=1)),
+        ("one-line.jsonl", json.dumps(rows)),
+        ("lines.json", "\n".join(map(json.dumps, rows))),
+        ("digits.json", f'[{{"text": "[a] ]\\n,", "n": {"9" * 5_000}}}, {{"text": "b"}}]'),
+    ):
+        (tmp_path / name).write_text(content)
+        assert [document.text for document in read(tmp_path / name)] == ["[a] ]\n,", "b"], name
+    assert read(write_rows(tmp_path / "empty.json", [])) == []
+    for content, message in (
+        ('[{"text": "a"}, 3]', "member 1 of its list: expected a JSON object, found int"),
+        ('[{"text": "a"}', r"its list: Expecting .*\); write one row a line, or one list of rows"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', "its list: Extra data"),
+        ('{\n"rows": []}', r"line 1: Expecting .*or one list of rows"),
+        ('[{"body": "a"}]', "has no column 'text'; it has body"),
+        ("[" * 100_000, "its list: .*recursion"),
+    ):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            read(tmp_path / "bad.json")
+
+
+def test_a_list_that_is_too_long_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.text_datasets._LINE_CHARS", 1_000)
+    file = write_rows(tmp_path / "a.json", [{"text": "word " * 10} for _ in range(30)])
+    with pytest.raises(InputError, match=r"a\.json is one list of more than 1,000 characters; write one row a line"):
+        read(file)
 
 
 def test_a_name_is_no_pattern(tmp_path: Path) -> None:

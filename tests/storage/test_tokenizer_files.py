@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from storage import tokenizer_probe
 from storage.files import InputError, write_json
 from storage.gguf_tokenizer import add_tokenizer
 from storage.parent import Parent
@@ -104,6 +105,29 @@ def test_a_regular_expression_without_end_is_one_sentence(tmp_path: Path) -> Non
     pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$|(-+)+$"}, "behavior": "Isolated", "invert": False}
     spoiled(tmp_path, pre_tokenizer=pattern)
     with pytest.raises(InputError, match=r"tokenizer.json is not a tokenizer \(.*retry-limit-in-match over\); save it"):
+        check_tokenizer(tmp_path, "again")
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+SAME = {"type": "Replace", "pattern": {"String": "z"}, "content": "z"}
+
+
+@pytest.mark.parametrize(
+    ("normalizers", "seconds", "memory"),
+    [([DOUBLE] * 12 + [SAME] * 2_000, 1, 1 << 30), ([DOUBLE] * 40, 8, 1 << 28)],
+    ids=["time", "memory"],
+)
+def test_a_bomb_ends_a_process_of_its_own_and_is_one_sentence(
+    normalizers: list[Any], seconds: int, memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small limits, so that both are reached soon: a text of 4 million letters again and again, one of 10 ** 14."""
+    monkeypatch.setattr(tokenizer_probe, "CPU_SECONDS", seconds)
+    monkeypatch.setattr(tokenizer_probe, "MEMORY_BYTES", memory)
+    spoiled(tmp_path, normalizer={"type": "Sequence", "normalizers": normalizers})
+    expected = (
+        rf"tokenizer.json is not a tokenizer \(reading it takes more than {seconds} s or {memory / 2**30:g} GiB\)"
+    )
+    with pytest.raises(InputError, match=expected):
         check_tokenizer(tmp_path, "again")
 
 

@@ -1,12 +1,14 @@
 """How far replace-1-block scores predict whole children: sums of scores against measured KL of many children.
 
-Run: `python -m tests.studies.trust [--children 48] [--tokens 2048]` where artifacts/ holds a parent, its corpus,
-library and scores. Children are random draws of the library, with few to all blocks replaced, and searched ones of
-several sizes; each is composed block by block and measured on validation sequences. Prints tables, writes
-docs/trust.svg. At the end pre-scores, which need no model: how far a variant's output is from the parent's.
+Run: `python -m tests.studies.trust [--children 12] [--tokens 2048]` where artifacts/ holds a parent, its corpus,
+library, scores and costs. Children are random draws of the library at three sizes, so that their ranks within a size
+are not those of their sizes, and searched ones of several sizes; each is composed block by block and measured on
+validation sequences. Prints tables, writes docs/trust.svg. At the end pre-scores, which need no model: how far a
+variant's output is from the parent's.
 """
 
 import argparse
+import itertools
 import random
 import statistics
 import sys
@@ -18,13 +20,14 @@ import torch
 from tqdm import tqdm
 
 from storage.activations import BoundaryReader
-from storage.corpus import read_sequences
+from storage.corpus import read_documents, read_sequences
 from storage.library import Library
 from storage.model_config import ModelConfig
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.records import ScoreRow
-from storage.tables import read_scores
+from storage.records import CostRow, ScoreRow
+from storage.scenario import Setting
+from storage.tables import read_costs, read_scores
 from storage.variants import Replacement
 from tasks.drawing.style import BLUE, GREY, LINE, ORANGE, finish, panels, styled
 from tasks.puzzle.costs.cost_table import subblocks
@@ -34,17 +37,20 @@ from tasks.puzzle.model.blocks import Block
 from tasks.puzzle.model.device import Compute, prepare_compute, resolve
 from tasks.puzzle.model.head import Head, compare_with_parent
 from tasks.puzzle.model.rotary import rotary_for
-from tasks.puzzle.quality.evaluation import per_sequence, standard_error
+from tasks.puzzle.quality.evaluation import per_sequence
 from tasks.puzzle.search.best_child import best_child
 from tasks.puzzle.search.mip import SolverSettings
 from tasks.puzzle.search.problem import Choice, Limit, Problem
 from tasks.puzzle.search.score_rule import Scores
 from tasks.puzzle.search_space import parent_attention, parent_blocks, parent_ffn
+from tasks.puzzle.standard_error import standard_error
 from tasks.tensors.replacements import ReplacementWeights
 
 BATCH = 4
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 """Block parameters that searched children keep."""
+RANDOM_SHARES = (0.85, 0.73, 0.57)
+"""Block parameters that random children keep."""
 
 
 def write_line(line: str) -> None:
@@ -61,22 +67,32 @@ class Child:
     predicted: float
 
 
-def random_children(scores: Scores, config: ModelConfig, count: int) -> list[Child]:
-    """Random children of the library, from 2 blocks replaced to all of them; single blocks and spans as drawn."""
-    rng, parent, replacements = random.Random(0), parent_blocks(config), scores.replacements("decoupled")
-    children = []
-    for number in range(count):
-        num_replaced = max(2, round(config.num_blocks * (number + 1) / count))
+def random_children(scores: Scores, config: ModelConfig, share: float, count: int) -> list[Child]:
+    """Random children of one size: replacements as drawn until the blocks keep `share` of the parent's parameters.
+
+    A draw that would take more than a percent too much is left out.
+    """
+    rng, replacements = random.Random(round(100 * share)), scores.replacements("decoupled")
+    parent = parent_blocks(config)
+    parent_size = sum(_params(config, block) for block in parent)
+    children: list[Child] = []
+    while len(children) < count:
         blocks = {block.first_block: block for block in parent}
+        size = parent_size
         for replacement in rng.sample(replacements, len(replacements)):
-            if all(blocks.get(index) == parent[index] for index in replacement.parent_blocks):
-                for index in replacement.parent_blocks:
-                    del blocks[index]
-                blocks[replacement.first_block] = replacement
-            if sum(block.span for block in blocks.values() if block not in parent) >= num_replaced:
+            replaced = [parent[index] for index in replacement.parent_blocks]
+            smaller = size + _params(config, replacement) - sum(_params(config, block) for block in replaced)
+            if all(blocks.get(block.first_block) == block for block in replaced) and (
+                smaller >= (share - 0.01) * parent_size
+            ):
+                for block in replaced:
+                    del blocks[block.first_block]
+                blocks[replacement.first_block], size = replacement, smaller
+            if size <= share * parent_size:
                 break
-        chosen = tuple(blocks[index] for index in sorted(blocks))
-        children.append(Child("random", chosen, scores.total(chosen, "decoupled").mean))
+        if size <= share * parent_size:
+            chosen = tuple(blocks[index] for index in sorted(blocks))
+            children.append(Child(f"random, {share:.0%}", chosen, scores.total(chosen, "decoupled").mean))
     return children
 
 
@@ -155,14 +171,15 @@ def _ranks(values: list[float]) -> list[float]:
 
 
 @styled
-def picture(children: Sequence[Child], kls: Sequence[list[float]]) -> str:
+def picture(children: Sequence[Child], kls: Sequence[list[float]], documents: Sequence[int]) -> str:
     """Predicted against measured KL, and their ratio, as SVG."""
     figure, (row,) = panels(1, 2, 4.4)
     means = [statistics.fmean(kl) for kl in kls]
     for word, colour, marker in (("random draws of the library", GREY, "o"), ("searched", ORANGE, "s")):
         numbers = [n for n, child in enumerate(children) if child.how.startswith(word.partition(" ")[0])]
         x, y = [children[n].predicted for n in numbers], [means[n] for n in numbers]
-        row[0].errorbar(x, y, yerr=[standard_error(kls[n]) for n in numbers], fmt=marker, color=colour, label=word)
+        errors = [standard_error(kls[n], documents) or 0.0 for n in numbers]
+        row[0].errorbar(x, y, yerr=errors, fmt=marker, color=colour, label=word)
         row[1].plot(x, [b / a for a, b in zip(x, y, strict=True)], marker, color=colour)
     low = min(*means, *(child.predicted for child in children)) / 1.3
     high = max(*means, *(child.predicted for child in children)) * 1.3
@@ -231,8 +248,10 @@ def _changes_one_half(replacement: Replacement, config: ModelConfig) -> bool:
     return (replacement.attention == parent_attention(config)) != (replacement.ffn == parent_ffn(config))
 
 
-def hopeless(rows: Iterable[ScoreRow], errors: Mapping[Replacement, float], config: ModelConfig) -> None:
-    """Count the variants that another of their subblock, no larger, beats: by score, and by error."""
+def hopeless(
+    rows: Iterable[ScoreRow], errors: Mapping[Replacement, float], costs: Sequence[CostRow], config: ModelConfig
+) -> None:
+    """Count the variants that another of their subblock, no larger nor slower, beats: by score, and by error."""
     kls: dict[Replacement, list[float]] = {}
     for row in sorted(rows, key=lambda row: row.sequence_shard):
         if row.replacement in errors:
@@ -241,22 +260,27 @@ def hopeless(rows: Iterable[ScoreRow], errors: Mapping[Replacement, float], conf
     by_error: set[Replacement] = set()
     for variant, kl in kls.items():
         rivals = [other for other in kls if other != variant and _same_subblock(variant, other, config)]
-        smaller = [other for other in rivals if _is_no_larger(other, variant, config)]
+        smaller = [other for other in rivals if _costs_no_more(other, variant, costs, config)]
         if any(statistics.fmean(kls[other]) < statistics.fmean(kl) for other in smaller):
             by_score.add(variant)
         if any(errors[other] < errors[variant] for other in smaller):
             by_error.add(variant)
     write_line(
-        f"\nbeaten by one that is no larger, of {len(kls)}: {len(by_score)} by score; {len(by_error)} by error "
-        f"(token_mse), {len(by_error & by_score)} of them by score too"
+        f"\nbeaten by one that is no larger nor slower, of {len(kls)}: {len(by_score)} by score; {len(by_error)} by "
+        f"error (token_mse), {len(by_error & by_score)} of them by score too"
     )
 
 
-def _sizes(replacement: Replacement, config: ModelConfig) -> tuple[int, int]:
-    """Parameters and KV bytes per token of the subblock that is not the parent's."""
+def _costs(replacement: Replacement, costs: Sequence[CostRow], config: ModelConfig) -> dict[str, float]:
+    """Costs of the subblock that is not the parent's: sizes, and milliseconds in every setting that was measured."""
     component, name = subblocks(replacement)[0 if replacement.ffn == parent_ffn(config) else 1]
     sizes = component_sizes(config, component, name, "bfloat16")
-    return sizes.params, sizes.kv_bytes_per_token
+    taken: dict[str, float] = {"params": sizes.params, "kv": sizes.kv_bytes_per_token}
+    for row in costs:
+        if (row.component, row.variant, row.span, row.origin) == (component, name, 1, "measured"):
+            setting = str(Setting.from_row(row))
+            taken[f"prefill {setting}"], taken[f"decode {setting}"] = row.prefill_ms, row.decode_ms
+    return taken
 
 
 def _same_subblock(variant: Replacement, other: Replacement, config: ModelConfig) -> bool:
@@ -264,29 +288,32 @@ def _same_subblock(variant: Replacement, other: Replacement, config: ModelConfig
     return variant.first_block == other.first_block and (variant.ffn == full_ffn) == (other.ffn == full_ffn)
 
 
-def _is_no_larger(variant: Replacement, other: Replacement, config: ModelConfig) -> bool:
-    params, kv_bytes = _sizes(variant, config)
-    other_params, other_kv_bytes = _sizes(other, config)
-    return params <= other_params and kv_bytes <= other_kv_bytes
+def _costs_no_more(variant: Replacement, other: Replacement, costs: Sequence[CostRow], config: ModelConfig) -> bool:
+    """Whether a variant takes no more than another of anything that both have a cost of."""
+    taken, others = _costs(variant, costs, config), _costs(other, costs, config)
+    return all(taken[name] <= others[name] for name in taken.keys() & others.keys())
 
 
-def print_children(children: Sequence[Child], kls: Sequence[list[float]], config: ModelConfig) -> None:
+def print_children(
+    children: Sequence[Child], kls: Sequence[list[float]], documents: Sequence[int], config: ModelConfig
+) -> None:
     """Print a row for each child, and for all, random and searched ones how well the scores predict them."""
     write_line(f"{'how':<16} {'replaced':>8} {'spans':>6} {'predicted':>10} {'measured':>17} {'ratio':>6}")
     for child, kl in sorted(zip(children, kls, strict=True), key=lambda pair: pair[0].predicted):
         changed = [block for block in child.blocks if block not in parent_blocks(config)]
-        mean = statistics.fmean(kl)
+        mean, error = statistics.fmean(kl), standard_error(kl, documents) or 0.0
         write_line(
             f"{child.how:<16} {sum(block.span for block in changed):>8} {sum(block.span > 1 for block in changed):>6} "
-            f"{child.predicted:>10.3f} {mean:>9.3f} ± {standard_error(kl):.3f} {mean / child.predicted:>6.2f}"
+            f"{child.predicted:>10.3f} {mean:>9.3f} ± {error:.3f} {mean / child.predicted:>6.2f}"
         )
-    for word in ("", "random", "searched"):
-        numbers = [number for number, child in enumerate(children) if child.how.startswith(word)]
+    for kind in (*(f"random, {share:.0%}" for share in RANDOM_SHARES), "random", "searched"):
+        numbers = [number for number, child in enumerate(children) if child.how.startswith(kind)]
         predicted = [children[number].predicted for number in numbers]
         means = [statistics.fmean(kls[number]) for number in numbers]
         ratios = sorted(mean / score for score, mean in zip(predicted, means, strict=True))
         write_line(
-            f"{word or 'all'}: {len(numbers)} children, rank correlation {rank_correlation(predicted, means):.3f}, "
+            f"{kind}: {len(numbers)} children, predicted {min(predicted):.2f} to {max(predicted):.2f}, "
+            f"rank correlation {rank_correlation(predicted, means):.3f}, "
             f"measured / predicted {statistics.median(ratios):.2f} (median), {ratios[0]:.2f} to {ratios[-1]:.2f}"
         )
 
@@ -294,19 +321,21 @@ def print_children(children: Sequence[Child], kls: Sequence[list[float]], config
 def main() -> None:
     """Measure, print, draw."""
     parser = argparse.ArgumentParser(prog="python -m tests.studies.trust", description=__doc__)
-    parser.add_argument("--children", type=int, default=48, help="random ones; the searched ones come on top")
+    parser.add_argument("--children", type=int, default=12, help="random ones of each size; searched ones come on top")
     parser.add_argument("--tokens", type=int, default=2048, help="validation tokens of each")
     arguments = parser.parse_args()
     paths = Paths()
     config = Parent(paths.parent).config
     rows = read_scores(paths.scores)
     scores = Scores.from_rows(rows, config)
-    children = [*random_children(scores, config, arguments.children), *searched_children(scores, config)]
-    seq_len = read_sequences(paths.corpus, "validation", 0, 1).shape[1]
-    kls = measured(children, arguments.tokens // seq_len, paths)
-    print_children(children, kls, config)
-    Path("docs/trust.svg").write_text(picture(children, kls), encoding="utf-8")
-    hopeless(rows, pre_score(scores, config, paths), config)
+    drawn = (random_children(scores, config, share, arguments.children) for share in RANDOM_SHARES)
+    children = [*itertools.chain.from_iterable(drawn), *searched_children(scores, config)]
+    num_sequences = arguments.tokens // read_sequences(paths.corpus, "validation", 0, 1).shape[1]
+    documents = read_documents(paths.corpus, "validation", 0, num_sequences).tolist()
+    kls = measured(children, num_sequences, paths)
+    print_children(children, kls, documents, config)
+    Path("docs/trust.svg").write_text(picture(children, kls, documents), encoding="utf-8")
+    hopeless(rows, pre_score(scores, config, paths), read_costs(paths.costs), config)
 
 
 if __name__ == "__main__":

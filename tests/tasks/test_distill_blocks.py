@@ -360,3 +360,17 @@ def test_a_closed_form_start_is_kept_where_steps_diverge(finished: tuple[Params,
     kept = [row for row in rows if row["weights"] == "decoupled"]
     assert len(kept) > len(rows) / 2
     assert all(row["loss_after"] == row["loss_fitted"] < row["loss_before"] for row in kept)
+
+
+def test_without_tokens_the_closed_form_start_is_all(finished: tuple[Params, Paths]) -> None:
+    """The start is that of a run with steps, and no step is taken from it."""
+    _, paths = finished
+    stepped = {row["file"]: row for row in pq.read_table(Library(paths.library).index_path).to_pylist()}
+    params = tiny_params(distill_blocks={"tokens": 0})
+    assert distill(params, paths) == ALL_ENTRIES
+    rows = pq.read_table(Library(paths.library).index_path).to_pylist()
+    assert len(rows) == len(stepped)
+    for row in rows:
+        assert row["tokens"] == 0
+        assert row["loss_fitted"] == stepped[row["file"]]["loss_fitted"]
+        assert row["loss_after"] == min(row["loss_before"], row["loss_fitted"])

@@ -1,6 +1,7 @@
-"""distill_child: it learns, keeps the best, repeats no token, and resumes to the same bytes."""
+"""distill_child: it learns, keeps the best, repeats no token, stops where it must, and resumes to the same bytes."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from statistics import fmean
@@ -8,18 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from storage.activations import BoundaryReader
 from storage.checkpoints import Checkpoint, read_blocks
+from storage.files import InputError
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from tasks import distill_child
-from tasks.puzzle.distill.gkd import States, TrainableChild, gradients, kl_to_parent
+from tasks.puzzle.distill.gkd import Losses, LossWeights, States, TrainableChild, gradients, kl_to_parent
 from tasks.puzzle.model.blocks import Block
 from tasks.puzzle.model.head import Head
 from tests.settings import SEQ_LEN, tiny_params
-from tests.stages import assemble, cache, checksums, distill, prepare
+from tests.stages import assemble, cache, checksums, distill, prepare, refine
 from tests.tiny import flip_byte
 
 CPU = torch.device("cpu")
@@ -27,20 +31,27 @@ CHILD = [("kv_1", "ffn_48"), ("no_op", "ffn_24"), ("kv_2", "no_op")]
 
 
 @pytest.fixture(scope="module")
-def assembled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
-    """A child assembled from a trained library."""
-    params, paths = prepare("llama", tmp_path_factory.mktemp("assembled"))
-    cache(params, paths)
-    distill(params, paths)
-    assemble(params, paths, CHILD)
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
+    """A child that is ready for GKD."""
+    params, paths = prepare("llama", tmp_path_factory.mktemp("refined"))
+    make_child(params, paths)
     return params, paths
 
 
 @pytest.fixture
-def case(assembled: tuple[Params, Paths], tmp_path: Path) -> tuple[Params, Paths]:
-    """A copy of the assembled child, which the test may change."""
-    shutil.copytree(assembled[1].root, tmp_path / "artifacts")
-    return assembled[0], Paths(tmp_path / "artifacts")
+def case(finished: tuple[Params, Paths], tmp_path: Path) -> tuple[Params, Paths]:
+    """A copy of it, which the test may change."""
+    shutil.copytree(finished[1].root, tmp_path / "artifacts")
+    return finished[0], Paths(tmp_path / "artifacts")
+
+
+def make_child(params: Params, paths: Paths) -> list[str]:
+    """Make a child from a trained library; return the shards of the activation cache."""
+    shards = cache(params, paths)
+    distill(params, paths)
+    assemble(params, paths, CHILD)
+    refine(params, paths)
+    return shards
 
 
 def run(params: Params, paths: Paths) -> tuple[dict[str, Any], dict[str, str]]:
@@ -50,19 +61,30 @@ def run(params: Params, paths: Paths) -> tuple[dict[str, Any], dict[str, str]]:
     return json.loads(paths.gkd("small").read_text(encoding="utf-8")), checksums(paths.distilled("small"))
 
 
-def held_out_kl(folder: Path, paths: Paths) -> float:
-    """Mean KL of a checkpoint over the held-out sequences."""
+def with_settings(params: Params, **settings: Any) -> Params:
+    """The params with other settings of distill_child."""
+    changed = params.distill_child.model_dump() | settings
+    return Params.model_validate(params.model_dump(mode="json") | {"distill_child": changed})
+
+
+def child_and_head(folder: Path, paths: Paths) -> tuple[TrainableChild, Head]:
+    """A checkpoint as it trains, and the parent's head."""
     parent, checkpoint = Parent(paths.parent), Checkpoint(folder, "the test")
     config, variants = read_blocks(checkpoint)
     blocks = [Block.load(config, *v, checkpoint.block(i, CPU, torch.float32)) for i, v in enumerate(variants)]
-    child = TrainableChild(config, blocks, [1, 2, 3])
     _, norm, lm_head = parent.outside(CPU, torch.float32)
-    head = Head(norm, lm_head, config.rms_norm_eps)
+    return TrainableChild(config, blocks, [1, 2, 3]), Head(norm, lm_head, config.rms_norm_eps)
 
-    def states(sequence: int) -> States:
-        return lambda boundary: BoundaryReader(paths.activations, "calibration", boundary).read([sequence])
 
-    return fmean(kl_to_parent(child, states(sequence), head) for sequence in range(16 - 4, 16))
+def states(paths: Paths, split: str, sequence: int) -> States:
+    """The parent's cached states of a sequence."""
+    return lambda boundary: BoundaryReader(paths.activations, split, boundary).read([sequence])
+
+
+def held_out_kl(folder: Path, paths: Paths) -> float:
+    """Mean KL of a checkpoint over the held-out sequences."""
+    child, head = child_and_head(folder, paths)
+    return fmean(kl_to_parent(child, states(paths, "calibration", sequence), head) for sequence in range(16 - 4, 16))
 
 
 def test_the_child_learns_and_the_best_weights_are_published(case: tuple[Params, Paths]) -> None:
@@ -72,17 +94,42 @@ def test_the_child_learns_and_the_best_weights_are_published(case: tuple[Params,
     assert [row["step"] for row in curve["held_out"]] == [0, 3, 6, 8]
     kls = {row["step"]: row["kl"] for row in curve["held_out"]}
     assert kls[curve["best_step"]] == min(kls.values()) < 0.9 * kls[0]
-    assert held_out_kl(paths.assembled("small"), paths) == pytest.approx(kls[0], rel=1e-5)
+    assert held_out_kl(paths.refined("small"), paths) == pytest.approx(kls[0], rel=1e-5)
     assert held_out_kl(paths.distilled("small"), paths) == pytest.approx(min(kls.values()), rel=1e-5)
     assert curve["steps"][-1]["tokens"] == params.distill_child.tokens
     card = (paths.distilled("small") / "README.md").read_text(encoding="utf-8")
     assert f"held-out KL {kls[0]:.3f} before, {min(kls.values()):.3f} after" in card
 
 
+def test_the_norm_of_a_steps_gradient_is_that_before_it_is_clipped(case: tuple[Params, Paths]) -> None:
+    params, paths = case
+    child, head = child_and_head(paths.refined("small"), paths)
+    weights = LossWeights(params.distill_child.kl_weight, params.distill_child.cosine_weight)
+    sequences = distill_child._steps(params)[0]
+    computed = [gradients(child, states(paths, "train", sequence), head, weights)[0] for sequence in sequences]
+    flat = [torch.cat([gradient.flatten() for gradient in sequence]) for sequence in computed]
+    norm = float(torch.stack(flat).mean(0).norm())
+    curve, _ = run(with_settings(params, clip_norm=norm / 2), paths)
+    assert curve["steps"][0]["gradient_norm"] == pytest.approx(norm, rel=1e-4)  # float32, sums in another order
+
+
+def test_a_measurement_is_shown_with_the_step_before_it(case: tuple[Params, Paths]) -> None:
+    params, paths = case
+    shown: list[distill_child.Measurement] = []
+    distill_child.distill.fn("small", params, paths, shown.append)
+    curve = json.loads(paths.gkd("small").read_text(encoding="utf-8"))
+    kls = {row["step"]: row["kl"] for row in curve["held_out"]}
+    assert [(seen.step, seen.num_steps, seen.kl) for seen in shown] == [(step, 8, kls[step]) for step in (3, 6, 8)]
+    for seen in shown:
+        step = curve["steps"][seen.step - 1]
+        assert (seen.loss, seen.gradient_norm) == (step["loss"], step["gradient_norm"])
+        assert seen.seconds_left * seen.tokens_per_s == pytest.approx((8 - seen.step) * 2 * SEQ_LEN)
+
+
 def test_what_is_not_in_blocks_stays_the_parents(case: tuple[Params, Paths]) -> None:
     params, paths = case
     run(params, paths)
-    before, after = (Checkpoint(folder, "") for folder in (paths.assembled("small"), paths.distilled("small")))
+    before, after = (Checkpoint(folder, "") for folder in (paths.refined("small"), paths.distilled("small")))
     assert before.checksums.keys() == after.checksums.keys()
     changed = {name for name in before.checksums if before.checksums[name] != after.checksums[name]}
     assert changed == {name for name in before.checksums if name.startswith("model.layers.")}
@@ -104,21 +151,94 @@ def test_workers_change_no_byte(case: tuple[Params, Paths]) -> None:
 
 @pytest.mark.parametrize(("keep", "held"), [([], 1), ([1], 2)])
 def test_a_rolling_cache_holds_the_child_to_what_it_keeps(
-    keep: list[int], held: int, assembled: tuple[Params, Paths], tmp_path: Path
+    keep: list[int], held: int, finished: tuple[Params, Paths], tmp_path: Path
 ) -> None:
     """The KL is the same; the cosine loss of the first step is a mean over fewer blocks."""
-    params, paths = prepare("llama", tmp_path, cache_activations={"mode": "rolling", "keep": keep})
-    cache(params, paths)
-    distill(params, paths)
-    assemble(params, paths, CHILD)
+    rolling = {"mode": "rolling", "keep": keep}
+    params, paths = prepare("llama", tmp_path, cache_activations=rolling, distill_child={"teacher": "cache"})
+    make_child(params, paths)
     curve, _ = run(params, paths)
-    shutil.copytree(assembled[1].root, tmp_path / "materialised")
-    whole, _ = run(assembled[0], Paths(tmp_path / "materialised"))
+    shutil.copytree(finished[1].root, tmp_path / "materialised")
+    whole, _ = run(finished[0], Paths(tmp_path / "materialised"))
     assert len(list((paths.activations / "train").iterdir())) == held + 1
     assert curve["held_out"][0] == whole["held_out"][0]
     assert curve["steps"][0]["kl"] == whole["steps"][0]["kl"]
     assert curve["steps"][0]["cosine"] != whole["steps"][0]["cosine"]
     assert min(row["kl"] for row in curve["held_out"]) < curve["held_out"][0]["kl"]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_a_live_teacher_teaches_what_the_cache_holds(dtype: str, tolerance: float, tmp_path: Path) -> None:
+    """Up to the rounding of the cache: bfloat16 keeps 8 bits, 0.4 % of each hidden state; live ones are not rounded."""
+    losses = {}
+    for teacher in ("cache", "live"):
+        root, settings = tmp_path / teacher, {"teacher": teacher, "tokens": 2 * SEQ_LEN}
+        params, paths = prepare("llama", root, cache_activations={"dtype": dtype}, distill_child=settings)
+        shards = make_child(params, paths)
+        assert ("train.shard_003" in shards) == (teacher == "cache"), "BLD reads 32 of 48 sequences, 12 a shard"
+        losses[teacher] = run(params, paths)[0]["steps"][0]
+    for term in ("kl", "cosine", "gradient_norm"):
+        assert losses["live"][term] == pytest.approx(losses["cache"][term], rel=tolerance), term
+    assert (losses["live"] == losses["cache"]) == (dtype == "float32")
+
+
+def test_a_rolling_cache_without_the_boundaries_of_the_cosine_loss_has_a_live_teacher(
+    finished: tuple[Params, Paths], tmp_path: Path
+) -> None:
+    params, paths = prepare("llama", tmp_path, cache_activations={"mode": "rolling"})
+    make_child(params, paths)
+    live, _ = run(params, paths)
+    shutil.copytree(finished[1].root, tmp_path / "materialised")
+    cached, _ = run(finished[0], Paths(tmp_path / "materialised"))
+    assert live["steps"][-1] == pytest.approx(cached["steps"][-1], rel=1e-4)  # the cache is float32 here
+
+
+def sick_gradients(at: int, sick: str, names: list[str]) -> Any:
+    """Return `gradients`, whose `at`-th call (from 1) finds what is not finite: a term of the loss, or a weight's."""
+    calls = iter(range(1, 1000))
+
+    def computed(*arguments: Any) -> tuple[list[Tensor], Losses]:
+        found, losses = gradients(*arguments)
+        if next(calls) == at:
+            if sick in names:
+                found[names.index(sick)].view(-1)[7] = math.inf
+            else:
+                losses = Losses(**{"kl": losses.kl, "cosine": losses.cosine, "total": math.nan} | {sick: math.nan})
+        return found, losses
+
+    return computed
+
+
+@pytest.mark.parametrize("sick", ["kl", "cosine", "layers.1.mlp.up_proj.weight"])
+def test_a_step_that_is_not_finite_stops_the_training(
+    sick: str, case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN at step 2: the weights of step 1 stay in the checkpoint, nothing is published, and a rerun stops as well."""
+    params, paths = case
+    names = [name for name, _ in child_and_head(paths.refined("small"), paths)[0].named_parameters()]
+    shown = {"kl": "the loss's KL term is nan", "cosine": "the loss's cosine term is nan"}
+    message = rf"step 2 of 8: {shown.get(sick, f'the gradient of {sick} is not finite')}; lower distill_child.learning"
+    for at in (4, 2):  # two sequences a step; the rerun begins with step 2
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=message) as stopped:
+            patch.setattr(distill_child, "gradients", sick_gradients(at, sick, names))
+            distill_child.distill.fn("small", params, paths)
+        assert stopped.value.exit_code == 2
+        [path] = paths.gkd_state("small").glob("*.safetensors")
+        assert path.name == "state_000001.safetensors"
+    assert not paths.distilled("small").exists() and not paths.gkd("small").exists()
+    saved = load_file(path)
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert [name for name in names if not torch.equal(saved[f"master.{name}"], saved[f"best.{name}"])] == names
+
+
+def test_a_held_out_kl_that_is_not_finite_stops_the_training(
+    case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter([0.5] * 4 + [math.nan])
+    monkeypatch.setattr(distill_child, "kl_to_parent", lambda *_: next(measured, 0.5))
+    with pytest.raises(InputError, match="step 3 of 8: the held-out KL behind it is nan"):
+        distill_child.distill.fn("small", *case)
+    assert not case[1].distilled("small").exists()
 
 
 def interrupt(case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch, after: int) -> None:
@@ -161,16 +281,31 @@ def test_a_damaged_checkpoint_is_not_taken(case: tuple[Params, Paths], monkeypat
     assert run(*case) == whole
 
 
-def test_a_rate_at_which_it_diverges_keeps_the_assembled_weights(
-    case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("patience", "measured"), [(0, [0, 3, 6, 8]), (2, [0, 3, 6]), (1, [0, 3])])
+def test_a_rate_at_which_it_diverges_keeps_the_weights_that_it_began_with(
+    patience: int, measured: list[int], case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With patience it stops after so many measurements, and after an interruption as well."""
     params, paths = case
-    values = params.model_dump(mode="json")
-    values["distill_child"] |= {"learning_rate": 1.0, "warmup": 0.0}
-    diverging = Params.model_validate(values), paths
+    diverging = with_settings(params, learning_rate=1.0, warmup=0.0, patience=patience), paths
     curve, _ = whole = run(*diverging)
     assert curve["best_step"] == 0
-    interrupt(diverging, monkeypatch, 13)
+    assert [row["step"] for row in curve["held_out"]] == measured
+    interrupt(diverging, monkeypatch, 2 * measured[-1] - 1)
     assert run(*diverging) == whole  # the best weights, here of before the interruption, come from the checkpoint
-    before, after = (Checkpoint(folder, "") for folder in (paths.assembled("small"), paths.distilled("small")))
+    before, after = (Checkpoint(folder, "") for folder in (paths.refined("small"), paths.distilled("small")))
     assert before.checksums == after.checksums
+
+
+def test_a_training_that_stopped_early_stays_stopped(
+    case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the last measurement and the new child."""
+    diverging = with_settings(case[0], learning_rate=1.0, warmup=0.0, patience=1), case[1]
+    whole = run(*diverging)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distill_child, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        distill_child.distill.fn("small", *diverging)
+    interrupted = iter(())
+    monkeypatch.setattr(distill_child, "gradients", lambda *_: next(interrupted))
+    assert run(*diverging) == whole

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from storage.checkpoints import CheckpointWriter
-from storage.corpus import SPLITS, read_manifest, read_sequences
+from storage.corpus import SPLITS, domain_split, read_documents, read_manifest, read_sequences
 from storage.files import InputError
 from storage.model_config import NORM, ModelConfig
 from storage.params import Params
@@ -56,10 +57,15 @@ PARENT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 def save_parent(
     folder: Path,
     special_tokens: tuple[str, ...] = PARENT_TOKENS,
-    template: str | None = CHAT_TEMPLATE,
+    template: str | dict[str, str] | None = CHAT_TEMPLATE,
     config: ModelConfig = CONFIG,
+    bos: str | None = None,
+    normalizer: normalizers.Normalizer | None = None,
 ) -> None:
-    """A byte-level BPE tokenizer trained on a sentence, and the facts and checksums that prepare_parent writes."""
+    """A byte-level BPE tokenizer trained on a sentence, and the facts and checksums that prepare_parent writes.
+
+    It puts `bos` before every text, as Llama-3's tokenizer does.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -69,7 +75,11 @@ def save_parent(
         vocab_size=320, special_tokens=list(special_tokens), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(["the parameters and the return value of a function"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, tokenizer.token_to_id(bos))])
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token=bos)
     fast.chat_template = template
     fast.save_pretrained(folder)
     write_parent_info(folder, parent_info(config))
@@ -107,10 +117,14 @@ def write_jsonl(file: Path, count: int = 60, name: str = "item") -> Path:
 
 
 def texts(paths: Paths) -> dict[str, list[str]]:
-    """The documents of each split, decoded from the artifact."""
+    """The documents of each split as far as they were packed, decoded from the artifact."""
     tokenizer = AutoTokenizer.from_pretrained(paths.parent)
-    decoded = {split: str(tokenizer.decode(read_sequences(paths.corpus, split).ravel().tolist())) for split in SPLITS}
-    return {split: text.split("<|endoftext|>") for split, text in decoded.items()}
+    decoded = {}
+    for split in read_manifest(paths.corpus).splits:
+        tokens = read_sequences(paths.corpus, split)
+        rows = tokens.reshape(1, -1) if split == "train" else tokens
+        decoded[split] = [text for row in rows for text in str(tokenizer.decode(row.tolist())).split("<|endoftext|>")]
+    return decoded
 
 
 def test_the_embedded_corpus(paths: Paths) -> None:
@@ -134,13 +148,18 @@ def test_tokens_decode_to_the_documents_and_splits_share_none(paths: Paths, tmp_
     pack_corpus.fn(params(sources=[files_source(str(file))]), paths)
     rows = [json.loads(line)["text"] for line in file.read_text().splitlines()]
     documents = texts(paths)
+    *whole, cut = documents["train"]
+    assert whole
+    assert set(whole) <= set(rows)
+    assert any(row.startswith(cut) for row in rows)
+    of_row: dict[str, set[int]] = {}
     for split in SPLITS:
-        *whole, cut = documents[split]
-        assert whole
-        assert set(whole) <= set(rows)
-        assert any(row.startswith(cut) for row in rows)
-    assert not set(documents["train"]) & (set(documents["validation"]) | set(documents["calibration"]))
-    assert not set(documents["validation"]) & set(documents["calibration"])
+        assert documents[split]
+        found = [{index for index, row in enumerate(rows) if text in row} for text in documents[split] if text]
+        of_row[split] = set.union(*found)
+        assert all(found), split
+    assert not of_row["train"] & (of_row["validation"] | of_row["calibration"])
+    assert not of_row["validation"] & of_row["calibration"]
 
 
 def test_two_runs_give_the_same_bytes_and_a_seed_other_ones(paths: Paths, tmp_path: Path) -> None:
@@ -236,6 +255,65 @@ def test_a_tool_call_is_rendered_or_its_chat_left_out(paths: Paths, tmp_path: Pa
     assert "None" not in str(texts(paths))
 
 
+def test_a_bos_stands_before_every_document_where_the_tokenizer_adds_it(paths: Paths, tmp_path: Path) -> None:
+    """Plain text had none, and a rendered chat would get a second one where the template writes it."""
+    save_parent(paths.parent, (*PARENT_TOKENS, "<s>"), "<s>" + CHAT_TEMPLATE, bos="<s>")
+    rows = [{"text": f"<s>{prose(f'text {index}')}"} for index in range(60)]
+    chats = [{"chat": [{"role": "user", "content": prose(f"chat {index}")}]} for index in range(60)]
+    for name, documents in (("rows", rows), ("chats", chats)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    sources = [
+        files_source(str(tmp_path / "rows.jsonl")),
+        files_source(str(tmp_path / "chats.jsonl"), messages="chat"),
+    ]
+    pack_corpus.fn(params(sources=sources), paths)
+    manifest = read_manifest(paths.corpus)
+    bos = AutoTokenizer.from_pretrained(paths.parent).bos_token_id
+    assert (manifest.bos, manifest.separator) == ("<s>", "<|endoftext|>")
+    for split in SPLITS:
+        tokens = read_sequences(paths.corpus, split)
+        ends, begins = (np.flatnonzero(tokens.ravel() == token) for token in (manifest.separator_id, bos))
+        inside = ends[ends < tokens.size - 1] + 1
+        starts = {0, *inside} if split == "train" else {*range(0, tokens.size, tokens.shape[1]), *inside}
+        assert set(begins) <= starts, split
+        assert split != "train" or set(begins) == starts
+        assert set(read_documents(paths.corpus, split)) <= set(range(manifest.splits[split].documents))
+    save_parent(paths.parent, (*PARENT_TOKENS, "<s>"))
+    pack_corpus.fn(params(sources=sources), paths)
+    assert read_manifest(paths.corpus).bos is None
+    assert bos not in read_sequences(paths.corpus, "train"), "another tokenizer has the token and does not add it"
+
+
+def test_a_held_out_domain_is_a_split_of_its_own(paths: Paths, tmp_path: Path) -> None:
+    code, novels = (str(write_jsonl(tmp_path / f"{name}.jsonl", 120, name)) for name in ("code", "novels"))
+    domains = {"fiction": {"sources": [files_source(novels)], "tokens": 640}}
+    pack_corpus.fn(params(sources=[files_source(code)], domains=domains), paths)
+    manifest, split = read_manifest(paths.corpus), domain_split("fiction")
+    assert list(manifest.splits) == [*SPLITS, split]
+    assert (paths.corpus / "domain_fiction.parquet").is_file()
+    assert read_documents(paths.corpus, split).tolist() == list(range(20)), "a sequence from each document"
+    assert all(text.startswith("Paragraph 0 of novels") for text in texts(paths)[split])
+    assert not any("novels" in text for name in SPLITS for text in texts(paths)[name])
+    assert {source.domain: source.tokens for source in manifest.sources} == {"fiction": 640, "training": 6400}
+    before = {name: (paths.corpus / f"{name}.parquet").read_bytes() for name in manifest.splits}
+    pack_corpus.fn(params(sources=[files_source(code)], domains=domains, train_tokens=6400), paths)
+    kept = {name for name in before if (paths.corpus / f"{name}.parquet").read_bytes() == before[name]}
+    assert kept == set(before) - {"train"}
+    pack_corpus.fn(params(sources=[files_source(code)]), paths)
+    assert not (paths.corpus / "domain_fiction.parquet").exists()
+
+
+def test_domains_that_cannot_be_made(paths: Paths, tmp_path: Path) -> None:
+    code, novel = (str(write_jsonl(tmp_path / f"{name}.jsonl", count, name)) for name, count in (("a", 60), ("b", 1)))
+    for source, message in (
+        (novel, r"the fiction corpus needs 64,000 tokens, .*b\.jsonl ends before\. Found: domain_fiction \d+ of"),
+        (str(tmp_path / "*.jsonl"), r"domains\.fiction must be held out, and .*a\.jsonl is in `sources` too"),
+    ):
+        domains = {"fiction": {"sources": [files_source(source)], "tokens": 64_000}}
+        with pytest.raises(InputError, match=message):
+            pack_corpus.fn(params(sources=[files_source(code)], domains=domains), paths)
+
+
 def test_special_tokens_spelt_out_in_plain_text_are_text(paths: Paths, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(
         "\n\n".join(f"Document {index} ends with <|endoftext|>, ends here, " * 3 for index in range(200))
@@ -287,9 +365,23 @@ def test_parents_that_cannot_be_used(paths: Paths, tmp_path: Path) -> None:
     save_parent(paths.parent, config=replace(CONFIG, vocab_size=40))
     with pytest.raises(InputError, match=r"gives token \d+, and its embedding has 40 rows"):
         pack_corpus.fn(params(sources=[source]), paths)
+    save_parent(paths.parent, template={"rag": CHAT_TEMPLATE, "tool_use": CHAT_TEMPLATE})
+    with pytest.raises(InputError, match=r"no chat template to choose .*name a text column instead"):
+        pack_corpus.fn(params(sources=[{**source, "messages": "chat"}]), paths)
     (paths.parent / "puzzle_parent.json").unlink()
     with pytest.raises(InputError, match="run `dvc repro prepare_parent`"):
         pack_corpus.fn(params(sources=[source]), paths)
+
+
+def test_a_tokenizer_that_panics_on_a_letter_is_one_sentence(paths: Paths, tmp_path: Path) -> None:
+    """A panic of the tokenizer's library is no Exception; this table of replacements points nowhere for \u0142."""
+    units = [0] * 300
+    units[0xC5] = 0xC5 | 100_000 << 10
+    table = struct.pack(f"<I{len(units)}I", 4 * len(units), *units) + b"a\0"
+    save_parent(paths.parent, normalizer=normalizers.Precompiled(table))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": prose(f"\u0142 {i}")}) for i in range(60)))
+    with pytest.raises(InputError, match=r"cannot encode a document of .*a\.jsonl#\d+ on .*index out of bounds.*leave"):
+        pack_corpus.fn(params(sources=[files_source(str(tmp_path / "a.jsonl"))]), paths)
 
 
 def test_without_an_end_of_document_token_the_eos_token_separates(paths: Paths, tmp_path: Path) -> None:

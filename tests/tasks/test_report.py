@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
@@ -26,7 +27,8 @@ from storage.architecture import (
     write_architecture,
     write_baselines,
 )
-from storage.evaluation import read_evaluation, write_evaluation
+from storage.documents import TRAINING_MIX
+from storage.evaluation import BaselineQuality, read_evaluation, write_evaluation
 from storage.files import InputError
 from storage.metrics import METRICS
 from storage.params import Params
@@ -52,14 +54,18 @@ from tests.stages import checksums
 
 FIGURES = {
     "pipeline",
+    "healing",
     "quality_throughput",
     "architecture",
     "runtime_per_block",
     "bld_losses",
     "scores",
+    "refinement",
     "gkd",
     "predicted_measured",
 }
+TABLES_OF_MODELS = 3
+"""Tables in which every model of a target has a row: quality in two domains, sizes and speed."""
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
@@ -156,15 +162,21 @@ def test_numbers_are_those_of_the_artifacts(run: tuple[Params, Paths]) -> None:
     text = Page(html(paths)).text
     for target in TARGETS:
         evaluation = read_evaluation(target, paths)
-        baselines = evaluation.baselines
-        for quality in (evaluation.parent, evaluation.assembled, evaluation.distilled, *baselines.values()):
-            assert f"{quality.kl:.3f} ± {quality.kl_stderr:.3f}" in text
-            assert f"{quality.perplexity:.2f}" in text
-        assert f"after GKD KL {evaluation.distilled.kl:.3f}" in text
-        for name, quality in baselines.items():
-            assert f"{name.replace('_', ' ')} {quality.kl:.3f}" in text, "label in the figure"
-        for paired in evaluation.paired.values():
-            assert f"{paired.kl_difference:+.3f} ± {paired.stderr:.3f}" in text
+        for domain, measured in evaluation.domains.items():
+            baselines, parent = measured.baselines, measured.parent.perplexity
+            for quality in (*measured.models.values(), *baselines.values()):
+                assert f"{quality.kl:.3f} ± {quality.kl_stderr:.3f}" in text
+                assert f"{quality.perplexity:.2f}" in text and f"{quality.perplexity / parent:.2f}×" in text
+            assert (
+                f"perplexity {measured.distilled.perplexity:.2f} (parent {parent:.2f}) on 29 documents of {domain}"
+                in text
+            )
+            for name, quality in baselines.items():
+                assert f"{name.replace('_', ' ')} {quality.kl:.3f}" in text, "label in the figure"
+            for paired in measured.paired.values():
+                assert f"{paired.kl_difference:+.3f} ± {paired.stderr:.3f}" in text
+        mean = sum(measured.distilled.kl for measured in evaluation.domains.values()) / 2
+        assert f"{mean:.3f} ± " in text
         for limit in evaluation.constraints:
             assert f"{limit.predicted:.4g}" in text and f"{limit.measured:.4g}" in text
         for export in evaluation.exports.formats.values():
@@ -211,13 +223,14 @@ LACKS: dict[str, tuple[str, str]] = {
     "scores.parquet": ("replace-1-block scores", "scores"),
     "costs.parquet": ("runtime per block", "runtime_per_block"),
     "children/*/gkd.json": ("global distillation (GKD) of Small", "gkd"),
+    "children/*/refine.json": ("correction of Small", "refinement"),
     "children/*/throughput.parquet": ("measured throughput of Small by scenario", ""),
     "children/*/evaluation.json": ("quality of Large", "quality_throughput"),
     "children/small": ("the child of Small", ""),
 }
 
 
-@pytest.mark.parametrize("pieces", [list(LACKS)[:3], list(LACKS)[3:6], list(LACKS)[6:], list(LACKS)])
+@pytest.mark.parametrize("pieces", [list(LACKS)[:3], list(LACKS)[3:7], list(LACKS)[7:], list(LACKS)])
 def test_what_is_missing_is_named(fresh: tuple[Params, Paths], pieces: list[str]) -> None:
     params, paths = fresh
     for path in [path for piece in pieces for path in paths.root.glob(piece)]:
@@ -239,10 +252,12 @@ def test_an_early_run_claims_no_more_than_it_has(fresh: tuple[Params, Paths]) ->
     """No baselines, and a speed that was timed on another machine than the limit's."""
     params, paths = fresh
     for target in TARGETS:
-        speed = read_evaluation(target, paths).speed
+        evaluation = read_evaluation(target, paths)
+        speed = evaluation.speed
         assert speed is not None
         elsewhere = replace(speed, hardware="elsewhere")
-        change_evaluation(target, paths, baselines={}, paired={}, speed=elsewhere)
+        domains = {name: replace(measured, baselines={}, paired={}) for name, measured in evaluation.domains.items()}
+        change_evaluation(target, paths, domains=domains, speed=elsewhere)
     write_report.fn(params, paths)
     text = Page(html(paths)).text
     assert "baselines of Small" in text
@@ -277,8 +292,8 @@ def test_any_speed_may_be_the_first_limit(metric: str, tmp_path: Path) -> None:
     assert parts is not None
     phase = parts.phase
     assert f"1.23 times the parent's speed ({phase}, 8/8, batch 2" in Page(html(paths)).text
-    models = panel(child("small", paths))
-    assert models is not None and models.setting.startswith(phase)
+    models = panel(child("small", paths), TRAINING_MIX)
+    assert models.setting.startswith(phase)
     assert models.points[1].measured_ratio == pytest.approx(1.23)
 
 
@@ -379,14 +394,14 @@ def test_a_span_takes_the_place_of_all_its_blocks(run: tuple[Params, Paths]) -> 
 def test_measured_and_predicted_throughput_are_different_series() -> None:
     points = [
         QualityPoint("parent", "parent", 0.0, 0.0, measured_ratio=1.0),
-        QualityPoint("before GKD", "assembled", 0.5, 0.01, measured_ratio=1.2, predicted_ratio=1.3),
-        QualityPoint("uniform", "baseline", 0.9, 0.02, predicted_ratio=1.3),
+        QualityPoint("assembled", "assembled", 0.5, 0.01, measured_ratio=1.2, predicted_ratio=1.3),
+        QualityPoint("uniform", "baseline", 0.9, None, predicted_ratio=1.3),
     ]
-    svg = quality_throughput([QualityPanel("Child", "decode", "tables", points)], 50).svg
-    for series in ("child before GKD, throughput measured", "child before GKD, throughput predicted"):
+    svg = quality_throughput([[QualityPanel("Child", "training", "decode", "tables", points)]], 50).svg
+    for series in ("child, assembled, throughput measured", "child, assembled, throughput predicted"):
         assert series in svg
-    assert "baseline, before GKD, throughput predicted" in svg
-    assert "baseline, before GKD, throughput measured" not in svg
+    assert "baseline, assembled, throughput predicted" in svg
+    assert "baseline, assembled, throughput measured" not in svg
 
 
 def test_the_pipeline_shows_every_stage_of_dvc_yaml(run: tuple[Params, Paths]) -> None:
@@ -428,19 +443,26 @@ def test_labels_that_do_not_collide_stay() -> None:
     assert spaced_apart([1.0, 1.0], 0.2) == pytest.approx([0.9, 1.1])
 
 
+def without(baselines: Mapping[str, BaselineQuality], name: str) -> dict[str, BaselineQuality]:
+    return {other: quality for other, quality in baselines.items() if other != name}
+
+
 def test_a_baseline_without_a_child_is_named(fresh: tuple[Params, Paths]) -> None:
     params, paths = fresh
     baselines = {**read_baselines("small", paths), "depth": Baseline("decoupled", infeasible="too tight")}
     write_baselines(paths.baselines("small"), Baselines("small", baselines))
-    measured = {name: quality for name, quality in read_evaluation("small", paths).baselines.items() if name != "depth"}
-    change_evaluation("small", paths, baselines=measured)
+    domains = {
+        domain: replace(measured, baselines=without(measured.baselines, "depth"))
+        for domain, measured in read_evaluation("small", paths).domains.items()
+    }
+    change_evaluation("small", paths, domains=domains)
     write_report.fn(params, paths)
     text = Page(html(paths)).text
     assert "baseline depth of Small: none keeps the limits" in text
-    assert text.count("baseline: depth") == len(TARGETS) - 1
+    assert text.count("baseline: depth") == TABLES_OF_MODELS * (len(TARGETS) - 1)
 
 
 def test_every_baseline_is_in_the_table(run: tuple[Params, Paths]) -> None:
     text = Page(html(run[1])).text
     for name in BASELINES:
-        assert text.count(f"baseline: {name.replace('_', ' ')}") == len(TARGETS)
+        assert text.count(f"baseline: {name.replace('_', ' ')}") == TABLES_OF_MODELS * len(TARGETS)

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from storage.corpus import read_manifest, read_sequences, split_path, write_manifest, write_split
+from storage.corpus import (
+    read_documents,
+    read_manifest,
+    read_sequences,
+    split_path,
+    write_manifest,
+    write_split,
+)
+from storage.documents import PackedSequence
 from storage.files import DamagedFileError, InputError, sha256
 from storage.library import Library, channel_order_name, entry_name
 from storage.params import Params
@@ -18,8 +26,10 @@ from storage.tables import read_scores
 from storage.variants import Ffn
 from tasks.puzzle.model.assembly import compose, initial_weights
 from tasks.puzzle.model.initialise import Tensors
+from tasks.puzzle.removals import removal, removal_order, without
 from tasks.puzzle.search.score_rule import Scores
-from tasks.score_blocks import plan_groups, score_jobs
+from tasks.puzzle.search_space import parent_blocks
+from tasks.score_blocks import plan_groups, plan_removals, score_jobs, scores_of_removals
 from tasks.tensors.replacements import ReplacementWeights
 from tests.reference import full_replacement
 from tests.settings import SEQ_LEN, tiny_params
@@ -86,6 +96,80 @@ def test_a_span_is_scored_as_the_full_model_without_its_blocks(tmp_path: Path) -
     assert len(spans) == 2 * 4 * 5  # every attention with every FFN
     hashes = {(row.first_block, row.weights_hash) for row in rows}
     assert len(hashes) == 2 * 6  # each trained variant's own; the whole block's alone where nothing else is trained
+
+
+def test_only_the_first_tokens_of_each_sequence_are_scored(tmp_path: Path) -> None:
+    """More documents for the same price; the rows say which document each is of."""
+    params, paths = prepare("llama", tmp_path, score_blocks={"sequence_tokens": 8, "initial_tokens": 0})
+    cache(params, paths)
+    distill(params, paths)
+    score(params, paths)
+    rows = read_scores(paths.scores)
+    num_sequences = 4 * SEQ_LEN // 8
+    assert len(rows) == 3 * 5 * num_sequences
+    documents = read_documents(paths.corpus, "calibration", 0, num_sequences)
+    assert {(row.sequence_shard, row.document) for row in rows} == set(enumerate(documents.tolist()))
+    tokens = torch.from_numpy(read_sequences(paths.corpus, "calibration", 0, num_sequences)[:, :8]).long()
+    first = [row for row in rows if row.replacement == rows[0].replacement]
+    expected = full_replacement("llama", tokens, {0: tensors_of(rows[0], paths)})
+    assert [row.tokens for row in first] == [7] * num_sequences
+    assert [row.kl for row in first] == pytest.approx(expected.kl.mean(1).tolist(), abs=TOLERANCE)
+
+
+DEPTH = {"depth_tokens": 2 * SEQ_LEN}
+
+
+def test_blocks_are_removed_one_after_the_other_by_joint_kl(
+    finished: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the full model without those blocks; scores of single blocks stay what they are."""
+    monkeypatch.setattr("tasks.score_blocks.MOST_REMOVED", 1.0)
+    _, paths = finished
+    before = read_scores(paths.scores)
+    assert score(tiny_params(score_blocks=DEPTH), paths) == []
+    rows = read_scores(paths.scores)
+    assert [row for row in rows if row.around == "parent"] == list(before)
+    tokens = torch.from_numpy(read_sequences(paths.corpus, "calibration", 0, 2)).long()
+    parent = parent_blocks(Parent(paths.parent).config)
+    order: list[int] = []
+    for _ in range(3):
+        step = [row for row in rows if row.around == without(parent, order).digest]
+        kls = {}
+        for block in sorted({0, 1, 2} - {*order}):
+            expected = full_replacement("llama", tokens, {index: {} for index in (*order, block)})
+            measured = [row.kl for row in step if row.replacement == removal(block)]
+            assert measured == pytest.approx(expected.kl.mean(1).tolist(), abs=TOLERANCE)
+            kls[block] = float(expected.kl.mean())
+        assert len(step) == 2 * len(kls)
+        order.append(min(kls, key=kls.__getitem__))
+    assert removal_order(rows, parent) == tuple(order)
+    scores = Scores.from_rows(rows, Parent(paths.parent).config)
+    assert scores.replacements("decoupled") == Scores.from_rows(before, Parent(paths.parent).config).replacements(
+        "decoupled"
+    )
+
+
+def test_a_killed_removal_goes_on_and_altered_records_are_made_anew(
+    finished: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.score_blocks.MOST_REMOVED", 1.0)
+    _, paths = finished
+    params = tiny_params(score_blocks=DEPTH)
+    score(params, paths)
+    table = paths.scores.read_bytes()
+    records = paths.score_pieces / ".pieces"
+    damaged = records / "removal_001.batch_0000.json"
+    damaged.write_text(damaged.read_text().replace('"kl": ', '"kl": 1', 1))
+    (records / "removal_002.batch_0000.json").unlink()
+    kept = (records / "removal_000.batch_0000.json").stat().st_mtime_ns
+    removals = scores_of_removals.fn(params, paths)
+    plan_groups.fn(params, paths)
+    assert [batch.step for batch in plan_removals.fn(removals, params, paths)] == [1]
+    score(params, paths)
+    assert paths.scores.read_bytes() == table
+    assert (records / "removal_000.batch_0000.json").stat().st_mtime_ns == kept
+    score(tiny_params(), paths)
+    assert not list(records.glob("removal_*"))
 
 
 def test_no_ops_are_scored_once_and_have_no_weights(finished: tuple[Params, Paths]) -> None:
@@ -220,10 +304,10 @@ def test_a_batch_that_repeats_another_has_rows_of_its_own(finished: tuple[Params
 
 
 def _repeat_the_first_batch(paths: Paths) -> None:
-    tokens = read_sequences(paths.corpus, "calibration")
+    tokens, documents = (read(paths.corpus, "calibration") for read in (read_sequences, read_documents))
     tokens[2:4] = tokens[0:2]
     path = split_path(paths.corpus, "calibration")
-    _, token_sha256 = write_split(path, iter(tokens), SEQ_LEN)
+    _, token_sha256 = write_split(path, map(PackedSequence, tokens, documents), SEQ_LEN)
     manifest = read_manifest(paths.corpus)
     split = replace(manifest.splits["calibration"], token_sha256=token_sha256, sha256=sha256(path))
     write_manifest(paths.corpus, replace(manifest, splits={**manifest.splits, "calibration": split}))

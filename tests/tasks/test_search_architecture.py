@@ -7,17 +7,36 @@ from typing import Any
 
 import pytest
 
+from storage.architecture import read_architecture, read_baselines
+from storage.checkpoints import Checkpoint, read_blocks
 from storage.files import InputError
 from storage.metrics import METRICS
+from storage.params import Params
 from storage.paths import Paths
 from storage.scenario import Setting
 from storage.tables import read_costs, write_costs, write_scores
 from storage.variants import Architecture
+from tasks.assemble_child import assemble
+from tasks.measure_costs import write_cost_table
 from tasks.puzzle.costs.cost_table import CostTable
 from tasks.puzzle.search.infeasible import InfeasibleError
 from tasks.puzzle.search.quantities import Quantity, measure
 from tasks.puzzle.search_space import parent_blocks
-from tests.search_tables import CONFIG, MARGIN, SPEED, all_children, costs, run_search, scores, write_tables
+from tasks.search_architecture import search
+from tasks.search_baselines import search_baselines
+from tests.search_tables import (
+    CONFIG,
+    MARGIN,
+    SPEED,
+    TARGET,
+    all_children,
+    costs,
+    run_search,
+    scores,
+    tiny_search_params,
+    write_tables,
+)
+from tests.settings import tiny_params
 
 # Every kind of constraint, with limits from loose to tight as multiples of the parent's value.
 KINDS: dict[str, tuple[dict[str, Any], str]] = {
@@ -51,21 +70,21 @@ def _quantity(metric: str, scenario: str = "", batch: int = 1, **where: Any) -> 
     return Quantity(METRICS[metric], mix=((setting, 1.0),))
 
 
-def _brute_force(quantity: Quantity, limit: float) -> tuple[float | None, bool, float]:
-    """The smallest sum of scores of a child that keeps the limit, whether that child is empty, and the metric's best.
+def _brute_force(quantity: Quantity, limit: float) -> tuple[float | None, float]:
+    """The smallest sum of scores of a child that keeps the limit, and the metric's best value over all children.
 
-    The best value of the metric is over all children.
+    Nothing in any block is no child.
     """
     table = CostTable(costs())
     better = max if quantity.inverse else min
-    values = [measure(table, child, quantity) for child, _ in all_children()]
-    kept = []
-    for (child, score), value in zip(all_children(), values, strict=True):
-        if better(value, limit) == value:
-            kept.append((score, all(block.attention.kind == block.ffn.kind == "no_op" for block in child)))
-    if not kept:
-        return None, False, better(values)
-    return (*min(kept), better(values))
+    children = [
+        (child, score)
+        for child, score in all_children()
+        if any((block.attention.kind, block.ffn.kind) != ("no_op", "no_op") for block in child)
+    ]
+    values = [measure(table, child, quantity) for child, _ in children]
+    kept = [score for (_, score), value in zip(children, values, strict=True) if better(value, limit) == value]
+    return min(kept, default=None), better(values)
 
 
 @pytest.mark.parametrize("metric", list(KINDS))
@@ -81,17 +100,13 @@ def test_every_kind_of_constraint_equals_brute_force(
     limit = {f"{side}_ratio": ratio} if relative else {side: ratio * parent_value}
     speed = "hardware" in operating_point
     margin = (1 + MARGIN if quantity.inverse else 1 - MARGIN) if speed else 1.0
-    expected, is_empty, best = _brute_force(quantity, ratio * parent_value * margin)
+    expected, best = _brute_force(quantity, ratio * parent_value * margin)
     constraints = {"only": {"metric": metric, **operating_point, **limit}}
     if expected is None:
         with pytest.raises(InfeasibleError) as caught:
             run_search(constraints, paths)
         (conflict,) = caught.value.conflicts
         assert conflict.best == pytest.approx(best / margin / (parent_value if relative else 1))
-        return
-    if is_empty:
-        with pytest.raises(InputError, match="no attention and no FFN in any block"):
-            run_search(constraints, paths)
         return
     summary, architecture, _ = run_search(constraints, paths)
     assert summary.score == pytest.approx(expected, rel=1e-6, abs=1e-9)
@@ -136,6 +151,61 @@ def test_what_is_written(paths: Paths) -> None:
     assert report["status"] == "optimal" and report["bound"] <= report["objective"]
 
 
+@pytest.mark.parametrize("name", ["uniform", "greedy", "depth"])
+def test_a_target_can_have_the_child_of_a_baseline(name: str, paths: Paths) -> None:
+    """In the form of any child, so that later stages heal it as they heal the search's."""
+    search_baselines.fn(TARGET, tiny_search_params(DEMO), paths)
+    baseline = read_baselines(TARGET, paths)[name]
+    searched, _, _ = run_search(DEMO, paths)
+    summary, architecture, report = run_search(DEMO, paths, {"chosen_by": name})
+    chosen = read_architecture(TARGET, paths)
+    assert chosen.chosen_by == summary.chosen_by == architecture["chosen_by"] == report["chosen_by"] == name
+    assert chosen.blocks == baseline.blocks and chosen.predicted == baseline.predicted
+    assert [limit.name for limit in chosen.constraints] == list(DEMO)
+    assert all(limit.is_kept_by(limit.predicted) for limit in chosen.constraints)
+    assert summary.gap is None and summary.score >= searched.score
+    assert [limit["slack"] >= 0 for limit in report["limits"]] == [True] * 3
+    run_search(DEMO, paths)
+    assert read_architecture(TARGET, paths).chosen_by == "search"
+
+
+def test_a_baseline_that_cannot_keep_the_limits_writes_nothing(paths: Paths) -> None:
+    with pytest.raises(InfeasibleError, match="baseline 'uniform' cannot keep all limits"):
+        run_search({"size": {"metric": "block_params", "at_most_ratio": 0.01}}, paths, {"chosen_by": "uniform"})
+    assert not paths.architecture(TARGET).exists() and not paths.search(TARGET).exists()
+
+
+def test_the_library_before_bld_is_a_baseline_where_it_was_scored(paths: Paths) -> None:
+    search_baselines.fn(TARGET, tiny_search_params(DEMO), paths)
+    names = {"uniform", "greedy", "depth", *(f"random_{seed}" for seed in range(5))}
+    assert read_baselines(TARGET, paths).keys() == names
+    initial = [replace(row, weights="initial", kl=2 * row.kl) for row in scores(random.Random(0)) if row.span == 1]
+    write_scores(paths.scores, [*scores(random.Random(0)), *initial])
+    params = tiny_search_params(DEMO)
+    scored = params.model_copy(update={"score_blocks": params.score_blocks.model_copy(update={"initial_tokens": 16})})
+    search_baselines.fn(TARGET, scored, paths)
+    baselines = read_baselines(TARGET, paths)
+    assert baselines.keys() == {*names, "untrained"}
+    assert baselines["untrained"].weights == "initial" and baselines["untrained"].blocks
+
+
+def test_the_child_of_a_baseline_is_assembled_as_any(finished: tuple[Params, Paths]) -> None:
+    _, tiny = finished
+    limits = {"size": {"metric": "block_params", "at_most_ratio": 0.7}}
+    target = {"label": "Small, uniform", "chosen_by": "uniform", "constraints": limits}
+    params = tiny_params(
+        targets={"small-uniform": target},
+        export_child={"formats": ["nemotron-nas"]},
+        measure_costs={"hardware": ["h100-sxm"]},
+    )
+    write_cost_table.fn(params, tiny)
+    search.fn("small-uniform", params, tiny)
+    assemble.fn("small-uniform", params, tiny)
+    _, blocks = read_blocks(Checkpoint(tiny.assembled("small-uniform"), "the test"))
+    chosen = read_architecture("small-uniform", tiny).blocks
+    assert blocks == [(block.attention, block.ffn) for block in chosen]
+
+
 def test_the_same_tables_give_the_same_bytes_and_no_clock(paths: Paths) -> None:
     run_search(DEMO, paths)
     before = paths.architecture("like-51b").read_bytes()
@@ -164,9 +234,8 @@ def test_infeasible_names_both_limits_writes_nothing_and_leaves_an_earlier_child
 
 
 def test_the_best_value_that_is_reported_can_be_set_and_a_better_one_cannot(paths: Paths) -> None:
-    """With an attention that has to stay, since the fastest child of all has nothing in any block, and is refused."""
-    attention = {"metric": "attention_blocks", "at_least": 1}
-    tight = {"speed": {"metric": "throughput", "at_least_ratio": 1e5, **SPEED}, "attention": attention}
+    """The fastest child of all has nothing in any block, and is none."""
+    tight: dict[str, Any] = {"speed": {"metric": "throughput", "at_least_ratio": 1e5, **SPEED}}
     with pytest.raises(InfeasibleError) as caught:
         run_search(tight, paths)
     (best,) = [conflict.best for conflict in caught.value.conflicts if conflict.limit.name == "speed"]

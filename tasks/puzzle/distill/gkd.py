@@ -1,13 +1,14 @@
-"""Global knowledge distillation (GKD): the assembled child learns from the parent's cached hidden states.
+"""Global knowledge distillation (GKD): the assembled child learns from the parent's hidden states.
 
 In: a child's blocks, and the parent's hidden states at the boundaries for one sequence. Out: the loss and its
 gradients. The loss (METHOD.md, GKD; arXiv 2411.19146, section 4) is the mean over blocks of 1 - cosine(child, parent)
-of the hidden states, plus KL(parent || child) of the next-token distributions; there is no LM loss. The parent itself
-does not run: its hidden states come from the activation cache, and its logits from the last of them. Embedding, final
-norm and LM head stay the parent's, so the child starts at the cached boundary 0.
+of the hidden states, plus KL(parent || child) of the next-token distributions; there is no LM loss. The hidden states
+come from the activation cache or from a :class:`Teacher`, the parent's logits from the last of them. Embedding, final
+norm and LM head stay the parent's, so the child starts at boundary 0.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,24 @@ class TrainableChild(nn.Module):
         return outputs
 
 
+class Teacher:
+    """The parent with all its blocks in memory, for sequences that the activation cache does not hold."""
+
+    def __init__(self, config: ModelConfig, embedding: Tensor, blocks: Sequence[Block]) -> None:
+        self._config, self._embedding, self._blocks = config, embedding, blocks
+
+    def states(self, tokens: Tensor) -> States:
+        """Compute the parent's hidden states of one sequence at every boundary; tokens [1, tokens] int64."""
+        with torch.no_grad():  # not inference mode: the child's gradients need boundary 0
+            hidden = functional.embedding(tokens.to(self._embedding.device), self._embedding)
+            rotary = rotary_for(self._config, hidden.shape[1], hidden)
+            boundaries = [hidden]
+            for block in self._blocks:
+                hidden = block(hidden, rotary)
+                boundaries.append(hidden)
+        return boundaries.__getitem__
+
+
 def gradients(child: TrainableChild, states: States, head: Head, weights: LossWeights) -> tuple[list[Tensor], Losses]:
     """Compute the loss of one sequence and its gradients.
 
@@ -99,6 +118,24 @@ def gradients(child: TrainableChild, states: States, head: Head, weights: LossWe
     )
     terms = float(kl), float(cosine.detach())
     return list(gradients_of_parameters), Losses(*terms, total=weights.kl * terms[0] + weights.cosine * terms[1])
+
+
+def sick_part(losses: Iterable[Losses], gradient_norm: float, named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name what is NaN or infinite in a step: a term of the loss, else a weight's gradient; None where nothing is.
+
+    Args:
+        losses: those of the step's sequences.
+        gradient_norm: norm of the step's gradient over all weights.
+        named: name and gradient of each weight.
+    """
+    for loss in losses:
+        for term, amount in (("KL", loss.kl), ("cosine", loss.cosine)):
+            if not math.isfinite(amount):
+                return f"the loss's {term} term is {amount}"
+    if math.isfinite(gradient_norm):
+        return None
+    sick = (name for name, gradient in named if not gradient.isfinite().all())
+    return f"the gradient of {next(sick, 'all weights together')} is not finite"
 
 
 def kl_to_parent(child: TrainableChild, states: States, head: Head) -> float:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from storage.model_config import ModelConfig
 from storage.variants import Attention, Ffn
-from tasks.puzzle.model.blocks import Block, GatedFfn, GroupedQueryAttention
+from tasks.puzzle.distill.output_layers import attention_features, flat, joined, output_layer, solve_ridge, with_layer
+from tasks.puzzle.model.blocks import Block, GatedFfn
 from tasks.puzzle.model.initialise import Tensors, ffn_part, kept_channels
 from tasks.puzzle.model.rotary import rotary_for
 from tasks.puzzle.search_space import parent_attention, parent_ffn
@@ -45,10 +46,10 @@ def fit_outputs(
     """
     parent_block = Block.load(config, parent_attention(config), parent_ffn(config), parent)
     assert isinstance(parent_block.mlp, GatedFfn)
-    down = _joined(parent, "mlp.down_proj")
+    down = joined(parent, "mlp.down_proj")
     channels = _zeros(down, len(down))
     sums = {
-        variant: _Moments(_joined(start, _output(variant)))
+        variant: _Moments(joined(start, output_layer(variant)))
         for variant, start in starts.items()
         if variant.kind != "gated"
     }
@@ -62,13 +63,15 @@ def fit_outputs(
             rotary = rotary_for(config, hidden.shape[1], hidden)
             attended = parent_block.attend(hidden, rotary)
             for attention, block in attentions.items():
-                sums[attention].add(_attention_features(config, block, hidden), _flat(attended - hidden))
+                with_constant = attention.kind == "gqa" and config.output_bias
+                features = flat(attention_features(block, hidden, rotary), with_constant)
+                sums[attention].add(features, flat(attended - hidden))
             if len(attentions) < len(starts):
                 normed = parent_block.post_attention_layernorm(attended)
                 features = parent_block.mlp.channels(normed)
-                channels += _gram(_flat(features, config.mlp_bias))
+                channels += _gram(flat(features, config.mlp_bias))
                 if Ffn("linear") in sums:
-                    sums[Ffn("linear")].add(_flat(normed), _flat(parent_block.mlp.down_proj(features)))
+                    sums[Ffn("linear")].add(flat(normed), flat(parent_block.mlp.down_proj(features)))
     fitted: dict[Attention | Ffn, Tensors] = {}
     for variant, start in starts.items():
         if variant in sums:
@@ -78,25 +81,9 @@ def fit_outputs(
             kept = kept_channels(order, variant)
             if config.mlp_bias:  # the constant feature is the last one
                 kept = torch.cat([kept, kept.new_tensor([config.intermediate_size])])
-            solution = _solve(channels[kept][:, kept], channels[kept] @ down)
-        fitted[variant] = _with_layer(start, _output(variant), solution)
+            solution = solve_ridge(channels[kept][:, kept], channels[kept] @ down, RIDGE)
+        fitted[variant] = with_layer(start, output_layer(variant), solution)
     return fitted
-
-
-def _output(variant: Attention | Ffn) -> str:
-    """Return the name of the linear layer that is fitted in a variant."""
-    if isinstance(variant, Attention):
-        return "self_attn.linear_attn" if variant.kind == "linear" else "self_attn.o_proj"
-    return "mlp.linear_mlp" if variant.kind == "linear" else "mlp.down_proj"
-
-
-def _attention_features(config: ModelConfig, block: Block, hidden: Tensor) -> Tensor:
-    """Compute the input of the fitted layer of an attention variant, [sequences x tokens, features]."""
-    normed = block.input_layernorm(hidden)
-    if isinstance(block.self_attn, GroupedQueryAttention):
-        heads = block.self_attn.heads(normed, rotary_for(config, hidden.shape[1], hidden))
-        return _flat(heads, config.output_bias)
-    return _flat(normed)
 
 
 class _Moments:
@@ -113,43 +100,12 @@ class _Moments:
 
     def solve(self) -> Tensor:
         """Solve for the layer, [inputs, outputs] float64."""
-        return _solve(self._gram, self._cross)
-
-
-def _joined(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """Join weight and bias of a linear layer to one float64 matrix, [inputs (+ 1 for the bias), outputs]."""
-    weight = tensors[f"{name}.weight"].double().T
-    bias = tensors.get(f"{name}.bias")
-    return weight if bias is None else torch.cat([weight, bias.double()[None]])
-
-
-def _with_layer(start: Tensors, name: str, solution: Tensor) -> Tensors:
-    """Copy `start` with one linear layer replaced by `solution`, a matrix in the form of :func:`_joined`."""
-    tensors = dict(start)
-    weight = tensors[f"{name}.weight"]
-    tensors[f"{name}.weight"] = solution[: weight.shape[1]].T.to(weight.dtype).contiguous()
-    if f"{name}.bias" in tensors:
-        tensors[f"{name}.bias"] = solution[-1].to(weight.dtype)
-    return tensors
+        return solve_ridge(self._gram, self._cross, RIDGE)
 
 
 def _zeros(like: Tensor, columns: int) -> Tensor:
     return like.new_zeros(len(like), columns)
 
 
-def _flat(hidden: Tensor, with_constant: bool = False) -> Tensor:
-    """Flatten [sequences, tokens, n] to float32 [sequences x tokens, n], if asked with a last feature 1 for a bias."""
-    flat = hidden.flatten(0, 1).float()
-    return torch.nn.functional.pad(flat, (0, 1), value=1.0) if with_constant else flat
-
-
 def _gram(features: Tensor) -> Tensor:
     return features.T @ features
-
-
-def _solve(gram: Tensor, cross: Tensor) -> Tensor:
-    """Solve the ridge regression in float64 over features scaled to unit second moment, [features, targets]."""
-    scale = gram.diagonal().clamp_min(torch.finfo(torch.float32).tiny).sqrt()[:, None]
-    normalised = gram / scale / scale.T
-    normalised.diagonal().add_(RIDGE)
-    return torch.cholesky_solve(cross / scale, torch.linalg.cholesky(normalised)) / scale

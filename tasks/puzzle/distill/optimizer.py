@@ -80,13 +80,13 @@ class MasterWeights:
         return state
 
     def restore(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Continue from a :meth:`state` that was taken after `step` steps."""
+        """Continue from a :meth:`state` that was taken after `step` steps, on whatever device its tensors are."""
         self._step = step
         for name, master in zip(self._names, self._masters, strict=True):
             with torch.no_grad():
                 master.copy_(state[f"master.{name}"])
             self._optimizer.state[master] = {
-                "step": torch.tensor(float(step)),
-                **{moment: state[f"{moment}.{name}"].clone() for moment in _MOMENTS},
+                "step": torch.tensor(float(step), device=master.device),
+                **{moment: state[f"{moment}.{name}"].to(master.device, copy=True) for moment in _MOMENTS},
             }
         self._round_back()

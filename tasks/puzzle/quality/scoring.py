@@ -4,10 +4,10 @@ In: candidates, which are replacements with their tensors, and the parent's cach
 of each candidate. A candidate starts at the cached boundary before its block, so that only the blocks behind it run.
 The parent's logits come from the last boundary and are shared by all candidates. A group of candidates goes through the
 depth together, so that each parent block is read once for the group. Candidates never share a GEMM, so the grouping
-does not change a candidate's bytes.
+does not change a candidate's bytes. Removals of whole blocks behind other removals go through the model together, too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,3 +69,43 @@ def score_group(
                 block = Block.load(config, replacement.attention, replacement.ffn, tensors)
                 streams[number] = block(hidden, rotary)
         return compare_with_parent(head, tokens, last, [streams[number] for number in range(len(candidates))])
+
+
+def score_removals(
+    config: ModelConfig,
+    parent_block: Callable[[int], Mapping[str, Tensor]],
+    embedded: Tensor,
+    last: Tensor,
+    head: Head,
+    tokens: Tensor,
+    removed: Collection[int],
+    candidates: Sequence[int],
+) -> list[TokenLosses]:
+    """Compare the parent with what remains of it without the removed blocks and one candidate.
+
+    Args:
+        config: geometry of the parent.
+        parent_block: reads the tensors of a parent block; it is called once for each block that remains.
+        embedded: hidden states before the first block, [sequences, tokens, hidden].
+        last: the parent's hidden states behind the last block, in the same shape.
+        head: the parent's final norm and LM head.
+        tokens: [sequences, tokens] int64.
+        removed: indices of the blocks that are gone already.
+        candidates: indices of the blocks that are tried.
+
+    Returns:
+        Per-token losses without each candidate, in the given order.
+    """
+    streams: dict[int, Tensor] = {}
+    with torch.inference_mode():
+        rotary, remaining = rotary_for(config, embedded.shape[1], embedded), embedded
+        for index in range(config.num_blocks):
+            if index in removed:
+                continue
+            block = Block.load(config, parent_attention(config), parent_ffn(config), parent_block(index))
+            streams = {candidate: block(stream, rotary) for candidate, stream in streams.items()}
+            if index in candidates:
+                streams[index] = remaining
+            if len(streams) < len(candidates):
+                remaining = block(remaining, rotary)
+        return compare_with_parent(head, tokens, last, [streams[candidate] for candidate in candidates])

@@ -7,7 +7,7 @@ llama.cpp and mlx-lm come from running them, those of the others from reading ea
 llama.cpp reads a GGUF, in which removed subblocks have stand-ins; the others read nemotron-nas, or a Llama.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -28,6 +28,7 @@ FIRST_FORMAT: Mapping[Runtime, str] = {
 _LLAMA_FORMATS: tuple[FormatName, ...] = ("plain", "padded-llama")
 """Formats that are a Llama, the smaller one first."""
 _NEEDS_ATTENTION: tuple[Runtime, ...] = ("vllm", "sglang", "mlx-lm")
+_NEEDS_ATTENTION_FIRST: tuple[Runtime, ...] = ("vllm", "sglang")
 _PADDED = "export it as padded-llama"
 
 
@@ -124,10 +125,10 @@ _RULES = (
         f"search with distill_blocks.width_multiple: 256, or {_PADDED}",
     ),
     _Rule(
-        ("vllm", "sglang"),
+        _NEEDS_ATTENTION_FIRST,
         _has_ffn_before_attention,
         "it takes no FFN before the first attention",
-        f"pin the attention of block 0 (the target's `pins`), or {_PADDED}",
+        f"name the runtime in the target's `runtimes`, or {_PADDED}",
     ),
     _Rule(
         ("sglang",),
@@ -248,6 +249,63 @@ def refusals(config: ModelConfig, blocks: Blocks) -> dict[Runtime, list[Refusal]
     return against
 
 
+@dataclass(frozen=True)
+class ChildRule:
+    """A rule on whole children: the weights of the blocks that a child takes add up to `at_least`.
+
+    Attributes:
+        text: the rule in words.
+        weights: a weight for every block that a child may take.
+        at_least: the least sum.
+    """
+
+    text: str
+    weights: tuple[int, ...]
+    at_least: int
+
+
+def child_rules(runtimes: Sequence[Runtime], choices: Sequence[tuple[int, Attention, Ffn]]) -> Iterator[ChildRule]:
+    """What no single block shows: a child that keeps all of these is not empty, and no runtime refuses it as a whole.
+
+    Args:
+        runtimes: the runtimes that the child must run in.
+        choices: the blocks that a child may take: the parent block where each begins, which gives their order;
+            attention; FFN. A child takes at most one that begins at a place.
+    """
+    kept = [int((attention.kind, ffn.kind) != ("no_op", "no_op")) for _, attention, ffn in choices]
+    yield ChildRule("a child has an attention or an FFN in some block", tuple(kept), 1)
+    attended = [int(attention.kind != "no_op") for _, attention, _ in choices]
+    without = [keeps - has for keeps, has in zip(kept, attended, strict=True)]  # 1: an FFN, and no attention
+    for runtime in runtimes:
+        if runtime in _NEEDS_ATTENTION:
+            yield ChildRule(f"{runtime} needs attention in some block", tuple(attended), 1)
+        if runtime in _NEEDS_ATTENTION_FIRST:
+            text = f"{runtime} takes no FFN before the first attention"
+            yield from _preceded(text, choices, without, attended, [0] * len(choices))
+        if runtime == _READS_GGUF:
+            linear = [int(attention.kind == "linear") for _, attention, _ in choices]
+            with_heads = [int(attention.kind == "gqa") for _, attention, _ in choices]
+            text = f"{runtime} needs kv heads in some block, unless the first that is kept has an FFN alone"
+            yield from _preceded(text, choices, linear, without, with_heads)
+
+
+def _preceded(
+    text: str,
+    choices: Sequence[tuple[int, Attention, Ffn]],
+    needs: Sequence[int],
+    before: Sequence[int],
+    anywhere: Sequence[int],
+) -> Iterator[ChildRule]:
+    """The rules that a block with a 1 in `needs` has one of `before` before it, or the child has one of `anywhere`."""
+    places = [place for place, _, _ in choices]
+    for here in sorted({place for place, is_needy in zip(places, needs, strict=True) if is_needy}):
+        weights = [
+            at_large + earlier * (place < here) - needy * (place == here)
+            for place, needy, earlier, at_large in zip(places, needs, before, anywhere, strict=True)
+        ]
+        yield ChildRule(text, tuple(weights), 0)
+
+
 def is_empty(blocks: Blocks) -> bool:
     """Whether no block has an attention or an FFN, so that there is nothing to train or to run."""
     return all((attention.kind, ffn.kind) == ("no_op", "no_op") for attention, ffn in blocks)
@@ -310,6 +368,8 @@ def _plain_refusals(config: ModelConfig, blocks: Blocks) -> list[Refusal]:
         return [Refusal("its blocks differ", "", _PADDED)]
     if config.output_bias and not config.qkv_bias:
         return [Refusal("its output projection alone has a bias, and no family has that", "", _PADDED)]
+    if config.qkv_bias and config.mlp_bias and not config.output_bias:
+        return [Refusal("it has biases, but none on its output projection, and no family has that", "", _PADDED)]
     return []
 
 

@@ -6,8 +6,10 @@ uniform is what people do by hand; depth removes whole blocks. Baselines replace
 search.
 """
 
+import math
 import random
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from storage.variants import Attention, Ffn, Replacement
@@ -100,52 +102,71 @@ def greedy(problem: Problem[Replacement], parent: Sequence[Replacement]) -> tupl
     return blocks.choices(chosen)
 
 
-def depth(problem: Problem[Replacement], parent: Sequence[Replacement]) -> tuple[Choice[Replacement], ...]:
-    """Remove whole blocks, those with the least score first, until all limits are kept."""
+def depth(
+    problem: Problem[Replacement], parent: Sequence[Replacement], order: Sequence[int] = ()
+) -> tuple[Choice[Replacement], ...]:
+    """Remove whole blocks until all limits are kept.
+
+    Blocks go in the `order` that the joint KL of removals gave (removals.py) where the target allows it, then those
+    with the least score first.
+    """
     blocks, chosen = _SingleBlocks.from_problem(problem), list(parent)
     blocks.check_parent(parent, "depth")
+    rank = {block: number for number, block in enumerate(order)}
     removals = [block for block in blocks.index if block.attention.kind == block.ffn.kind == "no_op"]
-    removals.sort(key=blocks.score, reverse=True)
+    removals.sort(key=lambda block: (rank.get(block.first_block, len(rank)), blocks.score(block)), reverse=True)
     while any(blocks.excesses(chosen)):
         if not removals:
             raise _infeasible(problem, "depth")
-        removal = removals.pop()
-        chosen[removal.first_block] = removal
+        removed = removals.pop()
+        chosen[removed.first_block] = removed
     return blocks.choices(chosen)
 
 
 def uniform(problem: Problem[Replacement], parent: Sequence[Replacement]) -> tuple[Choice[Replacement], ...]:
-    """One FFN width everywhere, or two adjacent ones; the fewest kv heads in evenly spaced blocks.
+    """One FFN width everywhere, or two adjacent ones, and one smaller attention in the blocks where it harms least.
 
-    Try as few blocks with the fewest kv heads as possible; for that number take the widest FFNs that keep the limits. A
-    block stays as it is where a variant is not allowed.
+    Of all kinds of attention (fewer kv heads, none) and numbers of blocks with it, each with the widest FFNs that keep
+    the limits, take the child with the least sum of scores. A block stays as it is where a variant is not allowed.
     """
-    blocks, count = _SingleBlocks.from_problem(problem), len(parent)
+    blocks = _SingleBlocks.from_problem(problem)
     blocks.check_parent(parent, "uniform")
     widths = sorted({block.ffn for block in blocks.index if block.ffn.kind == "gated"}, reverse=True)
-    fewest_heads = min(block.attention for block in blocks.index if block.attention.kind == "gqa")
+    children = [_widest(blocks, attentions, widths) for attentions in _attentions(blocks, parent)]
+    kept = [child for child in children if not any(blocks.excesses(child))]
+    if not kept:
+        raise _infeasible(problem, "uniform")
+    return blocks.choices(min(kept, key=lambda child: math.fsum(map(blocks.score, child))))
 
-    def child(num_fewest: int, steps: int) -> list[Replacement]:
-        """`steps` counts narrowings by one width, a block at a time, evenly spaced."""
-        num_widths_down, num_narrower = divmod(steps, count)
-        with_fewest, narrower = _spaced(num_fewest, count), _spaced(num_narrower, count)
-        replacements = []
-        for number, parent_block in enumerate(parent):
-            attention = fewest_heads if number in with_fewest else parent_block.attention
-            width = num_widths_down + 1 if number in narrower else num_widths_down
-            candidate = replace(parent_block, attention=attention, ffn=widths[width])
-            replacements.append(candidate if candidate in blocks.index else parent_block)
-        return replacements
 
-    last = (len(widths) - 1) * count
-    for num_fewest in range(count + 1):
-        if any(blocks.excesses(child(num_fewest, last))):
-            continue
-        for steps in range(last + 1):
-            chosen = child(num_fewest, steps)
-            if not any(blocks.excesses(chosen)):
-                return blocks.choices(chosen)
-    raise _infeasible(problem, "uniform")
+def _attentions(blocks: _SingleBlocks, parent: Sequence[Replacement]) -> Iterator[list[Replacement]]:
+    """The parent, then with one smaller attention in ever more blocks, those with the least scores first."""
+    yield list(parent)
+    for attention in sorted({block.attention for block in blocks.index} - {block.attention for block in parent}):
+        replaced = [replace(block, attention=attention) for block in parent]
+        chosen = list(parent)
+        for block in sorted((block for block in replaced if block in blocks.index), key=blocks.score):
+            chosen[block.first_block] = block
+            yield list(chosen)
+
+
+def _widest(blocks: _SingleBlocks, chosen: Sequence[Replacement], widths: Sequence[Ffn]) -> list[Replacement]:
+    """The blocks with the widest FFNs that keep the limits; `widths` from the widest to the narrowest.
+
+    The FFNs of evenly spaced blocks are narrowed by one width, until all have the next one; narrower ones are taken to
+    need no more of any limit. The narrowest come back where even they exceed a limit.
+    """
+
+    def narrowed(steps: int) -> list[Replacement]:
+        num_widths_down, num_narrower = divmod(steps, len(chosen))
+        narrower, child = _spaced(num_narrower, len(chosen)), []
+        for number, block in enumerate(chosen):
+            candidate = replace(block, ffn=widths[num_widths_down + 1 if number in narrower else num_widths_down])
+            child.append(candidate if candidate in blocks.index else block)
+        return child
+
+    most = (len(widths) - 1) * len(chosen)
+    return narrowed(bisect_left(range(most), True, key=lambda steps: not any(blocks.excesses(narrowed(steps)))))
 
 
 def _spaced(number: int, count: int) -> set[int]:

@@ -69,7 +69,8 @@ def best_child(
     check_cover(problem)
     best = best_child_if_any(problem, settings, points)
     if best is None:
-        raise infeasible([_at_point(problem, point) for point in points], settings)
+        whole = problem.with_rules(problem.rules)
+        raise infeasible([_at_point(whole, point) for point in points], settings)
     return best
 
 
@@ -78,10 +79,15 @@ def best_child_if_any(
 ) -> BestChild[P] | None:
     """The best child, or None where no point has one; reasons are not searched for."""
     start = time.perf_counter()
-    problems = [_at_point(problem, point) for point in points]
-    outcome = _best_point(problems, settings)
-    if outcome is None:
-        return None
+    while True:
+        problems = [_at_point(problem, point) for point in points]
+        outcome = _best_point(problems, settings)
+        if outcome is None:
+            return None
+        broken = [rule for rule in problem.rules if not rule.met_by(rule.total(outcome.cover.chosen))]
+        if not broken:
+            break
+        problem = problem.with_rules(broken)
     tried = tuple(
         TriedPoint(point.name, outcome.bounds[index], outcome.scores.get(index)) for index, point in enumerate(points)
     )

@@ -58,8 +58,9 @@ def infeasible(problems: Problems, settings: SolverSettings) -> InfeasibleError:
     conflicts = _conflicts(problems, settings)
     nearest = _nearest(problems, settings)
     name = problems[0].name
+    rules = _rules_at_fault(problems, settings)
     reason = "this limit cannot be met" if len(conflicts) == 1 else "these limits cannot be met together"
-    lines = "".join(f"\n  {conflict.text}" for conflict in conflicts)
+    lines = "".join(f"\n  {line}" for line in (*(conflict.text for conflict in conflicts), *rules))
     if nearest and len(conflicts) > 1:
         limits = {limit.name: limit for limit in problems[0].limits}
         together = ", ".join(f"{key} {_shown(limits[key], value)}" for key, value in nearest.items())
@@ -69,14 +70,25 @@ def infeasible(problems: Problems, settings: SolverSettings) -> InfeasibleError:
 
 
 def _conflicts(problems: Problems, settings: SolverSettings) -> tuple[Conflict, ...]:
-    """A minimal set of limits that exclude each other, by leaving out one at a time; each with its best value."""
-    limits = problems[0].limits
-    kept = [limit.name for limit in limits]
+    """A minimal set of limits that exclude each other, by leaving out one at a time; each with its best value.
+
+    The rules are kept throughout.
+    """
+    limits = [limit for limit in problems[0].limits if not limit.is_rule]
+    kept = [limit.name for limit in problems[0].limits]
     for limit in limits:
         fewer = [name for name in kept if name != limit.name]
         if not any(_feasible(_with_limits(problem, fewer), settings) for problem in problems):
             kept = fewer
     return tuple(Conflict(limit, _best(problems, limit.name, settings)) for limit in limits if limit.name in kept)
+
+
+def _rules_at_fault(problems: Problems, settings: SolverSettings) -> list[str]:
+    """The rules in words, where a child would exist without them."""
+    rules = list(dict.fromkeys(limit.text for limit in problems[0].limits if limit.is_rule))
+    names = [limit.name for limit in problems[0].limits if not limit.is_rule]
+    is_possible = rules and any(_feasible(_with_limits(problem, names), settings) for problem in problems)
+    return rules if is_possible else []
 
 
 def _feasible(problem: Problem[Any], settings: SolverSettings) -> bool:
@@ -118,7 +130,8 @@ def _nearest(problems: Problems, settings: SolverSettings) -> dict[str, float]:
         cover = minimise_excess(problem, settings)
         if cover is None:
             continue
-        exceeded = [limit for limit in problem.limits if not limit.met_by(limit.total(cover.chosen))]
+        loose = [limit for limit in problem.limits if not limit.is_rule]
+        exceeded = [limit for limit in loose if not limit.met_by(limit.total(cover.chosen))]
         excess = math.fsum(_excess(limit, cover) for limit in exceeded)
         candidates.append((excess, index, {limit.name: _settable(limit, cover) for limit in exceeded}))
     return min(candidates)[2] if candidates else {}

@@ -102,7 +102,7 @@ def solution(problem: Problem[P], cover: ProvenCover, bound: float, seconds: flo
         status="node_limit" if cover.limit_hit else "optimal",
         nodes=cover.nodes,
         seconds=seconds,
-        uses=tuple(_use(limit, cover.chosen, prices[limit.name]) for limit in problem.limits),
+        uses=tuple(_use(limit, cover.chosen, prices[limit.name]) for limit in problem.limits if not limit.is_rule),
     )
 
 

@@ -19,8 +19,8 @@ from tasks.puzzle.search.problem import TOLERANCE, Limit, Problem
 class MipModel:
     """A MathOpt model of a problem. Rows are scaled by powers of two, which changes no digit of the coefficients.
 
-    With `soft` limits, the share by which each is exceeded is added to the objective. `rows` holds the row of each
-    limit by name, and the factor by which it was scaled.
+    With `soft` limits, the share by which each is exceeded is added to the objective; rules stay hard. `rows` holds
+    the row of each limit by name, and the factor by which it was scaled.
     """
 
     def __init__(
@@ -33,12 +33,15 @@ class MipModel:
             for index in range(len(problem.choices))
         ]
         self._add_cover(problem)
-        self._excesses = [self._model.add_variable(lb=0.0) for _ in problem.limits] if soft else []
-        allowances = self._excesses or [0.0] * len(problem.limits)
+        excesses = []
         self.rows: dict[str, tuple[mathopt.LinearConstraint, float]] = {}
-        for limit, allowance in zip(problem.limits, allowances, strict=True):
+        for limit in problem.limits:
+            allowance: mathopt.Variable | float = 0.0
+            if soft and not limit.is_rule:
+                allowance = self._model.add_variable(lb=0.0)
+                excesses.append(allowance)
             self.rows[limit.name] = self._add_limit(limit, allowance)
-        self._model.minimize(self._weighted(objective) + mathopt.fast_sum(self._excesses))
+        self._model.minimize(self._weighted(objective) + mathopt.fast_sum(excesses))
 
     def _add_cover(self, problem: Problem[Any]) -> None:
         """Every block is covered exactly once."""

@@ -2,7 +2,7 @@
 
     minimise    sum_c score_c x_c                     (arXiv 2411.19146, section 3.3, with spans: an exact cover)
     subject to  sum_{c covers block i} x_c = 1        for every block i of the parent
-                sum_c coefficient_lc x_c <= upper_l   for every limit l
+                sum_c coefficient_lc x_c <= upper_l   for every limit l and every rule
                 x_c in {0, 1}
 
 A choice is a pair of an attention and an FFN variant, so that a score measured for the pair needs nothing else.
@@ -50,7 +50,7 @@ class Limit:
     `coefficients` follow the problem's choices. `text` is the constraint as the user wrote it. For messages the sum is
     turned into the user's value: total * scale, or scale / total where `inverse` (throughput: at least); `unit`
     follows the number, e.g. "x the parent's". `upper` holds the user's limit times `tightening` (a safety margin), so
-    that a reachable value divided by it is a limit that the user could set.
+    that a reachable value divided by it is a limit that the user could set. `is_rule`: it is not the user's to loosen.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Limit:
     inverse: bool = False
     unit: str = ""
     tightening: float = 1.0
+    is_rule: bool = False
 
     def total(self, chosen: Iterable[int]) -> float:
         """The exact sum over chosen choices (indices), constant included."""
@@ -86,7 +87,8 @@ class Limit:
 class Problem(Generic[P]):
     """A search problem: `choices` sorted by replacement, each replacement once, and the limits that hold.
 
-    `name` is the target's, and `where` says where its limits are set.
+    `name` is the target's, and `where` says where its limits are set. `rules` hold as well, but the solver gets those
+    alone that would be broken (best_child.py): there may be one for each block, and nearly every child keeps them.
     """
 
     name: str
@@ -94,12 +96,14 @@ class Problem(Generic[P]):
     choices: tuple[Choice[P], ...]
     limits: tuple[Limit, ...]
     where: str = "its limits"
+    rules: tuple[Limit, ...] = ()
 
     def __post_init__(self) -> None:
         replacements = [choice.replacement for choice in self.choices]
         is_sorted = all(before < after for before, after in itertools.pairwise(replacements))
         assert is_sorted, "choices: sorted and distinct"
-        assert all(len(limit.coefficients) == len(self.choices) for limit in self.limits)
+        assert all(len(limit.coefficients) == len(self.choices) for limit in (*self.limits, *self.rules))
+        assert all(rule.is_rule for rule in self.rules)
 
     def score(self, chosen: Iterable[int]) -> float:
         """The exact sum of scores over chosen choices (indices)."""
@@ -111,7 +115,13 @@ class Problem(Generic[P]):
             self,
             choices=tuple(self.choices[index] for index in kept),
             limits=tuple(limit.restricted_to(kept) for limit in self.limits),
+            rules=tuple(rule.restricted_to(kept) for rule in self.rules),
         )
+
+    def with_rules(self, rules: Sequence[Limit]) -> "Problem[P]":
+        """The problem with some of its rules among its limits."""
+        others = tuple(rule for rule in self.rules if rule not in rules)
+        return replace(self, limits=(*self.limits, *rules), rules=others)
 
     def kept_by(self, chosen: Iterable[int]) -> bool:
         """Whether chosen choices (indices) keep every limit."""

@@ -1,7 +1,9 @@
 """Replace-1-block scores from the table: means, standard errors and the rule that adds them up. No torch.
 
 In: rows of scores.parquet (a row per replacement and calibration sequence). Out: the score of any replacement and of a
-whole child, in nats per token: Puzzle's predictor is the sum over blocks (arXiv 2411.19146, section 3.2).
+whole child, in nats per token: Puzzle's predictor is the sum over blocks (arXiv 2411.19146, section 3.2). KL differs
+more from sequence to sequence than from one replacement to the next, so all scores of one kind of weights are means
+over the same sequences: those that all of its measurements have.
 
 The rule: a replacement that was measured jointly has its own mean. Otherwise, for one block,
 s(a, f) = s(a, parent's) + s(parent's, f), and the parent's own block scores 0. No replacement of a span scores 0, so
@@ -20,11 +22,12 @@ from storage.model_config import ModelConfig
 from storage.records import ScoreRow, Weights
 from storage.variants import Attention, Ffn, Replacement
 from tasks.puzzle.search_space import parent_attention, parent_ffn
+from tasks.puzzle.standard_error import standard_error
 
 
 @dataclass(frozen=True)
 class Score:
-    """Quality lost, nats/token: mean and standard error over calibration sequences (None with fewer than two)."""
+    """Quality lost, nats/token: mean and standard error over calibration documents (None with fewer than two)."""
 
     mean: float
     stderr: float | None
@@ -39,7 +42,8 @@ class _Term:
 
     @property
     def mean(self) -> float:
-        return self.sign * _weighted_mean([(row.tokens, row.kl) for row in self.rows.values()])
+        rows = self.rows.values()
+        return self.sign * math.fsum(row.tokens * row.kl for row in rows) / sum(row.tokens for row in rows)
 
 
 class Scores:
@@ -52,6 +56,7 @@ class Scores:
         for row in rows:
             if row.around == around:
                 self._rows_by_sequence[row.replacement, row.weights][row.sequence_shard] = row
+        self._sequences: dict[Weights, frozenset[int]] = {}
 
     @classmethod
     def from_rows(cls, rows: Iterable[ScoreRow], config: ModelConfig) -> Self:
@@ -70,7 +75,7 @@ class Scores:
         """Sum of scores, which the tables predict for a child.
 
         The standard error is that of the sum as measured sequence by sequence, so errors that replacements share
-        (a hard passage is hard for all of them) add up as they should; it uses the sequences that all terms have.
+        (a hard passage is hard for all of them) add up as they should.
         """
         return _sum([term for replacement in replacements for term in self._terms(replacement, weights)])
 
@@ -138,6 +143,28 @@ class Scores:
         return terms if all(term.rows for term in terms) else None
 
     def _measured(self, replacement: Replacement, weights: Weights) -> dict[int, ScoreRow]:
+        """Rows by sequence, of the sequences on which everything with such weights was measured."""
+        rows = self._all_measured(replacement, weights)
+        return {sequence: rows[sequence] for sequence in self._shared_sequences(weights)} if rows else {}
+
+    def _shared_sequences(self, weights: Weights) -> frozenset[int]:
+        """The sequences that all measurements with such weights have.
+
+        Raises:
+            InputError: there is none.
+        """
+        if weights not in self._sequences:
+            rows = (self._all_measured(replacement, weights) for replacement, _ in self._rows_by_sequence)
+            shared = frozenset[int].intersection(*(frozenset(measured) for measured in rows if measured))
+            if not shared:
+                raise InputError(
+                    f"the {weights} scores have no calibration sequence in common, so they cannot be compared; run "
+                    "`dvc repro score_blocks`"
+                )
+            self._sequences[weights] = shared
+        return self._sequences[weights]
+
+    def _all_measured(self, replacement: Replacement, weights: Weights) -> dict[int, ScoreRow]:
         """Rows by sequence. A replacement without weights of its own (no-ops) is the same under every training."""
         if (rows := self._rows_by_sequence.get((replacement, weights))) or self._has_weights(replacement):
             return rows or {}
@@ -159,29 +186,11 @@ class Scores:
 
 
 def _sum(terms: Sequence[_Term]) -> Score:
-    """The signed sum of measurements, with its standard error over the sequences that all have."""
+    """The signed sum of measurements, all on the same sequences, with its standard error over their documents."""
     if not terms:
         return Score(0.0, 0.0)
-    common = sorted(set.intersection(*(set(term.rows) for term in terms)))
-    sums = []
-    for sequence in common:
-        total = math.fsum(term.sign * term.rows[sequence].kl for term in terms)
-        sums.append((terms[0].rows[sequence].tokens, total))
-    return Score(math.fsum(term.mean for term in terms), _stderr(sums))
-
-
-def _weighted_mean(values: Sequence[tuple[int, float]]) -> float:
-    return math.fsum(weight * value for weight, value in values) / sum(weight for weight, _ in values)
-
-
-def _stderr(values: Sequence[tuple[int, float]]) -> float | None:
-    """Standard error of a mean of sequences weighted by tokens; with equal weights it is s / sqrt(n).
-
-    Cochran, Sampling Techniques, 3rd ed., section 6.4: the ratio estimator's variance with n / (n - 1).
-    """
-    count = len(values)
-    if count < 2:
-        return None
-    mean = _weighted_mean(values)
-    spread = math.fsum((weight * (value - mean)) ** 2 for weight, value in values)
-    return math.sqrt(spread * count / (count - 1)) / sum(weight for weight, _ in values)
+    sequences = sorted(terms[0].rows)
+    sums = [math.fsum(term.sign * term.rows[sequence].kl for term in terms) for sequence in sequences]
+    first = [terms[0].rows[sequence] for sequence in sequences]
+    stderr = standard_error(sums, [row.document for row in first], [row.tokens for row in first])
+    return Score(math.fsum(term.mean for term in terms), stderr)

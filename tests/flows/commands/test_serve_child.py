@@ -22,6 +22,8 @@ from tasks.engines.llamacpp import LlamaCpp
 from tests.flows.commands.test_chat import CONTEXT, ROOT, completed, write_run
 
 FILES = {"small": "children/small/exports/gguf-f32/small-F32.gguf", "parent": "parent_exports/gguf-f16/parent-F16.gguf"}
+PORT = "{port}"
+JSON = {"Content-Type": "application/json"}
 SMALL = ("--target", "small", "--format", "gguf-f32")
 
 
@@ -108,8 +110,10 @@ def test_each_server_names_its_model(printed: list[str]) -> None:
 def test_an_answer_streams(printed: list[str]) -> None:
     body = {"messages": [{"role": "user", "content": "one"}], "max_tokens": 20, "temperature": 0}
     for url in _urls(printed).values():
-        whole = json.load(_reply(f"{url}/chat/completions", body))["choices"][0]["message"]["content"]
-        data = [line[6:] for line in _reply(f"{url}/chat/completions", {**body, "stream": True}) if line.strip()]
+        whole = json.load(_reply(f"{url}/chat/completions", body, **JSON))["choices"][0]["message"]["content"]
+        data = [
+            line[6:] for line in _reply(f"{url}/chat/completions", {**body, "stream": True}, **JSON) if line.strip()
+        ]
         texts = [json.loads(event)["choices"][0]["delta"].get("content") for event in data[:-1]]
         assert data[-1] == b"[DONE]\n"
         assert len([text for text in texts if text]) == 20
@@ -126,12 +130,42 @@ def test_they_listen_on_this_machine_only(printed: list[str]) -> None:
             probe.connect(("127.0.0.2", address.port))
 
 
-def test_pages_of_the_web_may_not_read_answers(printed: list[str]) -> None:
-    """A browser would let them if the answer allowed their origin; pages of this machine may."""
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (JSON, 200),
+        ({**JSON, "Host": f"localhost:{PORT}"}, 200),
+        ({**JSON, "Origin": "http://localhost:3000"}, 200),
+        ({**JSON, "Host": "rebound.example"}, 421),
+        ({**JSON, "Host": f"rebound.example:{PORT}"}, 421),
+        ({**JSON, "Host": f"127.0.0.1:{PORT}.rebound.example"}, 421),
+        ({**JSON, "Host": "127.0.0.1:1"}, 421),
+        ({**JSON, "Origin": "http://rebound.example"}, 403),
+        ({**JSON, "Origin": "http://localhost.rebound.example:3000"}, 403),
+        ({**JSON, "Origin": "null"}, 403),
+        ({**JSON, "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Content-Type": "text/plain"}, 415),
+        ({}, 415),
+    ],
+    ids=str,
+)
+def test_pages_of_the_web_may_not_ask(headers: dict[str, str], status: int, printed: list[str]) -> None:
+    """Nor pages whose name resolves to this machine; pages of its own may, and read the answer."""
     for url in _urls(printed).values():
-        for origin, allowed in {"http://example.org": None, "http://localhost:3000": "http://localhost:3000"}.items():
-            reply = _reply(f"{url}/models", Origin=origin)
-            assert reply.getheader("Access-Control-Allow-Origin") == allowed
+        port = str(urlsplit(url).port)
+        sent = {name: text.replace(PORT, port) for name, text in headers.items()}
+        reply = _reply(f"{url}/completions", {"prompt": "one", "max_tokens": 1}, **sent)
+        assert reply.status == status
+        origin = headers.get("Origin") if status == 200 else None
+        assert reply.getheader("Access-Control-Allow-Origin") == origin
+
+
+def test_llamacpp_itself_wants_a_key(run: Path) -> None:
+    """Its own port is any that is free, and checks no Host."""
+    engine = LlamaCpp(run / "artifacts" / FILES["parent"], 1, 1, 256, quiet=True)
+    question = {"prompt": "one", "max_tokens": 1}
+    assert _reply(f"{engine.url}/completions", question, **JSON).status == 401
+    assert _reply(f"{engine.url}/completions", question, **JSON, Authorization=f"Bearer {engine.key}").status == 200
 
 
 def test_sigterm_ends_it_with_0_while_an_answer_streams(run: Path) -> None:
@@ -142,7 +176,7 @@ def test_sigterm_ends_it_with_0_while_an_answer_streams(run: Path) -> None:
         urls = _urls(lines)
         assert list(urls) == ["small"]
         assert "parent" not in "".join(lines)
-        stream = _reply(f"{urls['small']}/chat/completions", long)
+        stream = _reply(f"{urls['small']}/chat/completions", long, **JSON)
         assert stream.readline().startswith(b"data: ")
         process.terminate()
         assert process.wait(5) == 0
@@ -180,15 +214,6 @@ def test_a_port_that_is_taken_is_one_error_before_anything_is_loaded(
         assert "it is the parent's; choose another --port, or --no-parent" in error
     error = refused((*SMALL, "--port", "65535"), capsys)
     assert "--port 65535 leaves none for the parent" in error
-
-
-def test_a_port_that_is_taken_meanwhile_is_no_damaged_file(run: Path) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = int(other.getsockname()[1])
-        with pytest.raises(ValueError, match=rf"port {port} on 127.0.0.1 cannot be used"):
-            LlamaCpp(run / "artifacts" / FILES["parent"], 1, 1, 256, port=port, quiet=True)
 
 
 def test_what_is_not_there_is_one_error(

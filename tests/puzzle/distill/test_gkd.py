@@ -12,7 +12,15 @@ from torch.nn import functional
 from storage.checkpoints import Checkpoint
 from storage.model_config import EMBEDDING, LM_HEAD, NORM
 from storage.variants import Attention, Ffn, Replacement
-from tasks.puzzle.distill.gkd import _CHUNK_TOKENS, LossWeights, TrainableChild, gradients, kl_to_parent
+from tasks.puzzle.distill.gkd import (
+    _CHUNK_TOKENS,
+    LossWeights,
+    Teacher,
+    TrainableChild,
+    gradients,
+    kl_to_parent,
+    sick_part,
+)
 from tasks.puzzle.model.assembly import compose, initial_weights
 from tasks.puzzle.model.blocks import Block
 from tasks.puzzle.model.boundaries import boundaries
@@ -38,6 +46,8 @@ class Case:
         whole = [checkpoint.block(index, CPU, torch.float32) for index in range(config.num_blocks)]
         embedding = checkpoint.tensor(EMBEDDING)
         weights = [(*parents, tensors) for tensors in whole]
+        self.teacher = Teacher(config, embedding, [Block.load(config, *block) for block in weights])
+        self.tokens = tokens
         self.states = [state.clone() for state in boundaries(config, embedding, weights, tokens, 1)]
         replacements = [
             Replacement(0, 1, Attention("gqa", 1), Ffn("gated", 48)),
@@ -98,6 +108,37 @@ def test_a_child_that_is_the_parent_has_nothing_to_learn(tmp_path: Path) -> None
     assert max(float(gradient.abs().max()) for gradient in computed) < 1e-3 * max(
         float(gradient.abs().max()) for gradient in other
     )
+
+
+def test_a_live_teacher_has_the_states_of_the_parent(tmp_path: Path) -> None:
+    case = Case(tmp_path, "llama3-untied-head_dim-bias")
+    live = case.teacher.states(case.tokens)
+    for boundary, state in enumerate(case.states):
+        torch.testing.assert_close(live(boundary), state, atol=1e-5, rtol=1e-5)  # float32
+    kept, losses = gradients(case.child, case.state, case.head, WEIGHTS)
+    computed, live_losses = gradients(case.child, live, case.head, WEIGHTS)
+    assert live_losses.total == pytest.approx(losses.total, rel=1e-5)
+    for ours, theirs in zip(computed, kept, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-3)
+
+
+def test_what_is_not_finite_is_found_where_it_is(tmp_path: Path) -> None:
+    """A product that overflows makes the loss NaN; an entry of a gradient alone is found by the name of its weight."""
+    case = Case(tmp_path, "llama")
+    found, losses = gradients(case.child, case.state, case.head, WEIGHTS)
+    names = [name for name, _ in case.child.named_parameters()]
+
+    def sick() -> str | None:
+        norm = float(torch.nn.utils.get_total_norm(found))
+        return sick_part([losses], norm, zip(names, found, strict=True))
+
+    assert sick() is None
+    found[3].view(-1)[5] = torch.nan
+    assert sick() == f"the gradient of {names[3]} is not finite"
+    with torch.no_grad():
+        next(parameter for name, parameter in case.child.named_parameters() if "down_proj" in name).fill_(1e38)
+    found, losses = gradients(case.child, case.state, case.head, WEIGHTS)
+    assert sick() == "the loss's KL term is nan"
 
 
 def test_threads_share_the_child_and_change_no_byte(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from storage.variants import Attention, Ffn, Replacement
 from tasks.puzzle.model.assembly import compose, initial_weights
 from tasks.puzzle.model.boundaries import boundaries
 from tasks.puzzle.model.head import Head, TokenLosses
-from tasks.puzzle.quality.scoring import Candidate, score_group
+from tasks.puzzle.quality.scoring import Candidate, score_group, score_removals
 from tasks.puzzle.search_space import attention_variants, ffn_variants, parent_attention, parent_ffn
 from tests.reference import full_replacement
 from tests.tiny import FAMILIES, save_tiny
@@ -80,11 +80,13 @@ class TinyParent:
             candidates.append(self.candidate(index, Attention("gqa", 1), Ffn("no_op")))
         return candidates
 
+    @property
+    def head(self) -> Head:
+        weight = self.checkpoint.tensor(EMBEDDING if self.config.tie_embeddings else LM_HEAD).to(self.dtype)
+        return Head(self.checkpoint.tensor(NORM).to(self.dtype), weight, self.config.rms_norm_eps)
+
     def score(self, candidates: list[Candidate]) -> list[TokenLosses]:
-        tied = self.config.tie_embeddings
-        weight = self.checkpoint.tensor(EMBEDDING if tied else LM_HEAD).to(self.dtype)
-        head = Head(self.checkpoint.tensor(NORM).to(self.dtype), weight, self.config.rms_norm_eps)
-        return score_group(self.config, self.parent_block, self.boundary, head, self.tokens, candidates)
+        return score_group(self.config, self.parent_block, self.boundary, self.head, self.tokens, candidates)
 
 
 def tiny_parent(
@@ -111,6 +113,17 @@ def test_scores_equal_full_model_replacement(family: str, tmp_path: Path) -> Non
         expected = full_replacement(family, parent.tokens, {index: dict(candidate.tensors)})
         assert float(expected.kl.mean()) > 100 * TOLERANCE, "the test must tell replacements apart"
         assert_same(losses, expected)
+
+
+def test_removals_equal_the_full_model_without_those_blocks(tmp_path: Path) -> None:
+    parent = tiny_parent("llama", tmp_path)
+    first, last = parent.states[0], parent.states[-1]
+    for removed, candidates in (((), (0, 2)), ((1,), (2, 0)), ((0, 2), (1,))):
+        losses = score_removals(
+            parent.config, parent.block, first, last, parent.head, parent.tokens, removed, candidates
+        )
+        for candidate, without in zip(candidates, losses, strict=True):
+            assert_same(without, full_replacement("llama", parent.tokens, {i: {} for i in (*removed, candidate)}))
 
 
 def test_a_span_stands_for_all_its_blocks(tmp_path: Path) -> None:

@@ -69,12 +69,24 @@ def test_limits_that_the_parent_keeps_change_nothing(baseline: Baseline) -> None
     assert tuple(choice.replacement for choice in baseline(problem(1, 1), PARENT)) == PARENT
 
 
-def test_uniform_takes_adjacent_widths_and_as_few_narrow_kv_blocks_as_it_can() -> None:
-    chosen = uniform(problem(kv=0.75, width=0.7), PARENT)  # 6 of 8 heads; 268.8 of 384 channels
-    assert heads(chosen) == [2, 1, 2, 1]
-    assert channels(chosen) == [48, 96, 48, 48] or sorted(channels(chosen)) == [48, 48, 48, 96]
+def test_uniform_takes_adjacent_widths() -> None:
     assert sorted(channels(uniform(problem(1, 0.4), PARENT))) == [24, 24, 48, 48]  # 153.6 channels
     assert channels(uniform(problem(1, 0.5), PARENT)) == [48] * 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_uniform_has_the_best_smaller_attention_in_the_best_blocks(seed: int) -> None:
+    """Against all children with one smaller attention in any blocks, and one width in all."""
+    limited = problem(kv=0.75, width=0.5, seed=seed)  # 6 of 8 heads
+    scores = {choice.replacement: choice.score for choice in limited.choices}
+    sums = []
+    for attention, number in ((ATTENTIONS[1], 2), (ATTENTIONS[2], 1)):  # more blocks than needed only cost
+        for smaller in itertools.combinations(range(4), number):
+            blocks = [Replacement(i, 1, attention if i in smaller else ATTENTIONS[0], FFNS[1]) for i in range(4)]
+            sums.append(sum(scores[block] for block in blocks))
+    chosen = uniform(limited, PARENT)
+    assert sum(choice.score for choice in chosen) == pytest.approx(min(sums))
+    assert channels(chosen) == [48] * 4
 
 
 def test_uniform_says_so_where_no_width_is_narrow_enough() -> None:
@@ -88,9 +100,27 @@ def test_depth_removes_the_blocks_with_the_least_score() -> None:
     no_ops = (ATTENTIONS[2], FFNS[3])
     removals = [c for c in limited.choices if (c.replacement.attention, c.replacement.ffn) == no_ops]
     removals.sort(key=lambda choice: choice.score)
-    chosen = depth(limited, PARENT)
-    removed = {block for block, choice in enumerate(chosen) if choice.replacement != PARENT[block]}
-    assert removed == {choice.replacement.first_block for choice in removals[:2]}
+    assert _removed(depth(limited, PARENT)) == {choice.replacement.first_block for choice in removals[:2]}
+
+
+def test_depth_follows_the_order_of_joint_removals_then_the_scores() -> None:
+    limited = problem(0.5, 0.5)
+    assert _removed(depth(limited, PARENT, (3, 1))) == {1, 3}
+    alone = _removed(depth(problem(0.75, 0.75), PARENT))
+    last = max({0, 1, 2, 3} - alone)
+    assert _removed(depth(limited, PARENT, (last,))) == alone | {last}
+    keeps_3 = limited.restricted_to(
+        [index for index, choice in enumerate(limited.choices) if choice.replacement in (PARENT[3], *_all_but(3))]
+    )
+    assert _removed(depth(keeps_3, PARENT, (3, 2, 0))) == {0, 2}
+
+
+def _removed(chosen: tuple[Choice[Replacement], ...]) -> set[int]:
+    return {block for block, choice in enumerate(chosen) if choice.replacement != PARENT[block]}
+
+
+def _all_but(block: int) -> list[Replacement]:
+    return [choice.replacement for choice in problem(1, 1).choices if choice.replacement.first_block != block]
 
 
 def test_greedy_takes_the_cheapest_step_first() -> None:

@@ -80,6 +80,29 @@ def test_the_best_point_is_the_best_of_all_points(case: tuple[Small, list[PointL
         assert optimum is None or proven <= optimum + 1e-6 * abs(optimum) + 1e-9
 
 
+@given(problems(num_limits=1), st.data())
+@settings(deadline=None, max_examples=100)
+def test_rules_hold_whether_the_solver_got_them_or_not(problem: Small, data: st.DataObject) -> None:
+    rules = [
+        replace(data.draw(limits_of(len(problem.choices), f"rule {number}")), is_rule=True)
+        for number in range(data.draw(st.integers(1, 3)))
+    ]
+    ruled = replace(problem, rules=tuple(rules))
+    best, optimum = best_child_if_any(ruled, SolverSettings()), brute_force(ruled.with_rules(rules))
+    if best is not None and optimum is not None:
+        assert best.solution.objective == pytest.approx(optimum, rel=1e-6, abs=1e-9)
+        assert keeps(ruled.with_rules(rules), cover_of(ruled, best))
+        assert [use.name for use in best.solution.uses] == ["limit 0"]
+        return
+    assert (best, optimum) == (None, None)
+    with pytest.raises(InfeasibleError) as caught:
+        best_child(ruled, SolverSettings())
+    loosened = {conflict.limit.name for conflict in caught.value.conflicts} | set(caught.value.nearest)
+    assert loosened <= {"limit 0"}
+    is_possible_without = brute_force(problem) is not None
+    assert all((rule.name in str(caught.value)) == is_possible_without for rule in rules)
+
+
 @given(with_points())
 @settings(deadline=None, max_examples=100)
 def test_infeasible_at_every_point_names_what_any_point_can_reach(case: tuple[Small, list[PointLimits]]) -> None:

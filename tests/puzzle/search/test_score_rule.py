@@ -23,6 +23,7 @@ def _row(
     block: int = 0,
     span: int = 1,
     shard: int = 0,
+    document: int | None = None,
     tokens: int = 100,
     weights: Weights = "decoupled",
     around: str = "parent",
@@ -36,6 +37,7 @@ def _row(
         "",
         around,
         shard,
+        shard if document is None else document,
         tokens,
         kl,
         lm_loss=3.0,
@@ -84,6 +86,33 @@ def test_standard_error_with_equal_weights_is_the_textbook_one() -> None:
 
 def test_one_shard_has_no_standard_error() -> None:
     assert _scores(_row(0.1, KV_1)).score(Replacement(0, 1, KV_1, FULL_F), "decoupled").stderr is None
+
+
+def test_shards_of_a_document_count_as_one_draw() -> None:
+    twice = [_row(kl, KV_1, shard=shard, document=shard // 2) for shard, kl in enumerate((0.1, 0.1, 0.4, 0.4))]
+    once = [_row(kl, KV_1, shard=shard) for shard, kl in enumerate((0.1, 0.4))]
+    block = Replacement(0, 1, KV_1, FULL_F)
+    assert _scores(*twice).score(block, "decoupled").stderr == _scores(*once).score(block, "decoupled").stderr
+    assert _scores(*twice[:2]).score(block, "decoupled").stderr is None
+
+
+def test_all_scores_that_are_compared_are_means_over_the_same_shards() -> None:
+    """No-ops have more shards than initial weights; over all of them they looked better than on the shared one."""
+    rows = [_row(0.2, KV_1, weights="initial"), _row(0.3, NO_A, weights="initial")]
+    rows += [_row(0.1, NO_A, shard=1, weights="initial"), _row(0.1, KV_1, shard=1), _row(0.1, KV_1)]
+    rows += [_row(0.5, KV_1, shard=7, around="abc")]
+    no_op, kv_1 = Replacement(0, 1, NO_A, FULL_F), Replacement(0, 1, KV_1, FULL_F)
+    scores = _scores(*rows)
+    assert scores.score(kv_1, "initial").mean == 0.2
+    assert scores.score(no_op, "initial").mean == 0.3
+    assert scores.total([no_op], "initial").stderr is None
+    assert scores.score(no_op, "decoupled").mean == 0.2
+
+
+def test_scores_without_a_common_shard_are_refused() -> None:
+    scores = _scores(_row(0.2, KV_1), _row(0.3, ffn=NARROW, shard=1))
+    with pytest.raises(InputError, match="decoupled scores have no calibration sequence in common"):
+        scores.replacements("decoupled")
 
 
 def test_errors_that_replacements_share_are_paired_by_shard() -> None:

@@ -11,13 +11,14 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from storage.checkpoints import Checkpoint
+from storage.evaluation import ExportQuality
 from storage.files import InputError
 from storage.formats import FileType
 from storage.gguf_child import write_gguf
 from storage.model_config import ModelConfig
 from storage.sections import Run
 from storage.variants import Attention, Ffn
-from tasks.checkpoints.export_quality import export_quality
+from tasks.checkpoints.export_quality import compare_files, export_quality
 from tasks.engines.hidden_states import as_multiplied
 from tasks.engines.llamacpp import LlamaCpp
 from tasks.puzzle.model.child import DeciLMForCausalLM
@@ -53,6 +54,12 @@ def answered(path: Path, tokens: list[int]) -> Tensor:
     return torch.stack(rows)
 
 
+def exported(file: Path, child: Path, tokens: Tensor) -> ExportQuality:
+    """The quality of one file on one sequence."""
+    compared = compare_files({"gguf-f16": file}, Checkpoint(child, "again"), tokens, RUN)
+    return export_quality("gguf-f16", [compared], [0])
+
+
 @pytest.mark.parametrize("file_type", ["F32", "F16", "BF16", "Q8_0"])
 def test_it_is_what_llama_cpp_answers(
     file_type: FileType, child: tuple[DeciLMForCausalLM, ModelConfig], tmp_path: Path
@@ -67,7 +74,7 @@ def test_it_is_what_llama_cpp_answers(
     path = tmp_path / "child.gguf"
     write_gguf(path, config, BLOCKS, lambda name: iter([tensors[name].numpy()]), file_type)
     tokens = torch.randint(VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(5))
-    quality = export_quality(path, Checkpoint(tmp_path / "child", "again"), tokens, RUN)
+    quality = exported(path, tmp_path / "child", tokens)
     theirs = answered(path, tokens[0].tolist())
     with torch.inference_mode():
         ours = torch.log_softmax(model(input_ids=tokens).logits[0, :-1].double(), -1)
@@ -88,7 +95,7 @@ def test_a_bad_file_shows(child: tuple[DeciLMForCausalLM, ModelConfig], tmp_path
     tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"].flip(0)
     write_gguf(tmp_path / "bad.gguf", config, BLOCKS, lambda name: iter([tensors[name].numpy()]), "Q8_0")
     tokens = torch.randint(VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(5))
-    assert export_quality(tmp_path / "bad.gguf", Checkpoint(tmp_path / "child", "again"), tokens, RUN).kl > 0.1
+    assert exported(tmp_path / "bad.gguf", tmp_path / "child", tokens).kl > 0.1
 
 
 def test_a_head_of_another_type_is_refused() -> None:

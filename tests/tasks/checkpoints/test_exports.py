@@ -28,7 +28,7 @@ from storage.pieces import Pieces
 from storage.sections import Run
 from storage.variants import Attention, Ffn
 from tasks.checkpoints import exports
-from tasks.checkpoints.export_quality import export_quality
+from tasks.checkpoints.export_quality import compare_files, export_quality
 from tasks.checkpoints.exports import CheckpointToExport, ExportsOverview, read_checkpoint
 from tasks.checkpoints.gguf_files import GgufFile, whole
 from tasks.puzzle.model.child import DeciLMForCausalLM
@@ -201,7 +201,8 @@ def test_a_foreign_checkpoint_evaluates(tmp_path: Path) -> None:
     write(source, tmp_path / "exports", "gguf-f32")
     tokens = torch.randint(272, (2, 48), generator=torch.Generator().manual_seed(5))
     run = Run(seed=0, dtype="float32", device="cpu", threads=1, workers=1)
-    quality = export_quality(tmp_path / "exports/gguf-f32/theirs-F32.gguf", source.checkpoint, tokens, run)
+    files: dict[FormatName, Path] = {"gguf-f32": tmp_path / "exports/gguf-f32/theirs-F32.gguf"}
+    quality = export_quality("gguf-f32", [compare_files(files, source.checkpoint, tokens, run)], [0, 1])
     with torch.inference_mode():
         loss = functional.cross_entropy(model(input_ids=tokens).logits[:, :-1].transpose(1, 2), tokens[:, 1:])
     assert math.log(quality.torch_perplexity) == pytest.approx(loss.item(), abs=1e-5)

@@ -24,7 +24,7 @@ from tasks.engines.machine import on_this_machine
 from tasks.prepare_parent import prepare_parent
 from tests.clone import ROOT
 from tests.settings import SEQ_LEN, tiny_params
-from tests.stages import assemble, cache, distill
+from tests.stages import assemble, cache, distill, refine
 from tests.tasks.checkpoints.test_exports import FULL, WIDE, geometry
 from tests.tasks.checkpoints.test_exports import write as export
 from tests.tiny import SIZES, save_child, save_tokenizer, tiny_corpus, tiny_model
@@ -48,7 +48,7 @@ def test_every_stage_of_the_demo_is_planned(tmp_path: Path, monkeypatch: pytest.
     names = list(dict.fromkeys(estimate.stage.partition("@")[0] for estimate in demo.stages))
     assert names == [stage.name for stage in read_pipeline()]
     assert all(estimate.seconds > 0 and estimate.memory_bytes > 0 for estimate in demo.stages)
-    assert demo.materialised_bytes == 31 * (20_480 + 2_048 + 4_096) * 576 * 2
+    assert demo.materialised_bytes == 31 * (24_576 + 3_072 + 4_096) * 576 * 2
     text = plan_text(demo)
     assert max(map(len, text.splitlines())) <= 100
     (line,) = (line for line in text.splitlines() if line.startswith("score_blocks"))
@@ -56,6 +56,7 @@ def test_every_stage_of_the_demo_is_planned(tmp_path: Path, monkeypatch: pytest.
     disk = 2 * sum(stage.disk_bytes for stage in demo.stages) / 2**30
     assert f"DVC's cache holds every artifact a second time: {disk:,.1f} GiB in all" in text
     assert not list((tmp_path / "artifacts").glob(".plan-*"))
+    assert "healing: refine_child holds one block at a time" in text
 
 
 def test_the_70b_is_planned_from_its_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +68,8 @@ def test_the_70b_is_planned_from_its_config_alone(tmp_path: Path, monkeypatch: p
     profile = _plan(on_cpu, CONFIG_70B, tmp_path)
     parent = next(estimate for estimate in profile.stages if estimate.stage == "prepare_parent")
     assert parent.disk_bytes == pytest.approx(2 * 70.55e9, rel=1e-3)  # 70.55 billion parameters in 16 bit
-    tokens = params.prepare_corpus.train_tokens + 2 * 1_048_576
+    assert profile.live_teacher and "GKD's teacher: live" in plan_text(profile)
+    tokens = params.distill_blocks.tokens + 2 * 1_048_576  # GKD's train tokens are not cached
     assert profile.materialised_bytes == 81 * 2.0 * 8192 * tokens
     window = 2 * (params.distill_blocks.tokens + params.prepare_corpus.calibration_tokens)
     assert profile.rolling and profile.rolling_bytes == 2.0 * 8192 * (2 * tokens + window)
@@ -112,6 +114,7 @@ def test_stages_leave_the_bytes_that_are_modelled(tmp_path: Path) -> None:
     cache(params, paths)
     distill(params, paths)
     assemble(params, paths, [("kv_2", "ffn_96")] * 3)
+    refine(params, paths)
     distill_child.distill.fn("small", params, paths)
     folders = {
         "prepare_parent": paths.parent,
@@ -119,6 +122,7 @@ def test_stages_leave_the_bytes_that_are_modelled(tmp_path: Path) -> None:
         "cache_activations": paths.activations,
         "distill_blocks": paths.library,
         "assemble_child@small": paths.assembled("small"),
+        "refine_child@small": paths.refined("small"),
         "distill_child@small": paths.distilled("small"),
     }
     estimates = estimate_stages(read_pipeline(), Parent(paths.parent).config, params, RATES)

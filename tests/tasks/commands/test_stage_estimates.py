@@ -52,6 +52,7 @@ def case_params(kept: float = 1.0) -> Params:
     bld = {"tokens": 4, "fit_tokens": 0, "importance_tokens": 0, "held_out_tokens": 0, "sequences_per_step": 1}
     params = with_fields(params, "distill_blocks", **bld, ffn_ratios=(0.5,), linear=False)
     params = with_fields(params, "score_blocks", tokens=4, initial_tokens=0, blocks_per_group=3)
+    params = with_fields(params, "refine_child", tokens=4, held_out_tokens=0)
     gkd = {"tokens": 8, "sequences_per_step": 1, "held_out_tokens": 0, "checkpoint_steps": 1}
     params = with_fields(params, "distill_child", **gkd)
     params = with_fields(params, "evaluate_child", tokens=4, baseline_tokens=0, export_tokens=0)
@@ -90,7 +91,8 @@ def test_operations_by_hand() -> None:
     # one narrow FFN and two no-ops from each of three blocks, on 4 tokens, through 3 + 2 + 1 blocks
     assert seconds["score_blocks"] == pytest.approx(3 * 4 * 6 * BLOCK)
     assert seconds["distill_child@small"] == pytest.approx(3 * 8 * 3 * BLOCK)
-    assert seconds["evaluate_child@small"] == pytest.approx(2 * 4 * 3 * BLOCK)
+    assert seconds["refine_child@small"] == pytest.approx(4 * 3 * (2 * BLOCK + 2 * ATTEND))
+    assert seconds["evaluate_child@small"] == pytest.approx(3 * 4 * 3 * BLOCK)
     assert seconds["benchmark_throughput@small"] == pytest.approx(8 * 6 * BLOCK)
     assert seconds["distill_blocks"] == pytest.approx(3 * 4 * (ATTEND + 3.4 * FFN / 2))
     assert seconds["report"] == pytest.approx(0.0)
@@ -116,19 +118,42 @@ def test_spans_by_hand() -> None:
     assert changed_stages(before, after) == {"distill_blocks", "score_blocks"}
 
 
+def test_removals_by_hand() -> None:
+    """One of three blocks goes: three candidates and the parent go through half of the blocks on 4 tokens each."""
+    before, after = estimates(), estimates(with_fields(case_params(), "score_blocks", depth_tokens=4))
+    assert after["score_blocks"].seconds - before["score_blocks"].seconds == pytest.approx(4 * 4 * 3 / 2 * BLOCK)
+    assert changed_stages(before, after) == {"score_blocks"}
+
+
 def test_rolling_by_hand() -> None:
     """The first and the last boundary of 24 tokens in bfloat16, two of 4 + 4 tokens in float32; one worker of two."""
     params = with_fields(case_params(), "run", workers=2)
+    params = with_fields(params, "distill_child", teacher="cache")
     rolling = with_fields(params, "cache_activations", mode="rolling")
     before, after = estimates(params), estimates(rolling)
     assert after["cache_activations"].disk_bytes == 2 * 24 * 8 * 2 + 2 * (4 + 4) * 8 * 4
     for stage, tokens in (("distill_blocks", 8), ("score_blocks", 4)):
         assert after[stage].seconds == pytest.approx(2 * (before[stage].seconds + tokens * 3 * BLOCK))
+    walked = after["refine_child@small"].seconds - before["refine_child@small"].seconds
+    assert walked == pytest.approx(2 * 4 * 3 * BLOCK)
     slow_head = replace(RATES, block_flops=1e30, head_flops=1.0)
     alone = estimates(rolling, slow_head)["score_blocks"].seconds
     together = estimates(params, slow_head)["score_blocks"].seconds
     assert alone == pytest.approx(2 * together) and together > 0
-    assert changed_stages(before, after) == {"cache_activations", "distill_blocks", "score_blocks"}
+    walking = {"distill_blocks", "score_blocks", "refine_child@small"}
+    assert changed_stages(before, after) == {"cache_activations", *walking}
+
+
+def test_a_live_teacher_by_hand() -> None:
+    """The parent on GKD's 8 tokens, in float32; of 16 train tokens the cache holds the 4 that BLD reads."""
+    params = with_fields(case_params(), "refine_child", tokens=0)
+    before, after = estimates(params), estimates(with_fields(params, "distill_child", teacher="live"))
+    child, cache = "distill_child@small", "cache_activations"
+    assert after[child].seconds - before[child].seconds == pytest.approx(8 * 3 * BLOCK)
+    assert after[child].memory_bytes - before[child].memory_bytes == 3 * BLOCK_PARAMS * 4
+    assert after[cache].seconds == pytest.approx(3 * (24 - 12) * BLOCK)
+    assert after[cache].disk_bytes == 4 * (24 - 12) * 8 * 2
+    assert changed_stages(before, after) == {child, cache}
 
 
 def test_bytes_by_hand() -> None:
@@ -141,11 +166,11 @@ def test_bytes_by_hand() -> None:
 
 
 def test_exported_ggufs_are_compared_in_float32_by_hand() -> None:
-    """Four tokens of each of two files: torch's blocks and llama.cpp's, the head of both twice."""
+    """Four tokens through torch's blocks once and two files'; three comparisons, each with three products of a head."""
     rates = replace(RATES, block_flops=1e30, head_flops=1e30, float32_flops=1.0)
     params = with_fields(case_params(), "evaluate_child", export_tokens=4)
     head = 2 * CONFIG.hidden_size * CONFIG.vocab_size
-    assert estimates(params, rates)["evaluate_child@small"].seconds == pytest.approx(2 * 4 * (2 * 3 * BLOCK + 4 * head))
+    assert estimates(params, rates)["evaluate_child@small"].seconds == pytest.approx(3 * 4 * (3 * BLOCK + 3 * head))
 
 
 @pytest.mark.parametrize(
@@ -155,6 +180,7 @@ def test_exported_ggufs_are_compared_in_float32_by_hand() -> None:
         ("distill_blocks", "tokens", {"distill_blocks"}),
         ("distill_blocks", "fit_tokens", {"distill_blocks"}),
         ("score_blocks", "initial_tokens", {"score_blocks"}),
+        ("refine_child", "tokens", {"refine_child@small"}),
         ("distill_child", "tokens", {"distill_child@small"}),
         ("evaluate_child", "tokens", {"evaluate_child@small"}),
         ("evaluate_child", "export_tokens", {"evaluate_child@small"}),

@@ -1,6 +1,7 @@
 """What a target can ask for besides fixed limits: open batches, mixes, pins, kinds, runtimes; and what is explained."""
 
 import functools
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -15,7 +16,7 @@ from storage.files import InputError
 from storage.model_config import ModelConfig
 from storage.params import load
 from storage.paths import Paths
-from storage.records import ScoreRow
+from storage.records import Runtime, ScoreRow
 from storage.scenario import Setting
 from storage.tables import write_costs
 from storage.variants import Architecture, Attention, Ffn, Replacement
@@ -24,13 +25,15 @@ from tasks.commands.frontier import frontier
 from tasks.puzzle.costs.cost_model import ENGINE, modelled_rows, workspace_bytes
 from tasks.puzzle.costs.cost_table import GIB, CostTable, model_sizes, model_speed, subblocks
 from tasks.puzzle.costs.hardware import DEVICES
-from tasks.puzzle.runtimes.rules import refusals
+from tasks.puzzle.runtimes.rules import RUNTIMES, is_empty, refusals
 from tasks.puzzle.search.infeasible import InfeasibleError
+from tasks.puzzle.search.problem import Choice, Problem
 from tasks.puzzle.search_space import attention_variants, ffn_variants, parent_attention, parent_ffn
-from tasks.targets.allowed import with_export_needs
+from tasks.targets.allowed import AllowedReplacements, with_export_needs
 from tasks.targets.parent_facts import ParentFacts
 from tasks.targets.target_tables import TargetTables, solver_settings
 from tests.clone import ROOT
+from tests.puzzle.problems import covers
 from tests.search_tables import (
     CONFIG,
     MARGIN,
@@ -46,6 +49,7 @@ from tests.search_tables import (
 
 SIZE = {"size": {"metric": "block_params", "at_most_ratio": 0.7}}
 BATCHES = (1, 8, 64)
+FFN_KINDS = (Ffn("gated", 256), Ffn("linear"), Ffn("no_op"))
 SCENARIOS = ("128/128", "256/16")
 OPEN = {**SPEED, "batch": "best"}
 
@@ -324,7 +328,7 @@ def test_the_70b_profile_is_searched_on_given_tables(target: str) -> None:
     halves = [(other, ffns[0]) for other in attentions[1:]] + [(attentions[0], other) for other in ffns[1:]]
     rng = random.Random(0)
     scores = [
-        ScoreRow(block, 1, attention.name, ffn.name, "decoupled", "w", "parent", 0, 512, kl, 3.0, 0.9, 0.9)
+        ScoreRow(block, 1, attention.name, ffn.name, "decoupled", "w", "parent", 0, 0, 512, kl, 3.0, 0.9, 0.9)
         for block in range(80)
         for importance in [rng.gammavariate(1.5, 0.02)]
         for attention, ffn in halves
@@ -368,6 +372,26 @@ def test_a_speed_limit_in_llama_cpp_forbids_what_it_does_not_run(engine: str) ->
     block = parent()[1]
     assert tables.allowed.allows(block)
     assert tables.allowed.allows(replace(block, ffn=Ffn("linear"))) == (engine == "torch")
+
+
+KINDS = list(itertools.product((Attention("gqa", 2), Attention("linear"), Attention("no_op")), FFN_KINDS))
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_search_forbids_exactly_what_a_runtime_refuses(runtime: Runtime) -> None:
+    """All 81 ** (1 to 3 blocks) children of 3 blocks, one of them a span of two."""
+    target = tiny_search_params(SIZE, {"runtimes": [runtime]}).targets["like-51b"]
+    allowed = AllowedReplacements("like-51b", target, ParentFacts("tiny", "", parent(), CONFIG))
+    places = [(0, 1), (0, 2), (1, 1), (2, 1)]
+    replacements = sorted(Replacement(first, span, *variants) for first, span in places for variants in KINDS)
+    choices = tuple(Choice(replacement, 0.0) for replacement in replacements)
+    problem = Problem("t", 3, choices, (), rules=allowed.rules(replacements))
+    problem = problem.with_rules(problem.rules)
+    singly = [allowed.allows(replacement) for replacement in replacements]
+    for cover in covers(problem):
+        child = [(choices[index].replacement.attention, choices[index].replacement.ffn) for index in cover]
+        is_allowed = all(singly[index] for index in cover) and problem.kept_by(cover)
+        assert is_allowed == (not is_empty(child) and not refusals(CONFIG, child)[runtime]), child
 
 
 def test_a_child_without_any_attention_is_refused_where_the_runtime_needs_one() -> None:

