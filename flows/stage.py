@@ -111,7 +111,7 @@ def _check_target(stage: Flow[..., Any], target: str | None, params: Params) -> 
 
 
 def _have_cache_checked(name: str, target: str | None) -> None:
-    """Have DVC read what it has of the files that a stage wrote; of folders it keeps those that are there."""
+    """Have DVC read what its cache has of the artifacts that a stage wrote."""
     with contextlib.suppress(InputError):  # dvc.yaml is DVC's business
         outs = [out for stage in read_pipeline() if stage.name == name for out in stage.outs]
         for out in outs:

@@ -74,10 +74,20 @@ def _have_cache_checked(artifact: Path) -> None:
 
 
 def have_cached_copy_checked(artifact: Path) -> None:
-    """Have DVC read what its cache has under a new file's digest, which it puts in the file's place after the stage."""
-    with contextlib.suppress(OSError), artifact.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "md5").hexdigest()
-        _distrust(_DVC_CACHE / digest[:2] / digest[2:])
+    """Have DVC read what its cache has of a new artifact, before it takes that for the artifact after the stage.
+
+    Of a file that is the object with its digest, which DVC would put in the file's place; of a folder the list of its
+    files, which DVC would keep as it is. Lists are small, so all of them are read.
+    """
+    with contextlib.suppress(OSError):
+        if artifact.is_dir():
+            cached = [*_DVC_CACHE.glob("??/*.dir")]
+        else:
+            with artifact.open("rb") as handle:
+                digest = hashlib.file_digest(handle, "md5").hexdigest()
+            cached = [_DVC_CACHE / digest[:2] / digest[2:]]
+        for path in cached:
+            _distrust(path)
 
 
 def _distrust(cached: Path) -> None:

@@ -158,7 +158,7 @@ def _read(clone: Clone, built: Built, forks: Forks, chance: random.Random) -> Ou
                 return _compared(kind, story, clone, built, damage, complained)
             continue
         complained = True
-        command = _advice(ended)
+        command = _advice(ended, built.makers(damage.name)[0])
         if not command:
             return Outcome(kind, "wrong", f"{story} -> no way out in: {last_words(ended)}")
         todo.append(command)
@@ -174,9 +174,14 @@ def _first_command(damage: _Damage) -> tuple[str, ...]:
     return ("dvc", "repro", *forced, damage.reader)
 
 
-def _advice(ended: Ended | None) -> tuple[str, ...]:
-    """The command that a message tells people to run: ours where there is one, else DVC's."""
+def _advice(ended: Ended | None, maker: str) -> tuple[str, ...]:
+    """The command that a message tells people to run: ours where there is one, else DVC's.
+
+    Where DVC itself says that its cache misses files, docs/architecture.md names the stage that makes them.
+    """
     lines = ended.err.splitlines() if ended else []
+    if any("missing-files" in line for line in lines):
+        return ("dvc", "repro", maker)
     commands = [
         match[1]
         for line in sorted(lines, key=lambda line: not line.startswith("error: "))

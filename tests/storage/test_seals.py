@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from dvc.exceptions import CheckoutError
 from dvc.repo import Repo
 
 from storage.architecture import read_architecture, read_baselines
@@ -237,27 +239,35 @@ def test_a_damaged_file_gets_a_new_date_so_that_dvc_looks_at_it(tmp_path: Path) 
 
 
 _RECORD = Path("record.json")
+_CACHE = Path(".dvc/cache/files/md5")
+
+
+def _made(out: str, copy: str) -> Repo:
+    """A stage `it` of DVC that has made `out` by a shell command and, as ours do, has DVC check its copy."""
+    write_sealed(Path("original.json"), {"a": 1})
+    repo = Repo.init(no_scm=True)
+    check = f"from pathlib import Path; import storage.files; storage.files.have_cached_copy_checked(Path('{out}'))"
+    repo.run(name="it", cmd=f'{copy} && {sys.executable} -c "{check}"', deps=["original.json"], outs=[out])
+    return repo
+
+
+def _rot(cached: Path, rotten: str) -> None:
+    """Alter an object of the cache in place; it is read-only and dated as before."""
+    written = cached.stat()
+    cached.chmod(0o644)
+    cached.write_text(rotten)
+    cached.chmod(written.st_mode)
+    os.utime(cached, ns=(written.st_atime_ns, written.st_mtime_ns))
 
 
 @pytest.fixture
 def rotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repo:
-    """A stage `it` of DVC that made record.json and, as ours do, has DVC check its copy; the cached copy rotted.
-
-    It was altered in place, read-only and dated as before, and checked out.
-    """
+    """A stage that made record.json, of which the cached copy rotted and was checked out."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
-    write_sealed(Path("original.json"), {"a": 1})
-    repo = Repo.init(no_scm=True)
-    check = f"from pathlib import Path; import storage.files; storage.files.have_cached_copy_checked(Path('{_RECORD}'))"
-    command = f'cp original.json {_RECORD} && {sys.executable} -c "{check}"'
-    repo.run(name="it", cmd=command, deps=["original.json"], outs=[str(_RECORD)])
-    cached = next(Path(".dvc/cache/files/md5").glob("??/*"))
-    written = cached.stat()
-    cached.chmod(0o644)
-    cached.write_text(cached.read_text().replace("1,", "2,"))
-    cached.chmod(written.st_mode)
-    os.utime(cached, ns=(written.st_atime_ns, written.st_mtime_ns))
+    _made(str(_RECORD), f"cp original.json {_RECORD}")
+    cached = next(_CACHE.glob("??/*"))
+    _rot(cached, cached.read_text().replace("1,", "2,"))
     _RECORD.unlink()
     Repo().checkout()
     return Repo()  # as another process opens it
@@ -278,6 +288,23 @@ def test_what_rotted_in_dvcs_cache_never_takes_the_place_of_what_a_stage_wrote(r
     """DVC copied the rotten object over the file that the stage had just made, and said nothing."""
     rotten.reproduce("it", force=True)
     assert read_sealed(_RECORD, REBUILD) == {"a": 1}
+
+
+def test_the_list_of_a_folder_that_rotted_in_dvcs_cache_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC kept the rotten list behind the stage's run, and every checkout missed its files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    _made("made", "mkdir -p made && cp original.json made/record.json")
+    _rot(next(_CACHE.glob("??/*.dir")), "")
+    shutil.rmtree("made")
+    with pytest.raises(CheckoutError):
+        Repo().checkout()
+    Repo().reproduce("it")
+    shutil.rmtree("made")
+    Repo().checkout()
+    assert read_sealed(Path("made/record.json"), REBUILD) == {"a": 1}
 
 
 def _check_message(error: DamagedFileError, path: Path) -> None:
