@@ -17,7 +17,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("campaign", "count"), [("params_files", 50), ("checkpoints", 25), ("damages", 6), ("kills", 2)]
+    ("campaign", "count"), [("params_files", 50), ("checkpoints", 25), ("damages", 8), ("kills", 2)]
 )
 def test_a_sample_of_faults_ends_right(campaign: str, count: int, scratch: Path) -> None:
     command = [sys.executable, "-m", f"tests.faults.{campaign}", "--short", "--seed", "1", "--count", str(count)]
