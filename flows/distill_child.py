@@ -48,7 +48,8 @@ class _LiveTable:
             assert isinstance(created, UUID)  # not a coroutine: flows here are synchronous
             self._artifact = created
         else:
-            get_client(sync_client=True).update_artifact(self._artifact, ArtifactUpdate(data=json.dumps(self._rows)))
+            with get_client(sync_client=True) as client:
+                client.update_artifact(self._artifact, ArtifactUpdate(data=json.dumps(self._rows)))
 
 
 @flow(name="distill_child", description="Train the whole child on the parent's hidden states and logits (GKD).")

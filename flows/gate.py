@@ -124,8 +124,9 @@ class Forward:
         leaving = asyncio.ensure_future(receive())
         await asyncio.wait({passing, leaving}, return_when=asyncio.FIRST_COMPLETED)
         leaving.cancel()
-        if not passing.done():
-            passing.cancel()
+        if passing.done():
+            passing.result()  # raises what went wrong on the way to the other server
+        passing.cancel()
         await asyncio.gather(passing, leaving, return_exceptions=True)
 
     async def _pass(self, scope: Scope, body: bytes, send: Send) -> None:
@@ -164,5 +165,5 @@ def listening_on(port: int, way_out: str) -> socket.socket:
 def serve_in_thread(listening: socket.socket, address: str, key: str) -> None:
     """Answer what comes to a socket, behind the gate, with the server at `address`; until the process ends."""
     gate = Gate(Forward(address, key), listening.getsockname()[1], takes_local_pages=True)
-    config = uvicorn.Config(gate, workers=1, log_level="critical", proxy_headers=False, lifespan="off", ws="none")
+    config = uvicorn.Config(gate, workers=1, log_level="error", proxy_headers=False, lifespan="off", ws="none")
     threading.Thread(target=uvicorn.Server(config).run, args=([listening],), daemon=True).start()

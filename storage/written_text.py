@@ -8,12 +8,11 @@ from storage.pieces import Pieces
 
 WrittenKind = Literal["texts", "chats"]
 REBUILD = "dvc repro write_text"
-_SUFFIX = ".jsonl"
 
 
-def file_name(kind: WrittenKind, number: int) -> str:
-    """The file of a batch: rows of `text`, or of `messages`."""
-    return f"{kind}_{number:05d}{_SUFFIX}"
+def batch_name(kind: WrittenKind, number: int) -> str:
+    """Name of the piece that is a batch, and of its file without `.jsonl`: rows of `text`, or of `messages`."""
+    return f"{kind}_{number:05d}"
 
 
 def written_files(folder: Path, kind: WrittenKind) -> dict[str, str]:

@@ -245,6 +245,8 @@ class _Training:
         norm = float(torch.nn.utils.get_total_norm(total))
         names = (name for name, _ in self._child.named_parameters())
         if sick := sick_part(losses, norm, zip(names, total, strict=True)):
+            if self.curve.steps:
+                self._save()
             self._stop(number, sick)
         if norm > settings.clip_norm:
             torch._foreach_mul_(total, settings.clip_norm / norm)
@@ -261,19 +263,16 @@ class _Training:
         self.curve = replace(self.curve, steps=(*self.curve.steps, step))
 
     def _stop(self, step: int, sick: str) -> None:
-        """End a training that is not finite; the weights of the last healthy step go to the checkpoint.
+        """End a training that is not finite.
 
         Raises:
             InputError: always.
         """
-        if self.curve.steps:
-            self._save()
         settings, target = self._params.distill_child, self.curve.target
         raise InputError(
             f"distill_child@{target} stopped at step {step} of {len(self._groups)}: {sick}; lower "
             f"distill_child.learning_rate ({settings.learning_rate:g}) or, with run.dtype bfloat16, set float32, and "
-            f"run `dvc repro distill_child@{target}` (the checkpoint is that of step {len(self.curve.steps)}, and an "
-            "earlier child stays)"
+            f"run `dvc repro distill_child@{target}` (an earlier child stays)"
         )
 
     def _gradients(self, sequence: int) -> tuple[list[Tensor], Losses]:

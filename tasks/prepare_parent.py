@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2  # what the hub's own library connects with
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -64,8 +65,8 @@ def _locate(source: str, scratch: Path) -> Path:
         try:
             patterns = ["*.safetensors", "*.json", CARD, *_COPIED]
             return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-            reason = str(error).splitlines()[0]
+        except (httpx2.HTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"prepare_parent.source {source} cannot be fetched from the hub: {reason}") from error
     if source.startswith("package:"):
         raise InputError(

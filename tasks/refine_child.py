@@ -32,13 +32,12 @@ from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.pieces import Pieces
-from storage.refinement import BlockRefinement, Refinement, SubblockRefinement, write_refinement
+from storage.refinement import BlockRefinement, Refinement, SubblockName, SubblockRefinement, write_refinement
 from storage.variants import Replacement
 from tasks.checkpoints.children import architecture_for, publish
 from tasks.puzzle.distill.correction import (
     Moments,
     ParentStates,
-    SubblockName,
     correct,
     corrected_subblocks,
     moments,
@@ -170,6 +169,7 @@ class _ChildCorrection:
         while at < index:
             self._write_states(at + 1, self._behind(at), pool)
             at += 1
+            self._states.keep_only(at)
         self._states.keep_only(index)
 
     def _write_states(self, index: int, streams: Mapping[str, Callable[[int], Tensor]], pool: Executor) -> None:

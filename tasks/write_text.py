@@ -29,7 +29,7 @@ from storage.parent_info import REBUILD as REBUILD_PARENT
 from storage.paths import Paths
 from storage.pieces import Pieces
 from storage.tokenizer import added_bos, chat_template, document_separator, load_tokenizer, tokenizer_digest
-from storage.written_text import REBUILD, WrittenKind, file_name
+from storage.written_text import REBUILD, WrittenKind, batch_name
 from tasks.puzzle.model.child import build
 from tasks.puzzle.model.device import prepare_compute
 from tasks.puzzle.model.writing import Drawing, Turn, write
@@ -52,7 +52,7 @@ class Batch:
     @property
     def name(self) -> str:
         """Name of the batch's piece."""
-        return f"{self.kind}_{self.number:05d}"
+        return batch_name(self.kind, self.number)
 
 
 class Writer:
@@ -127,7 +127,7 @@ def write_batch(batch: Batch, writer: Writer, params: Params, paths: Paths) -> N
     scripts = [writer.script(batch.kind, random.Random(f"{seed} {row}")) for row in range(settings.rows)]
     drawing = Drawing(settings.temperature, settings.top_p)
     rows = write(writer.config, writer.model, scripts, settings.row_tokens, drawing, generator)
-    path = paths.written / file_name(batch.kind, batch.number)
+    path = paths.written / f"{batch.name}.jsonl"
     with write_whole(path) as temporary:
         lines = (
             json.dumps(line, ensure_ascii=False) + "\n"

@@ -15,7 +15,7 @@ from storage.variants import Architecture, Attention, Ffn, Replacement
 MOST_REMOVED = 0.5
 """Share of the parent's blocks that are removed; the rest is left to the scores of single blocks."""
 CANDIDATES = 4
-"""Blocks that a step tries: those with the least scores. Ten find the same first nine (docs/scores.md)."""
+"""Blocks that a step tries: those with the least scores. Ten find the same nine first (docs/scores.md)."""
 
 
 def removal(block_index: int) -> Replacement:

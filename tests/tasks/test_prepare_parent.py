@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -216,6 +217,15 @@ def test_a_source_that_leads_nowhere_is_an_error(source: str, reason: str, tmp_p
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=reason):
         bring(source.format(empty=tmp_path / "empty"), tmp_path)
+
+
+def test_a_hub_that_hangs_up_in_the_middle_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang_up(*_: Any, **__: Any) -> None:
+        raise httpx2.RemoteProtocolError("peer closed connection")
+
+    monkeypatch.setattr("tasks.prepare_parent.snapshot_download", hang_up)
+    with pytest.raises(InputError, match="cannot be fetched from the hub: peer closed connection"):
+        bring("hub:org/model@main", tmp_path)
 
 
 def test_a_parent_from_the_hub_brings_its_card_and_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

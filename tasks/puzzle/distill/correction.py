@@ -18,12 +18,13 @@ and QEP for quantisation, SVD-LLM's sequential update for low rank, Prune&Comp f
 """
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from storage.model_config import ModelConfig
+from storage.refinement import SubblockName
 from storage.variants import Attention, Ffn, Replacement
 from tasks.puzzle.distill.output_layers import (
     attention_features,
@@ -40,8 +41,6 @@ from tasks.puzzle.model.rotary import rotary_for
 
 RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3)
 """Strengths of the ridge, as shares of the features' second moments."""
-
-SubblockName = Literal["attention", "ffn"]
 
 
 @dataclass(frozen=True)

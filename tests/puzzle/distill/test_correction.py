@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from storage.refinement import SubblockName
 from storage.variants import Attention, Ffn, Replacement
 from tasks.puzzle.distill.correction import (
     RIDGES,
     Moments,
     ParentStates,
-    SubblockName,
     correct,
     corrected_subblocks,
     moments,
