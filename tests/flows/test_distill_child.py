@@ -18,6 +18,12 @@ def test_a_measurement_becomes_a_row_of_the_one_table(monkeypatch: pytest.Monkey
     class Client:
         """Prefect's client as far as the table uses it."""
 
+        def __enter__(self) -> "Client":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
         def update_artifact(self, artifact: object, update: Any) -> None:
             assert artifact == table
             tables.append(json.loads(update.data))
