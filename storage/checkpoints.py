@@ -22,6 +22,7 @@ from torch import Tensor
 
 from storage.files import (
     SEAL,
+    FileState,
     InputError,
     damaged,
     digest_of,
@@ -42,6 +43,8 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _MAX_INDEX_BYTES = 64 << 20
+_VERIFIED = set[tuple[FileState, str, str | None]]()
+"""Tensors that this process has verified: the state of the file, the name, the checksum."""
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -186,7 +189,7 @@ class Checkpoint:
         return rows
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor and compare it with its checksum.
+        """Read one tensor; compare it with its checksum, once a process as long as nobody writes to its file.
 
         Raises:
             InputError: the checkpoint has no such tensor, or it holds NaN or an infinite value.
@@ -195,15 +198,24 @@ class Checkpoint:
         if name not in self.files:
             raise InputError(f"{self.folder} has no tensor {name}; run `{self.rebuild}`")
         with self._open(self.files[name]) as handle:
+            state = FileState.of(self.files[name])
             tensor: Tensor = handle.get_tensor(name).clone()  # else it keeps the whole file mapped
-        if self.checksums and tensor_sha256(tensor) != self.checksums.get(name):
+        expected = self.checksums.get(name) if self.checksums else ""
+        if (state, name, expected) not in _VERIFIED:
+            self._verify(name, tensor, expected)
+            if state.is_settled:
+                _VERIFIED.add((state, name, expected))
+        return tensor
+
+    def _verify(self, name: str, tensor: Tensor, expected: str | None) -> None:
+        """Compare a tensor with its checksum (None: it has none; empty: the checkpoint has none), and check it."""
+        if expected != "" and tensor_sha256(tensor) != expected:
             raise damaged(self.files[name], f"is damaged: sha256 of tensor {name} differs", self.rebuild)
         if not _is_finite(tensor):
             raise InputError(
                 f"{self.files[name]}: tensor {name} holds NaN or infinite values, expected finite weights; "
                 f"run `{self.rebuild}`, or take another revision of this checkpoint"
             )
-        return tensor
 
     def block_names(self, block_index: int) -> dict[str, str]:
         """Names of a block's tensors: name within the block -> name in the checkpoint."""

@@ -13,21 +13,27 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 SEAL = "seal"
 """The last key of a record that this project writes: the digest of all others."""
 _DVC_CACHE = Path(".dvc/cache/files/md5")
 """Where DVC keeps what stages made, in the clone's root."""
 _CHUNK_BYTES = 1 << 20
+_TICK_NS = 2_000_000_000
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK_IS_FULL = re.compile(r"No space left|Not enough free space to write|^\d+ requested and \d+ written$")
 """What libraries write when a disk is full and they keep no errno; the last two are numpy's."""
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IS_REFUSED = re.compile(r"Permission denied|Operation not permitted|Read-only file system")
 """The same where a file may not be written."""
+
+
+_DIGESTS = dict["FileState", str]()
+"""The sha256 of the files that this process has read whole."""
 
 
 class InputError(ValueError):
@@ -203,12 +209,37 @@ def read_sealed(path: Path, rebuild: str) -> dict[str, Any]:
     return record
 
 
+class FileState(NamedTuple):
+    """What tells whether a file was written to or replaced since: where it is, its size and its time."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Read the state of a file; errors as of `Path.stat`."""
+        stat = path.stat()
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+    @property
+    def is_settled(self) -> bool:
+        """Tell whether a later write would show in the time; clocks of file systems tick up to once in two seconds."""
+        return time.time_ns() - self.modified_ns > _TICK_NS
+
+
 def sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read 1 MiB at a time."""
+    """Hex sha256 of a file's bytes, read 1 MiB at a time; once a process as long as nobody writes to the file."""
+    state = FileState.of(path)
+    if known := _DIGESTS.get(state):
+        return known
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while chunk := handle.read(_CHUNK_BYTES):
             digest.update(chunk)
+    if state.is_settled:
+        _DIGESTS[state] = digest.hexdigest()
     return digest.hexdigest()
 
 

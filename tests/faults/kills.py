@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from tests.clone import Clone, Ended
 from tests.faults.built import Built, built_clone, copy_of, differing
 from tests.faults.outcomes import Outcome, Settings, end_of, last_words, run_campaign
@@ -29,6 +31,7 @@ _FIRST_GUESS = 2.0
 """Seconds that a flow without pieces is taken to run, until one was seen to end."""
 _EARLIER = 0.7
 """The share of the moment at which a stage is killed that had ended before it."""
+_MOST_TRIES = 30
 _VICTIMS = ("all", "stage", "dvc", "server", "all")
 """Who is killed: the whole process group, the stage alone, DVC alone (the stage runs on), the Prefect server."""
 
@@ -64,10 +67,15 @@ class _Fault:
         return self.arguments[1:] if self.is_short else list(filter(None, ["dvc", "repro", target]))
 
     def prepare(self) -> None:
-        """Take away what the stage made, and every other place where it could come from."""
+        """Take away what the stage made, and DVC's memory of it, from which DVC would put it back without a run."""
         for name in self.outs:
             (self.clone.artifacts / name).unlink(missing_ok=True)
         shutil.rmtree(self.clone.folder / ".dvc/cache/runs", ignore_errors=True)
+        lock = self.clone.folder / "dvc.lock"
+        if lock.exists():
+            entries = yaml.safe_load(lock.read_text(encoding="utf-8"))
+            entries["stages"].pop(self.stage, None)
+            lock.write_text(yaml.safe_dump(entries), encoding="utf-8")
         if self.victim == "server":
             self.clone.must("flows.server", "start")
 
@@ -124,8 +132,10 @@ class _Fault:
 
     def outcome(self, moment: float) -> Outcome:
         """Kill, and see what the next runs make of it; a stage that ended before runs again, to be killed earlier."""
-        when, seconds = "", _FIRST_GUESS
+        when, seconds, tries = "", _FIRST_GUESS, 0
         while not when:
+            tries += 1
+            assert tries <= _MOST_TRIES, f"{self.stage} ended {tries} times before it could be killed"
             self.prepare()
             process = self.clone.start(*self.command(self.stage))
             when, ran = self.kill(process, moment, seconds)

@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from flows.durations import duration_text
 from tests.clone import Ended
 
 Verdict = Literal["right", "wrong", "traceback", "hang"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+_SECONDS_BETWEEN_LINES = 60.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def run_campaign(name: str, description: str, count: int, faults: Callable[[Sett
     parser.add_argument("--verbose", action="store_true", help="a line for every fault, as it ends")
     args = parser.parse_args()
     began, outcomes = time.monotonic(), list[Outcome]()
+    told = began
     with tempfile.TemporaryDirectory(prefix=f"faults-{name}-") as scratch:
         settings = Settings(args.seed, args.count, (args.scratch or Path(scratch)).resolve(), args.short)
         for outcome in faults(settings):
@@ -65,6 +68,9 @@ def run_campaign(name: str, description: str, count: int, faults: Callable[[Sett
             if args.verbose or outcome.verdict != "right":
                 sys.stdout.write(f"{len(outcomes):>4} {outcome.verdict}: {outcome.kind}: {outcome.story}\n")
                 sys.stdout.flush()
+            if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                sys.stderr.write(_progress(name, outcomes, args.count, told - began))
     sys.stdout.write(_table(outcomes))
     counts = Counter(outcome.verdict for outcome in outcomes)
     summary: dict[str, int] = {verdict: counts[verdict] for verdict in VERDICTS}
@@ -72,6 +78,13 @@ def run_campaign(name: str, description: str, count: int, faults: Callable[[Sett
     record: dict[str, object] = {"campaign": name, "seed": args.seed, "count": len(outcomes), **summary}
     sys.stdout.write(json.dumps({**record, "seconds": round(time.monotonic() - began), "failures": failures}) + "\n")
     sys.exit(1 if failures or not outcomes else 0)
+
+
+def _progress(name: str, outcomes: list[Outcome], count: int, seconds: float) -> str:
+    """A line that says how far a campaign is; the time left is that of faults like those so far."""
+    not_right = sum(outcome.verdict != "right" for outcome in outcomes)
+    left = duration_text(seconds / len(outcomes) * (count - len(outcomes)))
+    return f"{name}: {len(outcomes)} of {count}, {not_right} not right, about {left} left\n"
 
 
 def _table(outcomes: list[Outcome]) -> str:

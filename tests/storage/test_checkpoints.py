@@ -1,6 +1,8 @@
 """Checkpoints: written by us, by transformers and safetensors; and every fault in them is named."""
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from storage import checkpoints
 from storage.checkpoints import CHECKSUMS, Checkpoint, CheckpointWriter, tensor_sha256
 from storage.files import DamagedFileError, InputError
 from tests.tiny import FAMILIES, flip_byte, save_tiny, tiny_model
@@ -130,6 +133,22 @@ def test_a_flipped_byte_names_file_tensor_and_command(max_shard_bytes: int, tmp_
     for part in (str(file), name, f"run `{REBUILD}`"):
         assert part in str(caught.value)
     again.tensor("model.embed_tokens.weight")  # the others are whole
+
+
+def test_a_tensor_is_hashed_once_until_somebody_writes_to_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, long_ago = write(tmp_path, some_tensors()), time.time() - 60
+    os.utime(checkpoint.files["scale"], (long_ago, long_ago))
+    before = checkpoint.tensor("scale")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "tensor_sha256", lambda _: "another")
+        assert torch.equal(Checkpoint(tmp_path, REBUILD).tensor("scale"), before)
+        with pytest.raises(DamagedFileError):
+            checkpoint.tensor("model.embed_tokens.weight")
+    flip_byte(checkpoint.files["scale"])
+    with pytest.raises(DamagedFileError):
+        _ = [checkpoint.tensor(name) for name in checkpoint.files]
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])

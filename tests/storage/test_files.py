@@ -1,6 +1,8 @@
 """Files are whole or absent, and damage is named with the command that mends it."""
 
 import hashlib
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from storage import files
 from storage.files import (
     DamagedFileError,
     DiskFullError,
@@ -102,6 +105,28 @@ def test_sha256_of_a_file_larger_than_a_chunk(tmp_path: Path) -> None:
     data = bytes(range(256)) * 5000  # 1.28 MB
     (tmp_path / "file").write_bytes(data)
     assert sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_file_is_hashed_once_until_somebody_writes_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, long_ago = tmp_path / "weights", time.time() - 60
+    path.write_bytes(b"some bytes")
+    os.utime(path, (long_ago, long_ago))
+    first = sha256(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_CHUNK_BYTES", None)  # reading would raise
+        assert sha256(path) == first
+    flip_byte(path)
+    assert sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest() != first
+
+
+@pytest.mark.parametrize("seconds", [-0.5, 60.0])
+def test_a_file_whose_time_could_hide_a_write_is_hashed_anew(seconds: float, tmp_path: Path) -> None:
+    """File systems' clocks tick: what is written twice within a tick has one time. One in the future never settles."""
+    path, modified = tmp_path / "weights", time.time() + seconds
+    for content in (b"some bytes", b"same bytes"):
+        path.write_bytes(content)
+        os.utime(path, (modified, modified))
+        assert sha256(path) == hashlib.sha256(content).hexdigest()
 
 
 def test_the_digest_of_a_value_ignores_the_order_of_keys_only() -> None:
