@@ -8,11 +8,14 @@ with the seal that the file itself carries (:func:`read_sealed`; tables: storage
 import contextlib
 import difflib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +25,8 @@ SEAL = "seal"
 """The last key of a record that this project writes: the digest of all others."""
 _DVC_CACHE = Path(".dvc/cache/files/md5")
 """Where DVC keeps what stages made, in the clone's root."""
+_LOCK = "lock"
+"""The file in an unfinished folder that its run holds locked."""
 _CHUNK_BYTES = 1 << 20
 _TICK_NS = 2_000_000_000
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -158,6 +163,25 @@ def write_whole(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # of a folder that nobody may write to; the first error counts
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def unfinished_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `final`, to fill and to name by :func:`replace_folder`; what is left of it goes.
+
+    Folders of runs that were killed go first: a run that lives holds a lock on its own.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for lock in final.parent.glob(f".{final.name}-*/{_LOCK}"):
+        with contextlib.suppress(BlockingIOError), lock.open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent)
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-") as name:
+        folder = Path(name)
+        with (folder / f"{_LOCK}.new").open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            (folder / f"{_LOCK}.new").rename(folder / _LOCK)  # nobody sees it before it is locked
+            yield folder
 
 
 def replace_folder(new: Path, final: Path) -> None:

@@ -5,7 +5,6 @@ In: `prepare_parent.source`. Out: safetensors, config.json, tokenizer, licence f
 """
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from transformers import AutoTokenizer
 
 from storage import gguf, remote
 from storage.checkpoints import Checkpoint, CheckpointWriter
-from storage.files import InputError, digest_of, replace_folder, write_json
+from storage.files import InputError, digest_of, replace_folder, unfinished_folder, write_json
 from storage.model_config import ModelConfig, expected_shapes, special_token_ids
 from storage.params import Params
 from storage.parent_info import ParentInfo, write_parent_info
@@ -46,13 +45,12 @@ def prepare_parent(params: Params, paths: Paths) -> None:
         DamagedFileError: one of its files is damaged.
     """
     source = params.prepare_parent.source
-    paths.root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=paths.root, prefix=".parent-") as scratch:
-        folder = Path(scratch) / "parent"
+    with unfinished_folder(paths.parent) as scratch:
+        folder = scratch / "parent"
         if source == f"package:{gguf.PACKAGE}":
             _from_package(folder, source)
         else:
-            _from_checkpoint(_locate(source, Path(scratch) / "source"), folder, source)
+            _from_checkpoint(_locate(source, scratch / "source"), folder, source)
         replace_folder(folder, paths.parent)
 
 

@@ -1,7 +1,6 @@
 """A child's checkpoint folder: weights, config, tokenizer, licence and model card, whole or absent."""
 
 import glob
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from storage.architecture import ChosenArchitecture, read_architecture
 from storage.checkpoints import CheckpointWriter
-from storage.files import InputError, digest_of, replace_folder, write_json
+from storage.files import InputError, digest_of, replace_folder, unfinished_folder, write_json
 from storage.model_config import EMBEDDING, LM_HEAD, NORM
 from storage.nemotron_nas import to_nemotron_nas
 from storage.parent import Parent
@@ -59,9 +58,8 @@ def publish(
         training: a sentence for the model card on the making of the weights.
         max_shard_gib: largest safetensors file.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-") as scratch:
-        folder = Path(scratch) / "child"
+    with unfinished_folder(final) as scratch:
+        folder = scratch / "child"
         folder.mkdir()
         embedding = parent.checkpoint.tensor(EMBEDDING)
         writer = CheckpointWriter(folder, int(max_shard_gib * 2**30))

@@ -101,6 +101,8 @@ class _Fault:
         victims = {"all": (os.killpg, process.pid), "dvc": (os.kill, process.pid), "stage": (os.kill, pids[-1])}
         end_it, number = victims.get(self.victim) or (os.killpg, self._server())
         end_it(number, signal.SIGKILL)
+        if self.victim == "dvc":
+            process.wait()  # else it is a process still, and holds what it locked
         return when, ran
 
     def _whole_outs(self) -> set[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ from storage.files import (
     InputError,
     digest_of,
     read_json,
+    replace_folder,
     sha256,
+    unfinished_folder,
     verify,
     write_json,
     write_whole,
@@ -167,3 +170,16 @@ def test_a_full_disk_is_one_error_and_keeps_the_old_file(write: Callable[[Any], 
         write(full)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_unfinished_folder_of_a_killed_run_goes_and_that_of_a_living_one_stays(tmp_path: Path) -> None:
+    final = tmp_path / "parent"
+    with unfinished_folder(final) as living:
+        killed = shutil.copytree(living, tmp_path / ".parent-killed")
+        (killed / "half").write_text("half", encoding="utf-8")
+        (tmp_path / ".parent_exports-mine").mkdir()
+        with unfinished_folder(final) as folder:
+            (folder / "new").mkdir()
+            replace_folder(folder / "new", final)
+            assert living.exists() and not killed.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"parent", ".parent_exports-mine"}
