@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 from storage.files import InputError, explained
 
+_LONGEST = 2_000
+
 
 def run_cleanly(action: Callable[[], object]) -> None:
-    """Run `action`; a wrong input, a full disk or a file that may not be written is one message and an exit code."""
+    """Run `action`; a wrong input, a full disk or a path that cannot be used is one message and an exit code."""
     handler = logging.StreamHandler()
     handler.addFilter(lambda record: not record.name.startswith("prefect"))  # the UI has its logs
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[handler])
@@ -19,7 +21,16 @@ def run_cleanly(action: Callable[[], object]) -> None:
         action()
     except (InputError, OSError) as error:
         readable = error if isinstance(error, InputError) else explained(error)
+        if readable is None and isinstance(error, OSError) and error.filename:
+            readable = InputError(f"{error.filename}: {error.strerror}; look at this path, and run it again")
         if readable is None:
             raise
-        sys.stderr.write(f"error: {readable}\n")
+        sys.stderr.write(f"error: {printable(str(readable))}\n")
         sys.exit(readable.exit_code)
+
+
+def printable(message: str) -> str:
+    """A message without what files of others may bring into it: marks that a terminal obeys, lines without end."""
+    shown = "".join(mark if mark.isprintable() or mark == "\n" else repr(mark)[1:-1] for mark in message)
+    lines = shown.split("\n")
+    return "\n".join(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in lines)

@@ -12,17 +12,20 @@ from tasks.engines.machine import on_this_machine
 
 
 @flow(
-    name="measure_accuracy", description="Accuracy of parent and child on the tasks that params name, paired (lm-eval)."
+    name="measure_accuracy",
+    description="Accuracy of parent and children on the benchmarks that params name, paired by question.",
 )
 def measure_accuracy(params: Params, paths: Paths, target: str) -> None:
-    """Check every accuracy task, measure them, write accuracy.json, print it as a table.
+    """Check every benchmark, measure them, write accuracy.json, print it as a table.
 
-    One task runs after the other, not on the workers: two threads that load a model at once left weights of it unloaded
-    (transformers 5.23 builds models under settings of the whole process).
+    One benchmark runs after the other, not on the workers: two threads that load a model at once left weights of it
+    unloaded (transformers 5.23 builds models under settings of the whole process).
     """
     params = on_this_machine(params)
-    measured = [tasks.measure(accuracy_task, target, params, paths) for accuracy_task in tasks.plan_tasks(params)]
-    sys.stdout.write(tasks.write_accuracy(target, measured, params, paths))
+    measured = [tasks.measure(planned, target, params, paths) for planned in tasks.plan_benchmarks(params)]
+    settings = params.measure_accuracy.position_loss
+    positions = tasks.measure_positions(settings, target, params, paths) if settings else ()
+    sys.stdout.write(tasks.write_measured(target, measured, positions, params, paths))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ _ROLES = {
     "function_response": "tool",
 }
 """Names of roles in ShareGPT's form, and those that templates know."""
+_READ_BY_TEMPLATES = ("name", "tool_call_id", "reasoning_content")
 
 
 class NoChatError(ValueError):
@@ -47,8 +48,8 @@ def _message(turn: Any) -> Message:
     if not isinstance(role, str) or not (calls or {"content", "value"} & turn.keys()):
         keys = ", ".join(sorted(map(str, turn))) or "none"
         raise NoChatError(f"must hold messages with `role` and `content` (or `from` and `value`), found keys {keys}")
-    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    more = {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+    content = next((turn[key] for key in ("content", "value", "refusal") if turn.get(key) is not None), None)
+    more = {key: turn[key] for key in _READ_BY_TEMPLATES if isinstance(turn.get(key), str)}
     more |= {"tool_calls": calls} if calls else {}
     return Message(_ROLES.get(role.lower(), role), _text(content), json.dumps(more, ensure_ascii=False) if more else "")
 

@@ -37,7 +37,7 @@ PLUMBING = frozenset(
     f"storage.{name}"
     for name in (
         *("params", "sections", "targets", "fields", "paths", "files", "records", "json_records", "pipeline"),
-        *("pieces", "code_digest", "bare_code", "sources"),
+        *("accuracy_sections", "pieces", "code_digest", "bare_code", "sources"),
         *("json_files", "yaml_files", "config_fields", "side_files", "tokenizer_files", "tokenizer_probe", "weights"),
     )
 )

@@ -32,7 +32,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat; `more` is JSON of what a template may read besides: name, tool_call_id, tool_calls."""
+    """One turn of a chat; `more` is JSON of what a template may read besides (storage/chats.py)."""
 
     role: str
     content: str

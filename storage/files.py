@@ -234,18 +234,19 @@ def read_sealed(path: Path, rebuild: str) -> dict[str, Any]:
 
 
 class FileState(NamedTuple):
-    """What tells whether a file was written to or replaced since: where it is, its size and its time."""
+    """What tells whether a file was written to or replaced since: where it is, its size and its times."""
 
     device: int
     inode: int
     size: int
     modified_ns: int
+    changed_ns: int
 
     @classmethod
     def of(cls, path: Path) -> Self:
         """Read the state of a file; errors as of `Path.stat`."""
         stat = path.stat()
-        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
     @property
     def is_settled(self) -> bool:

@@ -32,6 +32,9 @@ Array = NDArray[np.float32]
 ReadTensor = Callable[[str], Iterator[Array]]
 """Reads a tensor of the checkpoint by its name, as float32, some rows at a time."""
 _ROPE_FACTORS = "rope_freqs.weight"
+_F16_MAX = float(np.finfo(np.float16).max)
+_LARGEST = {GGMLQuantizationType.F16: _F16_MAX, GGMLQuantizationType.Q8_0: 127 * _F16_MAX}
+"""The largest weight of a type; a block of Q8_0 has a scale in F16, and integers up to 127."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def write_gguf(
 
     Raises:
         InputError: a block is refused by :func:`gguf_layers`; the rotary positions have settings that llama.cpp does
-            not take; a weight is beyond F16.
+            not take; a weight is beyond its type.
     """
     layers = gguf_layers(blocks, config.num_heads)
     add_tokenizer = tokenizer or functools.partial(_add_nameless_tokens, vocab_size=config.vocab_size)
@@ -167,8 +170,9 @@ def _encoded(parts: Iterator[Array], tensor: _GgufTensor, stored: GGMLQuantizati
         largest = np.abs(part).max(initial=0)  # nan where there is one
         if not np.isfinite(largest):
             raise InputError(f"{tensor.name} has a weight that is not finite; the checkpoint is broken")
-        if stored == GGMLQuantizationType.F16 and largest > np.finfo(np.float16).max:
-            raise InputError(f"{tensor.name} has a weight beyond F16; export it as gguf-bf16 or gguf-f32 instead")
+        if largest > _LARGEST.get(stored, math.inf):
+            beyond = f"{tensor.name} has a weight beyond {stored.name}"
+            raise InputError(f"{beyond}; export it as gguf-bf16 or gguf-f32 instead")
         rows = np.ascontiguousarray(quantize(part, stored)).view(np.uint8).reshape(-1)
         start, end = end, end + len(rows)
         encoded[start:end] = rows

@@ -29,6 +29,7 @@ class Family:
         output_bias: whether the output projection of attention has a bias, in the same form.
         mlp_bias: whether the projections of the FFN have biases, in the same form.
         window_switch: the field that turns `sliding_window` on; None: the window holds wherever it is set.
+        default_window: tokens of the window where config.json says nothing of it, as transformers has it; None: full.
         full_attention: fields of a config.json that is written, which say that there is no sliding window.
     """
 
@@ -36,14 +37,20 @@ class Family:
     output_bias: bool | str = False
     mlp_bias: bool | str = False
     window_switch: str | None = None
+    default_window: int | None = None
     full_attention: Mapping[str, bool | None] = field(default_factory=dict)
 
 
 _LLAMA, _QWEN2 = "LlamaForCausalLM", "Qwen2ForCausalLM"
 FAMILIES: Mapping[str, Family] = {
     _LLAMA: Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
-    "MistralForCausalLM": Family(full_attention={"sliding_window": None}),
-    _QWEN2: Family(qkv_bias=True, window_switch="use_sliding_window", full_attention={"use_sliding_window": False}),
+    "MistralForCausalLM": Family(default_window=4096, full_attention={"sliding_window": None}),
+    _QWEN2: Family(
+        qkv_bias=True,
+        window_switch="use_sliding_window",
+        default_window=4096,
+        full_attention={"use_sliding_window": False},
+    ),
 }
 """The supported parents, by the name of their architecture."""
 
@@ -63,11 +70,12 @@ _REFUSED = {
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 """Activations of a gated FFN, by their names in config.json."""
+_ORIGINAL_CONTEXT = "original_max_position_embeddings"
 _ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL_CONTEXT),
+    "yarn": ("factor", _ORIGINAL_CONTEXT),
 }
 """Supported types of rotary positions, with the numbers that a type needs besides rope_theta."""
 ROPE_TYPES = tuple(_ROPE_FIELDS)
@@ -127,6 +135,7 @@ class ModelConfig:
         fields = Fields(config, where)
         architecture = _architecture(config)
         _check_supported(architecture, config, where)
+        refuse_other_attention(fields)
         family, heads = FAMILIES[architecture], fields.count("num_attention_heads")
         geometry = cls(
             architecture=architecture,
@@ -183,6 +192,17 @@ def _check_supported(architecture: str, config: Mapping[str, Any], where: str) -
         raise InputError(f"{where}: config.json of a {architecture} must have numbers above 0 for {', '.join(missing)}")
 
 
+def refuse_other_attention(fields: Fields) -> None:
+    """Raise InputError for fields with which transformers computes another attention, or layers that differ."""
+    if not fields.switch("is_causal", default=True):
+        raise InputError(
+            f"{fields.where}: is_causal is false: attention sees later tokens too, as in models of embeddings; "
+            "expected a model that predicts the next token"
+        )
+    if fields.values.get("per_layer_config"):
+        raise InputError(f"{fields.where}: per_layer_config is set, which is not supported: its layers must be alike")
+
+
 def _model_type(architecture: str) -> str:
     """The field `model_type` of an architecture's config.json."""
     return architecture.removesuffix("ForCausalLM").lower()
@@ -227,7 +247,8 @@ def _full_attention_context(family: Family, fields: Fields) -> int:
     context = fields.count("max_position_embeddings", MAX_TOKENS)
     if family.window_switch and not fields.switch(family.window_switch):
         return context
-    return min(context, fields.count("sliding_window", MAX_TOKENS, default=context))
+    window = family.default_window if "sliding_window" not in fields.values else None
+    return min(context, fields.count("sliding_window", MAX_TOKENS, default=window or context))
 
 
 def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -236,15 +257,18 @@ def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         InputError: another type than the supported ones, or a number that the type needs is missing.
     """
-    rope = dict(Fields(config, where).inner(_given_rope(config), "rope_parameters").values)
+    rope = dict(_given_rope(Fields(config, where)))
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     rope.pop("type", None)
     rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor" or value is not None}
     if rope.pop("partial_rotary_factor", config.get("partial_rotary_factor") or 1) != 1:
         raise InputError(f"{where}: partial_rotary_factor is set, which is not supported: all of a head must turn")
-    if rope["rope_type"] in ("llama3", "yarn") and "max_position_embeddings" in config:  # as transformers fills it in
-        rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    if rope["rope_type"] in ("llama3", "yarn"):  # as transformers fills it in: the field outside of these counts first
+        if _ORIGINAL_CONTEXT in config:
+            rope[_ORIGINAL_CONTEXT] = config[_ORIGINAL_CONTEXT]
+        elif "max_position_embeddings" in config:
+            rope.setdefault(_ORIGINAL_CONTEXT, config["max_position_embeddings"])
     if rope["rope_type"] not in ROPE_TYPES:
         raise InputError(
             f"{where}: rope type {rope['rope_type']!r:.80} is not supported: it is not one of {', '.join(ROPE_TYPES)}"
@@ -259,14 +283,18 @@ def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     layered = [key for key, value in rope.items() if isinstance(value, dict | list)]
     if layered:
         raise InputError(f"{where}: rope parameters that differ by layer ({layered[0]:.40}) are not supported")
+    if rope["rope_theta"] <= 1 or (rope.get("factor") or 1) < 1:
+        raise InputError(f"{where}: rope parameters must have a rope_theta above 1, and a factor of at least 1")
     if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise InputError(f"{where}: high_freq_factor of the rope parameters must be above low_freq_factor")
     return rope
 
 
-def _given_rope(config: Mapping[str, Any]) -> Any:
-    """The object that holds a config.json's rope parameters; empty: there is none."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+def _given_rope(fields: Fields) -> Mapping[str, Any]:
+    """The object that holds a config.json's rope parameters, the older one of two; empty: there is none."""
+    names = [name for name in ("rope_scaling", "rope_parameters") if fields.values.get(name) is not None]
+    given = [fields.inner(fields.values[name], name).values for name in names]
+    return next(filter(None, given), {})
 
 
 def rope_without_gguf_key(rope: Mapping[str, Any]) -> list[str]:

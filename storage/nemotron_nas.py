@@ -9,7 +9,14 @@ from typing import Any
 
 from storage.config_fields import MAX_BLOCKS, MAX_TOKENS, MAX_VOCABULARY, Fields
 from storage.files import InputError
-from storage.model_config import ModelConfig, common_fields, read_activation, read_head_dim, read_rope
+from storage.model_config import (
+    ModelConfig,
+    common_fields,
+    read_activation,
+    read_head_dim,
+    read_rope,
+    refuse_other_attention,
+)
 from storage.variants import Attention, Ffn
 
 NEMOTRON_NAS = "nemotron-nas"
@@ -116,6 +123,7 @@ def from_nemotron_nas(config: Mapping[str, Any], where: str) -> tuple[ModelConfi
         InputError: it is not in that form, with the field that is wrong.
     """
     fields = Fields(config, f"{where}: not a nemotron-nas config.json")
+    refuse_other_attention(fields)
     listed = config.get("block_configs")
     if not isinstance(listed, list) or not 1 <= len(listed) <= MAX_BLOCKS:
         raise InputError(f"{fields.where}: block_configs must be a list of 1 to {MAX_BLOCKS:,} objects")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
+from storage.accuracy_sections import MeasureAccuracy
 from storage.fields import MAX_NUMBER, Section
 from storage.files import InputError, did_you_mean
 from storage.formats import LLAMACPP_FORMAT
@@ -23,7 +24,6 @@ from storage.sections import (
     EvaluateChild,
     ExportChild,
     ExportParent,
-    MeasureAccuracy,
     MeasureCosts,
     PrepareCorpus,
     PrepareParent,
@@ -90,6 +90,7 @@ def _too_short_splits(params: Params) -> Iterator[str]:
     """Budgets of tokens that are larger than their split of the corpus."""
     corpus, bld, score = params.prepare_corpus, params.distill_blocks, params.score_blocks
     refine, gkd, evaluate = params.refine_child, params.distill_child, params.evaluate_child
+    scored = score.tokens // score.length(corpus.seq_len)
     budgets = (
         (
             "distill_child.tokens + the most of distill_blocks.tokens, variant_tokens, fit_tokens, refine_child.tokens",
@@ -97,16 +98,10 @@ def _too_short_splits(params: Params) -> Iterator[str]:
             "train_tokens",
             corpus.train_tokens,
         ),
-        ("distill_child.held_out_tokens", gkd.held_out_tokens, "calibration_tokens", corpus.calibration_tokens),
         (
-            "seq_len x the sequences of score_blocks.tokens + refine_child.held_out_tokens",
-            score.tokens // score.length(corpus.seq_len) * corpus.seq_len + refine.held_out_tokens,
-            "calibration_tokens",
-            corpus.calibration_tokens,
-        ),
-        (
-            "seq_len x the sequences of score_blocks.tokens + distill_blocks.held_out_tokens",
-            score.tokens // score.length(corpus.seq_len) * corpus.seq_len + bld.held_out_tokens,
+            "seq_len x the sequences of score_blocks.tokens + the most of held_out_tokens of distill_blocks, "
+            "refine_child, distill_child",
+            scored * corpus.seq_len + max(bld.held_out_tokens, refine.held_out_tokens, gkd.held_out_tokens),
             "calibration_tokens",
             corpus.calibration_tokens,
         ),
@@ -121,35 +116,37 @@ def _broken_sequences(params: Params) -> Iterator[str]:
     """Budgets of tokens that are not a whole number of sequences, or of the sequences that are taken at once."""
     corpus, bld, score = params.prepare_corpus, params.distill_blocks, params.score_blocks
     gkd, evaluate, seq_len = params.distill_child, params.evaluate_child, params.prepare_corpus.seq_len
-    bld_step = bld.sequences_per_step * seq_len
-    score_batch = score.sequences_per_batch * score.length(seq_len)
+    whole = (seq_len, "prepare_corpus.seq_len")
+    bld_step = (bld.sequences_per_step * seq_len, "seq_len x distill_blocks.sequences_per_step")
+    gkd_step = (gkd.sequences_per_step * seq_len, "seq_len x distill_child.sequences_per_step")
+    score_batch = (score.sequences_per_batch * score.length(seq_len), "a sequence x score_blocks.sequences_per_batch")
     budgets = [
-        ("prepare_corpus.train_tokens", corpus.train_tokens, seq_len),
-        ("prepare_corpus.calibration_tokens", corpus.calibration_tokens, seq_len),
-        ("prepare_corpus.validation_tokens", corpus.validation_tokens, seq_len),
-        ("distill_blocks.fit_tokens", bld.fit_tokens, seq_len),
+        ("prepare_corpus.train_tokens", corpus.train_tokens, whole),
+        ("prepare_corpus.calibration_tokens", corpus.calibration_tokens, whole),
+        ("prepare_corpus.validation_tokens", corpus.validation_tokens, whole),
+        ("distill_blocks.fit_tokens", bld.fit_tokens, whole),
         ("distill_blocks.tokens", bld.tokens, bld_step),
     ]
     for name, domain in corpus.domains.items():
-        budgets.append((f"prepare_corpus.domains.{name}.tokens", domain.tokens, seq_len))
+        budgets.append((f"prepare_corpus.domains.{name}.tokens", domain.tokens, whole))
     for variant, tokens in bld.variant_tokens.items():
         budgets.append((f"distill_blocks.variant_tokens.{variant}", tokens, bld_step))
     budgets += [
         ("score_blocks.tokens", score.tokens, score_batch),
         ("score_blocks.initial_tokens", score.initial_tokens, score_batch),
         ("score_blocks.depth_tokens", score.depth_tokens, score_batch),
-        ("distill_child.tokens", gkd.tokens, gkd.sequences_per_step * seq_len),
-        ("distill_child.held_out_tokens", gkd.held_out_tokens, seq_len),
-        ("refine_child.tokens", params.refine_child.tokens, seq_len),
-        ("refine_child.held_out_tokens", params.refine_child.held_out_tokens, seq_len),
-        ("evaluate_child.tokens", evaluate.tokens, seq_len),
-        ("evaluate_child.baseline_tokens", evaluate.baseline_tokens, seq_len),
-        ("evaluate_child.domain_baseline_tokens", evaluate.domain_baseline_tokens, seq_len),
-        ("evaluate_child.export_tokens", evaluate.export_tokens, seq_len),
+        ("distill_child.tokens", gkd.tokens, gkd_step),
+        ("distill_child.held_out_tokens", gkd.held_out_tokens, whole),
+        ("refine_child.tokens", params.refine_child.tokens, whole),
+        ("refine_child.held_out_tokens", params.refine_child.held_out_tokens, whole),
+        ("evaluate_child.tokens", evaluate.tokens, whole),
+        ("evaluate_child.baseline_tokens", evaluate.baseline_tokens, whole),
+        ("evaluate_child.domain_baseline_tokens", evaluate.domain_baseline_tokens, whole),
+        ("evaluate_child.export_tokens", evaluate.export_tokens, whole),
     ]
-    for key, tokens, multiple in budgets:
+    for key, tokens, (multiple, product) in budgets:
         if tokens % multiple:
-            yield f"{key} is {tokens}, expected a multiple of {multiple} (seq_len x sequences at once)"
+            yield f"{key} is {tokens}, expected a multiple of {multiple} ({product})"
 
 
 def _parts_above_their_whole(params: Params) -> Iterator[str]:

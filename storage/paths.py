@@ -124,6 +124,11 @@ class Paths:
         """Accuracy of parent and child on the tasks that params name."""
         return self.child(target) / "accuracy.json"
 
+    @property
+    def answers(self) -> Path:
+        """Answers of models to benchmarks, a file for each model and benchmark, so that none is asked twice."""
+        return self.root / "answers"
+
     def frontier(self, target: str) -> Path:
         """Quality against the metric of a constraint: the path of a table and of a figure, without suffix."""
         return self.root / "frontier" / target

@@ -22,7 +22,10 @@ _LONGEST = 1e9
 """Seconds that no stage takes: what is longer is damaged."""
 _UNWATCHED = {
     f"storage.{name}"
-    for name in ("params", "sections", "paths", "files", "pieces", "code_digest", "bare_code", "sources", "yaml_files")
+    for name in (
+        *("params", "sections", "accuracy_sections", "paths", "files", "pieces"),
+        *("code_digest", "bare_code", "sources", "yaml_files"),
+    )
 }
 """Modules that every stage reads, and whose changes show in no artifact: no deps, nor what only they import."""
 

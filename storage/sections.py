@@ -1,16 +1,15 @@
 """Descriptions of every key of params.yaml: a class for each section, a field with a sentence for each key.
 
 The sentence says the meaning and the unit, and what 0 or null does; default and bounds stand beside it. The form of the
-UI shows the same sentences. Keys of `targets` are described in storage/targets.py, metrics in storage/metrics.py, and
-export formats in storage/formats.py. A new section is also a field of Params in storage/params.py, which checks what
-several sections must agree on.
+UI shows the same sentences. Keys of `targets` are described in storage/targets.py, those of `measure_accuracy` in
+storage/accuracy_sections.py, metrics in storage/metrics.py, and export formats in storage/formats.py. A new section is
+also a field of Params in storage/params.py, which checks what several sections must agree on.
 """
 
 import math
-import string
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from storage.documents import TRAINING_MIX
 from storage.fields import Section
@@ -470,39 +469,6 @@ class EvaluateChild(Section):
         description="The first of the validation split: every exported GGUF is compared with the child on these, in "
         "llama.cpp (needs the extra llamacpp); 0: none.",
     )
-
-
-class AccuracyTask(Section):
-    """A multiple-choice task: questions of a Parquet file, or one of lm-eval's own from the hub."""
-
-    name: str = Field(min_length=1, description="With path any name; else lm-eval's name of a task or group.")
-    path: str | None = Field(None, description="Local or s3:// Parquet file; null takes lm-eval's task from the hub.")
-    prompt: str = Field(
-        "Question: {question}\nAnswer:",
-        description="Text before a space and a choice; {column} is the file's column (path only).",
-    )
-    choices: str = Field("choices", description="Column with each question's list of choices (path only).")
-    label: str = Field("label", description="Column with the right choice's index, from 0 (path only).")
-    metric: Literal["acc", "acc_norm"] = Field(
-        "acc_norm", description="acc: the likeliest choice counts; acc_norm: the likeliest per character."
-    )
-    num_fewshot: int | None = Field(
-        None, ge=0, description="Examples before each question; null: the task's own, or 0."
-    )
-    limit: int | None = Field(None, ge=2, description="The first so many questions; null is all.")
-
-    @field_validator("prompt")
-    @classmethod
-    def _is_a_template(cls, prompt: str) -> str:
-        list(string.Formatter().parse(prompt))
-        return prompt
-
-
-class MeasureAccuracy(Section):
-    """Accuracy of parent and child on public or own tasks (lm-eval, the extra `eval`)."""
-
-    tasks: tuple[AccuracyTask, ...] = Field((), description="Tasks to measure; empty measures nothing.")
-    sequences_per_batch: int = Field(8, ge=1, description="Choices in one forward pass.")
 
 
 class Report(Section):

@@ -301,6 +301,8 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
     paragraph: list[str] = []
     length = 0
     for line in lines:
+        if "\0" in line:  # UTF-16 without its mark is UTF-8 with these
+            raise UnicodeError("it holds NUL characters")
         if paragraph and (line == "\n" or length > _PARAGRAPH_CHARS):
             yield "".join(paragraph)
             paragraph, length = [], 0
@@ -380,10 +382,11 @@ def _explained(address: str) -> Iterator[None]:
         raise
     except ConnectionError as error:
         raise _unreachable(address, error) from error
-    except (OSError, ValueError, EOFError, pa.ArrowException) as error:
+    except (OSError, ValueError, EOFError, OverflowError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise InputError(f"{address} cannot be read ({type(error).__name__}: {_one_line(error)})") from error
+        advice = "; save it as UTF-8" if isinstance(error, UnicodeError) else ""
+        raise InputError(f"{address} cannot be read ({type(error).__name__}: {_one_line(error)}){advice}") from error
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer as transformers loads it, without code of the checkpoint, and what it says of texts."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import date
 from pathlib import Path
 
@@ -22,6 +22,7 @@ _TOKENIZER_FILES = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )
+_SAMPLE = "Words, 1 to 3."
 _A_DAY = date(2024, 7, 26)  # templates that print the day (Llama 3.2, Mistral) must print the same one in every run
 _DIRECTIVES = "YmdbBaAjyHMS"
 _VOCABULARIES = ("tokenizer.*", "vocab.*")
@@ -38,7 +39,20 @@ def load_tokenizer(folder: Path, rebuild: str) -> PreTrainedTokenizerBase:
         raise InputError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); run `{rebuild}`")
     with tokenizer_errors(f"{folder} has no tokenizer that can be read", f"run `{rebuild}`"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer(_SAMPLE)
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(model, "dropout", None):
+        raise InputError(f"{folder}: the tokenizer's dropout gives a text other tokens each time; set it to null there")
     return tokenizer
+
+
+def check_tokens(tokens: Iterable[int], vocab_size: int, folder: Path) -> None:
+    """Raise InputError where a tokenizer gives tokens that the embedding has no row for."""
+    if (largest := max(tokens, default=0)) >= vocab_size:
+        raise InputError(
+            f"the tokenizer in {folder} gives token {largest}, and the embedding has {vocab_size} rows; "
+            "use the parent's own tokenizer"
+        )
 
 
 def tokenizer_digest(folder: Path) -> str:

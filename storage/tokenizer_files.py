@@ -1,14 +1,16 @@
 """The tokenizer files of a checkpoint, checked before anything else reads them. No torch, no transformers.
 
 What is checked: small JSON files are objects, chat templates are texts, no file asks for code of its own, and the
-tokenizers library reads tokenizer.json within seconds and a gigabyte, tried in a process of its own.
+tokenizers library reads tokenizer.json, and jinja2 renders the templates, within seconds and a gigabyte, tried in a
+process of its own.
 """
 
 import functools
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ def check_tokenizer(folder: Path, rebuild: str) -> None:
         DamagedFileError: one of them is not the JSON or the text that it must be.
     """
     side_files(folder, TOKENIZER_FILES)
+    templates: list[str] = []
     for name in _OBJECTS:
         file = folder / f"{name}.json"
         values = read_object(file, rebuild) if file.exists() else {}
@@ -46,8 +49,10 @@ def check_tokenizer(folder: Path, rebuild: str) -> None:
                 f"{file} asks for a tokenizer class of its own (auto_map), whose code is never run here; save the "
                 "tokenizer as tokenizer.json and take auto_map out"
             )
-    for template in side_files(folder, _TEMPLATES):
-        read_text(template, rebuild, _MAX_TEMPLATE_BYTES)
+        templates += _texts(values.get("chat_template"))
+    templates += [read_text(file, rebuild, _MAX_TEMPLATE_BYTES) for file in side_files(folder, _TEMPLATES)]
+    if templates:
+        _probe_templates(tuple(templates), folder)
     path = folder / _TOKENIZER
     if path.is_file():
         status = path.stat()
@@ -60,23 +65,59 @@ def read_settings(folder: Path, rebuild: str) -> dict[str, dict[str, Any]]:
     return {name: read_object(file, rebuild) if file.is_file() else {} for name, file in files.items()}
 
 
+def _texts(templates: Any) -> Iterator[str]:
+    """The texts of one template, or of several by name."""
+    if isinstance(templates, str):
+        yield templates
+    elif isinstance(templates, list | Mapping):
+        for template in templates.values() if isinstance(templates, Mapping) else templates:
+            yield from _texts(template)
+
+
+@functools.lru_cache(maxsize=8)
+def _probe_templates(templates: tuple[str, ...], folder: Path) -> None:
+    """Raise InputError where chat templates are not rendered within the limits."""
+    ended = _run_probe(standard_input=json.dumps(templates))
+    if ended is None or ended.returncode:
+        raise InputError(
+            f"{folder}: its chat template takes more than {_limits()} for a short chat; take another template"
+        )
+
+
 @functools.lru_cache(maxsize=8)
 def _probe(path: Path, size: int, _changed_ns: int) -> None:
     """Raise InputError where the library does not read a tokenizer.json, or not within its limits."""
     advice = "save it anew with transformers"
     if size > _MAX_BYTES:
         raise InputError(f"{path} is larger than {_MAX_BYTES >> 20} MiB, which no tokenizer is; {advice}")
-    seconds, memory = tokenizer_probe.CPU_SECONDS, tokenizer_probe.MEMORY_BYTES
-    command = [sys.executable, "-P", str(Path(tokenizer_probe.__file__)), str(path), str(seconds), str(memory)]
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}
+    ended = _run_probe(str(path))
+    if ended is None:
+        raise InputError(f"{path} takes the tokenizers library more than {_TIMEOUT_S:.0f} s; {advice}")
+    if ended.returncode:
+        lines = ended.stderr.splitlines()
+        reason = lines[-1].partition(": ")[2][:_MAX_REASON] if ended.returncode == 1 and lines else ""
+        raise InputError(f"{path} is not a tokenizer ({reason or f'reading it takes more than {_limits()}'}); {advice}")
+
+
+def _run_probe(*arguments: str, standard_input: str = "") -> "subprocess.CompletedProcess[str] | None":
+    """The probe's end; None if it did not end in time."""
+    limits = [str(tokenizer_probe.CPU_SECONDS), str(tokenizer_probe.MEMORY_BYTES)]
+    command = [sys.executable, "-P", str(Path(tokenizer_probe.__file__)), *limits, *arguments]
     try:
-        ended = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=False
+        return subprocess.run(
+            command,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"},
+            input=standard_input,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        raise InputError(f"{path} takes the tokenizers library more than {_TIMEOUT_S:.0f} s; {advice}") from None
-    if ended.returncode:
-        limits = f"{seconds} s or {memory / 2**30:g} GiB"
-        lines = ended.stderr.decode(errors="replace").splitlines()
-        reason = lines[-1].partition(": ")[2][:_MAX_REASON] if ended.returncode == 1 and lines else ""
-        raise InputError(f"{path} is not a tokenizer ({reason or f'reading it takes more than {limits}'}); {advice}")
+        return None
+
+
+def _limits() -> str:
+    """The limits of the probe, for people."""
+    return f"{tokenizer_probe.CPU_SECONDS} s or {tokenizer_probe.MEMORY_BYTES / 2**30:g} GiB"

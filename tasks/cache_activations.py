@@ -100,7 +100,11 @@ def _kept(split: SplitName, params: Params, parent: Parent) -> tuple[int, ...]:
 
 @task(cache_policy=NO_CACHE)
 def cache_shard(shard: Shard, params: Params, paths: Paths) -> None:
-    """Write one shard at every boundary that its split keeps."""
+    """Write one shard at every boundary that its split keeps.
+
+    Raises:
+        InputError: hidden states are NaN or infinite.
+    """
     run, parent = params.run, Parent(paths.parent)
     compute = prepare_compute(run.device, run.dtype, run.threads)
     config = parent.config
@@ -113,6 +117,11 @@ def cache_shard(shard: Shard, params: Params, paths: Paths) -> None:
     written: list[Future[tuple[Path, str]]] = []
 
     def write(boundary: int, hidden: Tensor) -> tuple[Path, str]:
+        if not hidden.isfinite().all():
+            raise InputError(
+                f"the hidden states of {parent.info.name} at boundary {boundary} are not finite: its weights overflow "
+                f"in {compute.dtype}; set run.dtype to float32, or take another revision of it"
+            )
         path = shard_path(paths.activations, shard.split, boundary, shard.index)
         write_shard(path, hidden, {**metadata, "boundary": str(boundary), "first_sequence": str(shard.start)})
         return path, sha256(path)

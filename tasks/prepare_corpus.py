@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from prefect import task
@@ -46,6 +47,7 @@ from storage.text_datasets import Columns, HubDataset, SkippedRows, file_documen
 from storage.tokenizer import (
     added_bos,
     chat_template,
+    check_tokens,
     document_separator,
     load_tokenizer,
     tokenizer_digest,
@@ -59,8 +61,12 @@ _TRAINING_PLANS: tuple[tuple[SplitName, int | None], ...] = (("validation", 4), 
 """Splits of the training mix in the order of packing. Validation takes every fourth document, calibration every third
 of the others: of a source of a dozen books each split has some, and at most half of any source is held out."""
 _USUAL_ROLES = ("system", "user", "assistant")
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
+_TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, AttributeError, LookupError),
+    *(ArithmeticError, RecursionError),
+)
 """What a chat template raises: on purpose, or where a message is not as it expects."""
+_READS_PARTS = re.compile(r"""\.text\b|\[['"]text['"]\]""")
 _LIBRARIES = ("datasets", "pyarrow", "tokenizers", "transformers")
 _NOTES = (
     "Embedded documents are technical prose in English: pages of one module's docstrings, of one topic of Python's "
@@ -246,6 +252,8 @@ class _Tokenizer:
         self.separator: str = separator
         self.separator_id: int = vocabulary[separator]
         self._vocab_size = parent.config.vocab_size
+        self._folder = folder
+        check_tokens([self.separator_id, self._bos_id or 0], self._vocab_size, folder)
         self.skipped = skipped
 
     def takes(self, document: Document) -> bool:
@@ -270,11 +278,7 @@ class _Tokenizer:
         way_out = "leave the document out, or use the parent's own tokenizer"
         with tokenizer_errors(f"the parent's tokenizer cannot encode {where}", way_out):
             ids: list[list[int]] = self._tokenizer(texts, **options)["input_ids"]
-        if (largest := max(map(max, filter(None, ids)), default=0)) >= self._vocab_size:
-            raise InputError(
-                f"the parent's tokenizer gives token {largest}, and its embedding has {self._vocab_size} rows; "
-                "use the parent's own tokenizer"
-            )
+        check_tokens(map(max, filter(None, ids)), self._vocab_size, self._folder)
         if self._bos_id is None:
             return ids
         bos = [self._bos_id]
@@ -282,30 +286,37 @@ class _Tokenizer:
 
     def _rendered(self, document: Document) -> str | None:
         """A chat as the template writes it; None, and a reason, where it cannot, or leaves something out."""
-        messages = [message.for_template for message in document.messages]
-        bare = [
-            {**turn, "content": None} if "tool_calls" in turn and not turn["content"] else turn for turn in messages
-        ]
-        left_out = _unusual_words(document.messages)
-        try:
-            for turns in [messages] if bare == messages else [messages, bare]:  # some templates want null beside calls
+        words, reasons = _telling_words(document.messages), list[str]()
+        for turns in _forms(document.messages, str(self._template)):
+            try:
                 text = self._tokenizer.apply_chat_template(turns, tokenize=False, chat_template=self._template)
-                assert isinstance(text, str)
-                if all(word in text for word in left_out):
-                    return text
-        except _TEMPLATE_ERRORS as error:
-            reason = f"the parent's chat template refuses this chat ({' '.join(str(error).split())[:200]})"
-        else:
-            reason = "the parent's chat template leaves out tool calls, or messages with other roles than the usual"
-        self.skipped[document.source].skip(reason, document.path)
+            except _TEMPLATE_ERRORS as error:
+                reasons.append(f"the parent's chat template refuses this chat ({' '.join(str(error).split())[:200]})")
+                continue
+            assert isinstance(text, str)
+            if all(word in text for word in words):
+                return text
+            reasons.append("the parent's chat template leaves out tool calls, the last message, or unusual roles")
+        self.skipped[document.source].skip(reasons[0], document.path)
         return None
 
 
-def _unusual_words(messages: Sequence[Message]) -> list[str]:
-    """Words that show whether a template writes what some leave out: functions called, messages of unusual roles."""
+def _forms(messages: Sequence[Message], template: str) -> Iterator[list[dict[str, Any]]]:
+    """A chat as templates want it: most read texts, some null beside tool calls, some lists of parts."""
+    turns = [message.for_template for message in messages]
+    yield turns
+    if any("tool_calls" in turn and not turn["content"] for turn in turns):
+        yield [{**turn, "content": None} if "tool_calls" in turn and not turn["content"] else turn for turn in turns]
+    if _READS_PARTS.search(template):
+        yield [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+
+
+def _telling_words(messages: Sequence[Message]) -> list[str]:
+    """Words that show whether a template writes what some leave out: the functions that are called, and the longest
+    word of the last message and of those with unusual roles."""
     names = [call["name"] for message in messages for call in message.tool_calls]
-    contents = [message.content for message in messages if message.role not in _USUAL_ROLES]
-    return names + [max(re.findall(r"\w+", content), key=len, default="") for content in contents]
+    told = [message.content for message in messages if message.role not in _USUAL_ROLES] + [messages[-1].content]
+    return names + [max(re.findall(r"\w+", content), key=len, default="") for content in told]
 
 
 def _packer(

@@ -10,6 +10,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from storage.accuracy import read_accuracy
 from storage.architecture import read_architecture, read_baselines
 from storage.evaluation import read_evaluation
 from storage.files import write_whole
@@ -79,6 +80,7 @@ def _read_child(target: str, paths: Paths) -> ReportedChild:
         gkd=read_gkd(target, paths) if paths.gkd(target).is_file() else None,
         throughput=read_throughput(throughput) if throughput.is_file() else (),
         refinement=read_refinement(target, paths) if paths.refinement(target).is_file() else None,
+        accuracy=read_accuracy(target, paths) if paths.accuracy(target).is_file() else None,
     )
 
 

@@ -7,6 +7,7 @@ from the parent's own distribution, so what it writes is as broad as what it was
 `puzzle stage write_text`.
 """
 
+import itertools
 import json
 import random
 import re
@@ -28,7 +29,15 @@ from storage.parent import Parent
 from storage.parent_info import REBUILD as REBUILD_PARENT
 from storage.paths import Paths
 from storage.pieces import Pieces
-from storage.tokenizer import added_bos, chat_template, document_separator, load_tokenizer, tokenizer_digest
+from storage.tokenizer import (
+    added_bos,
+    chat_template,
+    check_tokens,
+    document_separator,
+    load_tokenizer,
+    tokenizer_digest,
+    tokenizer_errors,
+)
 from storage.written_text import REBUILD, WrittenKind, batch_name
 from tasks.puzzle.model.child import build
 from tasks.puzzle.model.device import prepare_compute
@@ -39,6 +48,7 @@ _OPENING = re.compile("[A-Z][a-z]{2,}")
 _ROLES = ("user", "assistant")
 _MARKS = ("The question stands here.", "The answer stands here.")
 """Contents of a chat that is rendered to find what the template writes around them."""
+_WAY_OUT = "take the source with `messages` out of prepare_corpus"
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,8 @@ class Writer:
             _openings(self.tokenizer, self.config.vocab_size),
         )
         self._chat = _chat(self.tokenizer, parent.folder) if "chats" in params.prepare_corpus.written_kinds else []
+        given = (turn.given for turn in (self._text, *self._chat))
+        check_tokens(itertools.chain.from_iterable(given), self.config.vocab_size, parent.folder)
 
     def script(self, kind: WrittenKind, chance: random.Random) -> Iterator[list[Turn]]:
         """The turns of text after text: of a document that opens with a random word, or of a chat."""
@@ -169,16 +181,14 @@ def _openings(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
 def _chat(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[Turn]:
     """A question and its answer, each up to the token that the chat template ends it with."""
     problem = f"the parent in {folder} cannot write chats"
-    template = chat_template(tokenizer, problem, "take the source with `messages` out of prepare_corpus")
+    template = chat_template(tokenizer, problem, _WAY_OUT)
     chat = [{"role": role, "content": mark} for role, mark in zip(_ROLES, _MARKS, strict=True)]
-    rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template))
+    with tokenizer_errors(problem, _WAY_OUT):
+        rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template))
     parts = re.split("|".join(map(re.escape, _MARKS)), rendered)
     given = [tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts]
     if len(parts) != 3 or not given[0] or not set(given[1][:1]) & _special_ids(tokenizer):
-        raise InputError(
-            f"{problem}: its chat template does not end a question with a special token; take the source with "
-            "`messages` out of prepare_corpus"
-        )
+        raise InputError(f"{problem}: its chat template does not end a question with a special token; {_WAY_OUT}")
     ends = _ends(tokenizer, folder) | {given[1][0]}
     return [Turn(given[0], ends), Turn(given[1], ends)]
 

@@ -189,47 +189,11 @@ def _documents(seed: int, count: int) -> list[dict[str, str]]:
 
 def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
     """params.yaml of the clones: enough work in BLD and scoring to be killed in its middle, seconds in all."""
-    scenario = {"scenario": "8/8", "batch": 2, "precision": "float32"}
     values: dict[str, Any] = {
         "run": {"seed": 0, "dtype": "float32", "device": "cpu", "threads": 1, "workers": 2},
         "prepare_parent": {"source": str(parent)},
-        "write_text": {},
-        "prepare_corpus": {
-            "sources": [
-                {"kind": "files", "path": str(documents / "text.jsonl"), "weight": 3.0},
-                {"kind": "files", "path": str(documents / "chats.jsonl"), "messages": "messages"},
-            ],
-            "seq_len": SEQ_LEN,
-            "train_tokens": 288 * SEQ_LEN,
-            "calibration_tokens": 72 * SEQ_LEN,
-            "validation_tokens": 12 * SEQ_LEN,
-            "domains": {
-                "other": {
-                    "sources": [{"kind": "files", "path": str(documents / "other.jsonl")}],
-                    "tokens": 6 * SEQ_LEN,
-                }
-            },
-        },
-        "cache_activations": {"dtype": "float32", "sequences_per_shard": 48, "sequences_per_batch": 8},
-        "distill_blocks": {
-            "fit_tokens": 64 * SEQ_LEN,
-            "tokens": 256 * SEQ_LEN,
-            "variant_tokens": {},
-            "sequences_per_step": 1,
-            "learning_rate": 0.002,
-            "held_out_tokens": 8 * SEQ_LEN,
-            "importance_tokens": 32 * SEQ_LEN,
-            "ffn_ratios": [0.5, 0.25],
-            "width_multiple": 8,
-            "linear": True,
-            "spans": [],
-        },
-        "score_blocks": {
-            "tokens": 64 * SEQ_LEN,
-            "initial_tokens": 32 * SEQ_LEN,
-            "blocks_per_group": 1,
-            "sequences_per_batch": 4,
-        },
+        "prepare_corpus": _corpus(documents),
+        **_library(),
         "measure_costs": {
             "timings": [TIMINGS],
             "hardware": ["h100-sxm"],
@@ -259,40 +223,65 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
         },
         "benchmark_throughput": {"scenarios": ["8/8"], "batches": [1, 2], "repeats": 2},
         "report": {"png_dpi": 50},
-        "targets": {
-            "small": {
-                "label": "Small",
-                "constraints": {
-                    "block_params": {"metric": "block_params", "at_most_ratio": 0.7, "precision": "float32"},
-                    "kv": {"metric": "kv_bytes", "at_most_ratio": 0.8, "precision": "float32"},
-                    # Any child meets it: what a busy machine times decides nothing here.
-                    "decode": {
-                        "metric": "decode_throughput",
-                        "at_least_ratio": 0.01,
-                        "hardware": TIMINGS,
-                        **scenario,
-                    },
-                },
-            },
-            "fast": {
-                "label": "Fast",
-                "constraints": {
-                    "memory": {
-                        "metric": "memory_gib",
-                        "at_most_ratio": 0.85,
-                        "batch": 64,
-                        "context": 128,
-                        "precision": "float32",
-                    },
-                    "decode": {
-                        "metric": "decode_throughput",
-                        "at_least_ratio": 1.1,
-                        "hardware": "h100-sxm",
-                        "engine": "roofline",
-                        **scenario,
-                    },
-                },
-            },
-        },
+        "targets": _targets(),
     }
     return {section: values.get(section, {}) for section in Params.model_fields}
+
+
+def _corpus(documents: Path) -> dict[str, Any]:
+    """Section prepare_corpus: texts and chats in every split, and the words of other.jsonl in a domain."""
+
+    def files(name: str, **more: Any) -> dict[str, Any]:
+        return {"kind": "files", "path": str(documents / name), **more}
+
+    return {
+        "sources": [files("text.jsonl", weight=3.0), files("chats.jsonl", messages="messages")],
+        "seq_len": SEQ_LEN,
+        "train_tokens": 288 * SEQ_LEN,
+        "calibration_tokens": 72 * SEQ_LEN,
+        "validation_tokens": 12 * SEQ_LEN,
+        "domains": {"other": {"sources": [files("other.jsonl")], "tokens": 6 * SEQ_LEN}},
+    }
+
+
+def _library() -> dict[str, Any]:
+    """Sections of the stages that train the library and score it."""
+    return {
+        "cache_activations": {"dtype": "float32", "sequences_per_shard": 48, "sequences_per_batch": 8},
+        "distill_blocks": {
+            "fit_tokens": 64 * SEQ_LEN,
+            "tokens": 256 * SEQ_LEN,
+            "variant_tokens": {},
+            "sequences_per_step": 1,
+            "learning_rate": 0.002,
+            "held_out_tokens": 8 * SEQ_LEN,
+            "importance_tokens": 32 * SEQ_LEN,
+            "ffn_ratios": [0.5, 0.25],
+            "width_multiple": 8,
+            "linear": True,
+            "spans": [],
+        },
+        "score_blocks": {
+            "tokens": 64 * SEQ_LEN,
+            "initial_tokens": 32 * SEQ_LEN,
+            "blocks_per_group": 1,
+            "sequences_per_batch": 4,
+        },
+    }
+
+
+def _targets() -> dict[str, Any]:
+    """A target of sizes, which any child's speed meets, and one of memory and modelled speed."""
+    scenario = {"scenario": "8/8", "batch": 2, "precision": "float32"}
+    timed = {"metric": "decode_throughput", "at_least_ratio": 0.01, "hardware": TIMINGS, **scenario}
+    modelled = {"metric": "decode_throughput", "at_least_ratio": 1.1, "hardware": "h100-sxm", "engine": "roofline"}
+    small = {
+        "block_params": {"metric": "block_params", "at_most_ratio": 0.7, "precision": "float32"},
+        "kv": {"metric": "kv_bytes", "at_most_ratio": 0.8, "precision": "float32"},
+        "decode": timed,  # what a busy machine times decides nothing here
+    }
+    held = {"metric": "memory_gib", "at_most_ratio": 0.85, "batch": 64, "context": 128, "precision": "float32"}
+    return {
+        "small": {"label": "Small", "constraints": small},
+        "fast": {"label": "Fast", "constraints": {"memory": held, "decode": {**modelled, **scenario}}},
+    }

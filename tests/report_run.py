@@ -11,6 +11,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from storage.accuracy import (
+    Accuracy,
+    BenchmarkAccuracy,
+    ChildAccuracy,
+    ChildLoss,
+    Estimate,
+    PositionBucket,
+    write_accuracy,
+)
 from storage.architecture import (
     Baseline,
     Baselines,
@@ -189,7 +198,7 @@ def _losses(config: ModelConfig, params: Params) -> Iterator[dict[str, Any]]:
 
 
 def _measure(target: str, number: int, paths: Paths) -> None:
-    """Write evaluation.json, baselines.json, gkd.json and throughput.parquet of a child."""
+    """Write evaluation.json, baselines.json, gkd.json, accuracy.json and throughput.parquet of a child."""
     chosen, rows = read_architecture(target, paths), list(throughput_rows(RATE))
     score = chosen.predicted.score
     evaluation = Evaluation(
@@ -207,6 +216,20 @@ def _measure(target: str, number: int, paths: Paths) -> None:
     write_gkd(paths.gkd(target), _gkd(target, score, number))
     write_refinement(paths.refinement(target), _refinement(chosen, score))
     write_throughput(paths.throughput(target), rows)
+    write_accuracy(paths.accuracy(target), _accuracy(target))
+
+
+def _accuracy(target: str) -> Accuracy:
+    """A benchmark that the parent knows, and one at which it guesses."""
+    known, guessed = Estimate(0.5, 0.02), Estimate(0.25, 0.02)
+    kept = ChildAccuracy(Estimate(0.45, 0.02), Estimate(-0.05, 0.01), Estimate(0.9, 0.02), Estimate(0.8, 0.04))
+    lost = ChildAccuracy(guessed, Estimate(0.0, 0.01), None, None)
+    benchmarks = (
+        BenchmarkAccuracy("hellaswag", "acc_norm", "1", None, 400, "a", 0.25, False, known, {"refined": kept}),
+        BenchmarkAccuracy("mmlu", "acc", "1", None, 400, "b", 0.25, True, guessed, {"refined": lost}),
+    )
+    position = PositionBucket(1, 64, 630, 10, 3.0, {"refined": ChildLoss(3.25, 0.25, 0.05)})
+    return Accuracy(target, "float32", benchmarks, None, (position,))
 
 
 def _speed(rows: list[ThroughputRow], limits: tuple[ReachedLimit, ...]) -> MeasuredSpeed | None:

@@ -32,8 +32,6 @@ TORCH = ("torch", "transformers", "accelerate", "safetensors.torch")
 ORCHESTRATION = {"prefect", "dvc", "yaml"}
 FILES = {"pathlib", "shutil", "tempfile", "glob", "importlib"}
 """What the method does without; what it needs of files and of installed packages it is given."""
-HARNESS = "tasks.puzzle.quality.harness"
-"""lm-eval in this process: it takes a checkpoint's folder, and says which version it is."""
 NO_MODULE = {"by_hand", "disk", "loaders", "parity", "remote_code", "seals"}
 """Tests of what several modules do together."""
 
@@ -237,7 +235,7 @@ def test_the_method_knows_no_files() -> None:
     """What it needs of params, artifacts and installed packages it is given."""
     for module in (module for module in MODULES if module.startswith("tasks.puzzle")):
         files = _foreign(MODULES[module]) & FILES
-        assert not files or module == HARNESS, (module, files)
+        assert not files, (module, files)
         for name in _project_imports(module) - {m for m in MODULES if m.startswith("tasks.")}:
             assert name.removeprefix("storage.") not in ("params", "sections", "paths", "pieces"), (module, name)
             assert not _libraries_behind(name) & {"torch", "pyarrow", *ORCHESTRATION}, f"{module} imports {name}"
@@ -435,7 +433,7 @@ def _make_targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):", makefile, re.M))
 
 
-_DOCS = ("architecture", "corpus", "costs", "distillation", "scores", "search", "ui")
+_DOCS = ("accuracy", "architecture", "corpus", "costs", "distillation", "scores", "search", "ui")
 DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in _DOCS))
 
 

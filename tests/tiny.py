@@ -17,7 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from storage.checkpoints import CheckpointWriter
+from storage.checkpoints import Checkpoint, CheckpointWriter
 from storage.corpus import (
     SPLITS,
     Manifest,
@@ -137,6 +137,16 @@ def flip_byte(path: Path, position: int = -1) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
+
+
+def change_weights(folder: Path) -> None:
+    """Write a checkpoint anew, whole, with other weights in the first block's FFN."""
+    checkpoint = Checkpoint(folder, "the test")
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.checksums}
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1.01
+    writer = CheckpointWriter(folder, 1 << 30)
+    writer.add(tensors)
+    writer.finish()
 
 
 def tiny_corpus(

@@ -1,12 +1,13 @@
 """One target's artifacts as the report shows them: the child, its models with their qualities, and its speed.
 
-In: records of architecture.json, evaluation.json, baselines.json, gkd.json and throughput.parquet. Out: the numbers of
-figures and tables. All of them are the artifacts' or ratios of theirs.
+In: records of architecture.json, evaluation.json, baselines.json, gkd.json, accuracy.json and throughput.parquet. Out:
+the numbers of figures and tables. All of them are the artifacts' or ratios of theirs.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from storage.accuracy import Accuracy
 from storage.architecture import Baseline, ChosenArchitecture
 from storage.evaluation import CHILD_STATES, ChildState, DomainQuality, Evaluation, PairedDifference, Quality
 from storage.gkd import GkdCurve
@@ -59,6 +60,7 @@ class ReportedChild:
     gkd: GkdCurve | None
     throughput: Sequence[ThroughputRow]
     refinement: Refinement | None = None
+    accuracy: Accuracy | None = None
 
     @property
     def target(self) -> str:

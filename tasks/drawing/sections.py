@@ -14,6 +14,8 @@ from storage.model_config import ModelConfig
 from storage.records import CostRow
 from storage.refinement import Refinement
 from tasks.drawing import tables, throughput_tables
+from tasks.drawing.accuracy_tables import accuracy_table, positions_table
+from tasks.drawing.accuracy_text import NO_BENCHMARK
 from tasks.drawing.blocks import DrawnModel, architectures, runtimes
 from tasks.drawing.figure_data import bld_losses, healed_child, panel, runtime, score_cells, speed_points
 from tasks.drawing.healing import healing
@@ -71,7 +73,7 @@ def lacking(result: str, stage: str) -> str:
 def all_parts(run: ReportedRun) -> list[Part]:
     """Every section, in the page's order."""
     builders = (
-        *(pipeline_part, healing_part, quality_part, architecture_part, runtime_part, bld_part),
+        *(pipeline_part, healing_part, quality_part, accuracy_part, architecture_part, runtime_part, bld_part),
         *(scores_part, refinement_part, gkd_part, throughput_part, exports_part, predicted_part),
     )
     return [build(run) for build in builders]
@@ -116,6 +118,29 @@ def quality_part(run: ReportedRun) -> Part:
     drawing = quality_throughput(rows, run.dpi) if rows else None
     models = [table for child in evaluated for table in tables.quality_tables(child)]
     return Part(PageSection("quality", "Quality against throughput", text, drawing, models))
+
+
+def accuracy_part(run: ReportedRun) -> Part:
+    """The parent's accuracy that each child keeps on benchmarks, and log-loss by position."""
+    shown, missing = [], []
+    for child in run.children:
+        if child.accuracy is None:
+            missing.append(lacking(f"accuracy of {child.label}", f"measure_accuracy@{child.target}"))
+            continue
+        if child.accuracy.benchmarks:
+            shown.append(accuracy_table(child.label, child.accuracy))
+        if child.accuracy.positions:
+            shown.append(positions_table(child.label, child.accuracy))
+        if not child.accuracy.benchmarks:
+            missing.append(f"accuracy of {child.label}: {NO_BENCHMARK}")
+    if not shown:
+        return Part(None, tuple(missing))
+    text = (
+        "Parent and children answered the same questions; preserved is child / parent, as published, and above chance "
+        "kept is the same of what exceeds a guesser's accuracy. ± is one standard error, of differences and ratios "
+        "that of paired answers. A parent that is not two standard errors above chance has nothing to preserve."
+    )
+    return Part(PageSection("accuracy", "Accuracy preserved", text, None, shown), tuple(missing))
 
 
 def architecture_part(run: ReportedRun) -> Part:

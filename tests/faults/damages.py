@@ -147,7 +147,7 @@ def _read(clone: Clone, built: Built, forks: Forks, chance: random.Random) -> Ou
         harm(suspect, damage.harm, chance, keeps_date=damage.place == "rot")
     kind = f"{damage.kind}, {damage.place}"
     story = f"{damage.harm} {suspect.relative_to(clone.folder)} ({damage.name}), then {' '.join(todo[0])}"
-    complained = False
+    complained, told = False, set[tuple[str, ...]]()
     for _ in range(_MOST_COMMANDS):
         ended = forks.run(clone, *todo[-1], seconds=_SECONDS)
         if verdict := end_of(ended):
@@ -161,6 +161,9 @@ def _read(clone: Clone, built: Built, forks: Forks, chance: random.Random) -> Ou
         command = _advice(ended, built.makers(damage.name)[0])
         if not command:
             return Outcome(kind, "wrong", f"{story} -> no way out in: {last_words(ended)}")
+        if command in told:
+            _forget_index(clone)
+        told.add(command)
         todo.append(command)
     return Outcome(kind, "wrong", f"{story} -> the messages lead in a circle: {last_words(ended)}")
 
@@ -188,6 +191,14 @@ def _advice(ended: Ended | None, maker: str) -> tuple[str, ...]:
         if (match := _COMMAND.search(line))
     ]
     return tuple(commands[0].replace("puzzle ", "flows.cli ").split()) if commands else ()
+
+
+def _forget_index(clone: Clone) -> None:
+    """Delete DVC's index, which remembers what a rotten list of a folder said, as docs/architecture.md tells people."""
+    told = clone.must("dvc", "doctor").out
+    folder = re.search(r"^Repo.site_cache_dir: (.+)$", told, re.MULTILINE)
+    assert folder, told
+    shutil.rmtree(folder[1])
 
 
 def _compared(kind: str, story: str, clone: Clone, built: Built, damage: _Damage, complained: bool) -> Outcome:

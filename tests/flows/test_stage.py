@@ -4,16 +4,19 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 from uuid import UUID
 
 import pytest
 import yaml
 from httpx import ConnectError
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.events.clients import PrefectCloudEventsClient, PrefectEventsClient
+from prefect.events.worker import EventsWorker
+from prefect.settings import PREFECT_API_URL, PREFECT_CLOUD_API_URL, temporary_settings
 
-from flows import distill_blocks, prepare_parent, score_blocks, stage
+from flows import distill_blocks, prepare_parent, refine_child, score_blocks, stage
 from storage.files import InputError
 from storage.paths import Paths
 from storage.pipeline import read_seconds
@@ -153,6 +156,36 @@ def test_a_stage_whose_server_of_elsewhere_dies_ends_with_one_error(
     monkeypatch.setattr(stage, "_run_tracked", lose)
     with pytest.raises(InputError, match=r"elsewhere.example/api no longer answers \(refused\); run the same command"):
         stage.run_stage(prepare_parent.prepare_parent, None)
+
+
+@pytest.mark.parametrize(
+    ("url", "client"),
+    [
+        (f"{PREFECT_CLOUD_API_URL.value()}/accounts/a/workspaces/b", PrefectCloudEventsClient),
+        ("http://127.0.0.1:4200/api", PrefectEventsClient),
+    ],
+)
+def test_events_go_by_the_client_of_their_server(url: str, client: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect Cloud knows its users by another handshake than a server of ours."""
+    chosen: list[type] = []
+    monkeypatch.setattr(EventsWorker, "set_client_override", lambda client, **_: chosen.append(client))
+    for name in ("close_orphans", "release"):
+        monkeypatch.setattr(stage, name, lambda: None)
+    quiet: Any = SimpleNamespace(with_options=lambda **_: lambda **_: None)
+    stage._run_tracked(quiet, tiny_params(), {}, url)
+    assert chosen == [client]
+
+
+def test_dvcs_copies_of_what_a_stage_wrote_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Path] = []
+    monkeypatch.chdir(_folder(tmp_path).folder)
+    shutil.copyfile(ROOT / "dvc.yaml", "dvc.yaml")
+    monkeypatch.setattr(stage, "ensure", lambda: ("http://elsewhere.example/api", False))
+    monkeypatch.setattr(stage, "_run_tracked", lambda *_: None)
+    monkeypatch.setattr(stage, "have_cached_copy_checked", checked.append)
+    stage.run_stage(refine_child.refine_child, "works")
+    child = Paths().child("works")
+    assert checked == [child / "refined", child / "refine.json"]
 
 
 def test_our_own_mistake_is_not_dressed_up_as_a_wrong_input(tmp_path: Path, address: str) -> None:

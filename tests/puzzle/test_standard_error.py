@@ -22,10 +22,10 @@ def test_documents_of_unequal_size_count_with_the_sum_of_their_deviations() -> N
 
 def test_a_sequence_that_is_there_twice_says_no_more() -> None:
     """As two sequences of a document, or as one with twice the weight."""
-    once = standard_error([0.5, 0.1, 0.9], [0, 1, 2])
-    assert standard_error([0.5, 0.1, 0.9] * 2, [0, 1, 2] * 2) == pytest.approx(once)
-    twice = standard_error([0.5, 0.5, 0.1, 0.9], [0, 0, 1, 2])
-    assert standard_error([0.5, 0.1, 0.9], [0, 1, 2], weights=[2, 1, 1]) == pytest.approx(twice)
+    once = standard_error([0.7, 0.1, 0.9], [0, 1, 2])
+    assert standard_error([0.7, 0.1, 0.9] * 2, [0, 1, 2] * 2) == pytest.approx(once)
+    twice = standard_error([0.7, 0.7, 0.1, 0.9], [0, 0, 1, 2])
+    assert standard_error([0.7, 0.1, 0.9], [0, 1, 2], weights=[2, 1, 1]) == pytest.approx(twice)
 
 
 @pytest.mark.parametrize("num_sequences", [1, 5])

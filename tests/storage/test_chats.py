@@ -33,6 +33,18 @@ def test_nothing_and_empty_messages() -> None:
     )
 
 
+def test_what_is_said_beside_an_empty_content_is_kept() -> None:
+    """A refusal, and thoughts, which templates of models that think write: both became an empty answer."""
+    refused, thought = messages_of(
+        [
+            {"role": "assistant", "content": None, "refusal": "No."},
+            {"role": "assistant", "content": "", "reasoning_content": "Hm."},
+        ]
+    )
+    assert refused.content == "No."
+    assert thought.for_template == {"role": "assistant", "content": "", "reasoning_content": "Hm."}
+
+
 def test_sharegpts_roles_are_those_of_templates() -> None:
     names = ("system", "human", "gpt", "observation", "function_response")
     turns = messages_of([{"from": name, "value": "x"} for name in names])

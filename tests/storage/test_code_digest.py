@@ -322,7 +322,9 @@ def test_other_words_and_names_in_every_file_change_no_key(project: Copy) -> Non
 
 MODEL = {"cache_activations", "distill_blocks", "score_blocks", "refine_child", "distill_child"}
 
-PARENT_TOO = MODEL | {"write_text"}
+BENCHMARKS = {"questions", "human_eval", "mt_bench"}
+"""Modules of tasks/accuracy that name what asks a benchmark; how models compute is measure_accuracy's."""
+PARENT_TOO = MODEL | {"write_text", "measure_accuracy"}
 
 
 @pytest.mark.parametrize(
@@ -330,7 +332,7 @@ PARENT_TOO = MODEL | {"write_text"}
     {
         "tasks/puzzle/model/blocks.py": PARENT_TOO,
         "tasks/puzzle/model/rotary.py": PARENT_TOO,
-        "tasks/puzzle/model/head.py": {"score_blocks"},
+        "tasks/puzzle/model/head.py": {"score_blocks", "measure_accuracy"},
         "tasks/puzzle/distill/bld.py": {"distill_blocks"},
         "tasks/puzzle/distill/output_layers.py": {"distill_blocks", "refine_child"},
         "tasks/puzzle/distill/correction.py": {"refine_child"},
@@ -398,7 +400,7 @@ def _changed_by(project: Copy, edited_files: Mapping[str, str]) -> set[str]:
 
 
 def test_every_stage_with_pieces_names_the_code_that_makes_them(project: Copy) -> None:
-    assert project.roots.keys() == PARENT_TOO | {"prepare_corpus", "exports"}
+    assert project.roots.keys() == PARENT_TOO | {"prepare_corpus", "exports", *BENCHMARKS}
 
 
 def test_the_versions_are_part_of_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """config.json of others: whatever is in it, it is read or refused in one sentence that names the file."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, MistralConfig
 
 from storage.files import SEAL, InputError, write_sealed
 from storage.json_files import read_object
@@ -73,18 +75,51 @@ CHILD = to_nemotron_nas(CONFIG, BLOCKS, {"eos_token_id": [1, 2]}, "float32")
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
         ({"attention_bias": 1}, "attention_bias is 1, expected true or false"),
         ({"hidden_act": ["silu"]}, "hidden_act is .'silu'., expected a text"),
-        ({"rope_scaling": [1]}, r"rope_parameters is \[1\], expected an object"),
+        ({"rope_scaling": [1]}, r"rope_scaling is \[1\], expected an object"),
+        ({"rope_parameters": False}, "rope_parameters is False, expected an object"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope type .'yarn'. is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": "32"}}, "above 0 for beta_fast"),
         ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "differ by layer .full_attention. are not"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is set"),
         ({"rope_scaling": {**LLAMA["rope_scaling"], "high_freq_factor": 1.0}}, "must be above low_freq_factor"),
         ({"max_position_embeddings": 10**12}, "max_position_embeddings is 1000000000000"),
+        ({"is_causal": False}, "is_causal is false: attention sees later tokens too"),
+        ({"per_layer_config": {"1": {"rms_norm_eps": 1.0}}}, "per_layer_config is set, which is not supported"),
+        ({"rope_theta": 1.0}, "must have a rope_theta above 1"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "a factor of at least 1"),
     ],
 )
 def test_a_wrong_field_is_named(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=f"my.json: .*{reason}"):
         from_config_json({**LLAMA, **changes}, "my.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},  # rope_scaling counts where both are there
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": None},
+        {"rope_parameters": {"rope_theta": 77.0}, "rope_scaling": {}},
+        {"original_max_position_embeddings": 64},
+        {"original_max_position_embeddings": 64, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 50.0},
+    ],
+)
+def test_ropes_are_those_that_transformers_reads(changes: dict[str, Any]) -> None:
+    config = {**LLAMA, **changes}
+    theirs = LlamaConfig(**copy.deepcopy(config))
+    theirs.standardize_rope_params()  # as its rotary embedding does before it reads them
+    ours = ModelConfig.from_hf(config, "the test").rope
+    assert ours == {key: value for key, value in dict(theirs.rope_parameters or {}).items() if key != "type"}
+
+
+@pytest.mark.parametrize("given", [{}, {"sliding_window": None}, {"sliding_window": 100}])
+def test_full_attention_is_as_long_as_the_window_of_transformers(given: dict[str, int | None]) -> None:
+    """A Mistral whose config.json says nothing of a window has one of 4,096 tokens."""
+    config = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", **given}
+    config["max_position_embeddings"] = 32_768
+    window = MistralConfig(**copy.deepcopy(config)).sliding_window
+    assert ModelConfig.from_hf(config, "the test").context == (window or 32_768)
 
 
 def test_a_million_blocks_are_counted_first() -> None:

@@ -158,6 +158,9 @@ def test_what_a_file_cannot_say_is_refused_and_leaves_none(tmp_path: Path) -> No
     [refusal] = format_refusals("gguf-f32", replace(config, rope=yarn), [(FULL, WIDE)] * 3)
     assert "settings of its rotary positions" in refusal.text and refusal.way_out == "leave the gguf formats out"
     tensors = model.state_dict()
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = 1e7
+    with pytest.raises(InputError, match=r"blk.1.ffn_down.weight has a weight beyond Q8_0; export it as gguf-bf16"):
+        write_gguf(tmp_path / "a.gguf", config, [(FULL, WIDE)] * 3, lambda key: iter([tensors[key].numpy()]), "Q8_0")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
     with pytest.raises(InputError, match=r"blk.1.ffn_up.weight has a weight beyond F16; export it as gguf-bf16"):
         write_gguf(tmp_path / "a.gguf", config, [(FULL, WIDE)] * 3, lambda key: iter([tensors[key].numpy()]), "F16")

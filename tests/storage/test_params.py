@@ -245,18 +245,16 @@ def test_budgets_must_fit_into_their_splits() -> None:
         ]
 
 
-def test_scores_and_held_out_losses_share_no_sequence() -> None:
-    full = {"tokens": 16 * SEQ_LEN, "initial_tokens": 0}
-    values = tiny_values(
-        score_blocks=full, distill_blocks={"held_out_tokens": 1}, refine_child={"held_out_tokens": SEQ_LEN}
-    )
-    assert problems(values) == [
-        f"seq_len x the sequences of score_blocks.tokens + {section}.held_out_tokens is {tokens}, more than "
-        "prepare_corpus.calibration_tokens = 256"
-        for section, tokens in (("refine_child", 272), ("distill_blocks", 257))
+@pytest.mark.parametrize("section", ["distill_blocks", "refine_child", "distill_child"])
+def test_scores_and_held_out_losses_share_no_sequence(section: str) -> None:
+    two, three = {"held_out_tokens": 2 * SEQ_LEN}, {"held_out_tokens": 3 * SEQ_LEN}
+    fits: dict[str, Any] = {"score_blocks": {"tokens": 14 * SEQ_LEN, "initial_tokens": 0}}
+    fits |= dict.fromkeys(("distill_blocks", "refine_child", "distill_child"), two)
+    tiny_params(**fits)
+    assert problems(tiny_values(**fits | {section: three})) == [
+        "seq_len x the sequences of score_blocks.tokens + the most of held_out_tokens of distill_blocks, refine_child, "
+        "distill_child is 272, more than prepare_corpus.calibration_tokens = 256"
     ]
-    two = {"held_out_tokens": 2 * SEQ_LEN}
-    tiny_params(score_blocks={**full, "tokens": 14 * SEQ_LEN}, distill_blocks=two, refine_child=two)
 
 
 def test_a_domain_is_held_out_of_the_training_mix() -> None:
@@ -286,10 +284,10 @@ def test_budgets_are_whole_batches() -> None:
         "evaluate_child": {"tokens": 100},
     }
     assert problems(tiny_values(**overrides)) == [
-        "prepare_corpus.train_tokens is 769, expected a multiple of 16 (seq_len x sequences at once)",
-        "distill_blocks.tokens is 496, expected a multiple of 64 (seq_len x sequences at once)",
-        "score_blocks.tokens is 48, expected a multiple of 32 (seq_len x sequences at once)",
-        "evaluate_child.tokens is 100, expected a multiple of 16 (seq_len x sequences at once)",
+        "prepare_corpus.train_tokens is 769, expected a multiple of 16 (prepare_corpus.seq_len)",
+        "distill_blocks.tokens is 496, expected a multiple of 64 (seq_len x distill_blocks.sequences_per_step)",
+        "score_blocks.tokens is 48, expected a multiple of 32 (a sequence x score_blocks.sequences_per_batch)",
+        "evaluate_child.tokens is 100, expected a multiple of 16 (prepare_corpus.seq_len)",
         "score_blocks.initial_tokens must not exceed score_blocks.tokens",
     ]
 

@@ -17,6 +17,7 @@ import torch
 from dvc.exceptions import CheckoutError
 from dvc.repo import Repo
 
+from storage.accuracy import read_accuracy
 from storage.architecture import read_architecture, read_baselines
 from storage.checkpoints import CHECKSUMS, Checkpoint, CheckpointWriter
 from storage.corpus import read_manifest, read_sequences, split_path
@@ -92,7 +93,7 @@ SEALED = {
     "evaluation.json": Sealed(lambda paths: paths.evaluation(CHILD), lambda paths: read_evaluation(CHILD, paths)),
     "gkd.json": Sealed(lambda paths: paths.gkd(CHILD), lambda paths: read_gkd(CHILD, paths)),
     "search.json": _record(lambda paths: paths.search(CHILD)),
-    "accuracy.json": _record(lambda paths: paths.accuracy(CHILD)),
+    "accuracy.json": Sealed(lambda paths: paths.accuracy(CHILD), lambda paths: read_accuracy(CHILD, paths)),
     "exports.json": _record(lambda paths: paths.exports(CHILD) / EXPORTS_OVERVIEW),
     "record of a piece": Sealed(
         lambda paths: paths.library / ".pieces/block_000.kv_1.json",
@@ -131,7 +132,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Paths:
     """A run with every table and record; tests put back what they change."""
     paths = Paths(tmp_path_factory.mktemp("run") / "artifacts")
     write_run(paths)
-    write_sealed(paths.accuracy(CHILD), {"target": CHILD, "tasks": [{"name": "arc", "accuracy": 0.25, "limit": None}]})
     write_sealed(paths.exports(CHILD) / EXPORTS_OVERVIEW, {"formats": {"gguf-f16": {"files": {"a": {"bytes": 1}}}}})
     weights = paths.library / "block_000/kv_1.safetensors"
     weights.parent.mkdir()

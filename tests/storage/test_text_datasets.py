@@ -83,6 +83,9 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path, suf
 
 
 def test_columns_that_hold_something_else(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"t": pa.array([-(10**18)], pa.timestamp("us"))}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=r"t\.parquet cannot be read \(OverflowError: date value out of range\)"):
+        read(tmp_path / "t.parquet", Columns("t"))
     with pytest.raises(InputError, match=r"a\.jsonl#0: column 'n' must hold text, found int"):
         read(write_rows(tmp_path / "a.jsonl", [{"n": 1}]), Columns("n"))
     turns = [{"speaker": "human", "says": "hi"}]
@@ -94,7 +97,12 @@ def test_columns_that_hold_something_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.jsonl", b'{"text": "a"}\n{"text": \n'), ("a.parquet", b"PAR1 and then nothing"), ("a.txt", b"\xff\xfe\x00")],
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n'),
+        ("a.parquet", b"PAR1 and then nothing"),
+        ("a.txt", b"\xff\xfe\x00"),
+        ("b.txt", "UTF-16 without its mark".encode("utf-16-le")),
+    ],
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)

@@ -131,6 +131,39 @@ def test_a_bomb_ends_a_process_of_its_own_and_is_one_sentence(
         check_tokenizer(tmp_path, "again")
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% generation %}{{ bos_token + 'a' * 10000000000 }}{% endgeneration %}",
+        "{{ 'a' * 3000000 }}",
+    ],
+    ids=["time", "memory", "length"],
+)
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_without_end_is_one_sentence(
+    template: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hung write_text and prepare_corpus, or took all memory."""
+    monkeypatch.setattr(tokenizer_probe, "CPU_SECONDS", 1)
+    save_tokenizer(tmp_path)
+    named = [{"name": "default", "template": "{{ messages }}"}, {"name": "tools", "template": template}]
+    text = template if place.endswith("jinja") else json.dumps({"chat_template": named})
+    (tmp_path / place).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"its chat template takes more than 1 s or 1 GiB for a short chat"):
+        check_tokenizer(tmp_path, "again")
+
+
+def test_a_tokenizer_that_cannot_encode_or_draws_lots_is_refused(tmp_path: Path) -> None:
+    spoiled(tmp_path, model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"})
+    with pytest.raises(InputError, match=r"has no tokenizer that can be read \(.*UNK"):
+        load_tokenizer(tmp_path, "again")
+    model = json.loads(spoiled(tmp_path).read_text())["model"]
+    spoiled(tmp_path, model={**model, "dropout": 0.5})
+    with pytest.raises(InputError, match="dropout gives a text other tokens each time"):
+        load_tokenizer(tmp_path, "again")
+
+
 def test_a_tokenizer_of_gigabytes_is_not_read(tmp_path: Path) -> None:
     with spoiled(tmp_path).open("r+b") as handle:
         handle.truncate(1 << 32)

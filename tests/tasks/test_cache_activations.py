@@ -4,17 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from storage.activations import BoundaryReader, shard_path
 from storage.corpus import read_sequences
-from storage.files import DamagedFileError
+from storage.files import DamagedFileError, InputError
 from storage.params import Params
 from storage.paths import Paths
 from storage.pieces import Pieces
 from tasks.cache_activations import cache_shard, plan_shards
+from tasks.prepare_parent import prepare_parent
 from tests.settings import SEQ_LEN, tiny_params
 from tests.stages import cache, checksums, prepare
-from tests.tiny import FAMILIES, SIZES, flip_byte, tiny_corpus, tiny_model
+from tests.tiny import FAMILIES, SIZES, flip_byte, save_tiny, save_tokenizer, tiny_corpus, tiny_model
 
 ALL_SHARDS = [f"train.shard_{i:03d}" for i in range(4)] + [f"calibration.shard_{i:03d}" for i in range(2)]
 ALL_SHARDS += ["validation.shard_000"]
@@ -116,6 +118,20 @@ def test_what_does_not_change_bytes_makes_nothing_anew(
 ) -> None:
     _, paths = finished
     assert plan_shards.fn(tiny_params(**overrides), paths) == []
+
+
+def test_weights_that_overflow_end_the_first_stage_that_computes(tmp_path: Path) -> None:
+    """All weights are finite; the states were NaN up to the scores, hours later."""
+    save_tiny("llama", tmp_path / "source")
+    for file in (tmp_path / "source").glob("*.safetensors"):
+        huge = {name: tensor * (1e30 if "mlp" in name else 1) for name, tensor in load_file(file).items()}
+        save_file(huge, file, {"format": "pt"})
+    save_tokenizer(tmp_path / "source")
+    params, paths = tiny_params(prepare_parent={"source": str(tmp_path / "source")}), Paths(tmp_path / "artifacts")
+    prepare_parent.fn(params, paths)
+    tiny_corpus(paths.corpus, SIZES["vocab_size"], SEQ_LEN)
+    with pytest.raises(InputError, match=r"states of source at boundary \d are not finite: .* in torch.float32"):
+        cache(params, paths)
 
 
 def test_bfloat16_is_cached_as_bfloat16(finished: tuple[Params, Paths]) -> None:

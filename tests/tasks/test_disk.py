@@ -97,7 +97,7 @@ RUNS: dict[str, Callable[[Params, Paths], object]] = {
     "export_child": lambda params, paths: _export(export_child.read_child(TARGET, paths), paths.exports(TARGET)),
     "benchmark_throughput": _throughput,
     "evaluate_child": _evaluate,
-    "measure_accuracy": lambda params, paths: measure_accuracy.write_accuracy.fn(TARGET, [], params, paths),
+    "measure_accuracy": lambda params, paths: measure_accuracy.write_measured.fn(TARGET, [], (), params, paths),
     "report": _report,
 }
 """Every stage, run in this process."""

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,12 +20,14 @@ from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from tasks import distill_child
+from tasks.puzzle.distill.extrapolation import longer_training
 from tasks.puzzle.distill.gkd import Losses, LossWeights, States, TrainableChild, gradients, kl_to_parent
+from tasks.puzzle.distill.optimizer import MasterWeights
 from tasks.puzzle.model.blocks import Block
 from tasks.puzzle.model.head import Head
 from tests.settings import SEQ_LEN, tiny_params
 from tests.stages import assemble, cache, checksums, distill, prepare, refine
-from tests.tiny import flip_byte
+from tests.tiny import change_weights, flip_byte
 
 CPU = torch.device("cpu")
 CHILD = [("kv_1", "ffn_48"), ("no_op", "ffn_24"), ("kv_2", "no_op")]
@@ -97,20 +100,39 @@ def test_the_child_learns_and_the_best_weights_are_published(case: tuple[Params,
     assert held_out_kl(paths.refined("small"), paths) == pytest.approx(kls[0], rel=1e-5)
     assert held_out_kl(paths.distilled("small"), paths) == pytest.approx(min(kls.values()), rel=1e-5)
     assert curve["steps"][-1]["tokens"] == params.distill_child.tokens
+    assert [row["tokens"] for row in curve["held_out"]] == [2 * SEQ_LEN * row["step"] for row in curve["held_out"]]
     card = (paths.distilled("small") / "README.md").read_text(encoding="utf-8")
     assert f"held-out KL {kls[0]:.3f} before, {min(kls.values()):.3f} after" in card
+    assert "variants, corrected in closed form, then globally distilled (GKD) on" in card
 
 
-def test_the_norm_of_a_steps_gradient_is_that_before_it_is_clipped(case: tuple[Params, Paths]) -> None:
-    params, paths = case
+def test_a_gradient_is_clipped_and_its_norm_is_shown_as_it_was(
+    case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, paths = with_settings(case[0], kl_weight=2.0, cosine_weight=0.5), case[1]
     child, head = child_and_head(paths.refined("small"), paths)
-    weights = LossWeights(params.distill_child.kl_weight, params.distill_child.cosine_weight)
     sequences = distill_child._steps(params)[0]
+    weights = LossWeights(kl=2.0, cosine=0.5)
     computed = [gradients(child, states(paths, "train", sequence), head, weights)[0] for sequence in sequences]
     flat = [torch.cat([gradient.flatten() for gradient in sequence]) for sequence in computed]
     norm = float(torch.stack(flat).mean(0).norm())
+    taken: list[float] = []
+
+    def apply(masters: MasterWeights, clipped: list[Tensor]) -> None:
+        taken.append(float(torch.nn.utils.get_total_norm(clipped)))
+        whole(masters, clipped)
+
+    whole = MasterWeights.apply
+    monkeypatch.setattr(MasterWeights, "apply", apply)
     curve, _ = run(with_settings(params, clip_norm=norm / 2), paths)
     assert curve["steps"][0]["gradient_norm"] == pytest.approx(norm, rel=1e-4)  # float32, sums in another order
+    assert taken == pytest.approx([min(step["gradient_norm"], norm / 2) for step in curve["steps"]], rel=1e-4)
+
+
+def test_the_curve_is_carried_on_to_ten_times_the_tokens(case: tuple[Params, Paths]) -> None:
+    curve, _ = run(with_settings(case[0], checkpoint_steps=1), case[1])
+    carried_on = longer_training([(row["tokens"], row["kl"]) for row in curve["held_out"]], 10)
+    assert carried_on is not None and curve["modelled"] == asdict(carried_on)
 
 
 def test_a_measurement_is_shown_with_the_step_before_it(case: tuple[Params, Paths]) -> None:
@@ -135,12 +157,16 @@ def test_what_is_not_in_blocks_stays_the_parents(case: tuple[Params, Paths]) -> 
     assert changed == {name for name in before.checksums if name.startswith("model.layers.")}
 
 
-def test_no_token_is_used_twice_nor_was_by_bld(case: tuple[Params, Paths]) -> None:
-    params, _ = case
+@pytest.mark.parametrize(
+    "sections", [{}, {"refine_child": {"tokens": 40 * SEQ_LEN}, "distill_child": {"tokens": 8 * SEQ_LEN}}]
+)
+def test_no_token_is_used_twice_nor_was_by_bld_or_the_correction(sections: dict[str, Any]) -> None:
+    params = tiny_params(**sections)
     used = [sequence for group in distill_child._steps(params) for sequence in group]
     assert len(used) == len(set(used)) == params.distill_child.tokens // SEQ_LEN
-    assert min(used) >= params.distill_blocks.used_tokens // SEQ_LEN
+    assert min(used) >= max(params.distill_blocks.used_tokens, params.refine_child.tokens) // SEQ_LEN
     assert max(used) < params.prepare_corpus.train_tokens // SEQ_LEN
+    assert distill_child._steps(tiny_params(**sections, run={"seed": 1})) != distill_child._steps(params)
 
 
 def test_workers_change_no_byte(case: tuple[Params, Paths]) -> None:
@@ -282,6 +308,31 @@ def test_a_damaged_checkpoint_is_not_taken(case: tuple[Params, Paths], monkeypat
     [state] = case[1].gkd_state("small").glob("*.safetensors")
     flip_byte(state, -100)
     assert run(*case) == whole
+
+
+@pytest.mark.parametrize("other", ["weights", "dtype", "rate", "code"])
+def test_a_checkpoint_of_another_training_is_not_taken(
+    other: str, case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, paths = case
+    interrupt(case, monkeypatch, 13)
+    if other == "weights":
+        change_weights(paths.refined("small"))
+    elif other == "dtype":
+        params = tiny_params(run={"dtype": "bfloat16"}, prepare_parent=params.prepare_parent.model_dump())
+    elif other == "rate":
+        params = with_settings(params, learning_rate=2e-3)
+    else:
+        monkeypatch.setattr(distill_child, "code_digest", lambda _: "of other code")
+    computed: list[int] = []
+
+    def counting(*arguments: Any) -> Any:
+        computed.append(1)
+        return gradients(*arguments)
+
+    monkeypatch.setattr(distill_child, "gradients", counting)
+    run(params, paths)
+    assert len(computed) == 16
 
 
 @pytest.mark.parametrize(("patience", "measured"), [(0, [0, 3, 6, 8]), (2, [0, 3, 6]), (1, [0, 3])])

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from storage.architecture import Baseline, Baselines, write_baselines
 from storage.corpus import read_sequences
 from storage.documents import TRAINING_MIX
-from storage.evaluation import CHILD_STATES, Evaluation, read_evaluation, write_evaluation
+from storage.evaluation import CHILD_STATES, Evaluation, Exports, read_evaluation, write_evaluation
 from storage.files import DamagedFileError, InputError, sha256, write_sealed
 from storage.params import Params
 from storage.parent import Parent
@@ -23,6 +24,7 @@ from storage.paths import EXPORTS_OVERVIEW, Paths
 from storage.tables import write_throughput
 from storage.variants import Attention, Ffn, Replacement
 from tasks import evaluate_child
+from tasks.checkpoints.export_quality import ExportedSequences
 from tasks.evaluate_child import MeasuredBatch
 from tasks.puzzle.model.child import DeciLMForCausalLM  # importing it is what makes children load
 from tasks.puzzle.quality.evaluation import SequenceQuality
@@ -30,7 +32,7 @@ from tasks.puzzle.search_space import parent_blocks
 from tasks.puzzle.standard_error import standard_error
 from tests.chosen import PREDICTED
 from tests.report_run import RATE, throughput_rows
-from tests.settings import SEQ_LEN
+from tests.settings import SEQ_LEN, tiny_params
 from tests.stages import assemble_blocks
 from tests.tiny import SIZES, tiny_corpus, tiny_model
 
@@ -106,6 +108,8 @@ def test_equal_models_have_equal_qualities(evaluation: Evaluation) -> None:
         assert measured.baselines["parent_again"].kl == pytest.approx(0, abs=1e-6)
         assert measured.paired["child_again"].kl_difference == pytest.approx(0, abs=1e-5)
         assert measured.paired["untrained"].kl_difference != 0
+        difference = measured.distilled.kl - measured.assembled.kl
+        assert measured.paired["distilled"].kl_difference == pytest.approx(difference)
         assert (measured.baselines["untrained"].sequences, measured.baselines["untrained"].documents) == (4, 4)
 
 
@@ -120,10 +124,11 @@ def test_a_row_for_each_sequence_of_each_model(made: tuple[Params, Paths], evalu
 
 def test_a_small_domain_is_taken_whole_and_a_small_validation_split_is_an_error(made: tuple[Params, Paths]) -> None:
     params, paths = made
-    settings = params.evaluate_child.model_copy(update={"tokens": 12 * SEQ_LEN})
-    more = params.model_copy(update={"evaluate_child": settings})
+    sizes = {"tokens": 12 * SEQ_LEN, "domain_baseline_tokens": 3 * SEQ_LEN}
+    more = params.model_copy(update={"evaluate_child": params.evaluate_child.model_copy(update=sizes)})
     batches = evaluate_child.plan_batches(more, paths)
-    assert [batch.sequences[-1] for batch in batches if batch.domain == "prose"] == [3, 7]
+    in_prose = [(batch.sequences[-1], batch.has_baselines) for batch in batches if batch.domain == "prose"]
+    assert in_prose == [(2, True), (6, False), (7, False)]
     with pytest.raises(InputError, match=r"8 sequences of 16 tokens, 12 are wanted; raise prepare_corpus\.valid"):
         for batch in batches:
             evaluate_child.measure_quality.fn(batch, "small", more, paths)
@@ -151,6 +156,21 @@ def test_errors_cluster_by_document_and_one_document_has_none(made: tuple[Params
     assert prose.assembled.kl_stderr is None and prose.paired["refined"].stderr is None
     assert measured.mean("distilled").kl == pytest.approx((0.3 + 0.2) / 2)
     assert measured.mean("distilled").kl_stderr is None
+
+
+def test_a_batch_has_the_documents_of_its_split(made: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch) -> None:
+    params, paths = made
+    batch = evaluate_child.plan_batches(params, paths)[-1]
+    assert (batch.domain, batch.sequences) == ("prose", range(4, 8))
+    read = {("domain_prose", 4, 8): np.array([2, 2, 3, 5])}
+    monkeypatch.setattr(evaluate_child, "read_documents", lambda _, *sequences: read[sequences])
+    assert evaluate_child.measure_quality.fn(batch, "small", params, paths).documents == [2, 2, 3, 5]
+
+
+def test_exports_have_the_documents_that_they_were_compared_on() -> None:
+    sequences = [SequenceQuality(0.1, 2.0, 0.5, 0.9)] * 2
+    exported = [ExportedSequences(sequences, {})]
+    assert evaluate_child._exports(exported, [4, 4, 5, 6], tiny_params()) == Exports(2 * SEQ_LEN, 1, {})
 
 
 def test_the_mean_over_domains_counts_each_alike(evaluation: Evaluation) -> None:

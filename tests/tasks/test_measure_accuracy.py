@@ -1,4 +1,4 @@
-"""Accuracy of tiny models against log-likelihoods summed by hand, from files and from lm-eval's own task."""
+"""Accuracy of tiny models against log-likelihoods summed and texts written by hand, from files and the hub's form."""
 
 import importlib.util
 import random
@@ -19,20 +19,23 @@ import s3fs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flows.ui.overrides import with_profile
+from storage.accuracy import BenchmarkAccuracy, Estimate, read_accuracy
+from storage.accuracy_sections import AccuracyTask
 from storage.checkpoints import CheckpointWriter
-from storage.files import DamagedFileError, InputError, read_sealed, write_json
+from storage.files import DamagedFileError, InputError, write_json
 from storage.model_config import EMBEDDING, NORM
 from storage.nemotron_nas import to_nemotron_nas
-from storage.params import Params
+from storage.params import Params, load
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.sections import AccuracyTask
 from storage.variants import Attention, Ffn, Replacement
 from tasks import measure_accuracy as stage
+from tasks.accuracy.models import AskedModel, PlannedBenchmark
+from tasks.accuracy.questions import planned_task
 from tasks.prepare_parent import prepare_parent
 from tasks.puzzle.model.assembly import compose
 from tasks.puzzle.model.child import DeciLMForCausalLM
-from tasks.puzzle.quality.accuracy import Comparison
 from tasks.puzzle.search_space import parent_attention, parent_ffn
 from tests.clone import tiny_parent
 from tests.settings import tiny_params
@@ -59,9 +62,8 @@ class Case:
         pq.write_table(pa.Table.from_pylist(rows), path)
         return str(path)
 
-    def measured(self, task: Row) -> Comparison:
-        task_accuracy = stage.measure.fn(AccuracyTask.model_validate(task), TARGET, self.params(task), self.paths)
-        return task_accuracy.comparison
+    def measured(self, task: Row, **run: Any) -> BenchmarkAccuracy:
+        return stage.measure.fn(planned(task, **run), TARGET, self.params(task, **run), self.paths)
 
     def by_hand(self, model: str, text: Callable[[Row], str], metric: str, rows: list[Row]) -> list[int]:
         """Return a model's choice in each row, by the sum of float32 log-probabilities of the choice's tokens."""
@@ -84,6 +86,15 @@ class Case:
         return [row.index(max(row)) for row in scores]
 
 
+def planned(task: Row, *, seed: int = 0) -> PlannedBenchmark:
+    return planned_task(AccuracyTask.model_validate(task), seed, sequences_per_batch=3)
+
+
+def kept(share: float | None, estimate: Estimate | None) -> bool:
+    """Whether an estimate has this mean; None stands for none."""
+    return estimate is None if share is None else estimate is not None and estimate.mean == pytest.approx(share)
+
+
 def write_child(folder: Path, parent: Parent, blocks: list[tuple[Attention, Ffn]]) -> None:
     """Write a child of the parent's own weights without some subblocks."""
     cpu, writer = torch.device("cpu"), CheckpointWriter(folder, 2**30)
@@ -93,7 +104,7 @@ def write_child(folder: Path, parent: Parent, blocks: list[tuple[Attention, Ffn]
         tensors = compose(parent.config, parent.block(index, cpu, torch.float32), replacement, lambda _: {})
         writer.add({f"model.layers.{index}.{name}": tensor for name, tensor in tensors.items()})
     write_json(folder / "config.json", to_nemotron_nas(parent.config, blocks, parent.info.special_tokens, "float32"))
-    for file in parent.folder.glob("tokenizer*"):
+    for file in (*parent.folder.glob("tokenizer*"), *parent.folder.glob("chat_template*")):
         shutil.copyfile(file, folder / file.name)
     writer.finish()
 
@@ -137,9 +148,9 @@ def test_accuracy_is_the_likeliest_choice_counted_by_hand(case: Case, metric: st
     pruned = case.by_hand("distilled", question, metric, case.rows)
     same = sum(mine == theirs for mine, theirs in zip(pruned, taken, strict=True))
     assert 0 < same < len(rows), "the test's own assumption: the pruned child differs somewhere"
-    assert comparison.parent.accuracy == 1
-    assert comparison.children["distilled"].accuracy == pytest.approx(same / len(rows))
-    assert comparison.children["distilled"].accuracy_preserved == pytest.approx(same / len(rows))
+    assert comparison.parent.mean == 1
+    assert kept(same / len(rows), comparison.children["distilled"].accuracy)
+    assert kept(same / len(rows), comparison.children["distilled"].preserved)
     assert comparison.chance == pytest.approx(sum(1 / len(row["choices"]) for row in rows) / len(rows))
     assert not comparison.parent_at_chance
 
@@ -155,8 +166,8 @@ def test_an_all_parent_child_answers_as_the_parent(case: Case) -> None:
     labels = [(choice + index % 2) % 2 for index, choice in enumerate(taken)]
     rows = [{**row, "label": label} for row, label in zip(case.rows, labels, strict=True)]
     child = case.measured({"name": "own", "path": case.file("equal", rows)}).children["assembled"]
-    assert 0 < child.accuracy < 1
-    assert (child.difference, child.difference_stderr) == (0, 0)
+    assert 0 < child.accuracy.mean < 1
+    assert child.difference == Estimate(0, 0)
 
 
 def test_columns_prompt_and_limit_are_the_tasks_own(case: Case) -> None:
@@ -175,18 +186,15 @@ def test_columns_prompt_and_limit_are_the_tasks_own(case: Case) -> None:
         "label": "gold",
     }
     limited, whole = case.measured({**task, "limit": 10}), case.measured(task)
-    assert (limited.questions, limited.parent.accuracy) == (10, 1)
+    assert (limited.questions, limited.parent.mean) == (10, 1)
     assert whole.questions == len(rows)
-    assert whole.parent.accuracy == pytest.approx(10 / len(rows))
+    assert whole.parent.mean == pytest.approx(10 / len(rows))
 
 
 def test_examples_before_a_question_are_the_same_for_every_model_and_follow_the_seed(case: Case) -> None:
     task = {"name": "own", "path": case.file("shots", case.rows[:12]), "num_fewshot": 2}
-    digests = []
-    for changed, seed in ((task, 0), (task, 0), (task, 1), ({**task, "num_fewshot": 0}, 0)):
-        params = case.params(changed, seed=seed)
-        measured = stage.measure.fn(AccuracyTask.model_validate(changed), TARGET, params, case.paths)
-        digests.append(measured.comparison.question_digest)
+    asked = ((task, 0), (task, 0), (task, 1), ({**task, "num_fewshot": 0}, 0))
+    digests = [case.measured(changed, seed=seed).asked for changed, seed in asked]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
 
@@ -218,20 +226,20 @@ def test_a_file_in_s3_is_read_as_a_local_one(case: Case, bucket: str) -> None:
     local = case.file("remote", case.rows[:4])
     s3fs.S3FileSystem(skip_instance_cache=True).put_file(local, f"{bucket}/questions.parquet")
     in_s3, in_file = ({"name": "own", "path": path} for path in (f"{bucket}/questions.parquet", local))
-    [task] = stage.plan_tasks.fn(case.params(in_s3))
-    assert stage.questions_of(task) == stage.questions_of(AccuracyTask.model_validate(in_file))
+    assert planned(in_s3).key == planned(in_file).key
 
 
 def test_the_stage_writes_tasks_in_order_and_is_quiet(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
     """There is no progress bar, since stderr is not a terminal here; the table is returned."""
     tasks = [{"name": name, "path": case.file(name, case.rows[:8])} for name in ("one", "two")]
     params = case.params(*tasks)
-    measured = [stage.measure.fn(task, TARGET, params, case.paths) for task in stage.plan_tasks.fn(params)]
-    table = stage.write_accuracy.fn(TARGET, measured, params, case.paths)
-    written = read_sealed(case.paths.accuracy(TARGET), "the test")
-    assert (written["target"], written["dtype"]) == (TARGET, "float32")
-    assert [task["name"] for task in written["tasks"]] == ["one", "two"]
-    assert list(written["tasks"][0]["models"]) == ["parent", "assembled", "distilled"]
+    measured = [stage.measure.fn(task, TARGET, params, case.paths) for task in stage.plan_benchmarks.fn(params)]
+    table = stage.write_measured.fn(TARGET, measured, (), params, case.paths)
+    written = read_accuracy(TARGET, case.paths)
+    assert (written.target, written.dtype) == (TARGET, "float32")
+    assert written.benchmarks == tuple(measured)
+    assert [benchmark.name for benchmark in written.benchmarks] == ["one", "two"]
+    assert list(written.benchmarks[0].children) == ["assembled", "distilled"]
     assert "one: 8 questions, acc_norm, chance" in table
     assert capfd.readouterr() == ("", "")
 
@@ -245,19 +253,19 @@ from storage.paths import Paths
 from tasks import measure_accuracy as stage
 from tests.settings import tiny_params
 params = tiny_params()
-assert stage.plan_tasks.fn(params) == []
-sys.stdout.write(stage.write_accuracy.fn("small", [], params, Paths(Path({str(tmp_path)!r}))))
+assert stage.plan_benchmarks.fn(params) == []
+sys.stdout.write(stage.write_measured.fn("small", [], (), params, Paths(Path({str(tmp_path)!r}))))
 assert "lm_eval" not in sys.modules
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "no accuracy was measured" in ended.stdout
-    assert read_sealed(Paths(tmp_path).accuracy("small"), "the test")["tasks"] == []
+    assert read_accuracy("small", Paths(tmp_path)).benchmarks == ()
 
 
 def rejected(case: Case, task: Row) -> str:
     with pytest.raises(InputError) as caught:
-        stage.plan_tasks.fn(case.params(task))
+        stage.plan_benchmarks.fn(case.params(task))
     return str(caught.value)
 
 
@@ -290,9 +298,166 @@ def test_a_missing_extra_is_one_message_with_the_command(case: Case, monkeypatch
 
 
 def test_a_damaged_checkpoint_is_found(case: Case, tmp_path: Path) -> None:
-    shutil.copytree(case.paths.root, tmp_path / "artifacts")
+    shutil.copytree(case.paths.root, tmp_path / "artifacts", ignore=shutil.ignore_patterns("answers"))
     paths = Paths(tmp_path / "artifacts")
     flip_byte(next(paths.assembled(TARGET).glob("*.safetensors")))
     task = {"name": "own", "path": case.file("damaged", case.rows[:4])}
     with pytest.raises(DamagedFileError, match=f"dvc repro assemble_child@{TARGET}"):
-        stage.measure.fn(AccuracyTask.model_validate(task), TARGET, case.params(task), paths)
+        stage.measure.fn(planned(task), TARGET, case.params(task), paths)
+
+
+def test_a_rerun_asks_no_model_twice(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another limit, other questions or another model are asked anew; the name of a benchmark is none of that."""
+    shutil.copytree(case.paths.root, tmp_path / "artifacts", ignore=shutil.ignore_patterns("answers"))
+    paths = Paths(tmp_path / "artifacts")
+    loaded: list[str] = []
+    load = AskedModel.load
+
+    def counted(model: AskedModel, *arguments: Any, **options: Any) -> Any:
+        loaded.append(model.name)
+        return load(model, *arguments, **options)
+
+    monkeypatch.setattr(AskedModel, "load", counted)
+
+    def measured(**changed: Any) -> BenchmarkAccuracy:
+        loaded.clear()
+        task = {"name": "own", "path": case.file("again", case.rows[:6]), **changed}
+        return stage.measure.fn(planned(task), TARGET, case.params(task), paths)
+
+    first = measured()
+    assert loaded == ["parent", "assembled", "distilled"]
+    assert (measured(), loaded) == (first, [])
+    assert measured(limit=3) != first and loaded == ["parent", "assembled", "distilled"]
+    assert measured(path=case.file("others", case.rows[6:12])) != first and len(loaded) == 3
+    shutil.rmtree(paths.distilled(TARGET))
+    shutil.copytree(paths.assembled(TARGET), paths.refined(TARGET))
+    again = measured()
+    assert loaded == [], "the refined child has the assembled one's weights"
+    assert list(again.children) == ["assembled", "refined"]
+
+
+def sentences(count: int) -> list[Row]:
+    """Winogrande by partial scoring: two contexts, one continuation."""
+    rng = random.Random(1)
+    words = ["block", "child", "parent", "library", "cost"]
+    return [
+        {
+            "context_options": [" ".join(rng.choices(words, k=4)) for _ in range(2)],
+            "continuation": " ".join(rng.choices(words, k=3)),
+            "label": rng.randrange(2),
+        }
+        for _ in range(count)
+    ]
+
+
+def test_winogrande_takes_the_context_that_makes_its_end_likeliest(case: Case) -> None:
+    rows = sentences(24)
+    model: Any = AutoModelForCausalLM.from_pretrained(case.paths.parent)
+    tokenizer: Any = AutoTokenizer.from_pretrained(case.paths.parent)
+
+    def score(context: str, end: str) -> float:
+        ids, start = tokenizer(f"{context} {end}").input_ids, len(tokenizer(context).input_ids)
+        with torch.no_grad():
+            log_probabilities = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return sum(float(log_probabilities[position - 1, ids[position]]) for position in range(start, len(ids)))
+
+    for row in rows:
+        scores = [score(context, row["continuation"]) for context in row["context_options"]]
+        row["label"] = scores.index(max(scores))
+    rows[0]["label"] = 1 - rows[0]["label"]
+    form = str(ROOT / "params/accuracy/winogrande.yaml")
+    measured = case.measured({"name": "winogrande", "path": case.file("winogrande", rows), "form": form})
+    assert measured.parent.mean == pytest.approx(23 / 24)
+    assert measured.chance == 0.5
+
+
+def test_the_true_answers_share_of_truthfulqa(case: Case) -> None:
+    """mc2 is a share of probability, and a guesser gets the share of true answers."""
+    rows = [
+        {
+            "question": row["question"],
+            "mc2_choices": row["choices"],
+            "mc2_labels": [1] + [0] * (len(row["choices"]) - 1),
+        }
+        for row in case.rows[:6]
+    ]
+    form = str(ROOT / "params/accuracy/truthfulqa.yaml")
+    measured = case.measured({"name": "truthfulqa", "path": case.file("truthful", rows), "form": form})
+    assert 0 < measured.parent.mean < 1
+    assert measured.chance == pytest.approx(sum(1 / len(row["mc2_choices"]) for row in rows) / len(rows))
+    assert measured.children["assembled"].difference == Estimate(0, 0)
+
+
+def test_mmlu_shows_examples_of_the_questions_subject(case: Case) -> None:
+    def row(subject: str, index: int) -> Row:
+        return {"subject": subject, "question": f"{subject} {index}", "choices": list("wxyz"), "label": index % 4}
+
+    asked = [row(subject, index) for index in range(3) for subject in ("high_art", "law")]
+    shown = [row(subject, index) for index in range(5, 8) for subject in ("high_art", "law")]
+    form = str(ROOT / "params/accuracy/mmlu.yaml")
+    task = {"name": "mmlu", "path": case.file("mmlu", asked), "form": form, "num_fewshot": 2}
+    examples = {"examples": case.file("dev", shown)}
+    with_dev, own = case.measured({**task, **examples}), case.measured(task)
+    assert (with_dev.questions, with_dev.chance, with_dev.metric) == (6, 0.25, "acc")
+    assert with_dev.asked != own.asked
+    lacking = {"examples": case.file("half", shown[::2])}
+    assert "the examples have none for 'law'" in rejected(case, {**task, **lacking})
+
+
+def test_texts_that_a_model_writes_are_compared_with_the_right_ones(case: Case, tmp_path: Path) -> None:
+    """The right text is what the parent writes for half of the questions: exact match is one half."""
+    model: Any = AutoModelForCausalLM.from_pretrained(case.paths.parent)
+    tokenizer: Any = AutoTokenizer.from_pretrained(case.paths.parent)
+    rows = []
+    for index, row in enumerate(case.rows[:8]):
+        ids = tokenizer(question(row), return_tensors="pt")
+        written = model.generate(**ids, do_sample=False, max_new_tokens=5, pad_token_id=0)[0, ids.input_ids.shape[1] :]
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        rows.append({"question": row["question"], "answer": text if index % 2 else f"{text} and more"})
+    form = tmp_path / "written.yaml"
+    form.write_text(
+        "output_type: generate_until\n"
+        'doc_to_text: "Question: {{question}}\\nAnswer:"\n'
+        "doc_to_target: answer\n"
+        "generation_kwargs: {until: [none-such], max_gen_toks: 5, do_sample: false}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n",
+        encoding="utf-8",
+    )
+    measured = case.measured({"name": "written", "path": case.file("written", rows), "form": str(form)})
+    assert measured.parent.mean == 0.5 and measured.chance == 0
+    assert measured.children["assembled"].difference == Estimate(0, 0), "generate() of the child is the parent's"
+    assert measured.children["distilled"].accuracy.mean < 0.5
+
+
+def test_gsm8k_and_xlsum_are_asked_as_their_forms_say(case: Case, tmp_path: Path) -> None:
+    """A tiny model solves nothing, but the number is read by the filter that is named, and examples come first."""
+    form = (ROOT / "params/accuracy/gsm8k.yaml").read_text(encoding="utf-8")
+    short = tmp_path / "gsm8k.yaml"  # the tiny model's context is short
+    short.write_text(form.replace("do_sample: false", "do_sample: false, max_gen_toks: 4"), encoding="utf-8")
+    sums = [{"question": f"add {number}", "answer": f"so\n#### {number}"} for number in range(4)]
+    task = {"name": "gsm8k", "path": case.file("gsm8k", sums), "form": str(short), "num_fewshot": 1, "limit": 2}
+    measured = case.measured({**task, "filter": "flexible-extract"})
+    assert (measured.questions, measured.metric, measured.chance) == (2, "exact_match, flexible-extract", 0)
+    assert measured.asked != case.measured({**task, "num_fewshot": 0}).asked
+    assert "has no filter 'last'" in rejected(case, {**task, "filter": "last"})
+    news = [{"text": row["question"], "summary": row["choices"][0]} for row in case.rows[:2]]
+    xlsum = {"name": "xlsum", "path": case.file("xlsum", news), "form": str(ROOT / "params/accuracy/xlsum.yaml")}
+    assert planned(xlsum).benchmark.metric == "rouge_l"
+
+
+def test_a_chat_template_changes_what_is_asked(case: Case) -> None:
+    task = {"name": "own", "path": case.file("chat", case.rows[:4])}
+    assert case.measured(task).asked != case.measured({**task, "chat": True}).asked
+    assert AccuracyTask.model_validate({**task, "chat": True}).title == "own, chat"
+
+
+def test_every_ready_list_is_valid_and_names_the_announcements_benchmarks() -> None:
+    params = load(ROOT / "params.yaml")
+    for profile in ("accuracy", "accuracy_files"):
+        tasks = with_profile(params, ROOT / f"params/{profile}.yaml").measure_accuracy.tasks
+        names = {task.name for task in tasks}
+        announced = {"winogrande", "arc_challenge", "mmlu", "hellaswag", "gsm8k", "arc_easy", "piqa"}
+        assert announced <= names and any(name.startswith("truthfulqa") for name in names)
+        assert {"mmlu, chat", "gsm8k, chat"} <= {task.title for task in tasks}
+        for form in filter(None, (task.form for task in tasks)):
+            assert (ROOT / form).is_file(), form

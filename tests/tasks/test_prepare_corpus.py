@@ -175,9 +175,12 @@ def test_two_runs_give_the_same_bytes_and_a_seed_other_ones(paths: Paths, tmp_pa
     assert read_manifest(paths.corpus).content_hash != before
 
 
-def test_a_finished_corpus_is_kept_until_something_changes(paths: Paths, tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl")
-    settings = params(sources=[files_source(str(file))])
+def test_a_finished_corpus_is_kept_until_something_changes(
+    paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, novels = write_jsonl(tmp_path / "a.jsonl"), write_jsonl(tmp_path / "novels.jsonl", name="novels")
+    domains = {"fiction": {"sources": [files_source(str(novels))], "tokens": 64}}
+    settings = params(sources=[files_source(str(file))], domains=domains)
 
     def made_anew() -> bool:
         os.utime(paths.corpus / "manifest.json", (1, 1))
@@ -191,6 +194,10 @@ def test_a_finished_corpus_is_kept_until_something_changes(paths: Paths, tmp_pat
     assert made_anew(), "a damaged split"
     write_jsonl(file, 61)
     assert made_anew(), "another source file"
+    write_jsonl(novels, 61, "novels")
+    assert made_anew(), "another file of a domain"
+    monkeypatch.setattr("tasks.prepare_corpus.code_digest", lambda _: "of other code")
+    assert made_anew(), "other code"
     save_parent(paths.parent, template="{{ messages[0].content }}")
     assert made_anew(), "another tokenizer"
     assert not made_anew()
@@ -253,6 +260,24 @@ def test_a_tool_call_is_rendered_or_its_chat_left_out(paths: Paths, tmp_path: Pa
     pack_corpus.fn(settings, paths)
     assert "look_up" in str(texts(paths))
     assert "None" not in str(texts(paths))
+
+
+def test_a_template_that_reads_parts_gets_parts(paths: Paths, tmp_path: Path) -> None:
+    """Templates of models that see take a text for a list of parts: they wrote chats without their words."""
+    chats = [[{"role": "user", "content": prose(f"question {index}")}] for index in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"chat": chat}) for chat in chats))
+    settings = params(sources=[files_source(str(tmp_path / "a.jsonl"), messages="chat")])
+    parts = "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+    save_parent(paths.parent, template="{% for m in messages %}<|im_start|>" + parts + "{% endfor %}")
+    pack_corpus.fn(settings, paths)
+    assert texts(paths)["train"][0].startswith("<|im_start|>Paragraph 0 of question ")
+    for broken, reason in (
+        ("{{ messages[0].role }}", "leaves out"),
+        ("{{ 1 / 0 }}", r"refuses .* \(division by zero\)"),
+    ):
+        save_parent(paths.parent, template=broken)
+        with pytest.raises(InputError, match=f"60 of 60 rows cannot be used.*chat template {reason}"):
+            pack_corpus.fn(settings, paths)
 
 
 def test_a_bos_stands_before_every_document_where_the_tokenizer_adds_it(paths: Paths, tmp_path: Path) -> None:
@@ -341,6 +366,8 @@ def test_sequences_longer_than_the_parents_context_are_refused_first(paths: Path
         pack_corpus.fn(
             params(seq_len=128, train_tokens=640, calibration_tokens=128, validation_tokens=128, sources=sources), paths
         )
+    with pytest.raises(InputError, match=r"no-such-file\.jsonl"):
+        pack_corpus.fn(params(seq_len=64, sources=sources), paths)
 
 
 def test_sources_that_cannot_be_used(paths: Paths, tmp_path: Path) -> None:
@@ -363,7 +390,7 @@ def test_parents_that_cannot_be_used(paths: Paths, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no chat template"):
         pack_corpus.fn(params(sources=[{**source, "messages": "chat"}]), paths)
     save_parent(paths.parent, config=replace(CONFIG, vocab_size=40))
-    with pytest.raises(InputError, match=r"gives token \d+, and its embedding has 40 rows"):
+    with pytest.raises(InputError, match=r"gives token \d+, and the embedding has 40 rows"):
         pack_corpus.fn(params(sources=[source]), paths)
     save_parent(paths.parent, template={"rag": CHAT_TEMPLATE, "tool_use": CHAT_TEMPLATE})
     with pytest.raises(InputError, match=r"no chat template to choose .*name a text column instead"):

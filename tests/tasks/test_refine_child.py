@@ -16,12 +16,12 @@ from storage.paths import Paths
 from storage.refinement import BlockRefinement, Refinement, read_refinement
 from storage.variants import Attention, Ffn, Replacement
 from tasks import refine_child
-from tasks.puzzle.distill.correction import correct, relative_error
+from tasks.puzzle.distill.correction import Moments, correct, relative_error
 from tasks.puzzle.model.blocks import Block
 from tasks.puzzle.model.rotary import rotary_for
 from tests.settings import SEQ_LEN, tiny_params
 from tests.stages import assemble, assemble_blocks, cache, checksums, distill, prepare
-from tests.tiny import flip_byte
+from tests.tiny import change_weights, flip_byte
 
 CPU = torch.device("cpu")
 CHILD = [("kv_2", "ffn_96"), ("no_op", "ffn_48"), ("kv_1", "no_op")]
@@ -139,6 +139,11 @@ def test_no_held_out_error_rises_whatever_the_blocks_are(
     assert recorded[-1] < refinement.blocks[-1].error_assembled
 
 
+def test_the_first_train_and_the_last_calibration_sequences_are_taken() -> None:
+    """Those behind them are GKD's, and those before them are scored."""
+    assert refine_child._sequences(tiny_params()) == {"train": range(24), "calibration": range(12, 16)}
+
+
 def test_workers_change_no_byte(case: tuple[Params, Paths]) -> None:
     alone = run(*case)
     params = tiny_params(run={"workers": 3}, prepare_parent=case[0].prepare_parent.model_dump())
@@ -191,10 +196,12 @@ def test_an_interrupted_walk_ends_with_the_same_bytes(
     whole = run(*deeper)
     interrupt(deeper, monkeypatch, after)
     assert checksums(deeper[1].refined("small")) == whole[1]  # the earlier child stays until the new one is whole
+    states = deeper[1].refine_state("small") / "states"
+    shutil.copytree(next(states.iterdir()), states / "009")  # left by a kill before it was deleted
     calls: list[list[str]] = []
 
     def counting(*arguments: Any) -> Any:
-        calls.append([folder.name for folder in (deeper[1].refine_state("small") / "states").iterdir()])
+        calls.append([folder.name for folder in states.iterdir()])
         return correct(*arguments)
 
     monkeypatch.setattr(refine_child, "correct", counting)
@@ -232,12 +239,36 @@ def test_damaged_pieces_are_made_again(
 
 
 def test_another_setting_starts_anew(deeper: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the sequences lie in the same shards of the activation cache."""
     values = deeper[0].model_dump(mode="json")
-    values["refine_child"]["tokens"] = 12 * SEQ_LEN
+    values["refine_child"]["tokens"] = 20 * SEQ_LEN
     fewer = Params.model_validate(values)
     undisturbed = run(fewer, deeper[1])
     interrupt(deeper, monkeypatch, 4)
     assert run(fewer, deeper[1]) == undisturbed
+
+
+@pytest.mark.parametrize("other", ["weights", "dtype", "code"])
+def test_blocks_that_were_corrected_from_other_inputs_are_not_taken(
+    other: str, deeper: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, paths = deeper
+    interrupt(deeper, monkeypatch, 4)
+    if other == "weights":
+        change_weights(paths.assembled("small"))
+    elif other == "dtype":
+        params = tiny_params(run={"dtype": "bfloat16"}, prepare_parent=params.prepare_parent.model_dump())
+    else:
+        monkeypatch.setattr(refine_child, "code_digest", lambda _: "of other code")
+    calls: list[int] = []
+
+    def counting(*arguments: Any) -> Any:
+        calls.append(1)
+        return correct(*arguments)
+
+    monkeypatch.setattr(refine_child, "correct", counting)
+    run(params, paths)
+    assert len(calls) == 5
 
 
 def test_without_tokens_the_child_stays_as_assembled(case: tuple[Params, Paths]) -> None:
@@ -246,3 +277,26 @@ def test_without_tokens_the_child_stays_as_assembled(case: tuple[Params, Paths])
     refinement, _ = run(Params.model_validate(values), case[1])
     assert refinement.blocks == ()
     assert Checkpoint(case[1].refined("small"), "").checksums == Checkpoint(case[1].assembled("small"), "").checksums
+
+
+def test_sums_are_over_every_sequence_once_also_where_a_group_is_not_full(
+    case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """22 sequences are five groups of four and one of two; one by one they have the same sums."""
+    sums: list[Moments] = []
+
+    def recording(*arguments: Any) -> Any:
+        sums.append(arguments[2])
+        return correct(*arguments)
+
+    monkeypatch.setattr(refine_child, "correct", recording)
+    settings = case[0].refine_child.model_copy(update={"tokens": 22 * SEQ_LEN})
+    params = case[0].model_copy(update={"refine_child": settings})
+    run(params, case[1])
+    monkeypatch.setattr(refine_child, "_GROUP", 1)
+    monkeypatch.setattr(refine_child, "code_digest", lambda _: "one by one")
+    run(params, case[1])
+    grouped, single = sums[0], sums[len(sums) // 2]
+    assert grouped.tokens == single.tokens == 22 * SEQ_LEN
+    assert grouped.gram.allclose(single.gram, rtol=1e-4, atol=1e-5 * float(single.gram.max()))
+    assert grouped.cross.allclose(single.cross, rtol=1e-3, atol=1e-4 * float(single.cross.abs().max()))

@@ -188,6 +188,14 @@ def test_numbers_are_those_of_the_artifacts(run: tuple[Params, Paths]) -> None:
     assert text.count("1.23 times the parent's speed") == len(TARGETS)
 
 
+def test_the_page_shows_what_is_preserved(run: tuple[Params, Paths]) -> None:
+    """As a ratio where the parent knows something, and not where it guesses."""
+    text = Page(html(run[1])).text
+    assert "hellaswagrefined50.0 ± 2.045.0 ± 2.090.0 ± 2.0-5.0 ± 1.080.0 ± 4.0" in text
+    assert "25.0 ± 2.0at chance" in text
+    assert "position 1 to 63630103.000+0.250 ± 0.050" in text
+
+
 def test_names_are_escaped(run: tuple[Params, Paths]) -> None:
     assert escape("Large <child>") in html(run[1])
     assert "<child>" not in html(run[1])
@@ -226,6 +234,7 @@ LACKS: dict[str, tuple[str, str]] = {
     "children/*/refine.json": ("correction of Small", "refinement"),
     "children/*/throughput.parquet": ("measured throughput of Small by scenario", ""),
     "children/*/evaluation.json": ("quality of Large", "quality_throughput"),
+    "children/*/accuracy.json": ("accuracy of Large", ""),
     "children/small": ("the child of Small", ""),
 }
 

@@ -19,6 +19,7 @@ from storage.variants import Architecture
 from tasks.assemble_child import assemble
 from tasks.measure_costs import write_cost_table
 from tasks.puzzle.costs.cost_table import CostTable
+from tasks.puzzle.removals import without
 from tasks.puzzle.search.infeasible import InfeasibleError
 from tasks.puzzle.search.quantities import Quantity, measure
 from tasks.puzzle.search_space import parent_blocks
@@ -167,6 +168,18 @@ def test_a_target_can_have_the_child_of_a_baseline(name: str, paths: Paths) -> N
     assert [limit["slack"] >= 0 for limit in report["limits"]] == [True] * 3
     run_search(DEMO, paths)
     assert read_architecture(TARGET, paths).chosen_by == "search"
+
+
+def test_depth_goes_by_the_joint_kl_of_removals_where_it_was_measured(paths: Paths) -> None:
+    rows, around = scores(random.Random(0)), without(parent_blocks(CONFIG), []).digest
+    for first in range(3):
+        kls = [0.1 if block == first else 0.2 for block in range(3)]
+        whole = replace(rows[0], attention="no_op", ffn="no_op", around=around)
+        removed = [replace(whole, first_block=block, kl=kl) for block, kl in enumerate(kls)]
+        write_scores(paths.scores, [*rows, *removed])
+        run_search({"blocks": {"metric": "attention_blocks", "at_most": 2}}, paths, {"chosen_by": "depth"})
+        blocks = read_architecture(TARGET, paths).blocks
+        assert [block.first_block for block in blocks if block.ffn.kind == "no_op"] == [first]
 
 
 def test_a_baseline_that_cannot_keep_the_limits_writes_nothing(paths: Paths) -> None:

@@ -1,6 +1,7 @@
 """write_text end to end: what is written, its bytes, resuming, what the corpus makes of it, and bad input."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,17 @@ from transformers import AutoTokenizer
 from storage.corpus import read_manifest
 from storage.files import DamagedFileError, InputError
 from storage.params import Params
+from storage.parent import Parent
 from storage.paths import Paths
+from storage.tokenizer import load_tokenizer
+from tasks import write_text
 from tasks.prepare_corpus import pack_corpus
 from tasks.prepare_parent import prepare_parent
 from tasks.write_text import Batch, load_writer, plan_batches, write_batch
 from tests.clone import CHAT_TEMPLATE, END, tiny_parent
 from tests.settings import SEQ_LEN, tiny_params
 from tests.stages import checksums
+from tests.tasks.test_prepare_corpus import PARENT_TOKENS, save_parent
 from tests.tiny import flip_byte
 
 WRITTEN = {"kind": "written"}
@@ -72,6 +77,7 @@ def test_the_corpus_is_made_of_what_the_parent_wrote(source: Path, prepared: Pat
     run(params, prepared)
     texts, chats = rows_of(prepared, "texts"), rows_of(prepared, "chats")
     assert len(texts) >= 16 and all(row["text"].startswith(OPENING) for row in texts)  # two batches of eight rows
+    assert len({row["text"] for row in texts}) == len(texts)
     assert chats and all([turn["role"] for turn in row["messages"]] == ["user", "assistant"] for row in chats)
     assert not any(mark in json.dumps(texts + chats) for mark in (END, "<|im_start|>", "<|im_end|>"))
     pack_corpus.fn(params, prepared)
@@ -97,6 +103,32 @@ def test_bytes_depend_on_the_seed_alone_and_finished_batches_stay(source: Path, 
     other = params.model_copy(update={"run": params.run.model_copy(update={"seed": 1})})
     assert len(run(other, prepared)) == 2
     assert checksums(prepared.written) != written
+
+
+@pytest.mark.parametrize("other", ["weights", "temperature", "code"])
+def test_text_of_other_inputs_is_written_anew(
+    other: str, source: Path, prepared: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, paths = settings(source, WRITTEN), Paths(shutil.copytree(prepared.root, tmp_path / "artifacts"))
+    run(params, paths)
+    if other == "weights":
+        monkeypatch.setattr(Parent, "digest", "of other weights")
+    elif other == "temperature":
+        params = settings(source, WRITTEN, temperature=0.5)
+    else:
+        monkeypatch.setattr("tasks.write_text.code_digest", lambda _: "of other code")
+    assert len(plan_batches.fn(params, paths)) == 2
+
+
+def test_a_text_begins_and_ends_as_the_parents_documents_do(tmp_path: Path) -> None:
+    """Behind the token that separates documents, or behind BOS where its tokenizer puts one before every text."""
+    for bos in (None, "<s>"):
+        save_parent(tmp_path / "parent", (*PARENT_TOKENS, "<s>"), bos=bos)
+        tokenizer = load_tokenizer(tmp_path / "parent", "")
+        separator, end, start = (tokenizer.convert_tokens_to_ids(mark) for mark in (END, "<|im_end|>", "<s>"))
+        turn = write_text._text(tokenizer, tmp_path / "parent")
+        assert turn.given == ((start,) if bos else (separator,))
+        assert turn.ends == ({separator, end, start} if bos else {separator, end})
 
 
 def test_nothing_is_written_for_a_corpus_that_takes_none(source: Path, prepared: Paths) -> None:

@@ -17,6 +17,7 @@ Puzzle's papers have no such step. Its relatives, which fit a layer on the input
 and QEP for quantisation, SVD-LLM's sequential update for low rank, Prune&Comp for removed layers.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -41,6 +42,11 @@ from tasks.puzzle.model.rotary import rotary_for
 
 RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3)
 """Strengths of the ridge, as shares of the features' second moments."""
+
+Attempt = tuple[float, Tensors, float]
+"""A ridge, the block's tensors with it, and their error on the held-out tokens."""
+Each = Callable[[Callable[[int], Attempt], int], Iterable[Attempt]]
+"""Calls a function with 0, 1, ..., below a number, and yields what it returns in order."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ def moments(
 
 
 def correct(
-    tensors: Tensors, variant: Attention | Ffn, fitted_on: Moments, held_out: Moments
+    tensors: Tensors, variant: Attention | Ffn, fitted_on: Moments, held_out: Moments, each: Each
 ) -> tuple[Tensors, Correction]:
     """Correct the subblock that is a `variant`.
 
@@ -158,6 +164,7 @@ def correct(
         fitted_on: sums over the tokens of the fit.
         held_out: sums over the tokens that choose the ridge. They are tried from the strongest on, until one is worse
             than the one before it.
+        each: computes what is tried, in order; it may be ahead of what is asked for.
 
     Returns:
         All tensors of the block, and the correction. The held-out error never rises.
@@ -165,10 +172,14 @@ def correct(
     name = output_layer(variant)
     present = joined(tensors, name).to(fitted_on.gram.device)
     before = held_out.error_after(torch.zeros_like(present))
-    kept, best = tensors, Correction(None, before, before)
-    for ridge in RIDGES:
+
+    def attempt(number: int) -> Attempt:
+        ridge = RIDGES[number]
         changed = with_layer(tensors, name, present + solve_ridge(fitted_on.gram, fitted_on.cross, ridge))
-        error = held_out.error_after(joined(changed, name).to(present.device) - present)
+        return ridge, changed, held_out.error_after(joined(changed, name).to(present.device) - present)
+
+    kept, best = tensors, Correction(None, before, before)
+    for ridge, changed, error in each(attempt, len(RIDGES)):
         if not error < best.error_after:
             break
         kept, best = changed, Correction(ridge, before, error)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from storage.files import InputError
 from storage.model_config import ModelConfig
 from tasks.puzzle.model.child import DeciLMForCausalLM
 from tasks.puzzle.model.kv_cache import KvCache
@@ -88,6 +89,9 @@ def write(
     Returns:
         The texts of each row, each with the tokens of every turn that was begun, opening included; the last text may be
         cut.
+
+    Raises:
+        InputError: hidden states are NaN or infinite.
     """
     rows = [_Row(script) for script in scripts]
     weight = model.model.embed_tokens.weight
@@ -106,6 +110,11 @@ def write(
             else:
                 drawn = draw(model.lm_head(model.model.norm(hidden[:, 0])), drawing, chances).tolist()
             ids = torch.tensor([row.take(token) for row, token in zip(rows, drawn, strict=True)], device=weight.device)
+    if not hidden.isfinite().all():
+        raise InputError(
+            f"the parent's hidden states are not finite: its weights overflow in {weight.dtype}; set run.dtype to "
+            "float32, or take another revision of it"
+        )
     return [row.texts for row in rows]
 
 

@@ -1,40 +1,42 @@
-"""Runs lm-eval in this process: a task and a model in memory -> right or wrong for every question.
+"""Runs lm-eval in this process: a task and a model in memory -> a score of 0 .. 1 for every question.
 
-Only multiple choice is supported: a model's choice is the one with the highest log-likelihood (metric acc), or with the
-highest log-likelihood per character (acc_norm). The module needs the extra `eval`, so it is imported only where params
-name a task.
+Any task of lm-eval will do whose metric is a mean over questions: multiple choice (the choice with the highest
+log-likelihood counts, or with the highest per character), texts that are compared with the right answer, and what tasks
+compute themselves. The module needs the extra `eval`, so it is imported only where params name a task.
 """
 
 import difflib
 import functools
+import json
 import logging
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import lm_eval.api.metrics
 import lm_eval.api.model
 import lm_eval.api.task
 import lm_eval.models.huggingface
+import numpy as np
+from jinja2 import TemplateError
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from storage.files import InputError
-from storage.tokenizer import load_tokenizer
-from tasks.puzzle.model.child import DeciLMForCausalLM
-from tasks.puzzle.model.device import Compute
-from tasks.puzzle.quality.accuracy import PARENT, Answers, Question
+from storage.files import InputError, digest_of
+from tasks.puzzle.quality.accuracy import Answers
 
-NAME = f"lm-eval {version('lm-eval')}"
 Tasks: TypeAlias = Mapping[str, ConfigurableTask]
 """lm-eval's tasks by name: a single task, or the members of a group, whose questions are put together."""
+Row: TypeAlias = dict[str, Any]
+_DEFAULT_METRICS = ("acc_norm", "acc")
+_CHOSEN = {"acc", "acc_norm", "acc_bytes"}
+"""Metrics of multiple choice, where a guesser has a chance."""
 
 
 def _bar(*args: Any, **options: Any) -> Any:
@@ -44,31 +46,93 @@ def _bar(*args: Any, **options: Any) -> Any:
 
 lm_eval.api.model.tqdm = lm_eval.api.task.tqdm = lm_eval.models.huggingface.tqdm = _bar
 # Warnings about what we do on purpose: we pass models as objects and questions as a function.
-_EXPECTED_WARNINGS = ("`pretrained`", "Custom kwargs can be passed")
+_EXPECTED_WARNINGS = ("`pretrained`", "Custom kwargs can be passed", "is already in self.", "num_fewshot > 0 but")
 for _logger in ("lm_eval.models.huggingface", "lm_eval.api.task"):
     logging.getLogger(_logger).addFilter(lambda record: not any(text in record.msg for text in _EXPECTED_WARNINGS))
 
 
-def local_tasks(name: str, questions: Sequence[Question]) -> Tasks:
-    """Make a task of the user's own questions; the few-shot examples come from the other questions."""
-    rows = [
-        {"prompt": question.prompt, "choices": list(question.choices), "answer": question.answer}
-        for question in questions
+def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """ROUGE-L, the F1 of the longest common subsequence of words, as XL-Sum is measured."""
+    from rouge_score.rouge_scorer import RougeScorer  # it imports nltk, which other tasks need not pay
+
+    score = RougeScorer(["rougeL"]).score(references[0], predictions[0])["rougeL"]
+    return float(score.fmeasure)
+
+
+def probability_of_true(question: Row, answers: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """TruthfulQA's mc2: the share of probability that the model gives to the true ones of a question's answers."""
+    likelihood = np.exp([log_likelihood for log_likelihood, _ in answers])
+    is_true = np.asarray(_truths(question)) == 1
+    return {"acc": float(likelihood[is_true].sum() / likelihood.sum())}
+
+
+def _truths(question: Row) -> list[int]:
+    """1 for each true answer of a TruthfulQA question, 0 for the others, in the columns of a file or of the hub."""
+    truths: list[int] = question["mc2_labels"] if "mc2_labels" in question else question["mc2_targets"]["labels"]
+    return truths
+
+
+_OURS: Mapping[str, Callable[..., Any]] = {"rouge_l": rouge_l, "probability_of_true": probability_of_true}
+"""Functions that a form can name as a metric or as `process_results`."""
+
+
+def local_tasks(name: str, form: Mapping[str, Any], rows: Sequence[Row], examples: Sequence[Row] | None) -> Tasks:
+    """Make a task of the user's own rows.
+
+    Args:
+        name: the task's name.
+        form: the task as lm-eval writes it, without a data set; `group_by` names a column whose values make a task
+            each (MMLU's subjects), so that examples are of the same kind as the question.
+        rows: the questions.
+        examples: the examples before a question; None takes other questions.
+
+    Raises:
+        InputError: lm-eval does not take the form, or it does not fit the rows.
+    """
+    config = {key: setting for key, setting in form.items() if key != "group_by"}
+    config["metric_list"] = [
+        {**metric, "metric": _OURS.get(metric["metric"], metric["metric"])} for metric in form.get("metric_list", ())
     ]
-    metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
-    config = {
-        "task": name,
-        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
-        "test_split": "test",
-        "fewshot_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "prompt",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "metric_list": metrics,
+    if "process_results" in config:
+        config["process_results"] = _OURS.get(config["process_results"])
+    tasks = {}
+    for kind, (asked, shown) in _grouped(form.get("group_by"), rows, examples).items():
+        task = f"{name}_{kind}" if kind else name
+        splits = {"test": asked, "examples": asked if examples is None else shown}
+        if not splits["examples"]:
+            raise InputError(f"measure_accuracy.tasks {name!r}: the examples have none for {kind!r}, which is asked")
+        tasks[task] = _local_task({**config, "task": task}, splits, is_own=examples is None)
+    return tasks
+
+
+def _grouped(
+    column: str | None, rows: Sequence[Row], examples: Sequence[Row] | None
+) -> dict[str, tuple[list[Row], list[Row]]]:
+    """Questions and examples by the value of a column; without a column all of them under an empty name."""
+
+    def of(kind: str, some: Sequence[Row]) -> list[Row]:
+        return [row for row in some if column is None or row[column] == kind]
+
+    kinds = sorted({row[column] for row in rows}) if column else [""]
+    return {kind: (of(kind, rows), of(kind, examples or ())) for kind in kinds}
+
+
+def _local_task(config: dict[str, Any], splits: Mapping[str, list[Row]], *, is_own: bool) -> ConfigurableTask:
+    complete = {
         "num_fewshot": 0,
+        **config,
+        "custom_dataset": lambda **_: {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()},
+        "test_split": "test",
+        "fewshot_split": "test" if is_own else "examples",
     }
-    return {name: ConfigurableTask(config=config)}
+    try:
+        return ConfigurableTask(config=complete)
+    except (TemplateError, TypeError, KeyError, ValueError, SyntaxError) as error:
+        columns = ", ".join(splits["test"][0])
+        raise InputError(
+            f"measure_accuracy.tasks {config['task']!r}: lm-eval cannot make a task of its form and columns "
+            f"({columns}): {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 @functools.cache
@@ -77,18 +141,17 @@ def _hub() -> TaskManager:
     return TaskManager()
 
 
-def hub_tasks(name: str, metric: str) -> Tasks:
+def hub_tasks(name: str) -> Tasks:
     """Load a task or a group of tasks that comes with lm-eval; its questions are read from the hub or its cache.
 
     Raises:
-        InputError: lm-eval has no such task, the hub cannot be reached, or the task is not multiple choice or lacks the
-            metric.
+        InputError: lm-eval has no such task, the hub cannot be reached, or the task runs code of a model.
     """
     if name not in _hub().all_tasks:
         near = difflib.get_close_matches(name, _hub().all_tasks, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise InputError(
-            f"measure_accuracy.tasks: {NAME} has no task {name!r}{hint} (`lm-eval ls tasks` lists them); "
+            f"measure_accuracy.tasks: lm-eval has no task {name!r}{hint} (`lm-eval ls tasks` lists them); "
             "questions of your own need `path`"
         )
     try:
@@ -99,43 +162,85 @@ def hub_tasks(name: str, metric: str) -> Tasks:
             f"measure_accuracy.tasks: the questions of {name} cannot be loaded from the hub "
             f"({type(error).__name__}: {reason}); check the network, or give `path`, a Parquet file"
         ) from error
-    for member, task in loaded.items():
-        if task.OUTPUT_TYPE != "multiple_choice" or metric not in task.aggregation():
-            raise InputError(
-                f"measure_accuracy.tasks: {member} is {task.OUTPUT_TYPE} with {', '.join(task.aggregation())}; "
-                f"expected multiple_choice with {metric}: name another task or metric"
-            )
+    if any(getattr(task, "UNSAFE_CODE", False) for task in loaded.values()):
+        raise InputError(f"measure_accuracy.tasks: {name} runs code of a model in this process; use human_eval")
     return loaded
+
+
+def chosen_metric(tasks: Tasks, wanted: str | None) -> str:
+    """Choose the metric that is reported: the wanted one, else acc_norm, acc or the first that is a mean.
+
+    Raises:
+        InputError: some task has no such metric, or it is no mean over questions.
+    """
+    means = [
+        [name for name, aggregate in task.aggregation().items() if aggregate is lm_eval.api.metrics.mean]
+        for task in tasks.values()
+    ]
+    shared = [name for name in means[0] if all(name in names for names in means)]
+    preferred = (wanted,) if wanted else (*_DEFAULT_METRICS, *shared)
+    chosen = next((name for name in preferred if name in shared), None)
+    if chosen is None:
+        name, task = next(iter(tasks.items()))
+        raise InputError(
+            f"measure_accuracy.tasks: {name} is {task.OUTPUT_TYPE} with {', '.join(task.aggregation())}; expected "
+            f"{wanted or 'a metric'} that is a mean over questions (has: {', '.join(shared) or 'none'}): name another "
+            "metric or task"
+        )
+    return str(chosen)
+
+
+def chosen_filter(tasks: Tasks, wanted: str | None) -> str:
+    """Choose how answers are read from texts: the wanted filter, else the task's first.
+
+    Raises:
+        InputError: there is no such filter.
+    """
+    names = [ensemble.name for ensemble in next(iter(tasks.values()))._filters]
+    if wanted is not None and wanted not in names:
+        raise InputError(f"measure_accuracy.tasks: {next(iter(tasks))} has no filter {wanted!r} (has: {names})")
+    return wanted or str(names[0])
 
 
 @dataclass(frozen=True)
 class Asking:
     """The form that questions are asked in.
 
-    num_fewshot: number of examples before each question; None is the task's own number.
-    limit: number of questions of each task, from the first on; None is all.
-    seed: seed for the choice of examples.
-    sequences_per_batch: choices in one forward pass.
+    Attributes:
+        metric: metric that is counted.
+        filter: how answers are read from texts.
+        num_fewshot: number of examples before each question; None is the task's own number.
+        limit: number of questions of each task, from the first on; None is all.
+        seed: seed for the choice of examples.
+        sequences_per_batch: choices or texts in one forward pass.
+        chat: whether questions go through the tokenizer's chat template.
     """
 
+    metric: str
+    filter: str
     num_fewshot: int | None
     limit: int | None
     seed: int
     sequences_per_batch: int
+    chat: bool
 
 
-def load(name: str, folder: Path, compute: Compute) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model (the parent or a child, by its `name`) and tokenizer from a checkpoint's folder, as users do."""
-    disable_progress_bar()
-    loader: Any = AutoModelForCausalLM if name == PARENT else DeciLMForCausalLM
-    loaded = loader.from_pretrained(folder, dtype=compute.dtype, trust_remote_code=False)
-    model: PreTrainedModel = loaded.to(compute.device)
-    return model, load_tokenizer(folder, "dvc repro")
+def questions_digest(tasks: Tasks, asking: Asking) -> str:
+    """Digest of the questions that will be asked, of those that examples come from, and of the tasks' versions."""
+    contents = []
+    for name, task in tasks.items():
+        shots = task.get_config("num_fewshot") if asking.num_fewshot is None else asking.num_fewshot
+        shown = task.fewshot_docs() if shots else ()
+        asked = list(task.eval_docs)[: asking.limit]
+        contents.append([name, str(task.VERSION), shots, _digest(asked), _digest(list(shown or ()))])
+    return digest_of(contents)
 
 
-def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, metric: str, asking: Asking
-) -> Answers:
+def _digest(rows: Sequence[Row]) -> str:
+    return digest_of(json.dumps(rows, sort_keys=True, default=str))
+
+
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, asking: Asking) -> Answers:
     """Ask a causal model of transformers the questions of `tasks`; lm-eval stores the answers in them.
 
     The log-likelihoods are float32, whatever the model's dtype.
@@ -144,20 +249,38 @@ def answer(
         if asking.num_fewshot is not None or task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=asking.num_fewshot or 0)
         task.set_fewshot_seed(seed=asking.seed)
-    batch = asking.sequences_per_batch
     lm = HFLM(
         pretrained=model,
         tokenizer=tokenizer,
         backend="causal",
-        batch_size=batch,
+        batch_size=asking.sequences_per_batch,
         softmax_dtype="float32",
         trust_remote_code=False,
     )
-    samples = evaluate(lm, {"tasks": tasks}, limit=asking.limit, bootstrap_iters=0, log_samples=True)["samples"]
-    question_ids, right, chance = [], [], []
+    samples = evaluate(
+        lm,
+        {"tasks": tasks},
+        limit=asking.limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=asking.chat,
+        fewshot_as_multiturn=asking.chat,
+    )["samples"]
+    asked, scores, chance = [], [], []
     for name, task in tasks.items():
-        for sample in sorted(samples[name], key=lambda sample: sample["doc_id"]):
-            question_ids.append(f"{name}/{sample['doc_id']}/{sample['doc_hash']}/{sample['prompt_hash']}")
-            right.append(float(sample[metric]))
-            chance.append(1 / len(task.doc_to_choice(sample["doc"])))
-    return Answers(tuple(question_ids), tuple(right), tuple(chance))
+        answered = [sample for sample in samples[name] if sample["filter"] == asking.filter]
+        for sample in sorted(answered, key=lambda sample: sample["doc_id"]):
+            asked.append(f"{name}/{sample['doc_id']}/{sample['doc_hash']}/{sample['prompt_hash']}")
+            scores.append(float(sample[asking.metric]))
+            chance.append(_chance(task, sample, asking.metric))
+    return Answers(digest_of(asked), tuple(scores), tuple(chance))
+
+
+def _chance(task: ConfigurableTask, sample: Row, metric: str) -> float:
+    """A guesser's expected score of one question; 0 where there is nothing to guess from."""
+    if task.OUTPUT_TYPE != "multiple_choice" or metric not in _CHOSEN:
+        return 0.0
+    question, right = sample["doc"], sample["target"]
+    if task.config.process_results is not None and {"mc2_labels", "mc2_targets"} & question.keys():
+        return statistics.fmean(_truths(question))
+    return (len(right) if isinstance(right, list) else 1) / len(task.doc_to_choice(question))

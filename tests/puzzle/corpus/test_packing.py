@@ -158,6 +158,11 @@ def test_a_source_of_a_dozen_long_documents_fills_all_splits() -> None:
     assert len(pairs) == 4, "a train sequence has the number of the document of its first token"
 
 
+def test_a_held_out_document_is_used_to_its_last_sequence() -> None:
+    packed = Packed(packer([Feed("f", 1.0, numbered([31]))], (32, 0, 0), encode=positions))  # 32 with the separator
+    assert packed.documents["validation"] == [0, 0]
+
+
 def test_domains_are_filled_first_and_share_no_document_with_the_training_mix() -> None:
     documents = plain(prose(f"document {index}") for index in range(60))
     other = plain((prose(f"other {index}") for index in range(30)), Source("other", "1", "MIT"))

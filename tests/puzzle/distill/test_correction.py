@@ -1,5 +1,6 @@
 """The correction of one subblock: planted changes that are known, sums by hand, and what must never happen."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from storage.refinement import SubblockName
 from storage.variants import Attention, Ffn, Replacement
 from tasks.puzzle.distill.correction import (
     RIDGES,
+    Attempt,
     Moments,
     ParentStates,
     correct,
@@ -17,7 +19,14 @@ from tasks.puzzle.distill.correction import (
     moments,
     relative_error,
 )
-from tasks.puzzle.distill.output_layers import attention_features, ffn_features, joined, output_layer, with_layer
+from tasks.puzzle.distill.output_layers import (
+    attention_features,
+    ffn_features,
+    joined,
+    output_layer,
+    solve_ridge,
+    with_layer,
+)
 from tasks.puzzle.model.blocks import Block
 from tasks.puzzle.model.initialise import Tensors, attention_part, ffn_part
 from tasks.puzzle.model.rotary import rotary_for
@@ -26,6 +35,11 @@ from tests.puzzle.distill.test_bld import VARIANTS, Case
 from tests.tiny import FAMILIES
 
 NO_ATTENTION, NO_FFN = Attention("no_op"), Ffn("no_op")
+
+
+def in_order(attempt: Callable[[int], Attempt], count: int) -> Iterator[Attempt]:
+    """Try one after the other, when it is asked for."""
+    return map(attempt, range(count))
 
 
 class Planted:
@@ -84,7 +98,7 @@ def test_a_planted_change_is_found(family: str, variant: Attention | Ffn, tmp_pa
     planted = Planted(Case(tmp_path, family), variant)
     fitted_on = planted.moments(planted.hidden, planted.tensors)
     tensors, correction = correct(
-        planted.tensors, variant, fitted_on, planted.moments(planted.held_out, planted.tensors)
+        planted.tensors, variant, fitted_on, planted.moments(planted.held_out, planted.tensors), in_order
     )
     assert correction.ridge == min(RIDGES)
     assert correction.error_before == pytest.approx(planted.error(planted.held_out, planted.tensors), rel=1e-4)
@@ -109,7 +123,7 @@ def test_the_change_is_the_ridge_regression_of_its_definition(
     planted = Planted(Case(tmp_path, "llama3-untied-head_dim-bias"), variant)
     monkeypatch.setattr("tasks.puzzle.distill.correction.RIDGES", (0.3,))
     sums = planted.moments(planted.hidden, planted.tensors)
-    tensors, correction = correct(planted.tensors, variant, sums, sums)
+    tensors, correction = correct(planted.tensors, variant, sums, sums, in_order)
     assert correction.ridge == 0.3
     hidden, block = torch.cat(planted.hidden), planted.block(planted.tensors)
     rotary = rotary_for(planted.case.config, hidden.shape[1], hidden)
@@ -135,7 +149,7 @@ def test_a_correction_that_does_not_generalise_is_not_taken(tmp_path: Path) -> N
     held_out = planted.moments(planted.held_out, planted.whole)
     noise = planted.moments(planted.hidden[:1], planted.whole)
     noise.cross = torch.randn(noise.cross.shape, generator=torch.Generator().manual_seed(2))
-    tensors, correction = correct(planted.whole, planted.variant, noise, held_out)
+    tensors, correction = correct(planted.whole, planted.variant, noise, held_out, in_order)
     assert correction.ridge is None and correction.error_before == correction.error_after == 0
     assert tensors is planted.whole
 
@@ -196,3 +210,15 @@ def test_a_token_without_a_length_has_no_weight() -> None:
     sums = Moments.of(torch.tensor([[2.0], [10.0]]), missing, target)
     assert [float(sums.gram), *sums.cross[0].tolist(), float(sums.error)] == pytest.approx([4, 2, 0, 1])
     assert relative_error((target - missing)[None], target[None]) == pytest.approx(0.5)
+
+
+def test_states_in_bfloat16_are_compared_in_float32() -> None:
+    target = torch.randn(1, 50, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    states = (1.05 * target.float()).bfloat16()
+    assert relative_error(states, target) == relative_error(states.float(), target.float())
+
+
+def test_an_input_that_is_always_0_gets_no_weight() -> None:
+    """A channel that never fires; the other one's moment is 4, so 2 / 4 shrinks by 1 / 1.5."""
+    gram, cross = torch.tensor([[4.0, 0.0], [0.0, 0.0]]), torch.tensor([[2.0], [0.0]])
+    assert solve_ridge(gram, cross, 0.5).flatten().tolist() == pytest.approx([1 / 3, 0])

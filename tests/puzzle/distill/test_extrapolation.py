@@ -30,14 +30,28 @@ def test_a_planted_curve_is_found_again(offset: float, factor: float, exponent: 
         [0.9, 0.5, 1.0, 0.4, 0.8, 0.6, 0.9, 0.5],
         [0.9 - 0.05 * number for number in range(8)],
         [0.9] * 8,
+        [1 - 500 / tokens for tokens in TOKENS],
+        [2.0, *[0.5] * 7],
     ],
-    ids=["too few", "rising", "jumping", "a straight line", "flat"],
+    ids=["too few", "rising", "jumping", "a straight line", "flat", "rising to a level", "falling at once"],
 )
 def test_what_is_no_such_curve_is_not_carried_on(kls: list[float]) -> None:
     assert longer_training(list(zip(TOKENS, kls, strict=False)), 10) is None
 
 
+def test_five_measurements_are_enough() -> None:
+    assert longer_training([(tokens, 0.2 + 40 * tokens**-0.7) for tokens in TOKENS[:5]], 10) is not None
+
+
 def test_the_offset_is_not_below_zero() -> None:
-    """A curve that falls faster than any power law with a floor: KL is never negative."""
+    """The best fit would fall below 0 where this curve is carried on, and KL is never negative."""
     modelled = longer_training([(tokens, 2 - 0.2 * math.log(tokens)) for tokens in TOKENS], 10)
-    assert modelled is None or (modelled.offset >= 0 and modelled.kl > 0)
+    assert modelled is not None and modelled.offset == 0 and modelled.kl > 0
+
+
+def test_the_error_is_the_root_mean_square_of_what_the_fit_leaves() -> None:
+    measured = [(tokens, 0.2 + 40 * tokens**-0.7 + 0.01 * (-1) ** number) for number, tokens in enumerate(TOKENS)]
+    modelled = longer_training(measured, 10)
+    assert modelled is not None
+    left = [modelled.offset + modelled.factor * tokens**-modelled.exponent - kl for tokens, kl in measured]
+    assert modelled.rms_error == pytest.approx(math.sqrt(sum(error**2 for error in left) / len(left)))

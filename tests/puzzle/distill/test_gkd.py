@@ -122,6 +122,24 @@ def test_a_live_teacher_has_the_states_of_the_parent(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-3)
 
 
+def test_in_bfloat16_the_losses_are_summed_in_float32(tmp_path: Path) -> None:
+    """Rounded, 1 - cosine would have 2 digits, and a log-probability less."""
+    case = Case(tmp_path, "llama")
+    child, head = case.child.bfloat16(), Head(case.head.norm.bfloat16(), case.head.weight.bfloat16(), case.head.eps)
+    case.states = [state.bfloat16() for state in case.states]
+    _, losses = gradients(child, case.state, head, WEIGHTS)
+    with torch.inference_mode():
+        outputs = child.hidden_states(case.states[0])
+        pairs = zip(outputs, case.states[1:], strict=True)
+        cosines = [functional.cosine_similarity(ours.double(), theirs.double(), dim=-1) for ours, theirs in pairs]
+        ours, theirs = (
+            functional.linear(head.normalise(hidden), head.weight).double().log_softmax(-1)
+            for hidden in (outputs[-1], case.states[-1])
+        )
+    assert losses.cosine == pytest.approx(1 - float(torch.stack(cosines).mean()), rel=1e-4)
+    assert losses.kl == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
+
+
 def test_what_is_not_finite_is_found_where_it_is(tmp_path: Path) -> None:
     """A product that overflows makes the loss NaN; an entry of a gradient alone is found by the name of its weight."""
     case = Case(tmp_path, "llama")

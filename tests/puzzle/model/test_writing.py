@@ -32,6 +32,12 @@ def test_no_chance_draws_a_token_without_probability() -> None:
         assert draw(logits, Drawing(1.0, 1.0), torch.tensor([[chance]])).tolist() == [token]
 
 
+def test_narrow_logits_are_summed_in_float32() -> None:
+    """In bfloat16, sums of 1,000 small probabilities stop growing."""
+    logits = torch.zeros(1, 1000, dtype=torch.bfloat16)
+    assert draw(logits, Drawing(1.0, 1.0), torch.tensor([[0.7505]])).tolist() == [750]
+
+
 def test_rows_are_what_the_model_draws_behind_all_that_is_before(tmp_path: Path) -> None:
     """Every token is the one that a forward pass over the whole row gives for the same chance, or one that is given."""
     _, config = save_tiny("llama", tmp_path)

@@ -1,91 +1,102 @@
-"""Accuracy against hand-counted answers: paired differences, what is preserved, a parent at chance, the table."""
+"""Accuracy against hand-counted answers: paired differences, what is preserved, a parent at chance."""
 
 import math
 import statistics
 
 import pytest
 
-from tasks.puzzle.quality.accuracy import Answers, TaskAccuracy, accuracy_table, compare
+from storage.accuracy import RATING, BenchmarkAccuracy
+from tasks.puzzle.quality.accuracy import Answers, Benchmark, combine, compare
 
 RIGHT = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0)
 WORSE = (1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
+OWN = Benchmark("own", "acc", "1", None)
 
 
-def answers(right: tuple[float, ...], choices: int = 4, prompt: str = "question") -> Answers:
-    return Answers(tuple(f"{prompt} {i}" for i in range(len(right))), right, (1 / choices,) * len(right))
+def answers(scores: tuple[float, ...], choices: int = 4, asked: str = "questions") -> Answers:
+    return Answers(asked, scores, (1 / choices,) * len(scores))
 
 
 def test_a_child_is_paired_with_its_parent() -> None:
-    comparison = compare({"parent": answers(RIGHT), "assembled": answers(WORSE)})
+    comparison = compare(OWN, {"parent": answers(RIGHT), "assembled": answers(WORSE)})
     parent, child = comparison.parent, comparison.children["assembled"]
     assert (comparison.questions, comparison.chance, comparison.parent_at_chance) == (8, 0.25, False)
-    assert parent.accuracy == 7 / 8
+    assert parent.mean == 7 / 8
     assert parent.stderr == pytest.approx(math.sqrt(7 / 8 * 1 / 8 / 7))
-    assert child.accuracy == 6 / 8
+    assert child.accuracy.mean == 6 / 8
     differences = [0, 0, 0, 0, 0, -1, -1, 1]
-    assert child.difference == pytest.approx(-1 / 8)
-    assert child.difference_stderr == pytest.approx(statistics.stdev(differences) / math.sqrt(8))
-    assert child.accuracy_preserved == pytest.approx(6 / 7)
+    assert child.difference.mean == pytest.approx(-1 / 8)
+    assert child.difference.stderr == pytest.approx(statistics.stdev(differences) / math.sqrt(8))
+    assert child.preserved is not None and child.above_chance is not None
+    assert child.preserved.mean == pytest.approx(6 / 7)
+    assert child.above_chance.mean == pytest.approx((6 / 8 - 1 / 4) / (7 / 8 - 1 / 4))
 
 
-def test_the_form_of_accuracy_json() -> None:
-    written = compare({"parent": answers(RIGHT), "assembled": answers(WORSE)}).to_json()
-    assert list(written) == ["questions", "asked", "chance", "parent_at_chance", "models"]
-    models = written["models"]
-    assert isinstance(models, dict)
-    assert list(models) == ["parent", "assembled"]
-    assert list(models["parent"]) == ["accuracy", "stderr"]
-    assert list(models["assembled"]) == [
-        *("accuracy", "stderr", "difference", "difference_stderr", "accuracy_preserved", "accuracy_preserved_stderr")
-    ]
-
-
-def test_the_standard_error_of_what_is_preserved_is_the_jackknifes() -> None:
+@pytest.mark.parametrize("floor", [0.0, 0.25])
+def test_the_standard_error_of_a_ratio_is_the_jackknifes(floor: float) -> None:
     """Leave one question out, in 200 of them: the linearised error must agree to 2 % (both err by about 1/n)."""
     right = [float(i % 3 != 0) for i in range(200)]
     child = [float((i % 3 != 0 and i % 7 != 0) or i % 12 == 0) for i in range(200)]
-    comparison = compare({"parent": answers(tuple(right)), "assembled": answers(tuple(child))})
-    ratios = [(sum(child) - mine) / (sum(right) - theirs) for mine, theirs in zip(child, right, strict=True)]
+    kept = compare(OWN, {"parent": answers(tuple(right)), "assembled": answers(tuple(child))}).children["assembled"]
+    ratios = [
+        ((sum(child) - mine) / 199 - floor) / ((sum(right) - theirs) / 199 - floor)
+        for mine, theirs in zip(child, right, strict=True)
+    ]
     jackknife = math.sqrt(199 / 200 * sum((ratio - statistics.fmean(ratios)) ** 2 for ratio in ratios))
-    assert comparison.children["assembled"].accuracy_preserved_stderr == pytest.approx(jackknife, rel=0.02)
+    ratio = kept.above_chance if floor else kept.preserved
+    assert ratio is not None
+    assert ratio.stderr == pytest.approx(jackknife, rel=0.02)
 
 
 def test_an_equal_child_keeps_everything() -> None:
-    child = compare({"parent": answers(RIGHT), "assembled": answers(RIGHT)}).children["assembled"]
-    assert (child.difference, child.difference_stderr) == (0, 0)
-    assert (child.accuracy_preserved, child.accuracy_preserved_stderr) == (1, 0)
+    child = compare(OWN, {"parent": answers(RIGHT), "assembled": answers(RIGHT)}).children["assembled"]
+    assert child.preserved is not None and child.above_chance is not None
+    assert (child.difference.mean, child.difference.stderr) == (0, 0)
+    assert (child.preserved.mean, child.preserved.stderr) == (1, 0)
+    assert (child.above_chance.mean, child.above_chance.stderr) == (1, 0)
 
 
-@pytest.mark.parametrize(("correct", "at_chance"), [(25, True), (33, True), (34, False)])
+@pytest.mark.parametrize(("correct", "at_chance"), [(25, True), (34, True), (35, False)])
 def test_a_parent_within_two_standard_errors_of_a_guesser_is_at_chance(correct: int, at_chance: bool) -> None:
-    """100 questions of 4 choices: a guesser has 25 ± 4.33 right."""
-    right = (1.0,) * correct + (0.0,) * (100 - correct)
-    comparison = compare({"parent": answers(right), "assembled": answers(right)})
+    """100 questions of 4 choices: a guesser has 25 ± 4.33 right, and 34 are known to 4.76."""
+    scores = (1.0,) * correct + (0.0,) * (100 - correct)
+    comparison = compare(OWN, {"parent": answers(scores), "assembled": answers(scores)})
     assert comparison.parent_at_chance is at_chance
-    assert (comparison.children["assembled"].accuracy_preserved is None) is at_chance
+    assert (comparison.children["assembled"].preserved is None) is at_chance
 
 
 def test_two_right_answers_of_two_do_not_beat_a_guesser() -> None:
     """Their own standard error is 0, the guesser's is not."""
-    assert compare({"parent": answers((1.0, 1.0), choices=2)}).parent_at_chance
+    assert compare(OWN, {"parent": answers((1.0, 1.0), choices=2)}).parent_at_chance
+
+
+def test_where_nobody_can_guess_the_parents_own_error_counts() -> None:
+    """One of 20 texts right is 5 % ± 5 %; five of 20 are 25 % ± 10 %."""
+    assert compare(OWN, {"parent": Answers("texts", (1.0,) + (0.0,) * 19, (0.0,) * 20)}).parent_at_chance
+    assert not compare(OWN, {"parent": Answers("texts", (1.0,) * 5 + (0.0,) * 15, (0.0,) * 20)}).parent_at_chance
 
 
 def test_chance_is_the_mean_over_questions_with_different_choices() -> None:
-    assert compare({"parent": Answers(("a", "b"), (1.0, 0.0), (0.5, 0.25))}).chance == 0.375
+    assert compare(OWN, {"parent": Answers("two", (1.0, 0.0), (0.5, 0.25))}).chance == 0.375
 
 
 def test_models_that_were_asked_something_else_are_not_compared() -> None:
     with pytest.raises(AssertionError, match="different questions"):
-        compare({"parent": answers(RIGHT), "assembled": answers(WORSE, prompt="other")})
+        compare(OWN, {"parent": answers(RIGHT), "assembled": answers(WORSE, asked="others")})
 
 
-def test_the_table_fits_and_marks_a_parent_at_chance() -> None:
-    answered = compare({"parent": answers(RIGHT), "assembled": answers(WORSE)})
-    guessed = compare({"parent": answers(WORSE[5:]), "assembled": answers(RIGHT[5:])})
-    tasks = [TaskAccuracy("a" * 30, "acc_norm", answered), TaskAccuracy("guessed", "acc", guessed)]
-    table = accuracy_table("like-51b", tasks, "lm-eval 0.4.13, float32")
-    assert all(len(line) <= 100 for line in table.splitlines())
-    assert table.count("at chance: nothing to preserve") == 1
-    assert "87.5 ± 12.5" in table
-    assert "-12.5 ± 22.7" in table
-    assert "85.7 ± 24.5" in table
+def test_the_announcements_number_is_ten_ratings_and_mmlu_over_two() -> None:
+    """The 51B's: MT-Bench 8.99 and MMLU 80.2 %, the 70B's 8.93 and 81.66 %."""
+
+    def measured(name: str, metric: str, parent: float, child: float) -> BenchmarkAccuracy:
+        spread = {mean: (mean - 0.01, mean + 0.01) for mean in (parent, child)}
+        asked = {"parent": Answers("x", spread[parent], (0, 0)), "distilled": Answers("x", spread[child], (0, 0))}
+        return compare(Benchmark(name, metric, "1", None), asked)
+
+    bench, mmlu = measured("MT-Bench", RATING, 0.893, 0.899), measured("mmlu", "acc", 0.8166, 0.802)
+    combined = combine([mmlu, bench])
+    assert combined is not None
+    assert combined.parent.mean == pytest.approx((10 * 8.93 + 81.66) / 200)
+    assert combined.children["distilled"].mean == pytest.approx((10 * 8.99 + 80.2) / 200)
+    assert combined.parent.stderr == pytest.approx(math.hypot(0.01, 0.01) / 2)
+    assert combine([mmlu]) is None and combine([bench]) is None

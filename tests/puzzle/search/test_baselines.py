@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ ATTENTIONS = (Attention("gqa", 2), Attention("gqa", 1), Attention("no_op"))
 FFNS = (Ffn("gated", 96), Ffn("gated", 48), Ffn("gated", 24), Ffn("no_op"))
 PARENT = tuple(Replacement(block, 1, ATTENTIONS[0], FFNS[0]) for block in range(4))
 KV_TOTAL, WIDTH_TOTAL = 8, 4 * 96
+PAIRS = list(itertools.product(ATTENTIONS[:2], FFNS[:2]))
 Baseline = Callable[[Problem[Replacement], Sequence[Replacement]], tuple[Choice[Replacement], ...]]
 BASELINES: tuple[Baseline, ...] = (uniform, greedy, depth)
 
@@ -70,7 +72,8 @@ def test_limits_that_the_parent_keeps_change_nothing(baseline: Baseline) -> None
 
 
 def test_uniform_takes_adjacent_widths() -> None:
-    assert sorted(channels(uniform(problem(1, 0.4), PARENT))) == [24, 24, 48, 48]  # 153.6 channels
+    """The narrower one in evenly spaced blocks."""
+    assert channels(uniform(problem(1, 0.4), PARENT)) == [48, 24, 48, 24]  # 153.6 channels
     assert channels(uniform(problem(1, 0.5), PARENT)) == [48] * 4
 
 
@@ -95,6 +98,43 @@ def test_uniform_says_so_where_no_width_is_narrow_enough() -> None:
     assert len(greedy(problem(1, 0.2), PARENT)) == 4  # no-ops can
 
 
+def test_uniform_leaves_a_block_whose_variants_are_not_allowed_as_it_is() -> None:
+    chosen = uniform(_keeping(3, problem(1, 0.5)), PARENT)
+    assert channels(chosen) == [24, 48, 24, 96]  # 192 channels
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_a_target_that_forbids_a_block_of_the_parent_has_no_baseline(baseline: Baseline) -> None:
+    limited = problem(0.7, 0.6)
+    without = [index for index, choice in enumerate(limited.choices) if choice.replacement != PARENT[2]]
+    with pytest.raises(InfeasibleError, match="cannot keep all limits"):
+        baseline(limited.restricted_to(without), PARENT)
+
+
+def with_spans(limited: Problem[Replacement]) -> Problem[Replacement]:
+    """The problem with spans over blocks 0 and 1, which cost nothing."""
+    choices = (*limited.choices, *(Choice(Replacement(0, 2, *pair), 0.0) for pair in PAIRS))
+    order = sorted(range(len(choices)), key=lambda index: choices[index].replacement)
+    extended = (replace(limit, coefficients=limit.coefficients + (0.0,) * len(PAIRS)) for limit in limited.limits)
+    limits = tuple(limit.restricted_to(order) for limit in extended)
+    return replace(limited, choices=tuple(choices[index] for index in order), limits=limits)
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_spans_are_left_to_the_search(baseline: Baseline) -> None:
+    limited = problem(0.7, 0.6)
+    assert baseline(with_spans(limited), PARENT) == baseline(limited, PARENT)
+
+
+def test_random_scores_of_a_span_are_draws_of_its_own() -> None:
+    """Its variants are never the parent's, though they have the same names."""
+    drawn = with_random_scores(with_spans(problem(0.7, 0.6)), PARENT, 1)
+    scores = {choice.replacement: choice.score for choice in drawn.choices}
+    of_span, of_block = ({pair: scores[Replacement(0, span, *pair)] for pair in PAIRS} for span in (2, 1))
+    assert all(score > 0 for score in of_span.values())
+    assert not set(of_span.values()) & set(of_block.values())
+
+
 def test_depth_removes_the_blocks_with_the_least_score() -> None:
     limited = problem(0.5, 0.5)
     no_ops = (ATTENTIONS[2], FFNS[3])
@@ -109,23 +149,28 @@ def test_depth_follows_the_order_of_joint_removals_then_the_scores() -> None:
     alone = _removed(depth(problem(0.75, 0.75), PARENT))
     last = max({0, 1, 2, 3} - alone)
     assert _removed(depth(limited, PARENT, (last,))) == alone | {last}
-    keeps_3 = limited.restricted_to(
-        [index for index, choice in enumerate(limited.choices) if choice.replacement in (PARENT[3], *_all_but(3))]
-    )
-    assert _removed(depth(keeps_3, PARENT, (3, 2, 0))) == {0, 2}
+    assert _removed(depth(_keeping(3, limited), PARENT, (3, 2, 0))) == {0, 2}
 
 
 def _removed(chosen: tuple[Choice[Replacement], ...]) -> set[int]:
     return {block for block, choice in enumerate(chosen) if choice.replacement != PARENT[block]}
 
 
-def _all_but(block: int) -> list[Replacement]:
-    return [choice.replacement for choice in problem(1, 1).choices if choice.replacement.first_block != block]
+def _keeping(block: int, limited: Problem[Replacement]) -> Problem[Replacement]:
+    """The problem where a block must stay the parent's."""
+    return limited.restricted_to(
+        [
+            index
+            for index, choice in enumerate(limited.choices)
+            if choice.replacement.first_block != block or choice.replacement == PARENT[block]
+        ]
+    )
 
 
-def test_greedy_takes_the_cheapest_step_first() -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_greedy_takes_the_cheapest_step_first(seed: int) -> None:
     """One limit, one step is enough: the least score per head saved."""
-    limited = problem(7 / 8, 1)
+    limited = problem(7 / 8, 1, seed)
     steps = [choice for choice in limited.choices if choice.replacement.attention.num_kv_heads < 2]
     steps = [choice for choice in steps if choice.replacement.ffn == FFNS[0]]
     best = min(steps, key=lambda choice: choice.score)  # of a step of two heads counts the one that is missing

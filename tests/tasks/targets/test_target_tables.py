@@ -107,6 +107,16 @@ def test_the_search_chooses_the_batch(paths: Paths, ratio: float) -> None:
     assert len(report["operating_points"]) == len(BATCHES)
 
 
+def test_a_baseline_takes_the_batch_that_suits_it_best(paths: Paths) -> None:
+    """At batch 8 a smaller child is fast enough, at 64 the parent itself."""
+    least = 1.02 * throughput(parent(), "128/128", 8)
+    speed, uniform = {"metric": "throughput", "at_least": least}, {"chosen_by": "uniform"}
+    assert run_search({"speed": {**speed, **SPEED, "batch": 8}}, paths, uniform)[0].score > 0
+    summary, architecture, _ = run_search({"speed": {**speed, **OPEN}}, paths, uniform)
+    (point,) = architecture["operating_points"]
+    assert (summary.score, point["batch"]) == (0, 64)
+
+
 def test_the_batch_must_fit_into_the_device(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, the KV cache of whole requests, and the workspace; what does not fit is not chosen."""
     limits = {"speed": {"metric": "throughput", "at_least_ratio": 0.01, **OPEN}}

@@ -1,0 +1,53 @@
+"""A judge over HTTP: replies in order, a busy server is asked again, whatever else is one sentence."""
+
+import asyncio
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from storage.files import InputError
+from tasks.engines.client import Endpoint
+from tasks.engines.judge import replies
+from tests.judge_server import judging
+
+
+def test_replies_come_in_order_and_the_key_goes_along() -> None:
+    prompts = [f"prompt {number}" for number in range(7)]
+    with judging(lambda prompt: f"reply to {prompt}") as judge:
+        said = asyncio.run(replies(Endpoint(judge.url, "stand-in", "secret"), prompts, 3))
+    assert said == [f"reply to {prompt}" for prompt in prompts]
+    assert set(judge.keys) == {"Bearer secret"}
+    assert {(request["path"], request["model"], request["temperature"]) for request in judge.requests} == {
+        ("/v1/chat/completions", "stand-in", 0)
+    }
+
+
+def test_a_busy_judge_is_asked_again() -> None:
+    states: Iterator[int | str] = itertools.chain([429, 503], itertools.repeat("fine"))
+    with judging(lambda _: next(states)) as judge:
+        assert asyncio.run(replies(Endpoint(judge.url, "stand-in"), ["prompt"], 1, wait_s=0)) == ["fine"]
+    assert len(judge.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "problem", "requests"),
+    [
+        (401, "HTTP 401.*OPENAI_API_KEY", 1),
+        (404, "HTTP 404", 1),
+        (500, "HTTP 500", 4),
+        (b"<html>", "does not answer in JSON", 1),
+        (b'{"choices": []}', "another form than the OpenAI API", 1),
+    ],
+)
+def test_what_is_no_reply_is_one_sentence(said: int | bytes, problem: str, requests: int) -> None:
+    with judging(lambda _: said) as judge, pytest.raises(InputError, match=problem):
+        asyncio.run(replies(Endpoint(judge.url, "stand-in"), ["prompt"], 1, wait_s=0))
+    assert len(judge.requests) == requests
+
+
+def test_no_server_is_one_sentence() -> None:
+    with judging(lambda _: "gone") as judge:
+        pass
+    with pytest.raises(InputError, match="does not answer"):
+        asyncio.run(replies(Endpoint(judge.url, "stand-in"), ["prompt"], 1, wait_s=0))

@@ -1,0 +1,36 @@
+"""What people see of an error: one message, whatever files of others bring into it."""
+
+import pytest
+
+from flows.errors import run_cleanly
+from storage.files import DamagedFileError, InputError
+
+
+def ended(error: Exception) -> int | str | None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_cleanly(fail)
+    return end.value.code
+
+
+def test_names_of_others_give_a_terminal_no_orders_and_no_walls_of_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(InputError(f"tensor a\x1b[2J\u202e{'b' * 9_000}\n  and a second problem")) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: tensor a\\x1b[2J\\u202ebbb")
+    assert message.endswith("b…\n  and a second problem\n") and len(message) < 2_100
+
+
+def test_an_error_of_the_system_is_one_message_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(NotADirectoryError(20, "Not a directory", "artifacts/library")) == 2
+    assert capsys.readouterr().err == "error: artifacts/library: Not a directory; look at this path, and run it again\n"
+    assert ended(DamagedFileError("index.parquet is damaged")) == 4
+
+
+def test_a_mistake_of_ours_keeps_its_traceback() -> None:
+    def fail() -> None:
+        raise OSError("without a file")
+
+    with pytest.raises(OSError, match="without a file"):
+        run_cleanly(fail)

@@ -1,0 +1,52 @@
+"""A stand-in for a judge behind an OpenAI HTTP API: it answers each prompt as a test's function says, on 127.0.0.1."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class Judge:
+    """A running stand-in: its base URL, the requests that it got, and the keys that came with them."""
+
+    url: str
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The text of every request."""
+        return [request["messages"][0]["content"] for request in self.requests]
+
+
+@contextmanager
+def judging(reply: Callable[[str], str | int | bytes]) -> Iterator[Judge]:
+    """Serve on a free port; `reply` gives the text for a prompt, an HTTP state, or bytes in place of JSON."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            judge.requests.append({**body, "path": self.path})
+            judge.keys.append(self.headers["Authorization"])
+            said = reply(body["messages"][0]["content"])
+            content = {"choices": [{"message": {"role": "assistant", "content": said}}]}
+            sent = said if isinstance(said, bytes) else json.dumps(content).encode()
+            self.send_response(said if isinstance(said, int) else 200)
+            self.send_header("Content-Length", str(len(sent)))
+            self.end_headers()
+            self.wfile.write(sent)
+
+        def log_message(self, *_: Any, **__: Any) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        judge = Judge(f"http://127.0.0.1:{server.server_address[1]}/v1")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield judge
+        finally:
+            server.shutdown()
