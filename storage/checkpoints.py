@@ -170,9 +170,14 @@ class Checkpoint:
         self.verify_files()
         return read_object(self.folder / "config.json", self.rebuild)
 
-    def _open(self, file: Path) -> safe_open:
+    def _present(self, file: Path) -> Path:
+        """Return a file that is there; raises DamagedFileError."""
         if not file.is_file():
             raise damaged(file, "is missing", self.rebuild)
+        return file
+
+    def _open(self, file: Path) -> safe_open:
+        self._present(file)
         try:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -197,8 +202,8 @@ class Checkpoint:
         """
         if name not in self.files:
             raise InputError(f"{self.folder} has no tensor {name}; run `{self.rebuild}`")
+        state = FileState.of(self._present(self.files[name]))
         with self._open(self.files[name]) as handle:
-            state = FileState.of(self.files[name])
             tensor: Tensor = handle.get_tensor(name).clone()  # else it keeps the whole file mapped
         expected = self.checksums.get(name) if self.checksums else ""
         if (state, name, expected) not in _VERIFIED:

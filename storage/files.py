@@ -173,10 +173,11 @@ def unfinished_folder(final: Path) -> Iterator[Path]:
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     for lock in final.parent.glob(f".{final.name}-*/{_LOCK}"):
-        with contextlib.suppress(BlockingIOError), lock.open("a") as handle:
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), lock.open("r+") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent)
-    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-") as name:
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    prefix = f".{final.name}-"
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=prefix, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         with (folder / f"{_LOCK}.new").open("a") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
