@@ -288,7 +288,7 @@ LIES: dict[str, tuple[Callable[[Raw, Tensors], object], str]] = {
     ),
     "words for a scale": (
         lambda raw, _: raw.update(rope_scaling="yarn"),
-        r"rope_parameters is 'yarn', expected an object",
+        r"rope_scaling is 'yarn', expected an object",
     ),
     "too few blocks": (lambda raw, _: raw["block_configs"].pop(), r"num_hidden_layers is 3 but block_configs has 2"),
     "another family": (

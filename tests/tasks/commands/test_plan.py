@@ -48,7 +48,7 @@ def test_every_stage_of_the_demo_is_planned(tmp_path: Path, monkeypatch: pytest.
     names = list(dict.fromkeys(estimate.stage.partition("@")[0] for estimate in demo.stages))
     assert names == [stage.name for stage in read_pipeline()]
     assert all(estimate.seconds > 0 and estimate.memory_bytes > 0 for estimate in demo.stages)
-    assert demo.materialised_bytes == 31 * (24_576 + 3_072 + 4_096) * 576 * 2
+    assert demo.materialised_bytes == 31 * (40_960 + 3_072 + 4_096) * 576 * 2
     text = plan_text(demo)
     assert max(map(len, text.splitlines())) <= 100
     (line,) = (line for line in text.splitlines() if line.startswith("score_blocks"))
@@ -89,7 +89,7 @@ def test_without_a_geometry_it_says_what_to_give(tmp_path: Path, monkeypatch: py
     other.write_text(json.dumps({"architectures": ["MambaForCausalLM"]}), encoding="utf-8")
     with pytest.raises(InputError, match="MambaForCausalLM is not supported"):
         _plan(on_cpu, other, tmp_path)
-    with pytest.raises(InputError, match=r"none.yaml is missing; profiles here: full"):
+    with pytest.raises(InputError, match=r"none.yaml is missing; profiles here: accuracy, accuracy_files, full"):
         with_profile(load(), tmp_path / "none.yaml")
 
 
