@@ -22,7 +22,7 @@ def measure_accuracy(params: Params, paths: Paths, target: str) -> None:
     unloaded (transformers 5.23 builds models under settings of the whole process).
     """
     params = on_this_machine(params)
-    measured = [tasks.measure(planned, target, params, paths) for planned in tasks.plan_benchmarks(params)]
+    measured = [tasks.measure(planned, target, params, paths) for planned in tasks.plan_benchmarks(params, paths)]
     settings = params.measure_accuracy.position_loss
     positions = tasks.measure_positions(settings, target, params, paths) if settings else ()
     sys.stdout.write(tasks.write_measured(target, measured, positions, params, paths))

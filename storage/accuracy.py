@@ -32,7 +32,8 @@ class ChildAccuracy:
         accuracy: the child's accuracy.
         difference: child - parent.
         preserved: child / parent; None where the parent is at chance.
-        above_chance: (child - chance) / (parent - chance); None where the parent is at chance.
+        above_chance: (child - chance) / (parent - chance); None where the parent is at chance, or chance is 0, where it
+            would be `preserved` again.
     """
 
     accuracy: Estimate

@@ -76,7 +76,9 @@ class HumanEval(Section):
     )
     max_tokens: int = Field(512, ge=1, description="Longest program, in tokens.")
     limit: int | None = Field(None, ge=2, description="The first so many problems; null is all.")
-    seconds: int = Field(5, ge=1, le=600, description="CPU time of a program, and about its time by the clock, s.")
+    seconds: int = Field(
+        5, ge=1, le=600, description="CPU time of a program, s; by the clock it has 5 s more, to start in."
+    )
     memory_mib: int = Field(1024, ge=128, description="Memory of a program, MiB.")
 
     @model_validator(mode="after")
@@ -104,7 +106,7 @@ class MtBench(Section):
 
 
 class PositionLoss(Section):
-    """Log-loss of parent and children by position in a document, up to the parent's context."""
+    """Log-loss of parent and children by position in a document, or without `path` in a sequence of the corpus."""
 
     path: str | None = Field(
         None,

@@ -5,7 +5,7 @@ Out: children/<target>/accuracy.json, which has no benchmark if params name none
 Run: `puzzle stage measure_accuracy --target like-51b`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,13 +16,13 @@ from prefect.cache_policies import NO_CACHE
 from storage.accuracy import Accuracy, BenchmarkAccuracy, PositionBucket, write_accuracy
 from storage.accuracy_sections import PositionLoss
 from storage.code_digest import code_digest
-from storage.files import digest_of
+from storage.files import InputError, digest_of
 from storage.params import Params
 from storage.parent_info import read_parent_info
 from storage.paths import Paths
 from tasks.accuracy.human_eval import planned_human_eval
 from tasks.accuracy.long_documents import LongDocuments, long_documents
-from tasks.accuracy.models import AskedModel, PlannedBenchmark, asked_models, remembered
+from tasks.accuracy.models import AskedModel, PlannedBenchmark, asked_models, parent_model, remembered
 from tasks.accuracy.mt_bench import planned_mt_bench
 from tasks.accuracy.questions import planned_task
 from tasks.drawing.accuracy_text import accuracy_text
@@ -32,19 +32,37 @@ from tasks.puzzle.quality.position_loss import compare_positions, ranges, summed
 
 
 @task(cache_policy=NO_CACHE)
-def plan_benchmarks(params: Params) -> list[PlannedBenchmark]:
-    """Check every benchmark that params name: a wrong one stops the stage before a model loads.
+def plan_benchmarks(params: Params, paths: Paths) -> list[PlannedBenchmark]:
+    """Check everything that params name: what is wrong stops the stage before a model loads.
 
     Raises:
-        InputError: a benchmark cannot be asked.
+        InputError: a benchmark cannot be asked, or long documents cannot be read.
     """
     wanted, seed = params.measure_accuracy, params.run.seed
+    for name, writing in (("human_eval", wanted.human_eval), ("mt_bench", wanted.mt_bench)):
+        if writing and writing.max_tokens >= (context := _context(paths)):
+            raise InputError(
+                f"measure_accuracy.{name}.max_tokens is {writing.max_tokens}, which leaves no room for a prompt in the "
+                f"parent's context of {context}; lower it"
+            )
     planned = [planned_task(accuracy_task, seed, wanted.sequences_per_batch) for accuracy_task in wanted.tasks]
     if wanted.human_eval:
         planned.append(planned_human_eval(wanted.human_eval, seed, wanted.sequences_per_batch))
     if wanted.mt_bench:
-        planned.append(planned_mt_bench(wanted.mt_bench, seed))
+        planned.append(planned_mt_bench(wanted.mt_bench, seed, paths))
+    if any(benchmark.chat for benchmark in planned):
+        parent_model(paths).tokenizer(chat=True)
+    if wanted.position_loss:
+        _long_documents(wanted.position_loss, paths)
     return planned
+
+
+def _context(paths: Paths) -> int:
+    return read_parent_info(paths.parent).config.context
+
+
+def _long_documents(settings: PositionLoss, paths: Paths) -> LongDocuments:
+    return long_documents(settings, parent_model(paths).tokenizer(chat=False), _context(paths), paths)
 
 
 @task(cache_policy=NO_CACHE)
@@ -56,15 +74,15 @@ def measure(planned: PlannedBenchmark, target: str, params: Params, paths: Paths
 
 
 def _answers(planned: PlannedBenchmark, model: AskedModel, compute: Compute, params: Params, paths: Paths) -> Answers:
-    key = {**planned.key, **_model_key(model, compute, params)}
+    of_model = _model_key(model, compute, params)
+
+    def keep(part: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        return remembered(paths, {**part, **of_model}, make)
 
     def ask() -> dict[str, Any]:
-        def keep(part: str, make: Any) -> dict[str, Any]:
-            return remembered(paths, {**key, "part": part}, make)
-
         return asdict(planned.ask(*model.load(compute, chat=planned.chat), keep))
 
-    kept = remembered(paths, key, ask)
+    kept = keep(planned.key, ask)
     return Answers(kept["asked"], tuple(kept["scores"]), tuple(kept["chance"]))
 
 
@@ -82,10 +100,8 @@ def _model_key(model: AskedModel, compute: Compute, params: Params) -> dict[str,
 @task(cache_policy=NO_CACHE)
 def measure_positions(settings: PositionLoss, target: str, params: Params, paths: Paths) -> tuple[PositionBucket, ...]:
     """Measure the log-loss of the parent and the children of `target` by position; one model is in memory at a time."""
-    compute, models = _compute(params), asked_models(target, paths)
-    context = read_parent_info(paths.parent).config.context
-    documents = long_documents(settings, models[0].tokenizer(), context, paths)
-    losses = {model.name: _losses(documents, model, compute, params, paths) for model in models}
+    compute, documents = _compute(params), _long_documents(settings, paths)
+    losses = {model.name: _losses(documents, model, compute, params, paths) for model in asked_models(target, paths)}
     return compare_positions(losses, [len(ids) for ids in documents.tokens], documents.numbers)
 
 

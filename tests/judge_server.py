@@ -23,8 +23,17 @@ class Judge:
         return [request["messages"][0]["content"] for request in self.requests]
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """An HTTP state with a body, and seconds after which to ask again."""
+
+    state: int
+    body: str = ""
+    retry_after: str | None = None
+
+
 @contextmanager
-def judging(reply: Callable[[str], str | int | bytes]) -> Iterator[Judge]:
+def judging(reply: Callable[[str], str | int | bytes | Refusal]) -> Iterator[Judge]:
     """Serve on a free port; `reply` gives the text for a prompt, an HTTP state, or bytes in place of JSON."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -34,8 +43,13 @@ def judging(reply: Callable[[str], str | int | bytes]) -> Iterator[Judge]:
             judge.keys.append(self.headers["Authorization"])
             said = reply(body["messages"][0]["content"])
             content = {"choices": [{"message": {"role": "assistant", "content": said}}]}
-            sent = said if isinstance(said, bytes) else json.dumps(content).encode()
-            self.send_response(said if isinstance(said, int) else 200)
+            refusal = said if isinstance(said, Refusal) else Refusal(said if isinstance(said, int) else 200)
+            sent = said if isinstance(said, bytes) else refusal.body.encode()
+            if isinstance(said, str):
+                sent = json.dumps(content).encode()
+            self.send_response(refusal.state)
+            if refusal.retry_after:
+                self.send_header("Retry-After", refusal.retry_after)
             self.send_header("Content-Length", str(len(sent)))
             self.end_headers()
             self.wfile.write(sent)

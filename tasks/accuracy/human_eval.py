@@ -66,7 +66,7 @@ def planned_human_eval(settings: HumanEval, seed: int, sequences_per_batch: int)
             shares.append(share_that_passes(problem, list(bodies), limits))
         return Answers(questions, tuple(shares), (0.0,) * len(shares))
 
-    code = code_digest("tasks.accuracy.human_eval:planned_human_eval")
+    code = code_digest("tasks.accuracy.human_eval:planned_human_eval", "tasks.engines.confine:confine")
     asking = settings.model_dump(exclude={"path"})
     return PlannedBenchmark(
         benchmark=Benchmark(NAME, metric, f"temperature {settings.temperature}", settings.limit),

@@ -50,10 +50,10 @@ def long_documents(
 
 
 def _texts(path: str, column: str) -> list[str]:
-    """Texts of a file's rows; a .txt is one."""
+    """Texts of a file's rows; a .txt is one, whose paragraphs stay apart by an empty line."""
     with tempfile.TemporaryDirectory() as scratch:
         file = fetch(path, Path(scratch))
-        if file_kind(file.name) == ".txt":
-            return [file.read_text(encoding="utf-8", errors="replace")]
-        source = Source(file.name, "", "")
-        return [document.text for document in file_documents(file, path, source, Columns(column), SkippedRows(path))]
+        source, skipped = Source(file.name, "", ""), SkippedRows(path)
+        texts = [document.text for document in file_documents(file, path, source, Columns(column), skipped)]
+    skipped.check()
+    return ["\n\n".join(texts)] if file_kind(file.name) == ".txt" else texts

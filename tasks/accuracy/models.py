@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.logging import disable_progress_bar
 
 from storage.checkpoints import Checkpoint
-from storage.files import digest_of
+from storage.files import digest_of, sha256
 from storage.parent_info import REBUILD
 from storage.paths import Paths
 from storage.pieces import Pieces
@@ -23,8 +23,8 @@ from tasks.puzzle.model.device import Compute
 from tasks.puzzle.quality.accuracy import PARENT, Answers, Benchmark
 
 Loaded: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-Keep: TypeAlias = Callable[[str, Callable[[], Mapping[str, Any]]], dict[str, Any]]
-"""Keeps a part of a model's answers, by a name, so that it is not made again if a later part fails."""
+Keep: TypeAlias = Callable[[Mapping[str, Any], Callable[[], Mapping[str, Any]]], dict[str, Any]]
+"""Keeps a part of a model's answers under a key of its own, so that it is not made again if a later part fails."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,34 @@ class AskedModel:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Digest of weights, config.json and tokenizer."""
-        files = {"config": self.checkpoint.config_json(), "tokenizer": tokenizer_digest(self.checkpoint.folder)}
+        """Digest of weights, config.json, generation_config.json and tokenizer."""
+        generation = self.checkpoint.folder / "generation_config.json"
+        files = {
+            "config": self.checkpoint.config_json(),
+            "tokenizer": tokenizer_digest(self.checkpoint.folder),
+            "generation": sha256(generation) if generation.is_file() else None,
+        }
         return digest_of({"tensors": self.checkpoint.checksums, **files})
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer alone."""
-        return load_tokenizer(self.checkpoint.folder, self.checkpoint.rebuild)
+    def tokenizer(self, *, chat: bool) -> PreTrainedTokenizerBase:
+        """Load the tokenizer alone.
+
+        Raises:
+            InputError: `chat` is set, and the tokenizer has no chat template.
+        """
+        tokenizer = load_tokenizer(self.checkpoint.folder, self.checkpoint.rebuild)
+        if chat:
+            problem = f"the tokenizer in {self.checkpoint.folder} has no chat template that can be read"
+            way_out = "take benchmarks with `chat` and mt_bench out of measure_accuracy, or take a parent that chats"
+            tokenizer.chat_template = chat_template(tokenizer, problem, way_out)
+        return tokenizer
 
     def load(self, compute: Compute, *, chat: bool) -> Loaded:
         """Compare every tensor with its checksum, and load model and tokenizer.
 
         Raises:
             DamagedFileError: a file is not as it was written.
-            InputError: `chat` is set, and the tokenizer has no chat template.
+            InputError: as of :meth:`tokenizer`.
         """
         for tensor in self.checkpoint.files:
             self.checkpoint.tensor(tensor)
@@ -57,12 +71,12 @@ class AskedModel:
         loader: Any = AutoModelForCausalLM if self.name == PARENT else DeciLMForCausalLM
         loaded = loader.from_pretrained(self.checkpoint.folder, dtype=compute.dtype, trust_remote_code=False)
         model: PreTrainedModel = loaded.to(compute.device)
-        tokenizer = self.tokenizer()
-        if chat:
-            problem = f"the tokenizer in {self.checkpoint.folder} has no chat template that can be read"
-            way_out = "take benchmarks with `chat` and mt_bench out of measure_accuracy, or take a parent that chats"
-            tokenizer.chat_template = chat_template(tokenizer, problem, way_out)
-        return model, tokenizer
+        return model, self.tokenizer(chat=chat)
+
+
+def parent_model(paths: Paths) -> AskedModel:
+    """The parent."""
+    return AskedModel(PARENT, Checkpoint(paths.parent, REBUILD))
 
 
 def asked_models(target: str, paths: Paths) -> list[AskedModel]:
@@ -77,7 +91,7 @@ def asked_models(target: str, paths: Paths) -> list[AskedModel]:
         for state, (folder, stage) in made.items()
         if folder.is_dir()
     ]
-    return [AskedModel(PARENT, Checkpoint(paths.parent, REBUILD)), *children]
+    return [parent_model(paths), *children]
 
 
 @dataclass(frozen=True)

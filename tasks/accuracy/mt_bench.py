@@ -4,8 +4,10 @@ In: questions, and the judge's URL, model and key (environment). Out: the mean r
 """
 
 import asyncio
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +16,8 @@ from storage.accuracy import RATING
 from storage.accuracy_sections import MtBench
 from storage.code_digest import code_digest
 from storage.files import InputError, digest_of
-from tasks.accuracy.models import Keep, PlannedBenchmark
+from storage.paths import Paths
+from tasks.accuracy.models import Keep, PlannedBenchmark, remembered
 from tasks.accuracy.questions import read_rows
 from tasks.accuracy.writing import continuations
 from tasks.engines.client import Endpoint
@@ -27,35 +30,40 @@ NAME = "MT-Bench"
 _KEY = "OPENAI_API_KEY"
 _ROUNDS = 3
 """Times that a judge is asked for a rating that its reply lacks."""
+_BATCH = 20
+"""Fewest ratings that are kept together: what a judge that fails later does not take along."""
 
 
-def planned_mt_bench(settings: MtBench, seed: int) -> PlannedBenchmark:
-    """Read the questions; the judge is asked for a first rating before a model answers, so that a wrong URL shows soon.
+def planned_mt_bench(settings: MtBench, seed: int, paths: Paths) -> PlannedBenchmark:
+    """Read the questions, and have the judge give a first rating, unless it once did: a wrong URL shows before a model
+    answers.
 
     Raises:
-        InputError: the file cannot be used; of asking: the judge does not answer, or rates nothing.
+        InputError: the file cannot be used, the judge does not answer, or it rates nothing.
     """
     questions = _questions(settings)
     judge = Endpoint(settings.judge_url.rstrip("/"), settings.judge_model, os.environ.get(_KEY))
     asked = digest_of([[question.category, question.turns, question.reference] for question in questions])
+    first = [judge_prompt(questions[0], questions[0].turns[:1])]
+    remembered(paths, _ratings_key(judge, first), lambda: {"ratings": _ratings(judge, first, 1)})
 
     def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keep: Keep) -> Answers:
-        def answers() -> dict[str, list[list[str]]]:
-            _ratings(judge, [judge_prompt(questions[0], questions[0].turns[:1])], 1)
+        def texts() -> dict[str, list[list[str]]]:
             shown = tqdm(questions, desc=NAME, unit="question", disable=None)
-            return {
-                "texts": [
-                    _answers(model, tokenizer, question, settings.max_tokens, seed + index)
-                    for index, question in enumerate(shown)
-                ]
-            }
+            answers = [
+                _answers(model, tokenizer, question, settings.max_tokens, seed + index)
+                for index, question in enumerate(shown)
+            ]
+            return {"texts": answers}
 
+        answers_key = {"part": f"{NAME}, answers", "max_tokens": settings.max_tokens, "seed": seed, "questions": asked}
+        answers = keep({**answers_key, "code": code_digest("tasks.accuracy.mt_bench:_answers")}, texts)["texts"]
         prompts = [
-            judge_prompt(question, texts[: turn + 1])
-            for question, texts in zip(questions, keep("answers", answers)["texts"], strict=True)
-            for turn in range(len(texts))
+            judge_prompt(question, said[: turn + 1])
+            for question, said in zip(questions, answers, strict=True)
+            for turn in range(len(said))
         ]
-        ratings = iter(_ratings(judge, prompts, settings.requests_at_once))
+        ratings = iter(_kept_ratings(judge, prompts, settings.requests_at_once, keep))
         means = [sum(next(ratings) for _ in question.turns) / len(question.turns) for question in questions]
         return Answers(asked, tuple(mean / HIGHEST for mean in means), (0.0,) * len(means))
 
@@ -67,6 +75,24 @@ def planned_mt_bench(settings: MtBench, seed: int) -> PlannedBenchmark:
         ask=ask,
         chat=True,
     )
+
+
+def _ratings_key(judge: Endpoint, prompts: Sequence[str]) -> Mapping[str, Any]:
+    code = code_digest("tasks.accuracy.mt_bench:_ratings")
+    return {"part": f"{NAME}, ratings", "judge": [judge.url, judge.model], "prompts": digest_of(prompts), "code": code}
+
+
+def _kept_ratings(judge: Endpoint, prompts: Sequence[str], requests_at_once: int, keep: Keep) -> list[float]:
+    """Have the judge rate all answers, and keep its ratings batch by batch."""
+
+    def rated(batch: Sequence[str]) -> list[float]:
+        kept = keep(_ratings_key(judge, batch), lambda: {"ratings": _ratings(judge, batch, requests_at_once)})
+        ratings: list[float] = kept["ratings"]
+        return ratings
+
+    size = max(_BATCH, requests_at_once)
+    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    return list(itertools.chain.from_iterable(map(rated, batches)))
 
 
 def _questions(settings: MtBench) -> list[Question]:

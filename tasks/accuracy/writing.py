@@ -1,5 +1,6 @@
 """Texts that a model of transformers writes behind a prompt, drawn from one seed."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,9 +23,9 @@ def continuations(
     """Write texts behind one prompt, each up to the first of `stops`, the model's own end, or `max_tokens`.
 
     Args:
-        model: a causal model of transformers.
+        model: a causal model of transformers; of its generation_config.json only the tokens that end a text count.
         tokenizer: its tokenizer.
-        prompt: token ids; what exceeds the model's context is cut at the front.
+        prompt: token ids; what leaves no room for `max_tokens` in the model's context is cut at the front.
         drawing: how tokens are drawn; at temperature 0 the likeliest one always.
         max_tokens: longest text, in tokens.
         rows: numbers of texts in one forward pass, batch after batch.
@@ -34,7 +35,8 @@ def continuations(
     torch.manual_seed(seed)
     generator: Any = model
     context: int = model.config.max_position_embeddings
-    ids = torch.tensor([list(prompt)[-max(1, context - max_tokens) :]], device=model.device)
+    given = list(prompt)[-max(1, context - max_tokens) :]
+    ids, shown = torch.tensor([given], device=model.device), _decoded(tokenizer, given)
     is_drawn = drawing.temperature > 0
     draws = {"temperature": drawing.temperature, "top_p": drawing.top_p, "top_k": 0} if is_drawn else {}
     for count in rows:
@@ -47,7 +49,7 @@ def continuations(
             stop_strings=list(stops) or None,
             **draws,
         )
-        with torch.inference_mode():
+        with torch.inference_mode(), _plain(model):
             written = generator.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -55,7 +57,23 @@ def continuations(
                 tokenizer=tokenizer if stops else None,
             )
         for row in written[:, ids.shape[1] :]:
-            yield _up_to(str(tokenizer.decode(row, skip_special_tokens=True)), stops)
+            yield _up_to(_decoded(tokenizer, [*given, *row.tolist()])[len(shown) :], stops)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of tokens as it is; some drop the first space, so what follows a prompt is decoded with it."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@contextlib.contextmanager
+def _plain(model: PreTrainedModel) -> Iterator[None]:
+    """Keep a checkpoint's own settings from generation: transformers adds a penalty or a top_k that it names."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _up_to(text: str, stops: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ LIMITS = Limits(seconds=1, memory_mib=256)
 
 def attempt(action: str) -> str:
     """A program that runs to its end only if the action works."""
-    return f"import os, socket, subprocess, threading\n{action}\n"
+    return f"import fcntl, os, socket, subprocess, threading\n{action}\n"
 
 
 def test_a_program_that_is_right_runs_to_its_end_and_one_that_is_wrong_does_not() -> None:
@@ -41,6 +41,9 @@ def test_a_program_that_leaves_before_its_tests_has_not_passed(leaves: str) -> N
         "socket.socket()",
         "socket.socketpair()",
         pytest.param(f"os.kill({os.getpid()}, 0)", id="os.kill"),
+        pytest.param(f"fcntl.fcntl(0, fcntl.F_SETOWN, {os.getpid()})", id="F_SETOWN"),
+        "fcntl.fcntl(0, 10, 9)",
+        "fcntl.fcntl(0, fcntl.F_SETFL, os.O_ASYNC)",
         "import resource; resource.setrlimit(resource.RLIMIT_CPU, (60, 60))",
         "os.setuid(0); os.setgroups([0])",
         "bytearray(300 << 20)",
@@ -85,6 +88,66 @@ def test_a_program_that_does_not_end_is_ended(waits: str, monkeypatch: pytest.Mo
     assert time.monotonic() - began < 50
 
 
+def test_no_process_is_killed_through_a_pipe() -> None:
+    """The kernel sends the owner of an end of a pipe a signal of choice when the other end is written to."""
+    victim = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    kill = f"""
+import fcntl, os
+open_ones = [int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{{name}}")]
+writer = max(open_ones)
+reader = os.open(f"/proc/self/fd/{{writer}}", os.O_RDONLY)
+for command, argument in ((fcntl.F_SETOWN, {victim.pid}), (10, 9), (fcntl.F_SETFL, os.O_ASYNC)):
+    try:
+        fcntl.fcntl(reader, command, argument)
+    except OSError:
+        pass
+os.write(writer, b"x")
+os.read(reader, 1)
+"""
+    try:
+        assert runs_to_its_end(kill, LIMITS), "the test's own assumption: its last lines write to the pipe"
+        with pytest.raises(subprocess.TimeoutExpired):
+            victim.wait(0.2)
+    finally:
+        victim.communicate(b"\n")
+
+
+def test_descriptors_are_copied_and_their_flags_read() -> None:
+    reads = ("F_DUPFD, 0", "F_DUPFD_CLOEXEC, 0", "F_GETFD", "F_SETFD, 1", "F_GETFL")
+    assert runs_to_its_end(attempt("\n".join(f"fcntl.fcntl(1, fcntl.{command})" for command in reads)), LIMITS)
+
+
+_UNPRIVILEGED = """
+import ctypes, os, sys
+for capability in range(64):
+    ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
+"""
+
+
+def test_an_ordinary_users_processes_are_closed_to_a_program() -> None:
+    """Root without capabilities may read what an ordinary user may: the processes of its own."""
+    code = """
+import os
+from tasks.engines.programs import Limits, check_confinement, runs_to_its_end
+limits = Limits(seconds=1, memory_mib=256)
+assert "OPENAI_API_KEY" in open("/proc/self/environ").read()
+check_confinement(limits)
+for name in ("environ", "mem", "maps"):
+    assert not runs_to_its_end(f"open('/proc/{os.getpid()}/{name}', 'rb')", limits), name
+assert runs_to_its_end(f"open('/proc/{os.getpid()}/status', 'rb')", limits), "the test's own assumption: it finds them"
+assert open("/proc/self/maps").read(), "what was closed is open again"
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", _UNPRIVILEGED, code],
+        env={**os.environ, "OPENAI_API_KEY": "secret", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_nothing_of_the_environment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     assert runs_to_its_end("import os; assert 'OPENAI_API_KEY' not in os.environ", LIMITS)
@@ -96,7 +159,17 @@ def test_where_programs_cannot_be_confined_none_runs(tmp_path: Path, monkeypatch
     careless.write_text("import os, sys\nos.execv(sys.executable, [sys.executable, '-I', '-'])\n", encoding="utf-8")
     monkeypatch.setattr(confine, "__file__", str(careless))
     assert runs_to_its_end("pass", LIMITS), "the test's own assumption: this one runs programs"
-    with pytest.raises(InputError, match="cannot keep them from network, processes and files"):
+    every_attempt = (
+        "a socket, a process, a thread, .*a signal of a pipe, .*writing a file, renaming a file, more memory"
+    )
+    with pytest.raises(InputError, match=f"does not keep them from {every_attempt}"):
+        check_confinement(LIMITS)
+    careless.write_text("raise OSError", encoding="utf-8")
+    with pytest.raises(InputError, match="none can be confined"):
+        check_confinement(LIMITS)
+    careless.write_text("import time; time.sleep(60)", encoding="utf-8")
+    monkeypatch.setattr("tasks.engines.programs._START_S", 0.1)
+    with pytest.raises(InputError, match="had not ended after"):
         check_confinement(LIMITS)
 
 

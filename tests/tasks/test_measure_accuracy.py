@@ -1,6 +1,7 @@
 """Accuracy of tiny models against log-likelihoods summed and texts written by hand, from files and the hub's form."""
 
 import importlib.util
+import json
 import random
 import shutil
 import subprocess
@@ -22,12 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flows.ui.overrides import with_profile
 from storage.accuracy import BenchmarkAccuracy, Estimate, read_accuracy
 from storage.accuracy_sections import AccuracyTask
-from storage.checkpoints import CheckpointWriter
+from storage.checkpoints import Checkpoint, CheckpointWriter
 from storage.files import DamagedFileError, InputError, write_json
 from storage.model_config import EMBEDDING, NORM
 from storage.nemotron_nas import to_nemotron_nas
 from storage.params import Params, load
 from storage.parent import Parent
+from storage.parent_info import read_parent_info
 from storage.paths import Paths
 from storage.variants import Attention, Ffn, Replacement
 from tasks import measure_accuracy as stage
@@ -233,7 +235,9 @@ def test_the_stage_writes_tasks_in_order_and_is_quiet(case: Case, capfd: pytest.
     """There is no progress bar, since stderr is not a terminal here; the table is returned."""
     tasks = [{"name": name, "path": case.file(name, case.rows[:8])} for name in ("one", "two")]
     params = case.params(*tasks)
-    measured = [stage.measure.fn(task, TARGET, params, case.paths) for task in stage.plan_benchmarks.fn(params)]
+    measured = [
+        stage.measure.fn(task, TARGET, params, case.paths) for task in stage.plan_benchmarks.fn(params, case.paths)
+    ]
     table = stage.write_measured.fn(TARGET, measured, (), params, case.paths)
     written = read_accuracy(TARGET, case.paths)
     assert (written.target, written.dtype) == (TARGET, "float32")
@@ -253,8 +257,9 @@ from storage.paths import Paths
 from tasks import measure_accuracy as stage
 from tests.settings import tiny_params
 params = tiny_params()
-assert stage.plan_benchmarks.fn(params) == []
-sys.stdout.write(stage.write_measured.fn("small", [], (), params, Paths(Path({str(tmp_path)!r}))))
+paths = Paths(Path({str(tmp_path)!r}))
+assert stage.plan_benchmarks.fn(params, paths) == []
+sys.stdout.write(stage.write_measured.fn("small", [], (), params, paths))
 assert "lm_eval" not in sys.modules
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -265,7 +270,7 @@ assert "lm_eval" not in sys.modules
 
 def rejected(case: Case, task: Row) -> str:
     with pytest.raises(InputError) as caught:
-        stage.plan_benchmarks.fn(case.params(task))
+        stage.plan_benchmarks.fn(case.params(task), case.paths)
     return str(caught.value)
 
 
@@ -277,11 +282,46 @@ def test_what_cannot_be_asked_is_said_before_a_model_is_loaded(case: Case, tmp_p
     path = case.file("wrong", rows)
     message = rejected(case, {"name": "own", "path": path, "prompt": "{query}"})
     assert f"{path} has no column 'query' (has: question, choices, label)" in message
-    assert "needs at least 6" in rejected(case, {"name": "own", "path": path, "num_fewshot": 5})
+    assert "num_fewshot 4 needs at least 5 rows" in rejected(case, {"name": "own", "path": path, "num_fewshot": 4})
+    few = {"examples": case.file("few", rows[:2]), "num_fewshot": 3}
+    assert "needs at least 3 rows to take examples from, found 2" in rejected(
+        case, {"name": "own", "path": path, **few}
+    )
     beyond = case.file("beyond", [*rows, {**rows[0], "label": 4}])
     assert "beyond.parquet, row 4: expected" in rejected(case, {"name": "own", "path": beyond})
     null = case.file("null", [*rows, {**rows[0], "question": None}])
     assert "null.parquet, row 4: column 'question' is null" in rejected(case, {"name": "own", "path": null})
+
+
+def test_texts_templates_and_documents_are_checked_when_planning(case: Case, tmp_path: Path) -> None:
+    def stopped(paths: Paths, **wanted: Any) -> str:
+        with pytest.raises(InputError) as caught:
+            stage.plan_benchmarks.fn(tiny_params(measure_accuracy=wanted), paths)
+        return str(caught.value)
+
+    context = read_parent_info(case.paths.parent).config.context
+    judge = {"judge_url": "http://127.0.0.1:1/v1", "judge_model": "none"}
+    for name, setting in (("human_eval", {}), ("mt_bench", judge)):
+        message = stopped(case.paths, **{name: {"path": "none.parquet", "max_tokens": context, **setting}})
+        assert f"measure_accuracy.{name}.max_tokens is {context}, which leaves no room for a prompt" in message
+    assert "none.txt does not exist" in stopped(case.paths, position_loss={"path": "none.txt"})
+    paths = Paths(tmp_path / "artifacts")
+    shutil.copytree(case.paths.parent, paths.parent, ignore=shutil.ignore_patterns("chat_template*"))
+    config = json.loads((paths.parent / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config.pop("chat_template", None)
+    write_json(paths.parent / "tokenizer_config.json", config)
+    chat = {"name": "own", "path": case.file("mute", case.rows[:4]), "chat": True}
+    assert "has no chat template that can be read" in stopped(paths, tasks=[chat])
+
+
+def test_a_checkpoints_settings_of_generation_are_in_the_key(case: Case, tmp_path: Path) -> None:
+    folder = tmp_path / "parent"
+    shutil.copytree(case.paths.parent, folder, ignore=shutil.ignore_patterns("generation_config.json"))
+    digests = {AskedModel("parent", Checkpoint(folder, "rebuild", is_foreign=True)).digest}
+    for penalty in (1.0, 1.3):
+        write_json(folder / "generation_config.json", {"repetition_penalty": penalty})
+        digests.add(AskedModel("parent", Checkpoint(folder, "rebuild", is_foreign=True)).digest)
+    assert len(digests) == 3
 
 
 def test_names_that_lm_eval_cannot_serve(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,7 +441,11 @@ def test_mmlu_shows_examples_of_the_questions_subject(case: Case) -> None:
     assert (with_dev.questions, with_dev.chance, with_dev.metric) == (6, 0.25, "acc")
     assert with_dev.asked != own.asked
     lacking = {"examples": case.file("half", shown[::2])}
-    assert "the examples have none for 'law'" in rejected(case, {**task, **lacking})
+    assert "found 0 of 'law', which is asked" in rejected(case, {**task, **lacking})
+    short = {"examples": case.file("short", shown[:5])}
+    assert "num_fewshot 3 needs at least 3 rows to take examples from, found 2 of 'law'" in rejected(
+        case, {**task, **short, "num_fewshot": 3}
+    )
 
 
 def test_texts_that_a_model_writes_are_compared_with_the_right_ones(case: Case, tmp_path: Path) -> None:

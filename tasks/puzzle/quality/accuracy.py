@@ -87,7 +87,7 @@ def _child_accuracy(parent: Answers, child: Answers, chance: float, at_chance: b
         accuracy=estimate(child.scores),
         difference=estimate([mine - theirs for mine, theirs in pairs]),
         preserved=None if at_chance else _ratio(pairs, 0.0),
-        above_chance=None if at_chance else _ratio(pairs, chance),
+        above_chance=None if at_chance or chance == 0 else _ratio(pairs, chance),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import datasets
 import lm_eval.api.metrics
 import lm_eval.api.model
+import lm_eval.api.registry
 import lm_eval.api.task
 import lm_eval.models.huggingface
 import numpy as np
@@ -52,7 +53,7 @@ for _logger in ("lm_eval.models.huggingface", "lm_eval.api.task"):
 
 
 def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """ROUGE-L, the F1 of the longest common subsequence of words, as XL-Sum is measured."""
+    """ROUGE-L, the F1 of the longest common subsequence of words: English ones, and not reduced to their stems."""
     from rouge_score.rouge_scorer import RougeScorer  # it imports nltk, which other tasks need not pay
 
     score = RougeScorer(["rougeL"]).score(references[0], predictions[0])["rougeL"]
@@ -72,11 +73,15 @@ def _truths(question: Row) -> list[int]:
     return truths
 
 
-_OURS: Mapping[str, Callable[..., Any]] = {"rouge_l": rouge_l, "probability_of_true": probability_of_true}
-"""Functions that a form can name as a metric or as `process_results`."""
+_METRICS: Mapping[str, Callable[..., Any]] = {"rouge_l": rouge_l}
+"""Functions that a form can name as a metric, beside lm-eval's own."""
+_PROCESSES: Mapping[str, Callable[..., Any]] = {"probability_of_true": probability_of_true}
+"""Functions that a form can name as `process_results`."""
 
 
-def local_tasks(name: str, form: Mapping[str, Any], rows: Sequence[Row], examples: Sequence[Row] | None) -> Tasks:
+def local_tasks(
+    name: str, form: Mapping[str, Any], rows: Sequence[Row], examples: Sequence[Row] | None, num_fewshot: int | None
+) -> Tasks:
     """Make a task of the user's own rows.
 
     Args:
@@ -85,30 +90,68 @@ def local_tasks(name: str, form: Mapping[str, Any], rows: Sequence[Row], example
             each (MMLU's subjects), so that examples are of the same kind as the question.
         rows: the questions.
         examples: the examples before a question; None takes other questions.
+        num_fewshot: number of examples before each question; None is the form's own number.
 
     Raises:
         InputError: lm-eval does not take the form, or it does not fit the rows.
     """
+    place = f"measure_accuracy.tasks {name!r}"
     config = {key: setting for key, setting in form.items() if key != "group_by"}
-    config["metric_list"] = [
-        {**metric, "metric": _OURS.get(metric["metric"], metric["metric"])} for metric in form.get("metric_list", ())
-    ]
-    if "process_results" in config:
-        config["process_results"] = _OURS.get(config["process_results"])
+    if "process_results" in form:
+        config["process_results"] = _known(form["process_results"], "process_results", _PROCESSES, place)
+    config["metric_list"] = _metrics(form, place)
+    shots = (form.get("num_fewshot") or 0) if num_fewshot is None else num_fewshot
+    if not isinstance(shots, int) or shots < 0:
+        raise InputError(f"{place}: expected as num_fewshot of its form a number of examples, found {shots!r:.40}")
+    fewest = max(1, shots + 1 if examples is None else shots)
     tasks = {}
-    for kind, (asked, shown) in _grouped(form.get("group_by"), rows, examples).items():
+    for kind, (asked, shown) in _grouped(form.get("group_by"), rows, examples, place).items():
         task = f"{name}_{kind}" if kind else name
         splits = {"test": asked, "examples": asked if examples is None else shown}
-        if not splits["examples"]:
-            raise InputError(f"measure_accuracy.tasks {name!r}: the examples have none for {kind!r}, which is asked")
+        if len(splits["examples"]) < fewest:
+            of_kind = f" of {kind!r}, which is asked" if kind else ""
+            raise InputError(
+                f"{place}: num_fewshot {shots} needs at least {fewest} rows to take examples from, found "
+                f"{len(splits['examples'])}{of_kind}; lower num_fewshot, or add examples"
+            )
         tasks[task] = _local_task({**config, "task": task}, splits, is_own=examples is None)
     return tasks
 
 
+def _known(name: Any, key: str, functions: Mapping[str, Any], place: str) -> Any:
+    """What a form names."""
+    if not isinstance(name, str) or name not in functions:
+        raise InputError(f"{place}: expected as {key} of its form one of {', '.join(functions)}, found {name!r:.40}")
+    return functions[name]
+
+
+def _metrics(form: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
+    """The metrics of a form; those that lm-eval lacks it would load from the hub, with their code."""
+    metrics = form.get("metric_list")
+    if not isinstance(metrics, list) or not all(
+        isinstance(metric, dict) and isinstance(metric.get("metric"), str) for metric in metrics
+    ):
+        raise InputError(
+            f"{place}: expected as metric_list of its form a list of {{metric: name}}, found {metrics!r:.80}"
+        )
+    if any(metric.get("hf_evaluate") for metric in metrics):
+        raise InputError(f"{place}: hf_evaluate would load code from the hub; take it out of its form")
+    if "process_results" in form:  # it names what it gives by itself
+        return metrics
+    known: dict[str, Any] = {**{name: name for name in lm_eval.api.registry.metric_registry}, **_METRICS}
+    return [{**metric, "metric": _known(metric["metric"], "metric", known, place)} for metric in metrics]
+
+
 def _grouped(
-    column: str | None, rows: Sequence[Row], examples: Sequence[Row] | None
+    column: str | None, rows: Sequence[Row], examples: Sequence[Row] | None, place: str
 ) -> dict[str, tuple[list[Row], list[Row]]]:
-    """Questions and examples by the value of a column; without a column all of them under an empty name."""
+    """Questions and examples by the text in a column; without a column all of them under an empty name."""
+    for row in (*rows, *(examples or ())):
+        if column is not None and not isinstance(row.get(column), str):
+            raise InputError(
+                f"{place}: group_by of its form names {column!r}; expected a text there in every row, found "
+                f"{row.get(column)!r:.20} (columns: {', '.join(row)})"
+            )
 
     def of(kind: str, some: Sequence[Row]) -> list[Row]:
         return [row for row in some if column is None or row[column] == kind]
@@ -156,7 +199,7 @@ def hub_tasks(name: str) -> Tasks:
         )
     try:
         loaded: Tasks = _hub().load([name])["tasks"]
-    except (OSError, RuntimeError, ImportError) as error:
+    except (OSError, RuntimeError, ImportError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"measure_accuracy.tasks: the questions of {name} cannot be loaded from the hub "

@@ -1,6 +1,7 @@
 """Log-loss by position in a document: does a child still use a long context as its parent does?
 
-In: a model's losses at every position of some documents. Out: sums in ranges of positions that double from 64 on, and
+In: a model's losses at every position of some documents (without long documents of params: of the corpus's validation
+sequences, which may begin within a document). Out: sums in ranges of positions that double from 64 on, and
 means of parent and children with errors clustered by document.
 """
 

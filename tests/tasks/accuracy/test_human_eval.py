@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.accuracy_sections import HumanEval
+from storage.code_digest import ProjectCode
 from storage.files import InputError
 from tasks.accuracy import human_eval
 from tasks.accuracy.human_eval import Problem, planned_human_eval, share_that_passes
@@ -44,6 +45,20 @@ def test_pass_at_1_of_planted_models(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert planned.benchmark.metric == "pass@1 of 2"
     other = planned_human_eval(settings.model_copy(update={"samples": 3}), seed=0, sequences_per_batch=8)
     assert other.key != planned.key
+
+
+def test_how_programs_are_confined_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """confine.py runs as a script, so no import leads to it."""
+    roots: list[str] = []
+
+    def code_digest(*names: str) -> str:
+        roots.extend(names)
+        return ""
+
+    monkeypatch.setattr(human_eval, "code_digest", code_digest)
+    planned_human_eval(HumanEval.model_validate({"path": problems(tmp_path), "memory_mib": 256}), 0, 1)
+    reached = "\n".join(ProjectCode().reached(roots))
+    assert "RLIMIT_FSIZE" in reached and "execv" in reached
 
 
 def _model() -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """Documents for the log-loss by position: the longest of a file, cut to the parent's context, or the corpus's."""
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,9 @@ def test_the_longest_of_a_file_are_taken_and_cut(tokenizer: PreTrainedTokenizerB
         PositionLoss.model_validate({"path": str(tmp_path / "book.txt")}), tokenizer, 900, Paths(tmp_path)
     ).tokens
     assert len(book) == 900, "a text file is one document, not pages"
+    (tmp_path / "packed.txt.gz").write_bytes(gzip.compress((tmp_path / "book.txt").read_bytes()))
+    packed = PositionLoss.model_validate({"path": str(tmp_path / "packed.txt.gz")})
+    assert long_documents(packed, tokenizer, 900, Paths(tmp_path)).tokens == [book]
 
 
 def test_the_corpus_gives_its_validation_split(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -50,6 +54,16 @@ def test_the_corpus_gives_its_validation_split(tokenizer: PreTrainedTokenizerBas
 def test_what_cannot_be_measured_is_one_sentence(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="more than the parent's context of 128"):
         long_documents(PositionLoss.model_validate({"tokens": 129}), tokenizer, 128, Paths(tmp_path))
+    (tmp_path / "latin.txt").write_bytes("café ".encode("latin-1") * 9)
+    (tmp_path / "broken.txt.gz").write_bytes(b"no gzip")
+    for name in ("latin.txt", "broken.txt.gz"):
+        with pytest.raises(InputError, match=f"{name} cannot be read"):
+            long_documents(PositionLoss.model_validate({"path": str(tmp_path / name)}), tokenizer, 128, Paths(tmp_path))
+    (tmp_path / "numbers.jsonl").write_text('{"text": 5}\n' * 3, encoding="utf-8")
+    with pytest.raises(InputError, match="3 of 3 rows cannot be used"):
+        long_documents(
+            PositionLoss.model_validate({"path": str(tmp_path / "numbers.jsonl")}), tokenizer, 128, Paths(tmp_path)
+        )
     (tmp_path / "empty.txt").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match="has no text"):
         long_documents(

@@ -1,7 +1,7 @@
 """MT-Bench against a stand-in judge: what a model says is rated, and the mean of the ratings comes out."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.accuracy_sections import MtBench
-from storage.files import InputError
+from storage.files import InputError, digest_of
+from storage.paths import Paths
 from tasks.accuracy import mt_bench
+from tasks.accuracy.models import Keep
 from tasks.accuracy.mt_bench import planned_mt_bench
 from tests.judge_server import Judge, judging
 
@@ -34,9 +36,8 @@ class _Chat:
 def planned(judge: Judge, folder: Path) -> Any:
     path = folder / "questions.parquet"
     pq.write_table(pa.Table.from_pylist(ROWS), path)
-    return planned_mt_bench(
-        MtBench.model_validate({"path": str(path), "judge_url": judge.url, "judge_model": "stand-in"}), seed=0
-    )
+    settings = {"path": str(path), "judge_url": judge.url, "judge_model": "stand-in", "requests_at_once": 1}
+    return planned_mt_bench(MtBench.model_validate(settings), 0, Paths(folder / "artifacts"))
 
 
 @pytest.fixture
@@ -75,26 +76,48 @@ def test_a_reply_without_a_rating_is_asked_for_again(tmp_path: Path, echo: None)
     assert len(judge.requests) == 1 + 4 + 1, "one before the model answers, four answers, one again"
 
 
-def test_a_judge_that_cannot_rate_is_found_before_a_model_answers(tmp_path: Path) -> None:
-    """The planted tokenizer cannot make a prompt."""
+def test_a_judge_that_cannot_rate_is_found_when_planning(tmp_path: Path) -> None:
     with judging(lambda _: "lovely") as judge, pytest.raises(InputError, match="gave no rating"):
-        planned(judge, tmp_path).ask(None, None, lambda _, make: dict(make()))
+        planned(judge, tmp_path)
     with judging(lambda _: 401) as judge, pytest.raises(InputError, match="OPENAI_API_KEY"):
-        planned(judge, tmp_path).ask(None, None, lambda _, make: dict(make()))
+        planned(judge, tmp_path)
+    with judging(lambda _: "[[3]]") as judge:
+        assert planned(judge, tmp_path).key == planned(judge, tmp_path).key
+    assert len(judge.requests) == 1, "the first rating is kept"
 
 
-def test_what_was_rated_is_not_answered_again_when_the_judge_fails(tmp_path: Path, echo: None) -> None:
-    """Answers are kept under their name; the second try only asks the judge."""
-    kept: dict[str, Any] = {}
+def keeping() -> Keep:
+    """A memory that keeps parts under their keys."""
+    kept: dict[str, dict[str, Any]] = {}
 
-    def keep(name: str, make: Any) -> dict[str, Any]:
+    def keep(part: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        name = digest_of(part)
         if name not in kept:
-            kept[name] = make()
-        return dict(kept[name])
+            kept[name] = dict(make())
+        return kept[name]
 
-    replies = itertools.chain(["[[4]]"], itertools.repeat("nothing"))
-    with judging(lambda _: next(replies)) as judge, pytest.raises(InputError, match="gave no rating"):
-        planned(judge, tmp_path).ask(None, _Chat(), keep)
-    with judging(lambda _: "[[9]]") as judge:
-        assert planned(judge, tmp_path).ask(None, None, keep).scores == (0.9, 0.9)
-    assert len(judge.requests) == 4
+    return keep
+
+
+def test_what_was_answered_and_rated_is_kept_when_the_judge_fails(
+    tmp_path: Path, echo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge fails in the second of two batches; the next try asks it for these alone, and no model."""
+    monkeypatch.setattr(mt_bench, "_BATCH", 2)
+    keep = keeping()
+    replies: Iterator[str] = itertools.chain(["[[4]]"] * 3, itertools.repeat("nothing"))
+    with judging(lambda _: next(replies)) as judge:
+        with pytest.raises(InputError, match="gave no rating"):
+            planned(judge, tmp_path).ask(None, _Chat(), keep)
+        before, replies = len(judge.requests), itertools.repeat("[[9]]")
+        assert planned(judge, tmp_path).ask(None, None, keep).scores == (0.4, 0.9)
+    assert len(judge.requests) == before + 2
+
+
+def test_another_judge_rates_the_same_answers(tmp_path: Path, echo: None) -> None:
+    """The second judge's model is None: it is not asked."""
+    keep = keeping()
+    with judging(lambda _: "[[4]]") as first, judging(lambda _: "[[9]]") as second:
+        assert planned(first, tmp_path).ask(None, _Chat(), keep).scores == (0.4, 0.4)
+        assert planned(second, tmp_path).ask(None, None, keep).scores == (0.9, 0.9)
+    assert len(second.requests) == 1 + 4

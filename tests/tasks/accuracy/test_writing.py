@@ -1,11 +1,14 @@
 """Texts behind a prompt: greedy ones against the likeliest tokens, drawn ones by their seed, all up to a stop."""
 
+import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import decoders
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tasks.accuracy.writing import batches, continuations
 from tasks.puzzle.model.writing import Drawing
@@ -34,6 +37,46 @@ def test_a_greedy_text_has_the_likeliest_tokens_up_to_a_stop(loaded: tuple[Any, 
     stop = by_hand[4:7]
     (cut,) = continuations(model, tokenizer, prompt, GREEDY, 12, [1], 0, [stop, "none such"])
     assert cut == by_hand[: by_hand.find(stop)]
+
+
+class _Writer:
+    """A planted model: behind every prompt it writes the same tokens."""
+
+    def __init__(self, written: list[int]) -> None:
+        self.written, self.device = written, torch.device("cpu")
+        self.config = SimpleNamespace(max_position_embeddings=64)
+        self.generation_config = GenerationConfig(eos_token_id=0)
+
+    def generate(self, ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.cat([ids, torch.tensor([self.written])], dim=1)
+
+
+def test_the_space_that_a_decoder_strips_from_a_texts_begin_stays(loaded: tuple[Any, Any]) -> None:
+    """As tokenizers of SentencePiece decode: the first space of a text is none of it. Here it is a body's indent."""
+    tokenizer = copy.deepcopy(loaded[1])
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    tokenizer.clean_up_tokenization_spaces = True
+    prompt, body = tokenizer("def double(x):\n").input_ids, "    return 2 * x .\nprint"
+    written = tokenizer(body, add_special_tokens=False).input_ids
+    assert tokenizer.decode(written)[:4] != "    ", "the test's own assumption: decoded alone it loses a space"
+    model: Any = _Writer(written)
+    (text,) = continuations(model, tokenizer, prompt, GREEDY, 32, [1], 0)
+    assert text == body
+    (cut,) = continuations(model, tokenizer, prompt, GREEDY, 32, [1], 0, ["\nprint"])
+    assert cut == "    return 2 * x ."
+
+
+def test_a_checkpoints_own_penalties_do_not_count(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    prompt = tokenizer("block child").input_ids
+    plain = list(continuations(model, tokenizer, prompt, GREEDY, 12, [1], 0))
+    penal = copy.deepcopy(model)
+    penal.generation_config.update(repetition_penalty=9.0, no_repeat_ngram_size=1, suppress_tokens=[5, 6, 7])
+    ids = torch.tensor([prompt])
+    own = penal.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
+    assert tokenizer.decode(own) != plain[0], "the test's own assumption: the penalties change the text"
+    assert list(continuations(penal, tokenizer, prompt, GREEDY, 12, [1], 0)) == plain
+    assert penal.generation_config.repetition_penalty == 9.0
 
 
 def test_drawn_texts_follow_the_seed(loaded: tuple[Any, Any]) -> None:

@@ -38,6 +38,7 @@ def test_the_page_has_the_same_numbers() -> None:
     assert kept[1:7] == ("refined", "87.5 ± 12.5", "75.0 ± 16.4", "85.7 ± 24.5", "-12.5 ± 22.7", "80.0 ± 33.5")
     assert guessed[4:7] == ("at chance", "+50.0 ± 26.7", "–")
     assert rated[2:4] == ("8.75 ± 1.25", "7.50 ± 1.64")
+    assert rated[4] == "85.7 ± 24.5" and rated[6] == "–", "where chance is 0 both shares are one"
     assert positions_table("51B-like", accuracy).rows[0][-2:] == ("12.345", "+0.250 ± 0.125")
 
 
