@@ -31,7 +31,7 @@ _FILES = {".env": r"(?mi)^\s*(export\s+)?prefect_", "prefect.toml": "", "pyproje
 
 
 def without_prefect(environment: dict[str, str]) -> dict[str, str]:
-    """The environment without anything that sets Prefect, which takes names in any case."""
+    """Return the environment without anything that sets Prefect, which takes names in any case."""
     return {name: value for name, value in environment.items() if not name.upper().startswith("PREFECT_")}
 
 

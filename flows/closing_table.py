@@ -26,7 +26,7 @@ _PHASES = {"prefill": "prompt tokens/s", "decode": "decode tokens/s"}
 
 
 def closing_table(paths: Paths, targets: list[str]) -> str:
-    """Quality, speed and limits of every child, from evaluation.json and architecture.json.
+    """Return the quality, speed and limits of every child, from evaluation.json and architecture.json.
 
     Raises:
         InputError: one of the files is missing.
@@ -49,7 +49,7 @@ def closing_table(paths: Paths, targets: list[str]) -> str:
 
 
 def _titles(evaluations: Sequence[Evaluation]) -> str:
-    """The columns' names; the last one is the part of a request whose speed all targets limit, else `speed`."""
+    """Return the columns' names; the last one is the part of a request whose speed all targets limit, else `speed`."""
     metrics = [evaluation.speed_metric for evaluation in evaluations]
     phases = {metric.speed.phase for metric in metrics if metric and metric.speed}
     speed = phases.pop() if len(phases) == 1 else "speed"
@@ -58,7 +58,7 @@ def _titles(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _model(name: str, params: int, evaluation: Evaluation, model: ModelName, speed: str) -> list[str]:
-    """A line for each domain, then their mean where there are several; what is no quality stands in the first."""
+    """Return a line per domain, then their mean where there are several; what is no quality stands in the first."""
     parent = evaluation.mean("parent")
     texts = {domain: (quality.models[model], quality.parent) for domain, quality in evaluation.domains.items()}
     if len(texts) > 1 and model != "parent":
@@ -76,7 +76,7 @@ def _model(name: str, params: int, evaluation: Evaluation, model: ModelName, spe
 
 
 def _domains(evaluations: Sequence[Evaluation]) -> list[str]:
-    """What each text is, how much of it was read, and what stands behind ±."""
+    """Say what each text is, how much of it was read, and what stands behind ±."""
     texts = {}
     for evaluation in evaluations:
         for domain, quality in evaluation.domains.items():
@@ -90,7 +90,7 @@ def _domains(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def _limits(evaluation: Evaluation) -> list[str]:
-    """Every limit with its predicted and measured value, and where the speed was measured."""
+    """Return every limit with its predicted and measured value, and where the speed was measured."""
     lines = [f"{evaluation.label}: {'constraint':<20} {'limit':>9} {'predicted':>10} {'measured':>9}"]
     lines += [_limit(limit) for limit in evaluation.constraints]
     speed = evaluation.speed
@@ -109,7 +109,7 @@ def _limit(limit: MeasuredLimit) -> str:
 
 
 def _speeds(ratios: Sequence[SpeedRatio]) -> list[str]:
-    """Child over parent in every engine and batch, measured, and beside it what the tables predict."""
+    """Return child over parent in every engine and batch, measured, and beside it what the tables predict."""
     lines, last = [], ""
     for ratio in ratios:
         setting = f"{ratio.engine}, {ratio.precision}, {ratio.scenario}"
@@ -134,7 +134,7 @@ def _shown(value: float | None) -> str:
 
 
 def _exports(evaluation: Evaluation) -> list[str]:
-    """The distance of each GGUF from the child in torch."""
+    """Return the distance of each GGUF from the child in torch."""
     exports = evaluation.exports
     lines = [
         f"    {export_format:<12} KL {with_error(quality.kl, quality.kl_stderr, digits=6)}, "
@@ -146,7 +146,7 @@ def _exports(evaluation: Evaluation) -> list[str]:
 
 
 def _baselines(evaluation: Evaluation) -> list[str]:
-    """The KL of each baseline minus the assembled child's on the same sequences of each domain, nats/token."""
+    """Return the KL of each baseline minus the assembled child's on the same sequences of each domain, nats/token."""
     lines = []
     for domain, quality in evaluation.domains.items():
         shown = [

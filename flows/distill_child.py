@@ -27,11 +27,11 @@ class _LiveTable:
 
     def show(self, measured: tasks.Measurement) -> None:
         """Add a measurement."""
-        left = f"about {duration_text(measured.seconds_left)} left"
+        time_left = f"about {duration_text(measured.seconds_left)} left"
         self._bar.show(
             100 * measured.step / measured.num_steps,
             f"step {measured.step}/{measured.num_steps}, held-out KL {measured.kl:.4f}, loss {measured.loss:.4f}, "
-            f"gradient norm {measured.gradient_norm:.3f}, {measured.tokens_per_s:,.0f} tokens/s, {left}",
+            f"gradient norm {measured.gradient_norm:.3f}, {measured.tokens_per_s:,.0f} tokens/s, {time_left}",
         )
         self._rows.append(
             {

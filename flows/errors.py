@@ -30,7 +30,7 @@ def run_cleanly(action: Callable[[], object]) -> None:
 
 
 def printable(message: str) -> str:
-    """A message without what files of others may bring into it: marks that a terminal obeys, lines without end."""
+    """Return a message without what files of others bring into it: marks that a terminal obeys, lines without end."""
     shown = "".join(mark if mark.isprintable() or mark == "\n" else repr(mark)[1:-1] for mark in message)
     lines = shown.split("\n")
     return "\n".join(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in lines)

@@ -26,7 +26,7 @@ _NOT_PASSED_ON = {"connection", "keep-alive", "transfer-encoding", "te", "traile
 
 
 def origins(port: int) -> list[str]:
-    """The origins of a server's own pages, as browsers write them."""
+    """Return the origins of a server's own pages, as browsers write them."""
     suffix = "" if port == _HTTP_PORT else f":{port}"
     return [f"http://{name}{suffix}" for name in LOCAL_NAMES]
 
@@ -59,7 +59,7 @@ class Gate:
             await JSONResponse({"detail": reason}, code)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """HTTP status and reason, None for a request that may come in."""
+        """Return HTTP status and reason, None for a request that may come in."""
         headers = Headers(scope=scope)
         hosts = [host.lower() for host in headers.getlist("host")]
         if len(hosts) != 1 or hosts[0] not in self._hosts:  # a name of another's that resolves to this machine
@@ -79,7 +79,7 @@ class Gate:
 
 
 def _opens_a_page(scope: Scope, headers: Headers) -> bool:
-    """Whether somebody followed a link to the UI, to see it as a page of its own."""
+    """Tell whether somebody followed a link to the UI, to see it as a page of its own."""
     return (
         scope["type"] == "http"
         and scope["method"] == "GET"
@@ -90,7 +90,7 @@ def _opens_a_page(scope: Scope, headers: Headers) -> bool:
 
 
 def _refused_body(headers: Headers) -> tuple[int, str] | None:
-    """A refusal of what forms and simple requests of any page can send: a body that is not declared as JSON."""
+    """Return a refusal of what forms and simple requests of any page can send: a body that is not declared as JSON."""
     kinds = [kind.partition(";")[0].strip().lower() for kind in headers.getlist("content-type")]
     has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
     if kinds != ["application/json"] and (kinds or has_body):
@@ -99,7 +99,7 @@ def _refused_body(headers: Headers) -> tuple[int, str] | None:
 
 
 def _unframed(send: Send) -> Send:
-    """`send`, with a header by which no other page can lay the UI under its own and catch clicks."""
+    """Return `send`, with a header by which no other page can lay the UI under its own and catch clicks."""
 
     async def send_unframed(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -131,22 +131,22 @@ class Forward:
 
     async def _pass(self, scope: Scope, body: bytes, send: Send) -> None:
         path = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-        headers = [*_kept(scope["headers"]), (b"authorization", f"Bearer {self._key}".encode())]
+        headers = [*_passed_on(scope["headers"]), (b"authorization", f"Bearer {self._key}".encode())]
         url = self._address.copy_with(raw_path=path)
         async with self._client.stream(scope["method"], url, headers=headers, content=body) as answer:
             start = {"type": "http.response.start", "status": answer.status_code}
-            await send({**start, "headers": _kept(answer.headers.raw)})
+            await send({**start, "headers": _passed_on(answer.headers.raw)})
             async for piece in answer.aiter_raw():
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 
-def _kept(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+def _passed_on(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     return [(name, text) for name, text in headers if name.decode("latin-1").lower() not in _NOT_PASSED_ON]
 
 
 def listening_on(port: int, way_out: str) -> socket.socket:
-    """A socket that listens on `port` of 127.0.0.1, on any free one for 0.
+    """Return a socket that listens on `port` of 127.0.0.1, on any free one for 0.
 
     Raises:
         InputError: another program has it; the message ends in `way_out`.

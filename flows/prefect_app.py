@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import asdict, dataclass
 from typing import TextIO
 
 import uvicorn
@@ -27,6 +28,14 @@ LIVES = HOME / "serving.lock"
 _LOOK_SECONDS = 1.0
 _END_SECONDS = 5
 """How long a request that is open may last on when the server ends."""
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """The content of server.json: the process of the server and its port."""
+
+    pid: int
+    port: int
 
 
 def serve(listening: socket.socket, starting: int) -> None:
@@ -43,7 +52,7 @@ def serve(listening: socket.socket, starting: int) -> None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             sys.exit(f"another server holds {LIVES}")
-        state = {"pid": os.getpid(), "port": port}
+        state = asdict(ServerState(os.getpid(), port))
         write_sealed(STATE, state)
         os.close(starting)
         threading.Thread(target=_keep, args=(handle, state), daemon=True).start()

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import http.client
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,14 +18,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import TextIO
-from urllib.parse import urlsplit
+
+import httpx
 
 from flows import HOME, without_prefect
 from flows.arguments import LAST_PORT
 from flows.errors import run_cleanly
 from flows.gate import listening_on
-from flows.prefect_app import LIVES, STATE
-from storage.files import DamagedFileError, InputError, read_sealed
+from flows.prefect_app import LIVES, STATE, ServerState
+from storage.files import DamagedFileError, InputError
+from storage.json_records import read_record
 
 _LOG = HOME / "server.log"
 _START_SECONDS = 120
@@ -35,14 +38,14 @@ _HEALTHY = b"true"
 
 
 def ensure() -> tuple[str, bool]:
-    """The API address of a running server, and whether this call started it.
+    """Return the API address of a running server, and whether this call started it.
 
     Raises:
         InputError: PUZZLE_PORT is no port or in use by another program, the server did not come up (with its last
             words) or no longer answers, or no Prefect server answers at PREFECT_API_URL.
     """
-    if given := os.environ.get("PREFECT_API_URL"):
-        return _checked(given), False
+    if url_elsewhere := os.environ.get("PREFECT_API_URL"):
+        return _checked(url_elsewhere), False
     with _locked() as lock:
         if (url := _running()) is not None:
             return url, False
@@ -50,7 +53,7 @@ def ensure() -> tuple[str, bool]:
 
 
 def stop() -> bool:
-    """Stop this clone's server; whether there was one."""
+    """Stop this clone's server; tell whether there was one."""
     with _locked():
         state = _state()
         if state is not None:
@@ -77,7 +80,7 @@ def _locked() -> Iterator[TextIO]:
 
 
 def _lives() -> bool:
-    """Whether a server of this clone lives: it holds a lock as long as it does."""
+    """Tell whether a server of this clone lives: it holds a lock as long as it does."""
     with LIVES.open("a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,22 +90,22 @@ def _lives() -> bool:
 
 
 def _state() -> tuple[int, int] | None:
-    """Process and port of the server that lives, None if none does; it mends a record that is damaged."""
+    """Return process and port of the server that lives, None if none does; mend a record that is damaged."""
     deadline = time.monotonic() + _END_SECONDS
     while _lives():
         try:
-            state = read_sealed(STATE, "make stop")
+            state = read_record(STATE, ServerState, "make stop")
         except InputError as error:
             if time.monotonic() > deadline:
                 raise DamagedFileError(f"{STATE} stays damaged while a process holds {LIVES}; end it") from error
             time.sleep(0.2)
             continue
-        return int(state["pid"]), int(state["port"])
+        return state.pid, state.port
     return None
 
 
 def _running() -> str | None:
-    """The address of this clone's server once it answers, None if there is none.
+    """Return the address of this clone's server once it answers, None if there is none.
 
     A server that lives is waited for: on a busy machine it may be slow, and a second one would share its database.
     """
@@ -119,7 +122,7 @@ def _running() -> str | None:
 
 
 def _answers(url: str) -> bool:
-    """Whether the server of this machine answers; no proxy is asked."""
+    """Tell whether the server of this machine answers; no proxy is asked."""
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/health", timeout=2) as reply:
             return bool(reply.read(len(_HEALTHY) + 1) == _HEALTHY)
@@ -128,17 +131,18 @@ def _answers(url: str) -> bool:
 
 
 def _checked(url: str) -> str:
-    """PREFECT_API_URL, where a Prefect server answers there."""
+    """Return PREFECT_API_URL, where a Prefect server answers there."""
     way_out = "expected http://HOST:PORT/api of a server that runs; unset it, and this clone starts a server of its own"
+    address = url.strip().rstrip("/")
     try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets, a port that is no number
+        parts = httpx.URL(address)  # as Prefect's client reads it
+        is_address = parts.scheme in ("http", "https") and bool(parts.host) and parts.port != 0
+    except (httpx.InvalidURL, ValueError):  # brackets, a port that is no number; a name that is none
         is_address = False
     if not is_address:
         raise InputError(f"PREFECT_API_URL is {url!r}, {way_out}")
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=_ANSWER_SECONDS) as reply:
+        with urllib.request.urlopen(f"{address}/health", timeout=_ANSWER_SECONDS) as reply:
             is_prefect = reply.read(len(_HEALTHY) + 1) == _HEALTHY
     except urllib.error.HTTPError as error:
         is_prefect = error.code in (401, 403)  # Prefect's client has what it takes to get in
@@ -147,7 +151,7 @@ def _checked(url: str) -> str:
         raise InputError(f"no Prefect server answers at PREFECT_API_URL {url} ({reason}); {way_out}") from error
     if not is_prefect:
         raise InputError(f"what answers at PREFECT_API_URL {url} is no Prefect API; {way_out}")
-    return url.rstrip("/")
+    return address
 
 
 def _start(lock: TextIO) -> str:
@@ -176,11 +180,11 @@ def _start(lock: TextIO) -> str:
 
 
 def _chosen_port() -> int:
-    """PUZZLE_PORT, 0 (any) if it is not set."""
-    given = os.environ.get("PUZZLE_PORT", "0")
-    if not given.isdecimal() or int(given) > LAST_PORT:
-        raise InputError(f"PUZZLE_PORT is {given!r}, expected a port: a number from 1 to {LAST_PORT}, or 0 for any")
-    return int(given)
+    """Return PUZZLE_PORT, 0 (any) if it is not set."""
+    port = os.environ.get("PUZZLE_PORT", "0")
+    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > LAST_PORT:
+        raise InputError(f"PUZZLE_PORT is {port!r:.40}, expected a port: a number from 1 to {LAST_PORT}, or 0 for any")
+    return int(port)
 
 
 def main() -> None:

@@ -126,7 +126,7 @@ def _record(name: str, seconds: float, paths: Paths) -> None:
 
 
 def workers(count: int) -> Any:
-    """The runner of pieces: threads of this process (torch releases the GIL in every kernel)."""
+    """Return the runner of pieces: threads of this process (torch releases the GIL in every kernel)."""
     return ThreadPoolTaskRunner(max_workers=count)
 
 
@@ -162,6 +162,6 @@ def run_pieces(
     for done, future in enumerate(bar, start=1):
         future.result()
         if artifact.is_due() or done == total:
-            left = (time.monotonic() - began) * (total - done) / done
-            artifact.show(100 * done / total, f"{unit} {done}/{total}, about {duration_text(left)} left")
+            seconds_left = (time.monotonic() - began) * (total - done) / done
+            artifact.show(100 * done / total, f"{unit} {done}/{total}, about {duration_text(seconds_left)} left")
     return [future.result() for future in futures]

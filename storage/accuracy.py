@@ -52,7 +52,7 @@ class BenchmarkAccuracy:
         version: version of the task and of what asked it.
         limit: the first so many questions that were asked; None is all.
         questions: number of questions.
-        asked: digest of the questions and the prompts around them.
+        questions_digest: digest of the questions and the prompts around them.
         chance: a guesser's accuracy.
         parent_at_chance: whether the parent is not two standard errors above `chance`.
         parent: the parent's accuracy.
@@ -64,7 +64,7 @@ class BenchmarkAccuracy:
     version: str
     limit: int | None
     questions: int
-    asked: str
+    questions_digest: str
     chance: float
     parent_at_chance: bool
     parent: Estimate
@@ -102,7 +102,7 @@ class CombinedQuality:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What accuracy.json holds."""
+    """The content of accuracy.json."""
 
     target: str
     dtype: str

@@ -58,7 +58,7 @@ class AccuracyTask(Section):
 
     @property
     def title(self) -> str:
-        """The name in tables: with `chat` another one than without."""
+        """Return the name in tables: with `chat` another one than without."""
         return f"{self.name}, chat" if self.chat else self.name
 
 

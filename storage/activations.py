@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from storage.files import DamagedFileError, InputError, verify, write_whole
+from storage.files import InputError, damaged, verify, write_whole
 from storage.pieces import Pieces
 
 FORMAT_VERSION = 1
@@ -76,12 +76,12 @@ def _map_shard(path: Path, rebuild: str) -> NDArray[Any]:
     try:
         with pa.memory_map(str(path)) as source:
             batch = pa.ipc.open_file(source).get_batch(0)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DamagedFileError(f"{path} is not a whole Arrow file ({error}); run `{rebuild}`") from error
-    metadata = {key.decode(): value.decode() for key, value in batch.schema.metadata.items()}
-    kind, _ = _NUMPY[metadata["dtype"]]
-    flat = np.frombuffer(batch.column(0).flatten().buffers()[1], dtype=kind)
-    return flat.reshape(batch.num_rows, int(metadata["tokens"]), int(metadata["hidden"]))
+        metadata = {key.decode(): value.decode() for key, value in (batch.schema.metadata or {}).items()}
+        kind, _ = _NUMPY[metadata["dtype"]]
+        flat = np.frombuffer(batch.column(0).flatten().buffers()[1], dtype=kind)
+        return flat.reshape(batch.num_rows, int(metadata["tokens"]), int(metadata["hidden"]))
+    except (pa.ArrowException, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise damaged(path, f"is not a whole Arrow file of hidden states ({error})", rebuild) from error
 
 
 @dataclass

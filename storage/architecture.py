@@ -59,12 +59,12 @@ class PredictedSpeed:
 
     @property
     def setting(self) -> Setting:
-        """The setting that the speed holds in."""
+        """Return the setting that the speed holds in."""
         return Setting(self.hardware, self.engine, self.precision, self.tensor_parallel, self.scenario, self.batch)
 
     @property
     def ratio(self) -> float | None:
-        """The child's speed as a multiple of the parent's; None where the parent has no speed."""
+        """Return the child's speed as a multiple of the parent's; None where the parent has no speed."""
         return None if self.parent is None else METRICS[self.metric].speed_up(self.child, self.parent)
 
 
@@ -134,22 +134,22 @@ class ReachedLimit:
 
     @property
     def is_speed(self) -> bool:
-        """Whether it limits a speed."""
+        """Tell whether it limits a speed."""
         return METRICS[self.metric].speed is not None
 
     @property
     def setting(self) -> Setting:
-        """The setting in which a limit on a speed holds."""
+        """Return the setting in which a limit on a speed holds."""
         assert self.hardware is not None and self.engine is not None and self.precision is not None, self
         assert self.tensor_parallel is not None and self.scenario is not None and self.batch is not None, self
         return Setting(self.hardware, self.engine, self.precision, self.tensor_parallel, self.scenario, self.batch)
 
     def is_kept_by(self, value: float) -> bool:
-        """Whether a value in the limit's unit keeps the limit."""
+        """Tell whether a value in the limit's unit keeps the limit."""
         return value >= self.limit if self.kind == "at_least" else value <= self.limit
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of architecture.json, without the fields that the metric does not have."""
+        """Return the entry of architecture.json, without the fields that the metric does not have."""
         fields = ["name", "metric", "kind", "limit", "predicted", "relative", "unit"]
         if self.is_speed:
             fields += _SPEED_FIELDS
@@ -185,7 +185,7 @@ class ChosenArchitecture:
 
     @property
     def architecture(self) -> Architecture:
-        """The blocks as an architecture."""
+        """Return the blocks as an architecture."""
         return Architecture(self.blocks)
 
 
@@ -224,7 +224,7 @@ class Baseline:
     predicted: Predicted | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of baselines.json."""
+        """Return the entry of baselines.json."""
         if self.blocks is None or self.predicted is None:
             return {"weights": self.weights, "infeasible": self.infeasible}
         return {

@@ -28,7 +28,7 @@ class NoChatError(ValueError):
 
 
 def messages_of(value: Any) -> tuple[Message, ...]:
-    """The turns of a chat; none where there is nothing in it.
+    """Return the turns of a chat; none where there is nothing in it.
 
     Raises:
         NoChatError: it is no list of messages, or a message holds something else than text and tool calls.
@@ -49,13 +49,15 @@ def _message(turn: Any) -> Message:
         keys = ", ".join(sorted(map(str, turn))) or "none"
         raise NoChatError(f"must hold messages with `role` and `content` (or `from` and `value`), found keys {keys}")
     content = next((turn[key] for key in ("content", "value", "refusal") if turn.get(key) is not None), None)
-    more = {key: turn[key] for key in _READ_BY_TEMPLATES if isinstance(turn.get(key), str)}
-    more |= {"tool_calls": calls} if calls else {}
-    return Message(_ROLES.get(role.lower(), role), _text(content), json.dumps(more, ensure_ascii=False) if more else "")
+    fields = {key: turn[key] for key in _READ_BY_TEMPLATES if isinstance(turn.get(key), str)}
+    fields |= {"tool_calls": calls} if calls else {}
+    return Message(
+        _ROLES.get(role.lower(), role), _text(content), json.dumps(fields, ensure_ascii=False) if fields else ""
+    )
 
 
 def _text(content: Any) -> str:
-    """A content as text; parts of text are joined by line ends."""
+    """Return a content as text; parts of text are joined by line ends."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -74,7 +76,7 @@ def _part(part: Any) -> str:
 
 
 def _tool_calls(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Tool calls in the form that templates take: arguments as a mapping. OpenAI's older `function_call` is one."""
+    """Return tool calls as templates take them: arguments are a mapping. OpenAI's older `function_call` is one."""
     calls = _parsed(turn.get("tool_calls")) or []
     if turn.get("function_call"):
         calls = [turn["function_call"]]
@@ -94,7 +96,7 @@ def _tool_call(call: Any) -> dict[str, Any]:
 
 
 def _parsed(value: Any) -> Any:
-    """The JSON value of a text; other values, and texts that are no JSON, as they are."""
+    """Return the JSON value of a text; other values, and texts that are no JSON, as they are."""
     if not isinstance(value, str):
         return value
     try:
@@ -104,7 +106,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A mapping of Parquet without the keys of other rows, which are null."""
+    """Return a mapping of Parquet without the keys of other rows, which are null."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -27,6 +27,7 @@ from storage.files import (
     damaged,
     digest_of,
     sha256,
+    to_run,
     verify,
     write_sealed,
     write_whole,
@@ -48,7 +49,7 @@ _VERIFIED = set[tuple[FileState, str, str | None]]()
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """Hex sha256 of a CPU tensor's bytes."""
+    """Return the hex sha256 of a CPU tensor's bytes."""
     flat = tensor.contiguous().view(-1)
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
@@ -86,7 +87,7 @@ class Checkpoint:
 
     @functools.cached_property
     def headers(self) -> dict[str, TensorHeader]:
-        """Name -> header of every tensor in the files, without rotary frequencies, which older checkpoints hold.
+        """Return name -> header of all tensors of the files, without rotary frequencies, which older checkpoints hold.
 
         Raises:
             InputError: no safetensors in the folder, or the index names a file outside of it.
@@ -110,37 +111,39 @@ class Checkpoint:
         return {name: headers[name] for name in weight_map or headers if name in headers}
 
     def _weight_map(self) -> dict[str, Path]:
-        """Tensor name -> file, as the index has it."""
+        """Return tensor name -> file, as the index has it."""
         path = self.folder / _INDEX
         if not path.is_file():
             pickled = any(self.folder.glob("*.bin"))
             hint = " (pickled .bin weights are not read: convert them to safetensors)" if pickled else ""
-            raise InputError(f"{self.folder} has neither {_SINGLE} nor {_INDEX}{hint}; run `{self.rebuild}`")
+            raise InputError(f"{self.folder} has neither {_SINGLE} nor {_INDEX}{hint}; {to_run(self.rebuild)}")
         check_inside(path, self.folder)
         weight_map = read_object(path, self.rebuild, _MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise damaged(path, "holds no weight_map of names", self.rebuild)
         for name in set(weight_map.values()):
             if not name or "\0" in name or PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-                raise InputError(f"{path} names {name!r:.80}, which is no file in {self.folder}; run `{self.rebuild}`")
+                raise InputError(
+                    f"{path} names {name!r:.80}, which is no file in {self.folder}; {to_run(self.rebuild)}"
+                )
         return {name: self.folder / file for name, file in weight_map.items()}
 
     def _compare(self, file: Path, named: Set[str], held: Set[str]) -> None:
         """Raise DamagedFileError where a file holds other tensors than the index says."""
-        lacking, more = sorted(named - held)[:3], sorted(held - named)[:3]
+        lacking, unnamed = sorted(named - held)[:3], sorted(held - named)[:3]
         if lacking:
             raise damaged(file, f"lacks tensors that {_INDEX} names: {lacking}", self.rebuild)
-        if more:
-            raise damaged(file, f"holds tensors that {_INDEX} lacks or has in another file: {more}", self.rebuild)
+        if unnamed:
+            raise damaged(file, f"holds tensors that {_INDEX} lacks or has in another file: {unnamed}", self.rebuild)
 
     @functools.cached_property
     def files(self) -> dict[str, Path]:
-        """Tensor name -> the file that holds it; errors as of `headers`."""
+        """Return tensor name -> the file that holds it; errors as of `headers`."""
         return {name: header.file for name, header in self.headers.items()}
 
     @functools.cached_property
     def _recorded(self) -> Checksums:
-        """The content of checksums.json, once the files beside the tensors were compared with it.
+        """Return the content of checksums.json, once the files beside the tensors were compared with it.
 
         Raises:
             DamagedFileError: checksums.json is missing or damaged, or a file that it lists is, of a checkpoint of ours.
@@ -158,15 +161,15 @@ class Checkpoint:
 
     @property
     def checksums(self) -> dict[str, str]:
-        """Tensor name -> sha256; empty for a checkpoint that others wrote. Raises DamagedFileError as `tensor`."""
+        """Return tensor name -> sha256; empty if others wrote the checkpoint. Raises DamagedFileError as `tensor`."""
         return self._recorded.tensors
 
     def verify_files(self) -> None:
         """Compare the files beside the tensors with their checksums; raises DamagedFileError."""
-        assert self._recorded
+        _ = self._recorded
 
     def config_json(self) -> dict[str, Any]:
-        """The content of config.json, compared with its checksum."""
+        """Return the content of config.json, compared with its checksum."""
         self.verify_files()
         return read_object(self.folder / "config.json", self.rebuild)
 
@@ -184,11 +187,11 @@ class Checkpoint:
             raise damaged(file, f"is not a whole safetensors file ({error})", self.rebuild) from error
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
+        """Return the shape of a tensor, without reading it."""
         return self.headers[name].shape
 
     def rows(self, name: str, part: slice) -> Tensor:
-        """Some rows of a tensor, whose bytes are compared with nothing."""
+        """Return some rows of a tensor, whose bytes are compared with nothing."""
         with self._open(self.files[name]) as handle:
             rows: Tensor = handle.get_slice(name)[part].clone()
         return rows
@@ -201,7 +204,7 @@ class Checkpoint:
             DamagedFileError: its bytes differ from those that were written.
         """
         if name not in self.files:
-            raise InputError(f"{self.folder} has no tensor {name}; run `{self.rebuild}`")
+            raise InputError(f"{self.folder} has no tensor {name}; {to_run(self.rebuild)}")
         state = FileState.of(self._present(self.files[name]))
         with self._open(self.files[name]) as handle:
             tensor: Tensor = handle.get_tensor(name).clone()  # else it keeps the whole file mapped
@@ -219,33 +222,33 @@ class Checkpoint:
         if not _is_finite(tensor):
             raise InputError(
                 f"{self.files[name]}: tensor {name} holds NaN or infinite values, expected finite weights; "
-                f"run `{self.rebuild}`, or take another revision of this checkpoint"
+                f"{to_run(self.rebuild)}, or take another revision of this checkpoint"
             )
 
     def block_names(self, block_index: int) -> dict[str, str]:
-        """Names of a block's tensors: name within the block -> name in the checkpoint."""
+        """Return the names of a block's tensors: name within the block -> name in the checkpoint."""
         prefix = f"model.layers.{block_index}."
         return {name.removeprefix(prefix): name for name in self.files if name.startswith(prefix)}
 
     def block(self, block_index: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """All tensors of one block, named as within a Llama layer."""
+        """Return all tensors of one block, named as within a Llama layer."""
         names = self.block_names(block_index)
         return {short: self.tensor(name).to(device, dtype) for short, name in names.items()}
 
     def block_digest(self, block_index: int) -> str:
-        """Content digest of one block, from the checksums."""
+        """Return the content digest of one block, from the checksums."""
         return digest_of({short: self.checksums[name] for short, name in self.block_names(block_index).items()})
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite, without a copy of the tensor."""
+    """Tell whether no value is NaN or infinite, without a copy of the tensor."""
     if not tensor.numel() or not tensor.is_floating_point():
         return True
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def read_blocks(child: Checkpoint) -> tuple[ModelConfig, list[tuple[Attention, Ffn]]]:
-    """Geometry and blocks of a child's checkpoint, from its config.json."""
+    """Read geometry and blocks of a child's checkpoint, from its config.json."""
     return from_nemotron_nas(child.config_json(), str(child.folder / "config.json"))
 
 

@@ -51,7 +51,7 @@ _COMMANDS = frozenset({"REBUILD"})
 
 @functools.cache
 def code_digest(*roots: str) -> str:
-    """Digest of the code that the definitions `module:name` reach; of a class that is named, all methods count."""
+    """Return the digest of the code that definitions `module:name` reach; of a class named there, all methods count."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers")}
     code = _this_project().reached(roots)
     return digest_of({"code": code, "versions": versions, "python": sys.version_info[:2]})
@@ -65,13 +65,13 @@ class ProjectCode:
         self._bare: dict[Definition, BareCode] = {}
 
     def bare(self, definition: Definition) -> BareCode:
-        """The part of a definition that counts."""
+        """Return the part of a definition that counts."""
         if definition not in self._bare:
             self._bare[definition] = bare_code(definition, self.sources)
         return self._bare[definition]
 
     def reached(self, roots: Iterable[str]) -> list[str]:
-        """The bare text of every definition that `roots` reach, sorted."""
+        """Return the bare text of every definition that `roots` reach, sorted."""
         reached = {definition: self.bare(definition) for definition in _Reach(self).follow(roots)}
         keywords = {name for code in reached.values() for name in code.keywords}
         shallow = {definition: digest_of(code.text_with(keywords, {})) for definition, code in reached.items()}
@@ -93,7 +93,7 @@ class _Reach:
         self._attributes: set[str] = set()
 
     def follow(self, roots: Iterable[str]) -> set[Definition]:
-        """Every definition that the roots reach, methods as far as they may be called."""
+        """Return every definition that the roots reach, methods as far as they may be called."""
         waiting = [definition for root in roots for definition in self._root(root)]
         while waiting:
             definition = waiting.pop()
@@ -121,7 +121,7 @@ class _Reach:
                 waiting += [*self._code.bare(definition).types, *self._code.bare(definition).uses]
 
     def _called_methods(self) -> Iterator[Definition]:
-        """Methods that reached code may call, or code outside the project."""
+        """Yield methods that reached code may call, or code outside the project."""
         for class_place in self._types:
             for method in self._sources.methods(class_place):
                 name = method.name.rpartition(".")[2]
@@ -131,6 +131,6 @@ class _Reach:
 
 
 def _ends_at(definition: Definition) -> bool:
-    """Whether following ends: at plumbing, at commands that messages name, and at classes of errors."""
+    """Tell whether following ends: at plumbing, at commands that messages name, and at classes of errors."""
     is_error = definition.name.split(".")[0].endswith("Error")
     return is_error or definition.module in PLUMBING or definition.name in _COMMANDS

@@ -88,12 +88,12 @@ class Manifest:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as a JSON object."""
+        """Return the manifest as a JSON object."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        """Inverse of :meth:`to_json`."""
+        """Invert :meth:`to_json`."""
         return cls(
             **{
                 **value,
@@ -105,17 +105,17 @@ class Manifest:
 
 
 def domain_split(domain: str) -> str:
-    """The split of a held-out domain."""
+    """Return the split of a held-out domain."""
     return f"{_DOMAIN}{domain}"
 
 
 def split_path(folder: Path, split: str) -> Path:
-    """The file of a split."""
+    """Return the file of a split."""
     return folder / f"{split}.parquet"
 
 
 def content_hash(splits: Mapping[str, Split]) -> str:
-    """Digest of the tokens of train, calibration and validation."""
+    """Return the digest of the tokens of train, calibration and validation."""
     return digest_of({name: splits[name].token_sha256 for name in SPLITS})
 
 
@@ -153,15 +153,15 @@ def write_split(path: Path, sequences: Iterable[PackedSequence], seq_len: int) -
 
 
 def _groups(sequences: Iterable[PackedSequence]) -> Iterator[list[PackedSequence]]:
-    """Lists of up to 1,024 sequences each."""
-    rows: list[PackedSequence] = []
+    """Yield lists of up to 1,024 sequences each."""
+    group: list[PackedSequence] = []
     for sequence in sequences:
-        rows.append(sequence)
-        if len(rows) == _ROWS_PER_GROUP:
-            yield rows
-            rows = []
-    if rows:
-        yield rows
+        group.append(sequence)
+        if len(group) == _ROWS_PER_GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -222,7 +222,7 @@ def read_documents(folder: Path, split: str, start: int = 0, stop: int | None = 
 
 
 def _read_column(folder: Path, split: str, column: str, start: int, stop: int | None) -> pa.Array:
-    """Rows `start` .. `stop` - 1 of a column of a verified split."""
+    """Return rows `start` .. `stop` - 1 of a column of a verified split."""
     manifest, path = read_manifest(folder), split_path(folder, split)
     if split not in manifest.splits:
         raise InputError(f"{folder} has no split {split} (has: {', '.join(manifest.splits)}); run `{REBUILD}`")
@@ -240,7 +240,7 @@ def _read_column(folder: Path, split: str, column: str, start: int, stop: int | 
 
 
 def _read_rows(path: Path, column: str, start: int, stop: int) -> pa.Array:
-    """Rows of a column of a verified file; only the row groups that hold them are read."""
+    """Return rows of a column of a verified file; only the row groups that hold them are read."""
     groups: list[int] = []
     first_row = end = 0
     with pq.ParquetFile(path) as file:

@@ -32,25 +32,25 @@ class Source:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat; `more` is JSON of what a template may read besides (storage/chats.py)."""
+    """One turn of a chat; `fields` is JSON of what a template may read besides (storage/chats.py)."""
 
     role: str
     content: str
-    more: str = ""
+    fields: str = ""
 
     @property
     def for_template(self) -> dict[str, Any]:
-        """The message in the form that chat templates take."""
-        return {"role": self.role, "content": self.content, **(json.loads(self.more) if self.more else {})}
+        """Return the message in the form that chat templates take."""
+        return {"role": self.role, "content": self.content, **(json.loads(self.fields) if self.fields else {})}
 
     @property
     def tool_calls(self) -> list[dict[str, Any]]:
-        """The functions that it calls: each a mapping of `name` and `arguments`."""
+        """Return the functions that it calls: each a mapping of `name` and `arguments`."""
         return [call["function"] for call in self.for_template.get("tool_calls", ())]
 
     @property
     def text(self) -> str:
-        """All that it says: its content, and the tool calls behind it."""
+        """Return all that it says: its content, and the tool calls behind it."""
         calls = (json.dumps(call, ensure_ascii=False) for call in self.tool_calls)
         return "\n".join([*filter(None, (self.content,)), *calls])
 
@@ -66,7 +66,7 @@ class Document:
 
     @property
     def content(self) -> str:
-        """All its text, without the marks of a chat template."""
+        """Return all its text, without the marks of a chat template."""
         return self.text or "\n\n".join(message.text for message in self.messages)
 
 
@@ -99,6 +99,6 @@ def pages(paragraphs: Iterable[str]) -> Iterator[str]:
 
 
 def order_key(seed: int, name: str) -> bytes:
-    """Sorting key of an order that looks random and depends on nothing but the name and the seed."""
+    """Return the sorting key of an order that looks random and depends on nothing but the name and the seed."""
     salt = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
     return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16, salt=salt).digest()

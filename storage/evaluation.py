@@ -94,7 +94,7 @@ class DomainQuality:
 
     @property
     def models(self) -> dict[ModelName, Quality]:
-        """Qualities of parent and child, by name."""
+        """Return qualities of parent and child, by name."""
         return {
             "parent": self.parent,
             "assembled": self.assembled,
@@ -189,16 +189,16 @@ class MeasuredLimit(ReachedLimit):
 
     @classmethod
     def from_limit(cls, limit: ReachedLimit, measured: float | None) -> Self:
-        """A limit of architecture.json with its measured value."""
+        """Return a limit of architecture.json with its measured value."""
         return cls(**vars(limit), measured=measured)
 
     @property
     def is_missed(self) -> bool:
-        """Whether a measured value is on the wrong side of the limit."""
+        """Tell whether a measured value is on the wrong side of the limit."""
         return self.measured is not None and not self.is_kept_by(self.measured)
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of evaluation.json, without the fields that the metric does not have."""
+        """Return the entry of evaluation.json, without the fields that the metric does not have."""
         return {**super().to_json(), "measured": self.measured}
 
 
@@ -228,23 +228,23 @@ class Evaluation:
 
     @property
     def training(self) -> DomainQuality:
-        """Qualities on held-out text of the training's own domain, which scores predict."""
+        """Return qualities on held-out text of the training's own domain, which scores predict."""
         return self.domains[TRAINING_MIX]
 
     def mean(self, model: ModelName) -> Quality:
-        """The model's quality as one: the mean over domains, each of which counts alike."""
+        """Return the model's quality as one: the mean over domains, each of which counts alike."""
         return mean_quality([domain.models[model] for domain in self.domains.values()])
 
     @property
     def speed_metric(self) -> Metric | None:
-        """The metric of the limit that `speed` was measured for; None where none was."""
+        """Return the metric of the limit that `speed` was measured for; None where none was."""
         limits = (limit for limit in self.constraints if limit.is_speed and limit.measured is not None)
         first = next(limits, None)
         return METRICS[first.metric] if first and self.speed else None
 
     @property
     def speed_up(self) -> float | None:
-        """The child's measured speed as a multiple of the parent's, by `speed_metric`; None without one."""
+        """Return the child's measured speed as a multiple of the parent's, by `speed_metric`; None without one."""
         metric = self.speed_metric
         if metric is None or self.speed is None:
             return None

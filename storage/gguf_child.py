@@ -68,14 +68,16 @@ class _GgufTensor:
 
 
 def gguf_layers(blocks: Sequence[tuple[Attention, Ffn]], num_heads: int) -> tuple[GgufLayer, ...]:
-    """The layers that a child's blocks become.
+    """Return the layers that a child's blocks become.
 
     Raises:
         InputError: there is no attention with kv heads, or an FFN is linear; llama.cpp loads neither.
     """
-    kept = [index for index, (attention, ffn) in enumerate(blocks) if (attention.kind, ffn.kind) != ("no_op", "no_op")]
+    non_empty_blocks = [
+        index for index, (attention, ffn) in enumerate(blocks) if (attention.kind, ffn.kind) != ("no_op", "no_op")
+    ]
     layers = []
-    for position, index in enumerate(kept):
+    for position, index in enumerate(non_empty_blocks):
         attention, ffn = blocks[index]
         if ffn.kind == "linear":
             raise InputError(f"block {index} has a linear FFN, which llama.cpp does not know")
@@ -149,7 +151,7 @@ def write_gguf(
 
 
 def _stored_type(shape: tuple[int, ...], file_type: FileType) -> GGMLQuantizationType:
-    """The type that a tensor is stored in."""
+    """Return the type that a tensor is stored in."""
     if len(shape) == 1:
         return GGMLQuantizationType.F32
     matrix_type = GGMLQuantizationType[file_type]
@@ -158,13 +160,13 @@ def _stored_type(shape: tuple[int, ...], file_type: FileType) -> GGMLQuantizatio
 
 
 def _num_bytes(shape: tuple[int, ...], stored: GGMLQuantizationType) -> int:
-    """Bytes of a tensor in the file."""
+    """Return the number of a tensor's bytes in the file."""
     values_in_block, bytes_of_block = GGML_QUANT_SIZES[stored]
     return math.prod(shape) // values_in_block * bytes_of_block
 
 
 def _encoded(parts: Iterator[Array], tensor: _GgufTensor, stored: GGMLQuantizationType) -> NDArray[np.uint8]:
-    """Bytes of a tensor as the file has them; memory holds them and some rows in float32."""
+    """Return bytes of a tensor as the file has them; memory holds them and some rows in float32."""
     encoded, end = np.empty(_num_bytes(tensor.shape, stored), np.uint8), 0
     for part in parts:
         largest = np.abs(part).max(initial=0)  # nan where there is one
@@ -173,14 +175,14 @@ def _encoded(parts: Iterator[Array], tensor: _GgufTensor, stored: GGMLQuantizati
         if largest > _LARGEST.get(stored, math.inf):
             beyond = f"{tensor.name} has a weight beyond {stored.name}"
             raise InputError(f"{beyond}; export it as gguf-bf16 or gguf-f32 instead")
-        rows = np.ascontiguousarray(quantize(part, stored)).view(np.uint8).reshape(-1)
-        start, end = end, end + len(rows)
-        encoded[start:end] = rows
+        part_bytes = np.ascontiguousarray(quantize(part, stored)).view(np.uint8).reshape(-1)
+        start, end = end, end + len(part_bytes)
+        encoded[start:end] = part_bytes
     return encoded
 
 
 def _write_rope(writer: GGUFWriter, config: ModelConfig) -> None:
-    """Metadata of scaled rotary positions; llama3's factors are a tensor.
+    """Write metadata of scaled rotary positions; llama3's factors are a tensor.
 
     Raises:
         InputError: a setting of yarn that llama.cpp does not take as it is meant.
@@ -200,7 +202,7 @@ def _write_rope(writer: GGUFWriter, config: ModelConfig) -> None:
 
 
 def _llama3_factors(config: ModelConfig) -> Array:
-    """Divisors of the rotary pairs' frequencies in llama.cpp, [head_dim / 2] (Llama 3.1's rope scaling)."""
+    """Return divisors of the rotary pairs' frequencies in llama.cpp, [head_dim / 2] (Llama 3.1's rope scaling)."""
     rope = config.rope
     low, high, factor = (float(rope[key]) for key in ("low_freq_factor", "high_freq_factor", "factor"))
     pairs = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
@@ -220,13 +222,13 @@ def _noise(shape: tuple[int, ...]) -> Array:
 
 
 def _are_alike(layers: Sequence[GgufLayer]) -> bool:
-    """Whether all layers have the same attention and FFN, which arch `llama` needs."""
+    """Tell whether all layers have the same attention and FFN, which arch `llama` needs."""
     kinds = {(layer.attention, layer.heads, layer.width) for layer in layers}
     return layers[0].attention.kind == "gqa" and len(kinds) == 1
 
 
 def _write_metadata(writer: GGUFWriter, config: ModelConfig, layers: Sequence[GgufLayer]) -> None:
-    """Metadata of the geometry; head counts and widths are lists where layers differ."""
+    """Write metadata of the geometry; head counts and widths are lists where layers differ."""
     writer.add_block_count(len(layers))
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.hidden_size)
@@ -246,7 +248,7 @@ def _write_metadata(writer: GGUFWriter, config: ModelConfig, layers: Sequence[Gg
 
 
 def _add_nameless_tokens(writer: GGUFWriter, vocab_size: int) -> None:
-    """Metadata of a tokenizer whose tokens have no text."""
+    """Add metadata of a tokenizer whose tokens have no text."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([f"<{index}>" for index in range(vocab_size)])
@@ -256,7 +258,7 @@ def _add_nameless_tokens(writer: GGUFWriter, vocab_size: int) -> None:
 
 
 def _tensors(config: ModelConfig, layers: Sequence[GgufLayer], read_tensor: ReadTensor) -> Iterator[_GgufTensor]:
-    """Every tensor of the file, in its order."""
+    """Yield every tensor of the file, in its order."""
     hidden = config.hidden_size
     yield _GgufTensor("token_embd.weight", (config.vocab_size, hidden), lambda: read_tensor(EMBEDDING))
     yield _GgufTensor("output_norm.weight", (hidden,), lambda: read_tensor(NORM))
@@ -285,11 +287,11 @@ class _LayerTensor:
     heads: int = 0
 
     def zeros(self) -> Iterator[Array]:
-        """The values of a stand-in."""
+        """Yield the values of a stand-in."""
         yield np.zeros(self.shape, np.float32)
 
     def reader(self, block_index: int, read_tensor: ReadTensor) -> Callable[[], Iterator[Array]]:
-        """A function that gives the checkpoint's tensor, its rows in the order of llama.cpp's rotary kernel."""
+        """Return a function that gives the checkpoint's tensor, its rows in the order of llama.cpp's rotary kernel."""
         source = f"model.layers.{block_index}.{self.source}"
         if self.heads:
             return lambda: iter([_interleaved(np.concatenate(list(read_tensor(source))), self.heads)])
@@ -297,7 +299,7 @@ class _LayerTensor:
 
 
 def _attention_tensors(config: ModelConfig, layer: GgufLayer) -> list[_LayerTensor]:
-    """Tensors of a layer's attention, in the file's order; none where it was removed."""
+    """Return tensors of a layer's attention, in the file's order; none where it was removed."""
     if layer.attention.kind == "no_op":
         return []
     hidden, dim = config.hidden_size, config.head_dim
@@ -324,7 +326,7 @@ def _attention_tensors(config: ModelConfig, layer: GgufLayer) -> list[_LayerTens
 
 
 def _ffn_tensors(config: ModelConfig, layer: GgufLayer) -> list[_LayerTensor]:
-    """Tensors of a layer's FFN, in the file's order."""
+    """Return tensors of a layer's FFN, in the file's order."""
     hidden, width = config.hidden_size, layer.width
     tensors = [
         _LayerTensor("ffn_norm.weight", "post_attention_layernorm.weight", (hidden,)),
@@ -342,6 +344,6 @@ def _ffn_tensors(config: ModelConfig, layer: GgufLayer) -> list[_LayerTensor]:
 
 
 def _interleaved(values: Array, heads: int) -> Array:
-    """Rows of q or k in the order of llama.cpp's rotary kernel: the two halves of a head in turn."""
+    """Return rows of q or k in the order of llama.cpp's rotary kernel: the two halves of a head in turn."""
     halves = values.reshape(heads, 2, -1, *values.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))

@@ -81,7 +81,7 @@ class GkdCurve:
 
     @property
     def best(self) -> HeldOutKl:
-        """The held-out measurement of the published weights."""
+        """Return the held-out measurement of the published weights."""
         return next(measurement for measurement in self.held_out if measurement.step == self.best_step)
 
 

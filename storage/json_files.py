@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
-from storage.files import InputError, damaged
+from storage.files import InputError, damaged, to_run
 
 MAX_BYTES = 16 << 20
 """Ten thousand blocks of a nemotron-nas config.json take 4 MiB."""
@@ -65,7 +65,7 @@ def read_text(path: Path, rebuild: str, max_bytes: int = MAX_BYTES) -> str:
         with path.open("rb") as handle:
             data = handle.read(max_bytes + 1)
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; run `{rebuild}`") from None
+        raise InputError(f"{path} is missing; {to_run(rebuild)}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
     if len(data) > max_bytes:

@@ -5,13 +5,14 @@ field checked against its type; nested records, tuples and mappings included. Ke
 ignored.
 """
 
+import functools
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from storage.files import DamagedFileError, read_sealed
+from storage.files import DamagedFileError, read_sealed, to_run
 
 Record = TypeVar("Record")
 
@@ -33,14 +34,19 @@ def as_record(value: Any, record: type[Record], source: str, rebuild: str) -> Re
         DamagedFileError: a field is missing or has another type than the record's.
     """
     try:
-        checked: Record = TypeAdapter(record).validate_python(value)
+        checked: Record = _adapter(record).validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "(the whole file)"
         raise DamagedFileError(
-            f"{source} does not hold what its stage writes: field {field}: {_reason(first)}; run `{rebuild}`"
+            f"{source} does not hold what its stage writes: field {field}: {_reason(first)}; {to_run(rebuild)}"
         ) from error
     return checked
+
+
+@functools.cache
+def _adapter(record: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(record)
 
 
 def _reason(error: ErrorDetails) -> str:

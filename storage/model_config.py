@@ -162,17 +162,17 @@ class ModelConfig:
         return geometry
 
     def to_json(self) -> dict[str, Any]:
-        """The geometry as a JSON object."""
+        """Return the geometry as a JSON object."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`to_json`."""
+        """Invert :meth:`to_json`."""
         return cls(**value)
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
-    """The name of the architecture in a config.json."""
+    """Return the name of the architecture in a config.json."""
     names = config.get("architectures")
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "(none named)"
 
@@ -204,12 +204,12 @@ def refuse_other_attention(fields: Fields) -> None:
 
 
 def _model_type(architecture: str) -> str:
-    """The field `model_type` of an architecture's config.json."""
+    """Return the field `model_type` of an architecture's config.json."""
     return architecture.removesuffix("ForCausalLM").lower()
 
 
 def read_head_dim(fields: Fields) -> int:
-    """Size of an attention head: `head_dim`, or the heads' share of the hidden size.
+    """Return the size of an attention head: `head_dim`, or the heads' share of the hidden size.
 
     Raises:
         InputError: the heads do not share the hidden size evenly, or the size is odd, which rotary positions cannot be.
@@ -224,7 +224,7 @@ def read_head_dim(fields: Fields) -> int:
 
 
 def special_token_ids(config: Mapping[str, Any], where: str) -> dict[str, int | list[int] | None]:
-    """Token ids of a config.json by key, those that it has of bos, eos and pad.
+    """Return the token ids of a config.json by key, those that it has of bos, eos and pad.
 
     Raises:
         InputError: one of them is no token id, nor a list of them or null.
@@ -238,12 +238,12 @@ def special_token_ids(config: Mapping[str, Any], where: str) -> dict[str, int | 
 
 
 def _has_bias(setting: bool | str, fields: Fields) -> bool:
-    """Whether projections have biases, from a family's setting for them."""
+    """Tell whether projections have biases, from a family's setting for them."""
     return setting if isinstance(setting, bool) else fields.switch(setting)
 
 
 def _full_attention_context(family: Family, fields: Fields) -> int:
-    """Tokens of the longest sequence on which the parent's attention is full."""
+    """Return the number of tokens of the longest sequence on which the parent's attention is full."""
     context = fields.count("max_position_embeddings", MAX_TOKENS)
     if family.window_switch and not fields.switch(family.window_switch):
         return context
@@ -252,7 +252,7 @@ def _full_attention_context(family: Family, fields: Fields) -> int:
 
 
 def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Rotary parameters in the form of transformers 5, from that form or from rope_theta + rope_scaling (4.x).
+    """Return rotary parameters in transformers 5's form, from that form or from rope_theta + rope_scaling (4.x).
 
     Raises:
         InputError: another type than the supported ones, or a number that the type needs is missing.
@@ -274,8 +274,8 @@ def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: rope type {rope['rope_type']!r:.80} is not supported: it is not one of {', '.join(ROPE_TYPES)}"
         )
     needed = {"rope_theta", *_ROPE_FIELDS[rope["rope_type"]]}
-    present = {key for key in _ROPE_NUMBERS if rope.get(key) is not None}
-    wrong = sorted(key for key in needed | present if not is_number(rope.get(key)) or not 0 < rope[key] <= 1e15)
+    set_numbers = {key for key in _ROPE_NUMBERS if rope.get(key) is not None}
+    wrong = sorted(key for key in needed | set_numbers if not is_number(rope.get(key)) or not 0 < rope[key] <= 1e15)
     if wrong:
         raise InputError(
             f"{where}: rope parameters of type {rope['rope_type']} must have numbers above 0 for {', '.join(wrong)}"
@@ -291,19 +291,19 @@ def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _given_rope(fields: Fields) -> Mapping[str, Any]:
-    """The object that holds a config.json's rope parameters, the older one of two; empty: there is none."""
+    """Return the object that holds a config.json's rope parameters, the older one of two; empty: there is none."""
     names = [name for name in ("rope_scaling", "rope_parameters") if fields.values.get(name) is not None]
-    given = [fields.inner(fields.values[name], name).values for name in names]
-    return next(filter(None, given), {})
+    settings = [fields.inner(fields.values[name], name).values for name in names]
+    return next(filter(None, settings), {})
 
 
 def rope_without_gguf_key(rope: Mapping[str, Any]) -> list[str]:
-    """Names of the rotary settings of a model (all of yarn) that a GGUF file has no key for."""
+    """Return names of the rotary settings of a model (all of yarn) that a GGUF file has no key for."""
     return [key for key in _WITHOUT_GGUF_KEY if rope["rope_type"] == "yarn" and rope.get(key) is not None]
 
 
 def read_activation(config: Mapping[str, Any], where: str) -> str:
-    """The activation of the gated FFN.
+    """Return the activation of the gated FFN.
 
     Raises:
         InputError: it is none of ACTIVATIONS.
@@ -323,7 +323,7 @@ def to_hf(
     special_tokens: Mapping[str, Any],
     dtype: str,
 ) -> dict[str, Any]:
-    """config.json of a model of equal blocks, in the form of its family.
+    """Return the config.json of a model of equal blocks, in the form of its family.
 
     A model whose q, k and v alone have biases becomes a Qwen2; any other one of no supported family becomes a Llama.
     Biases that no family can express the caller has refused.
@@ -352,7 +352,7 @@ def to_hf(
 
 
 def common_fields(config: ModelConfig) -> dict[str, Any]:
-    """Fields that every config.json has; `rope_theta` and `rope_scaling` repeat `rope_parameters` for older readers."""
+    """Return every config.json's fields; `rope_theta` and `rope_scaling` repeat `rope_parameters` for older readers."""
     scaling = {key: value for key, value in config.rope.items() if key != "rope_theta"}
     return {
         "vocab_size": config.vocab_size,
@@ -369,7 +369,7 @@ def common_fields(config: ModelConfig) -> dict[str, Any]:
 def expected_shapes(
     config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]] | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a model of these blocks must have; None: the parent's own."""
+    """Return the name and shape of every tensor that a model of these blocks must have; None: the parent's own."""
     hidden = config.hidden_size
     if blocks is None:
         blocks = [(Attention("gqa", config.num_kv_heads), Ffn("gated", config.intermediate_size))] * config.num_blocks
@@ -391,7 +391,7 @@ def expected_shapes(
 
 
 def _linear_layers(config: ModelConfig, attention: Attention, ffn: Ffn) -> dict[str, tuple[int, int, bool]]:
-    """Name -> rows, columns and whether there is a bias, of the linear layers in a block."""
+    """Return name -> rows, columns and whether there is a bias, of the linear layers in a block."""
     hidden, width = config.hidden_size, ffn.intermediate_size
     queries, keys = config.num_heads * config.head_dim, attention.num_kv_heads * config.head_dim
     layers: dict[str, tuple[int, int, bool]] = {}

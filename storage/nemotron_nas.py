@@ -35,7 +35,7 @@ _UNSUPPORTED_FIELDS = (
 
 
 def ffn_mult(intermediate_size: int, hidden_size: int) -> float | None:
-    """The multiplier from which engines compute this FFN width, None where their formula cannot give it.
+    """Return the multiplier from which engines compute this FFN width, None where their formula cannot give it.
 
     Engines compute round_up_256(int(2 * ffn_mult * hidden / 3)), the Llama rule of DeciLM's configs.
     """
@@ -47,7 +47,7 @@ def ffn_mult(intermediate_size: int, hidden_size: int) -> float | None:
 
 
 def _width(multiplier: float, hidden_size: int) -> int:
-    """The FFN width that engines compute from `ffn_mult`."""
+    """Return the FFN width that engines compute from `ffn_mult`."""
     base = int(2 * multiplier * hidden_size / 3)
     return -(-base // _FFN_MULTIPLE) * _FFN_MULTIPLE
 
@@ -55,7 +55,7 @@ def _width(multiplier: float, hidden_size: int) -> int:
 def to_nemotron_nas(
     config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], special_tokens: Mapping[str, Any], dtype: str
 ) -> dict[str, Any]:
-    """config.json of a child in the nemotron-nas form.
+    """Return the config.json of a child in the nemotron-nas form.
 
     An FFN has `ffn_mult` where the engines' formula gives its width, else its exact `intermediate_size`, which vLLM and
     our class read: engines that know the formula alone then fail to load it instead of computing another width.
@@ -80,7 +80,7 @@ def to_nemotron_nas(
 
 
 def _block_config(config: ModelConfig, attention: Attention, ffn: Ffn) -> dict[str, Any]:
-    """A block's entry in `block_configs`."""
+    """Return a block's entry in `block_configs`."""
     group = config.num_heads // attention.num_kv_heads if attention.kind == "gqa" else None
     width = ffn.intermediate_size or None
     multiplier = ffn_mult(width, config.hidden_size) if width else None
@@ -101,7 +101,7 @@ def _block_config(config: ModelConfig, attention: Attention, ffn: Ffn) -> dict[s
 
 
 def from_config_json(raw: Any, where: str) -> tuple[ModelConfig, list[tuple[Attention, Ffn]]]:
-    """Geometry and blocks of a config.json in the nemotron-nas form or of a supported parent; errors name `where`.
+    """Read geometry and blocks from a config.json in nemotron-nas form or of a supported parent; errors name `where`.
 
     Raises:
         InputError: it is of another kind, or wrong.
@@ -117,7 +117,7 @@ def from_config_json(raw: Any, where: str) -> tuple[ModelConfig, list[tuple[Atte
 
 
 def from_nemotron_nas(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, list[tuple[Attention, Ffn]]]:
-    """Geometry and blocks of a nemotron-nas config.json, ours or another's.
+    """Read geometry and blocks of a nemotron-nas config.json, ours or another's.
 
     Raises:
         InputError: it is not in that form, with the field that is wrong.
@@ -159,7 +159,7 @@ def from_nemotron_nas(config: Mapping[str, Any], where: str) -> tuple[ModelConfi
 
 
 def _attention_from(fields: Fields, num_heads: int) -> Attention:
-    """The attention variant of a block in `block_configs`."""
+    """Return the attention variant of a block in `block_configs`."""
     _refuse_unsupported(fields)
     if fields.switch("no_op"):
         return Attention("no_op")
@@ -172,7 +172,7 @@ def _attention_from(fields: Fields, num_heads: int) -> Attention:
 
 
 def _ffn_from(fields: Fields, hidden_size: int) -> Ffn:
-    """The FFN variant of a block in `block_configs`."""
+    """Return the FFN variant of a block in `block_configs`."""
     _refuse_unsupported(fields)
     if fields.switch("no_op"):
         return Ffn("no_op")
@@ -188,6 +188,6 @@ def _ffn_from(fields: Fields, hidden_size: int) -> Ffn:
 
 def _refuse_unsupported(fields: Fields) -> None:
     """Raise InputError where a half of a block computes something that no variant expresses."""
-    present = [key for key in _UNSUPPORTED_FIELDS if fields.values.get(key)]
-    if present:
-        raise InputError(f"{fields.where}: {', '.join(present)} is set, which is not supported")
+    unsupported = [key for key in _UNSUPPORTED_FIELDS if fields.values.get(key)]
+    if unsupported:
+        raise InputError(f"{fields.where}: {', '.join(unsupported)} is set, which is not supported")

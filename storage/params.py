@@ -70,7 +70,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        """Everything that one section alone cannot check; all problems in one error."""
+        """Check what one section alone cannot check; all problems are in one error."""
         checks = (_too_short_splits, _broken_sequences, _parts_above_their_whole, _target_names, _formats_for_llamacpp)
         problems = [problem for check in checks for problem in check(self)]
         if problems:
@@ -78,7 +78,7 @@ class Params(Section):
         return self
 
     def target(self, name: str) -> Target:
-        """The target with this key, or InputError with the nearest one."""
+        """Return the target with this key; raises InputError with the nearest one."""
         if name not in self.targets:
             raise InputError(
                 f"unknown target {name!r}{did_you_mean(name, self.targets)}; known: {', '.join(self.targets)}"
@@ -87,7 +87,7 @@ class Params(Section):
 
 
 def _too_short_splits(params: Params) -> Iterator[str]:
-    """Budgets of tokens that are larger than their split of the corpus."""
+    """Yield budgets of tokens that are larger than their split of the corpus."""
     corpus, bld, score = params.prepare_corpus, params.distill_blocks, params.score_blocks
     refine, gkd, evaluate = params.refine_child, params.distill_child, params.evaluate_child
     scored = score.tokens // score.length(corpus.seq_len)
@@ -113,7 +113,7 @@ def _too_short_splits(params: Params) -> Iterator[str]:
 
 
 def _broken_sequences(params: Params) -> Iterator[str]:
-    """Budgets of tokens that are not a whole number of sequences, or of the sequences that are taken at once."""
+    """Yield budgets of tokens that are not a whole number of sequences, or of the sequences that are taken at once."""
     corpus, bld, score = params.prepare_corpus, params.distill_blocks, params.score_blocks
     gkd, evaluate, seq_len = params.distill_child, params.evaluate_child, params.prepare_corpus.seq_len
     whole = (seq_len, "prepare_corpus.seq_len")
@@ -150,7 +150,7 @@ def _broken_sequences(params: Params) -> Iterator[str]:
 
 
 def _parts_above_their_whole(params: Params) -> Iterator[str]:
-    """Budgets of the first tokens of another budget that are larger than it."""
+    """Yield budgets of the first tokens of another budget that are larger than it."""
     score, evaluate, seq_len = params.score_blocks, params.evaluate_child, params.prepare_corpus.seq_len
     if score.length(seq_len) > seq_len:
         yield f"score_blocks.sequence_tokens must not exceed prepare_corpus.seq_len = {seq_len}"
@@ -167,17 +167,17 @@ def _parts_above_their_whole(params: Params) -> Iterator[str]:
 
 
 def _target_names(params: Params) -> Iterator[str]:
-    """Names and labels of targets that already name something else."""
+    """Yield names and labels of targets that already name something else."""
     if "parent" in params.targets:
         yield "targets.parent: `parent` stands for the parent itself; choose another name"
     keys: dict[str, str] = {}
     for key, target in params.targets.items():
-        if (other := keys.setdefault(target.label, key)) != key:
-            yield f"targets.{key}.label is that of {other} too; tables and figures tell children by it, so change one"
+        if (twin := keys.setdefault(target.label, key)) != key:
+            yield f"targets.{key}.label is that of {twin} too; tables and figures tell children by it, so change one"
 
 
 def _formats_for_llamacpp(params: Params) -> Iterator[str]:
-    """Exports that benchmark_throughput needs to measure in llama.cpp."""
+    """Yield exports that benchmark_throughput needs to measure in llama.cpp."""
     needed_by = ["benchmark_throughput.engines"] if "llama.cpp" in params.benchmark_throughput.engines else []
     for target, wishes in params.targets.items():
         for key, constraint in wishes.constraints.items():
@@ -204,7 +204,7 @@ def load(path: Path = PARAMS_FILE) -> Params:
 
 
 def load_target(path: Path) -> Target:
-    """A target in a file of its own, in the form of a value of `targets` in params.yaml.
+    """Read a target from a file of its own, in the form of a value of `targets` in params.yaml.
 
     Raises:
         InputError: the file is refused, as by :func:`load`.
@@ -226,7 +226,7 @@ def parse(raw: dict[str, Any], where: str) -> Params:
 
 
 def _problems(error: ValidationError, where: str, root: type[BaseModel]) -> str:
-    """One line for each of the first problems."""
+    """Return one line for each of the first problems."""
     details = error.errors(include_url=False, include_context=False)
     lines = [
         _problem(root, detail["loc"], detail["type"], detail["msg"], detail.get("input"))
@@ -238,7 +238,7 @@ def _problems(error: ValidationError, where: str, root: type[BaseModel]) -> str:
 
 
 def _problem(root: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
-    """A problem of pydantic's in words: the key in full, what was expected, what was found."""
+    """Return a problem of pydantic's in words: the key in full, what was expected, what was found."""
     key = ".".join(_shown(part) for part in location)
     if kind == "extra_forbidden":
         fields = sorted(_fields_at(root, location[:-1]))
@@ -249,7 +249,7 @@ def _problem(root: type[BaseModel], location: tuple[int | str, ...], kind: str, 
 
 
 def _shown(value: object, form: Callable[[object], str] = str) -> str:
-    """A value in a message, not longer than a line."""
+    """Return a value in a message, not longer than a line."""
     if isinstance(value, int) and abs(value) > MAX_NUMBER:
         return "a very large number"  # Python refuses to print one of more than 4,300 digits
     text = form(value[: 2 * _MOST_CHARACTERS] if isinstance(value, str) else value)
@@ -257,7 +257,7 @@ def _shown(value: object, form: Callable[[object], str] = str) -> str:
 
 
 def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
-    """Names of the fields of the section at `location` (keys of dicts and indices of lists are stepped over)."""
+    """Return the names of fields of the section at `location` (keys of dicts and indices of lists are stepped over)."""
     section = root
     for part in location:
         field = section.model_fields.get(str(part))
@@ -266,7 +266,7 @@ def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> set[st
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The first section within a field's type: the type itself, or an argument of its dict, tuple or union."""
+    """Return the first section within a field's type: the type itself, or an argument of its dict, tuple or union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in get_args(annotation):

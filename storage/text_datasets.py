@@ -50,7 +50,7 @@ class Columns:
 
     @property
     def name(self) -> str:
-        """The column that is read."""
+        """Return the column that is read."""
         return self.messages or self.text
 
 
@@ -66,7 +66,7 @@ class SkippedRows:
     next_check: int = _ROWS_BEFORE_CHECK
 
     def count(self) -> None:
-        """One more row is read.
+        """Count a row that is read.
 
         Raises:
             InputError: too many of the rows so far are lost.
@@ -94,7 +94,7 @@ class SkippedRows:
             )
 
     def lines(self) -> list[str]:
-        """A line for each reason: `412 of 90,000 skipped: ...`."""
+        """Return a line for each reason: `412 of 90,000 skipped: ...`."""
         return [
             f"{count:,} of {self.rows:,} skipped: {reason} (the first is {self.places[reason]})"
             for reason, count in self.reasons.most_common()
@@ -107,7 +107,7 @@ class SkippedRows:
 
 
 def file_kind(name: str) -> str:
-    """The suffix of a corpus file without that of its compression: .parquet, .jsonl, .json or .txt.
+    """Return the suffix of a corpus file without that of its compression: .parquet, .jsonl, .json or .txt.
 
     Raises:
         InputError: another suffix.
@@ -126,7 +126,7 @@ def file_kind(name: str) -> str:
 def file_documents(
     file: Path, address: str, source: Source, columns: Columns, skipped: SkippedRows
 ) -> Iterator[Document]:
-    """Documents of a file: one for each row of .parquet, .jsonl and .json; a .txt is cut into pages at paragraphs.
+    """Yield documents of a file: one per row of .parquet, .jsonl and .json; a .txt is cut into pages at paragraphs.
 
     Args:
         file: local file; its name is no pattern.
@@ -160,7 +160,7 @@ class HubDataset:
 def hub_documents(
     dataset: HubDataset, source: Source, columns: Columns, cache: Path, skipped: SkippedRows
 ) -> Iterator[Document]:
-    """Documents of a hub data set, one for each row, streamed: only what is packed is downloaded.
+    """Yield documents of a hub data set, one for each row, streamed: only what is packed is downloaded.
 
     Raises:
         InputError: the hub cannot be reached, the data set, the split or the column does not exist, or most rows hold
@@ -170,7 +170,7 @@ def hub_documents(
 
 
 def _hub_values(dataset: HubDataset, column: str, cache: Path) -> Iterator[Any]:
-    """Values of a column of a hub data set: of its files where they are of our kinds, else as `datasets` reads it.
+    """Yield values of a hub data set's column: of its files where they are of our kinds, else as `datasets` reads it.
 
     `datasets` casts every row to the types of the first ones, also columns that nobody asks for.
     """
@@ -199,7 +199,7 @@ def _is_read_here(file: str) -> bool:
 
 
 def _values(file: str, address: str, column: str) -> Iterator[Any]:
-    """Values of a column, one for each row of a .parquet, .jsonl or .json; null where a row of the last two lacks it.
+    """Yield values of a column, one per row of a .parquet, .jsonl or .json; null where a row of the last two lacks it.
 
     Args:
         file: a local path, or an address that fsspec opens.
@@ -226,7 +226,7 @@ def _parquet_values(file: str, address: str, column: str) -> Iterator[Any]:
 
 
 def _json_values(rows: Iterable[dict[str, Any]], address: str, column: str) -> Iterator[Any]:
-    """Values of rows of JSON.
+    """Yield values of rows of JSON.
 
     Raises:
         InputError: no row has the column.
@@ -248,7 +248,7 @@ def _json_values(rows: Iterable[dict[str, Any]], address: str, column: str) -> I
 
 
 def _json_rows(lines: Iterator[str], address: str) -> Iterator[dict[str, Any]]:
-    """Rows of a text that is one list of them, or that has a row a line.
+    """Yield rows of a text that is one list of them, or that has a row a line.
 
     Raises:
         InputError: a row is no JSON object, or a line or the list is too long.
@@ -266,7 +266,7 @@ def _json_rows(lines: Iterator[str], address: str) -> Iterator[dict[str, Any]]:
 
 
 def _joined(lines: Iterable[str], address: str) -> str:
-    """The whole of a text that is held in memory."""
+    """Return the whole of a text that is held in memory."""
     texts, length = [], 0
     for line in lines:
         texts.append(line)
@@ -297,7 +297,7 @@ def _json_object(row: Any, problem: str) -> dict[str, Any]:
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """The texts between empty lines; a very long paragraph is cut at a line's end."""
+    """Yield the texts between empty lines; a very long paragraph is cut at a line's end."""
     paragraph: list[str] = []
     length = 0
     for line in lines:
@@ -313,14 +313,14 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _opened(file: str) -> Iterator[Any]:
-    """The bytes of a local path, or of an address that fsspec opens."""
+    """Yield the bytes of a local path, or of an address that fsspec opens."""
     with Path(file).open("rb") if "://" not in file else fsspec.open(file, "rb") as handle:
         yield handle
 
 
 @contextlib.contextmanager
 def _text_lines(file: str, longest: int) -> Iterator[Iterator[str]]:
-    """Lines of a text in UTF-8, decompressed where the name says so, without a byte order mark.
+    """Yield lines of a text in UTF-8, decompressed where the name says so, without a byte order mark.
 
     A line is cut after `longest` characters.
     """
@@ -337,7 +337,7 @@ def _text_lines(file: str, longest: int) -> Iterator[Iterator[str]]:
 def _documents(
     values: Iterable[Any], source: Source, address: str, columns: Columns, skipped: SkippedRows
 ) -> Iterator[Document]:
-    """A document of each value that has text; the others are counted."""
+    """Yield a document of each value that has text; the others are counted."""
     for index, value in enumerate(values):
         skipped.count()
         place = f"{address}#{index}"
@@ -354,7 +354,7 @@ def _documents(
 
 
 def _text_of(value: Any) -> str:
-    """A text; null is an empty one, and bytes are UTF-8 (some writers of Parquet do not mark texts as such).
+    """Return a text; null is an empty one, and bytes are UTF-8 (some writers of Parquet do not mark texts as such).
 
     Raises:
         NoChatError: it is something else.

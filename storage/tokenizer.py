@@ -7,21 +7,12 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from storage.files import InputError, digest_of, sha256
-from storage.side_files import side_files
+from storage.files import InputError, digest_of, sha256, to_run
+from storage.side_files import TOKENIZER_FILES, side_files
 from storage.tokenizer_files import check_tokenizer
 
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 """What separates documents in the training of parents whose eos_token ends the turn of a chat (Qwen2, Llama-3)."""
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-)
 _SAMPLE = "Words, 1 to 3."
 _A_DAY = date(2024, 7, 26)  # templates that print the day (Llama 3.2, Mistral) must print the same one in every run
 _DIRECTIVES = "YmdbBaAjyHMS"
@@ -36,8 +27,10 @@ def load_tokenizer(folder: Path, rebuild: str) -> PreTrainedTokenizerBase:
     """
     check_tokenizer(folder, rebuild)
     if not side_files(folder, _VOCABULARIES):  # transformers makes an empty Qwen2 tokenizer of nothing
-        raise InputError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); run `{rebuild}`")
-    with tokenizer_errors(f"{folder} has no tokenizer that can be read", f"run `{rebuild}`"):
+        raise InputError(
+            f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); {to_run(rebuild)}"
+        )
+    with tokenizer_errors(f"{folder} has no tokenizer that can be read", to_run(rebuild)):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer(_SAMPLE)
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
@@ -56,8 +49,8 @@ def check_tokens(tokens: Iterable[int], vocab_size: int, folder: Path) -> None:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """Digest of the files that a tokenizer and its chat template are made of."""
-    files = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
+    """Return the digest of the files that a tokenizer and its chat template are made of."""
+    files = sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
     return digest_of({path.name: sha256(path) for path in files})
 
 
@@ -74,7 +67,7 @@ def tokenizer_errors(problem: str, way_out: str) -> Iterator[None]:
 
 
 def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the BOS token, if the tokenizer puts it before every text by itself; else None."""
+    """Return the id of the BOS token, if the tokenizer puts it before every text by itself; else None."""
     bos: int | None = tokenizer.bos_token_id
     text = "a"
     bare, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
@@ -82,7 +75,7 @@ def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def document_separator(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
-    """The token that ends a document.
+    """Return the token that ends a document.
 
     Raises:
         InputError: there is none.
@@ -98,7 +91,7 @@ def document_separator(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, problem: str, way_out: str) -> str:
-    """The template, with a macro in place of `strftime_now` that always prints the same day.
+    """Return the template, with a macro in place of `strftime_now` that always prints the same day.
 
     Raises:
         InputError: there is no template, or none to choose; the message is `problem`, the reason and `way_out`.

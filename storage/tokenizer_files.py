@@ -17,7 +17,7 @@ from typing import Any
 from storage import tokenizer_probe
 from storage.files import InputError
 from storage.json_files import read_object, read_text
-from storage.side_files import TOKENIZER_FILES, side_files
+from storage.side_files import GENERATION_FILES, side_files
 
 SETTINGS = ("tokenizer_config", "special_tokens_map", "generation_config", "config")
 """Names of the small files beside tokenizer.json."""
@@ -38,7 +38,7 @@ def check_tokenizer(folder: Path, rebuild: str) -> None:
         InputError: one of them cannot be used, asks for code of its own, or takes the library too long.
         DamagedFileError: one of them is not the JSON or the text that it must be.
     """
-    side_files(folder, TOKENIZER_FILES)
+    side_files(folder, GENERATION_FILES)
     templates: list[str] = []
     for name in _OBJECTS:
         file = folder / f"{name}.json"
@@ -60,13 +60,13 @@ def check_tokenizer(folder: Path, rebuild: str) -> None:
 
 
 def read_settings(folder: Path, rebuild: str) -> dict[str, dict[str, Any]]:
-    """The files of SETTINGS by name; empty where one is missing."""
+    """Return the files of SETTINGS by name; empty where one is missing."""
     files = {name: folder / f"{name}.json" for name in SETTINGS}
     return {name: read_object(file, rebuild) if file.is_file() else {} for name, file in files.items()}
 
 
 def _texts(templates: Any) -> Iterator[str]:
-    """The texts of one template, or of several by name."""
+    """Yield the texts of one template, or of several by name."""
     if isinstance(templates, str):
         yield templates
     elif isinstance(templates, list | Mapping):
@@ -100,7 +100,7 @@ def _probe(path: Path, size: int, _changed_ns: int) -> None:
 
 
 def _run_probe(*arguments: str, standard_input: str = "") -> "subprocess.CompletedProcess[str] | None":
-    """The probe's end; None if it did not end in time."""
+    """Return the probe's end; None if it did not end in time."""
     limits = [str(tokenizer_probe.CPU_SECONDS), str(tokenizer_probe.MEMORY_BYTES)]
     command = [sys.executable, "-P", str(Path(tokenizer_probe.__file__)), *limits, *arguments]
     try:
@@ -119,5 +119,5 @@ def _run_probe(*arguments: str, standard_input: str = "") -> "subprocess.Complet
 
 
 def _limits() -> str:
-    """The limits of the probe, for people."""
+    """Return the limits of the probe, for people."""
     return f"{tokenizer_probe.CPU_SECONDS} s or {tokenizer_probe.MEMORY_BYTES / 2**30:g} GiB"

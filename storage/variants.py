@@ -28,12 +28,12 @@ class Attention:
 
     @property
     def name(self) -> str:
-        """`kv_3`, `linear` or `no_op`."""
+        """Return `kv_3`, `linear` or `no_op`."""
         return f"kv_{self.num_kv_heads}" if self.kind == "gqa" else self.kind
 
     @classmethod
     def parse(cls, name: str) -> Self:
-        """The variant that `name` names."""
+        """Return the variant that `name` names."""
         if match := re.fullmatch(r"kv_([1-9]\d*)", name):
             return cls("gqa", int(match[1]))
         if name == "linear" or name == "no_op":
@@ -53,12 +53,12 @@ class Ffn:
 
     @property
     def name(self) -> str:
-        """`ffn_1536`, `linear` or `no_op`."""
+        """Return `ffn_1536`, `linear` or `no_op`."""
         return f"ffn_{self.intermediate_size}" if self.kind == "gated" else self.kind
 
     @classmethod
     def parse(cls, name: str) -> Self:
-        """The variant that `name` names."""
+        """Return the variant that `name` names."""
         if match := re.fullmatch(r"ffn_([1-9]\d*)", name):
             return cls("gated", int(match[1]))
         if name == "linear" or name == "no_op":
@@ -77,12 +77,12 @@ class Replacement:
 
     @property
     def parent_blocks(self) -> range:
-        """The parent blocks that this one stands for."""
+        """Return the parent blocks that this one stands for."""
         return range(self.first_block, self.first_block + self.span)
 
     @property
     def name(self) -> str:
-        """The name in messages and progress: `block 7: kv_1 + ffn_768`, `blocks 7-8: ...`."""
+        """Return the name in messages and progress: `block 7: kv_1 + ffn_768`, `blocks 7-8: ...`."""
         where = f"block {self.first_block}" if self.span == 1 else f"blocks {self.first_block}-{self.parent_blocks[-1]}"
         return f"{where}: {self.attention.name} + {self.ffn.name}"
 
@@ -100,11 +100,11 @@ class Architecture:
 
     @property
     def digest(self) -> str:
-        """The architecture's content hash."""
+        """Return the architecture's content hash."""
         return digest_of(self.to_json())
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The `blocks` list of architecture.json."""
+        """Return the `blocks` list of architecture.json."""
         return [
             {
                 "parent_blocks": list(block.parent_blocks),
@@ -116,7 +116,7 @@ class Architecture:
 
     @classmethod
     def from_json(cls, blocks: list[Mapping[str, Any]]) -> Self:
-        """Inverse of :meth:`to_json`.
+        """Invert :meth:`to_json`.
 
         Raises:
             InputError: a block lacks a field, names an unknown kind, or the cover has gaps.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from storage.checkpoints import Checkpoint
-from storage.files import InputError
+from storage.files import InputError, to_run
 from storage.model_config import EMBEDDING, LM_HEAD, ModelConfig, expected_shapes
 from storage.variants import Attention, Ffn
 
@@ -65,7 +65,7 @@ def check_weights(
     if missing := [name for name in expected if name not in headers]:
         raise InputError(
             f"{checkpoint.folder}: the checkpoint lacks tensor {missing[0]}{_others(missing)}, which config.json asks "
-            f"for; run `{checkpoint.rebuild}`, or correct config.json"
+            f"for; {to_run(checkpoint.rebuild)}, or correct config.json"
         )
     copies = {LM_HEAD} if config.tie_embeddings else set()
     if extra := [name for name in headers if name not in expected and name not in copies]:
@@ -77,7 +77,7 @@ def check_weights(
         if headers[name].shape != shape:
             raise InputError(
                 f"{headers[name].file}: tensor {name} has shape {headers[name].shape}, config.json asks for {shape}; "
-                f"run `{checkpoint.rebuild}`, or correct config.json"
+                f"{to_run(checkpoint.rebuild)}, or correct config.json"
             )
     if config.tie_embeddings and LM_HEAD in headers:
         _check_tied(checkpoint)

@@ -11,12 +11,12 @@ REBUILD = "dvc repro write_text"
 
 
 def batch_name(kind: WrittenKind, number: int) -> str:
-    """Name of the piece that is a batch, and of its file without `.jsonl`: rows of `text`, or of `messages`."""
+    """Return the name of a batch's piece, and of its file without `.jsonl`: rows of `text`, or of `messages`."""
     return f"{kind}_{number:05d}"
 
 
 def written_files(folder: Path, kind: WrittenKind) -> dict[str, str]:
-    """The checksum of every file of a kind, by its path, in order; each file is compared with it.
+    """Return the checksum of every file of a kind, by its path, in order; each file is compared with it.
 
     Raises:
         InputError: there is none.

@@ -32,7 +32,7 @@ from tasks.tensors.teacher import cached_train_tokens
 
 @dataclass(frozen=True)
 class Shard:
-    """Sequences start .. stop-1 of a split, to write at the boundaries `kept`.
+    """Sequences start .. stop-1 of a split, to write at `stored_boundaries`.
 
     how: digest of all inputs to hidden states except tokens and the parent's blocks.
     content: digest of all inputs except the parent's blocks.
@@ -43,14 +43,14 @@ class Shard:
     index: int
     start: int
     stop: int
-    kept: tuple[int, ...]
+    stored_boundaries: tuple[int, ...]
     how: str
     content: str
     key: str
 
     @property
     def name(self) -> str:
-        """Name of the shard's piece."""
+        """Return the name of the shard's piece."""
         return shard_name(self.split, self.index)
 
 
@@ -72,20 +72,20 @@ def plan_shards(params: Params, paths: Paths) -> list[Shard]:
     how, shards = digest_of(inputs), []
     for split in SPLITS:
         facts = manifest.splits[split]
-        kept, sequences = _kept(split, params, parent), facts.sequences
+        stored_boundaries, sequences = _stored_boundaries(split, params, parent), facts.sequences
         if split == "train":
             sequences = -(-cached_train_tokens(params, parent.config, facts.tokens) // manifest.seq_len)
         for index, start in enumerate(range(0, sequences, size)):
             stop = min(start + size, facts.sequences)
             tokens = read_sequences(paths.corpus, split, start, stop)
             content = digest_of([how, tokens.shape, digest_of(tokens.tobytes().hex())])
-            key = digest_of([content, parent.digest, kept])
-            shards.append(Shard(split, index, start, stop, kept, how, content, key))
+            key = digest_of([content, parent.digest, stored_boundaries])
+            shards.append(Shard(split, index, start, stop, stored_boundaries, how, content, key))
     missing = set(Pieces(paths.activations, REBUILD).keep_only({shard.name: shard.key for shard in shards}))
     return [shard for shard in shards if shard.name in missing]
 
 
-def _kept(split: SplitName, params: Params, parent: Parent) -> tuple[int, ...]:
+def _stored_boundaries(split: SplitName, params: Params, parent: Parent) -> tuple[int, ...]:
     """Return the boundaries of a split that stay on disk."""
     settings, last = params.cache_activations, parent.config.num_blocks
     for boundary in settings.keep:
@@ -128,7 +128,7 @@ def cache_shard(shard: Shard, params: Params, paths: Paths) -> None:
 
     with ThreadPoolExecutor(1) as writer:  # writes while the next block computes; at most one boundary waits
         for boundary, hidden in enumerate(states):
-            if boundary in shard.kept:
+            if boundary in shard.stored_boundaries:
                 stored = hidden.to(STORED[params.cache_activations.dtype]).cpu()
                 if written:
                     written[-1].result()
@@ -139,6 +139,6 @@ def cache_shard(shard: Shard, params: Params, paths: Paths) -> None:
         "sequences": shard.stop - shard.start,
         "how": shard.how,
         "content": shard.content,
-        "kept": shard.kept,
+        "stored_boundaries": shard.stored_boundaries,
     }
     Pieces(paths.activations, REBUILD).finish(shard.name, shard.key, files, facts)

@@ -120,7 +120,7 @@ class _CachedStates:
         return lambda boundary: self._readers[boundary].read([sequence]).to(*self._compute)
 
     def digest(self, sequences: range) -> list[list[str]]:
-        """Checksums of all files that hold these sequences."""
+        """Return the checksums of all files that hold these sequences."""
         return [reader.digest(sequences.start, sequences.stop) for reader in self._readers.values()]
 
 
@@ -140,7 +140,7 @@ class _LiveStates:
         return self._teacher.states(self._tokens[sequence - self._first][None])
 
     def digest(self, _: range) -> list[list[str]]:
-        """Digests of the parent and of all tokens."""
+        """Return the digests of the parent and of all tokens."""
         return [[self._parent.digest, digest_of(self._tokens.numpy().tobytes().hex())]]
 
 
@@ -154,8 +154,12 @@ class _Training:
         config, variants = read_blocks(refined)
         blocks = [Block.load(config, *variant, refined.block(i, *compute)) for i, variant in enumerate(variants)]
         is_live, ends = teacher_is_live(params, parent.config), [block.parent_blocks.stop for block in replacements]
-        kept = ends if is_live else Pieces(paths.activations, REBUILD).get(shard_name("train", 0))["facts"]["kept"]
-        self._child = TrainableChild(config, blocks, [end if end in kept else None for end in ends])
+        stored_boundaries = (
+            ends
+            if is_live
+            else Pieces(paths.activations, REBUILD).get(shard_name("train", 0))["facts"]["stored_boundaries"]
+        )
+        self._child = TrainableChild(config, blocks, [end if end in stored_boundaries else None for end in ends])
         _, norm, lm_head = parent.outside(*compute)
         self._head = Head(norm, lm_head, config.rms_norm_eps)
         self._groups = _steps(params)
@@ -213,7 +217,7 @@ class _Training:
 
     @property
     def _has_stalled(self) -> bool:
-        """Whether the last measurements brought no new lowest KL, as many as params call enough."""
+        """Tell whether the last measurements brought no new lowest KL, as many as params call enough."""
         since_best = sum(measurement.step > self.curve.best_step for measurement in self.curve.held_out)
         return 0 < self._params.distill_child.patience <= since_best
 
@@ -230,7 +234,7 @@ class _Training:
         )
 
     def best_blocks(self) -> Iterator[dict[str, Tensor]]:
-        """Tensors of each block at the best measurement, named as within a Llama layer."""
+        """Return the tensors of each block at the best measurement, named as within a Llama layer."""
         for index in range(len(self._child.layers)):
             prefix = f"layers.{index}."
             yield {name.removeprefix(prefix): tensor for name, tensor in self._best.items() if name.startswith(prefix)}
@@ -276,7 +280,7 @@ class _Training:
         )
 
     def _gradients(self, sequence: int) -> tuple[list[Tensor], Losses]:
-        """Gradients and losses of one sequence; runs on a worker's thread."""
+        """Compute gradients and losses of one sequence; runs on a worker's thread."""
         settings, run = self._params.distill_child, self._params.run
         prepare_compute(run.device, run.dtype, run.threads)
         weights = LossWeights(settings.kl_weight, settings.cosine_weight)
@@ -338,6 +342,6 @@ def _steps(params: Params) -> list[list[int]]:
 
 
 def _held_out(params: Params) -> range:
-    """Calibration sequences of the held-out KL: the end of the split, as in BLD."""
+    """Read the calibration sequences of the held-out KL: the end of the split, as in BLD."""
     seq_len, stop = params.prepare_corpus.seq_len, params.prepare_corpus.calibration_tokens
     return range((stop - params.distill_child.held_out_tokens) // seq_len, stop // seq_len)

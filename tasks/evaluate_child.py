@@ -90,7 +90,7 @@ class _Composed:
 
 
 def plan_batches(params: Params, paths: Paths) -> list[Batch]:
-    """Sequences of each batch, domain by domain; a batch is measured on all baselines or on none.
+    """Plan the sequences of each batch, domain by domain; a batch is measured on all baselines or on none.
 
     A domain that no stage trains on is taken whole where it has fewer tokens than params ask for.
     """
@@ -109,7 +109,7 @@ def plan_batches(params: Params, paths: Paths) -> list[Batch]:
 
 
 def _splits(manifest: Manifest) -> dict[str, str]:
-    """Domain -> its held-out split, the training's own first."""
+    """Map each domain to its held-out split, the training's own first."""
     others = {split.removeprefix(domain_split("")): split for split in manifest.splits if split not in SPLITS}
     return {TRAINING_MIX: "validation", **others}
 
@@ -144,7 +144,7 @@ def measure_quality(batch: Batch, target: str, params: Params, paths: Paths) -> 
 
 
 def _checkpoints(target: str, paths: Paths) -> dict[str, Checkpoint]:
-    """The child's checkpoints, in the order in which they were made."""
+    """Return the child's checkpoints, in the order in which they were made."""
     return {
         "assembled": Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}"),
         "refined": Checkpoint(paths.refined(target), f"dvc repro refine_child@{target}"),
@@ -153,7 +153,7 @@ def _checkpoints(target: str, paths: Paths) -> dict[str, Checkpoint]:
 
 
 def _baselines(target: str, paths: Paths) -> dict[str, _Composed]:
-    """Every baseline that exists under the target's limits."""
+    """Return every baseline that exists under the target's limits."""
     return {
         name: _Composed(baseline.blocks, baseline.weights)
         for name, baseline in read_baselines(target, paths).items()
@@ -162,7 +162,7 @@ def _baselines(target: str, paths: Paths) -> dict[str, _Composed]:
 
 
 def _last_states(models: Mapping[str, _Composed], tokens: Tensor, compute: Compute, paths: Paths) -> Streams:
-    """Hidden states before the final norm; all models go through the parent's blocks together, each read once."""
+    """Compute hidden states before the final norm; all models go through the parent's blocks, each read once."""
     parent, library = Parent(paths.parent), Library(paths.library)
     config = parent.config
     embedding, _, _ = parent.outside(*compute)
@@ -184,7 +184,7 @@ def _starting_at(block_index: int, blocks: Sequence[Replacement]) -> Replacement
 
 
 def exported_files(target: str, params: Params, paths: Paths) -> dict[FormatName, Path]:
-    """The child's GGUF files by format, whole; none where params ask for no tokens to compare on.
+    """Return the child's GGUF files by format, whole; none where params ask for no tokens to compare on.
 
     Raises:
         InputError: a file that was exported is missing.
@@ -194,7 +194,7 @@ def exported_files(target: str, params: Params, paths: Paths) -> dict[FormatName
 
 
 def plan_exports(files: Mapping[FormatName, Path], params: Params) -> list[range]:
-    """Validation sequences of each batch that exported files are compared on; none without files."""
+    """Plan the validation sequences of each batch that exported files are compared on; none without files."""
     total = params.evaluate_child.export_tokens // params.prepare_corpus.seq_len if files else 0
     return [range(start, min(start + _EXPORT_BATCH, total)) for start in range(0, total, _EXPORT_BATCH)]
 
@@ -244,7 +244,7 @@ def write_evaluation(
 
 
 def _joined(domain: str, batches: Sequence[MeasuredBatch]) -> MeasuredBatch:
-    """All sequences of a domain, in order; baselines have the first ones only."""
+    """Join the sequences of a domain, in order; baselines have the first ones only."""
     parts = [batch for batch in batches if batch.domain == domain]
     qualities: Qualities = {}
     for name in (*_MODELS, *(name for name in parts[0].qualities if name not in _MODELS)):
@@ -274,15 +274,21 @@ def _domain_quality(measured: MeasuredBatch, params: Params) -> DomainQuality:
 
 
 def _baseline_quality(sequences: Sequence[SequenceQuality], documents: Sequence[int]) -> BaselineQuality:
-    own = documents[: len(sequences)]
-    return BaselineQuality(**asdict(summarise(sequences, own)), sequences=len(own), documents=len(set(own)))
+    measured_documents = documents[: len(sequences)]
+    return BaselineQuality(
+        **asdict(summarise(sequences, measured_documents)),
+        sequences=len(measured_documents),
+        documents=len(set(measured_documents)),
+    )
 
 
 def _exports(exported: Sequence[ExportedSequences], documents: Sequence[int], params: Params) -> Exports:
-    """Quality of each exported file; `documents` has the documents of the domain that they were compared on."""
-    own = documents[: sum(len(part.in_torch) for part in exported)]
-    formats = {name: export_quality(name, exported, own) for name in (exported[0].files if exported else ())}
-    return Exports(len(own) * params.prepare_corpus.seq_len, len(set(own)), formats)
+    """Average the quality of each exported file; `documents` has those of the domain that files were compared on."""
+    compared_documents = documents[: sum(len(part.in_torch) for part in exported)]
+    formats = {
+        name: export_quality(name, exported, compared_documents) for name in (exported[0].files if exported else ())
+    }
+    return Exports(len(compared_documents) * params.prepare_corpus.seq_len, len(set(compared_documents)), formats)
 
 
 def _write_sequences(domains: Iterable[MeasuredBatch], path: Path) -> None:
@@ -297,7 +303,7 @@ def _write_sequences(domains: Iterable[MeasuredBatch], path: Path) -> None:
 
 
 def _count(target: str, paths: Paths) -> dict[str, Counted]:
-    """Sizes of parent and assembled child, counted on their tensors."""
+    """Count the sizes of parent and assembled child on their tensors."""
     parent, child = Parent(paths.parent), Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
     config, blocks = read_blocks(child)
     attention = [parent_attention(parent.config)] * parent.config.num_blocks

@@ -38,22 +38,22 @@ def plan_benchmarks(params: Params, paths: Paths) -> list[PlannedBenchmark]:
     Raises:
         InputError: a benchmark cannot be asked, or long documents cannot be read.
     """
-    wanted, seed = params.measure_accuracy, params.run.seed
-    for name, writing in (("human_eval", wanted.human_eval), ("mt_bench", wanted.mt_bench)):
+    settings, seed = params.measure_accuracy, params.run.seed
+    for name, writing in (("human_eval", settings.human_eval), ("mt_bench", settings.mt_bench)):
         if writing and writing.max_tokens >= (context := _context(paths)):
             raise InputError(
                 f"measure_accuracy.{name}.max_tokens is {writing.max_tokens}, which leaves no room for a prompt in the "
                 f"parent's context of {context}; lower it"
             )
-    planned = [planned_task(accuracy_task, seed, wanted.sequences_per_batch) for accuracy_task in wanted.tasks]
-    if wanted.human_eval:
-        planned.append(planned_human_eval(wanted.human_eval, seed, wanted.sequences_per_batch))
-    if wanted.mt_bench:
-        planned.append(planned_mt_bench(wanted.mt_bench, seed, paths))
+    planned = [planned_task(accuracy_task, seed, settings.sequences_per_batch) for accuracy_task in settings.tasks]
+    if settings.human_eval:
+        planned.append(planned_human_eval(settings.human_eval, seed, settings.sequences_per_batch))
+    if settings.mt_bench:
+        planned.append(planned_mt_bench(settings.mt_bench, seed, paths))
     if any(benchmark.chat for benchmark in planned):
         parent_model(paths).tokenizer(chat=True)
-    if wanted.position_loss:
-        _long_documents(wanted.position_loss, paths)
+    if settings.position_loss:
+        _long_documents(settings.position_loss, paths)
     return planned
 
 
@@ -82,8 +82,8 @@ def _answers(planned: PlannedBenchmark, model: AskedModel, compute: Compute, par
     def ask() -> dict[str, Any]:
         return asdict(planned.ask(*model.load(compute, chat=planned.chat), keep))
 
-    kept = keep(planned.key, ask)
-    return Answers(kept["asked"], tuple(kept["scores"]), tuple(kept["chance"]))
+    facts = keep(planned.key, ask)
+    return Answers(facts["questions_digest"], tuple(facts["scores"]), tuple(facts["chance"]))
 
 
 def _compute(params: Params) -> Compute:
@@ -91,7 +91,7 @@ def _compute(params: Params) -> Compute:
 
 
 def _model_key(model: AskedModel, compute: Compute, params: Params) -> dict[str, Any]:
-    """The model, and what its numbers depend on wherever it computes."""
+    """Return a key of the model, and of what its numbers depend on wherever it computes."""
     code = code_digest("tasks.accuracy.models:AskedModel")
     computed = [str(compute.device), str(compute.dtype), params.run.threads, code]
     return {"model": model.digest, "compute": computed}
@@ -108,7 +108,7 @@ def measure_positions(settings: PositionLoss, target: str, params: Params, paths
 def _losses(
     documents: LongDocuments, model: AskedModel, compute: Compute, params: Params, paths: Paths
 ) -> list[list[float]]:
-    """Sums of a model's losses, for each document over each range of positions."""
+    """Sum a model's losses, for each document over each range of positions."""
     parts = ranges(max(len(ids) for ids in documents.tokens))
 
     def measured() -> dict[str, list[list[float]]]:

@@ -89,7 +89,7 @@ class _VersionedSource:
 
     @property
     def source(self) -> Source:
-        """The source's name in the manifest."""
+        """Return the source's name in the manifest."""
         if self.params.kind == "written":
             name = f"{self.params.written_kind} that the parent wrote (write_text)"
             return Source(name, self.version, "the parent's")
@@ -162,14 +162,14 @@ def _check_context(parent: Parent, seq_len: int) -> None:
 
 
 def _mixes(section: PrepareCorpus, paths: Paths) -> dict[str, list[_VersionedSource]]:
-    """The sources of each held-out domain, by name, and of the training mix, with their files and versions.
+    """Return the sources of each held-out domain, by name, and of the training mix, with their files and versions.
 
     Raises:
         InputError: a source cannot be read, or a file is in a domain and in the training mix.
     """
-    wanted = {name: section.domains[name].sources for name in sorted(section.domains)}
-    wanted[TRAINING_MIX] = section.sources
-    mixes = {name: [_versioned(source, paths) for source in sources] for name, sources in wanted.items()}
+    mix_sources = {name: section.domains[name].sources for name in sorted(section.domains)}
+    mix_sources[TRAINING_MIX] = section.sources
+    mixes = {name: [_versioned(source, paths) for source in sources] for name, sources in mix_sources.items()}
     training = {file for source in mixes[TRAINING_MIX] for file in source.files}
     for name in section.domains:
         if shared := training & {file for source in mixes[name] for file in source.files}:
@@ -181,7 +181,7 @@ def _mixes(section: PrepareCorpus, paths: Paths) -> dict[str, list[_VersionedSou
 
 
 def _plans(section: PrepareCorpus) -> list[SplitPlan]:
-    """The splits in the order of packing."""
+    """Plan the splits in the order of packing."""
     domains = [
         SplitPlan(domain_split(name), name, section.domains[name].tokens, 1, f"prepare_corpus.domains.{name}.tokens")
         for name in sorted(section.domains)
@@ -193,7 +193,7 @@ def _plans(section: PrepareCorpus) -> list[SplitPlan]:
 
 
 def _versioned(source: CorpusSource, paths: Paths) -> _VersionedSource:
-    """A source with its files, and a version that changes with their content."""
+    """Return a source with its files, and a version that changes with their content."""
     if source.kind == "embedded":
         return _VersionedSource(source, (), digest_of(embedded_versions()))
     if source.kind == "encyclopedia":
@@ -257,11 +257,11 @@ class _Tokenizer:
         self.skipped = skipped
 
     def takes(self, document: Document) -> bool:
-        """Whether the template can render the document; other chats are counted."""
+        """Tell whether the template can render the document; other chats are counted."""
         return not document.messages or self._rendered(document) is not None
 
     def encode(self, documents: Sequence[Document]) -> Sequence[list[int] | None]:
-        """Token ids of documents of one source, without separators; None for a chat that the template cannot render."""
+        """Encode documents of one source, without separators; None for a chat that the template cannot render."""
         where = f"a document of {documents[0].source.name}, from {documents[0].path} on"
         if not documents[0].messages:
             return self._ids([document.text for document in documents], where, chats=False)
@@ -285,7 +285,7 @@ class _Tokenizer:
         return [tokens if tokens[:1] == bos else bos + tokens for tokens in ids]  # a chat template may write it
 
     def _rendered(self, document: Document) -> str | None:
-        """A chat as the template writes it; None, and a reason, where it cannot, or leaves something out."""
+        """Render a chat with the template; None, and a reason, where it cannot, or leaves something out."""
         words, reasons = _telling_words(document.messages), list[str]()
         for turns in _forms(document.messages, str(self._template)):
             try:
@@ -302,7 +302,7 @@ class _Tokenizer:
 
 
 def _forms(messages: Sequence[Message], template: str) -> Iterator[list[dict[str, Any]]]:
-    """A chat as templates want it: most read texts, some null beside tool calls, some lists of parts."""
+    """Yield a chat as templates want it: most read texts, some null beside tool calls, some lists of parts."""
     turns = [message.for_template for message in messages]
     yield turns
     if any("tool_calls" in turn and not turn["content"] for turn in turns):
@@ -312,11 +312,11 @@ def _forms(messages: Sequence[Message], template: str) -> Iterator[list[dict[str
 
 
 def _telling_words(messages: Sequence[Message]) -> list[str]:
-    """Words that show whether a template writes what some leave out: the functions that are called, and the longest
-    word of the last message and of those with unusual roles."""
+    """List words that show whether a template writes what some leave out: the functions that are called, and the
+    longest word of the last message and of those with unusual roles."""
     names = [call["name"] for message in messages for call in message.tool_calls]
-    told = [message.content for message in messages if message.role not in _USUAL_ROLES] + [messages[-1].content]
-    return names + [max(re.findall(r"\w+", content), key=len, default="") for content in told]
+    contents = [message.content for message in messages if message.role not in _USUAL_ROLES] + [messages[-1].content]
+    return names + [max(re.findall(r"\w+", content), key=len, default="") for content in contents]
 
 
 def _packer(
@@ -338,7 +338,7 @@ def _packer(
 
 
 def _documents(versioned: _VersionedSource, seed: int, scratch: Path, skipped: SkippedRows) -> Iterator[Document]:
-    """Documents of a source; a file of S3 exists in `scratch` only while it is read."""
+    """Read the documents of a source; a file of S3 exists in `scratch` only while it is read."""
     settings, source = versioned.params, versioned.source
     columns = Columns(settings.text, settings.messages)
     if settings.kind == "embedded":

@@ -27,13 +27,13 @@ from storage.model_config import ModelConfig, expected_shapes, special_token_ids
 from storage.params import Params
 from storage.parent_info import ParentInfo, write_parent_info
 from storage.paths import Paths
-from storage.side_files import CARD, LICENCE_FILES, TOKENIZER_FILES, copy_side_files, licence_of, side_files
+from storage.side_files import CARD, GENERATION_FILES, LICENCE_FILES, copy_side_files, licence_of, side_files
 from storage.tokenizer import load_tokenizer
 from storage.weights import check_weights
 
 SHARD_BYTES = 512 << 20
 """Largest safetensors file: a process maps whole files, which count where its memory is limited (RLIMIT_DATA)."""
-_COPIED = (*TOKENIZER_FILES, *LICENCE_FILES)
+_COPIED = (*GENERATION_FILES, *LICENCE_FILES)
 
 
 @task(cache_policy=NO_CACHE)
@@ -55,7 +55,7 @@ def prepare_parent(params: Params, paths: Paths) -> None:
 
 
 def _locate(source: str, scratch: Path) -> Path:
-    """The source as a local folder, fetched into `scratch` where it is remote."""
+    """Return the source as a local folder, fetched into `scratch` where it is remote."""
     if source.startswith("hub:"):
         name, _, revision = source.removeprefix("hub:").partition("@")
         if not revision:

@@ -140,7 +140,7 @@ class _ChildCorrection:
         return len(self._replacements)
 
     def _chained_keys(self) -> dict[int, str]:
-        """Content key of the states before each block from `_start` on, and of the corrected block before them."""
+        """Key the states before each block from `_start` on, and the corrected block before them, by content."""
         key = digest_of(
             {
                 "settings": self._params.refine_child.model_dump(),
@@ -158,7 +158,7 @@ class _ChildCorrection:
         return {**keys, len(self._replacements): key}
 
     def _read_at(self, boundary: int) -> list[str]:
-        """Content keys of what is read at one of the parent's boundaries; they cover the parent's blocks before it."""
+        """Return content keys of what is read at one of the parent's boundaries; they cover the blocks before it."""
         ranges = self._sequences.items()
         return [self._activations.key(split, boundary, sequences[0], sequences[-1] + 1) for split, sequences in ranges]
 
@@ -183,13 +183,13 @@ class _ChildCorrection:
             self._states.write(index, self._keys[index], stream, each)
 
     def _parents_states(self) -> dict[str, Callable[[int], Tensor]]:
-        """States before the first replaced block: the parent's."""
+        """Return readers of the parent's states before the first replaced block."""
         boundary = self._replacements[self._start].first_block
         readers = {stream: self._parent_reader(split, boundary) for stream, split in _STREAMS.items()}
         return {stream: partial(_one, reader) for stream, reader in readers.items()}
 
     def _behind(self, index: int) -> dict[str, Callable[[int], Tensor]]:
-        """States behind a block that is corrected; those of the child as assembled go through the block as it was."""
+        """Return readers of states behind a corrected block; the child's as assembled pass the block as it was."""
         assembled = self._block(index, self._assembled_block(index))
         corrected = self._block(index, self._corrected(index))
         return {
@@ -252,8 +252,8 @@ class _ChildCorrection:
 
         each = self._each(pool, of_group, math.ceil(count / _GROUP))
         total = next(each)
-        for more in each:
-            total.add(more)
+        for group_moments in each:
+            total.add(group_moments)
         return total
 
     def _error(self, index: int, stream: str, tensors: Tensors, pool: Executor) -> float:
@@ -302,12 +302,12 @@ def _one(read: Callable[[range], Tensor], sequence: int) -> Tensor:
 
 
 def _name(block_index: int) -> str:
-    """Name of the piece that is a corrected block."""
+    """Return the name of the piece that is a corrected block."""
     return f"block_{block_index:03d}"
 
 
 def _sequences(params: Params) -> dict[SplitName, range]:
-    """Sequences of each split: BLD's first ones for the fits, and the end of calibration to choose the ridges."""
+    """Plan the sequences of each split: BLD's first ones for the fits, the end of calibration to choose the ridges."""
     settings, seq_len = params.refine_child, params.prepare_corpus.seq_len
     stop = params.prepare_corpus.calibration_tokens // seq_len
     first = stop - settings.held_out_tokens // seq_len

@@ -85,7 +85,7 @@ def _read_child(target: str, paths: Paths) -> ReportedChild:
 
 
 def _stage_boxes(stages: Sequence[PipelineStage]) -> list[StageBox]:
-    """The stages of dvc.yaml as the figure draws them."""
+    """Return the stages of dvc.yaml as the figure draws them."""
     boxes = []
     for stage in stages:
         after = frozenset(earlier.name for earlier in stages if earlier != stage and stage.reads(earlier))
@@ -95,7 +95,7 @@ def _stage_boxes(stages: Sequence[PipelineStage]) -> list[StageBox]:
 
 
 def _artifact(stage: PipelineStage, stages: Sequence[PipelineStage]) -> str:
-    """The first artifact of a stage that another one reads."""
+    """Return the first artifact of a stage that another one reads."""
     others = [later for later in stages if later != stage]
     for out in stage.outs:
         if any(later.reads_path(out) for later in others):
@@ -104,7 +104,7 @@ def _artifact(stage: PipelineStage, stages: Sequence[PipelineStage]) -> str:
 
 
 def _missing(params: Params, run: ReportedRun) -> list[str]:
-    """Results of targets that the run lacks, other than those of one section."""
+    """List the results of targets that the run lacks, other than those of one section."""
     searched = {child.target for child in run.children}
     missing = [
         lacking(f"the child of {target.label}", f"search_architecture@{key}")
@@ -131,7 +131,7 @@ def _missing_of(child: ReportedChild) -> list[str]:
 
 
 def _parent_line(run: ReportedRun) -> str:
-    """The parent's geometry as a sentence."""
+    """Describe the parent's geometry in a sentence."""
     config = run.config
     shape = (
         f"{config.num_blocks} blocks, hidden size {config.hidden_size}, {config.num_heads} heads, "
@@ -141,7 +141,7 @@ def _parent_line(run: ReportedRun) -> str:
 
 
 def _child_line(child: ReportedChild) -> str:
-    """One target's result as a sentence."""
+    """Describe one target's result in a sentence."""
     predicted = child.chosen.predicted
     sizes = (
         f"{child.label}: {predicted.block_params_ratio:.1%} of the parent's block parameters and "

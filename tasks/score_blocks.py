@@ -67,7 +67,7 @@ class ScoreJob:
 
     @property
     def record(self) -> str:
-        """Name of the record that holds the job's rows."""
+        """Return the name of the record that holds the job's rows."""
         return f"block_{self.replacement.first_block:03d}.batch_{self.batch:04d}"
 
 
@@ -95,7 +95,7 @@ class RemovalBatch:
 
     @property
     def record(self) -> str:
-        """Name of the record that holds the rows."""
+        """Return the name of the record that holds the rows."""
         return _removal_record(self.step, self.batch)
 
 

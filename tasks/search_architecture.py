@@ -120,7 +120,7 @@ def _search(tables: TargetTables, section: SearchArchitecture, seed: int, out: P
 def _searched(
     tables: TargetTables, settings: SolverSettings, section: SearchArchitecture
 ) -> tuple[Child, dict[str, Any]]:
-    """The best child, and the content of search.json: how the search went, and further children."""
+    """Search the best child, and return it with the content of search.json: how the search went, further children."""
     child = tables.search(WEIGHTS, settings)
     alternatives = [
         _alternative_json(other, child, tables)
@@ -130,7 +130,7 @@ def _searched(
 
 
 def _simple_json(blocks: Sequence[Replacement], point: OperatingPoint, tables: TargetTables) -> dict[str, Any]:
-    """The content of search.json where a baseline chose: its score, and how far it is from each limit."""
+    """Return the content of search.json where a baseline chose: its score, and how far it is from each limit."""
     limits = []
     for bound in tables.limits.bounds(point):
         reached = bound.value(tables.costs, blocks)
@@ -162,11 +162,11 @@ def _chosen_architecture(
     )
 
 
-def _alternative_json(other: SearchedChild, child: SearchedChild, tables: TargetTables) -> dict[str, Any]:
-    """A further child; `tie`: its score is worse by less than the standard error of the difference."""
-    difference = tables.scores.difference(other.blocks, child.blocks, WEIGHTS)
-    shared = {*child.blocks} & {*other.blocks}
-    solution = other.best.solution
+def _alternative_json(alternative: SearchedChild, child: SearchedChild, tables: TargetTables) -> dict[str, Any]:
+    """Return a further child; `tie`: its score is worse by less than the standard error of the difference."""
+    difference = tables.scores.difference(alternative.blocks, child.blocks, WEIGHTS)
+    shared = {*child.blocks} & {*alternative.blocks}
+    solution = alternative.best.solution
     return {
         "score": solution.objective,
         "score_difference": difference.mean,
@@ -176,13 +176,13 @@ def _alternative_json(other: SearchedChild, child: SearchedChild, tables: Target
         "gap": solution.gap,
         "status": solution.status,
         "distance": 1 - sum(block.span for block in shared) / len(tables.parent.blocks),
-        "operating_points": [asdict(setting) for setting in other.point.settings],
-        "blocks": Architecture(other.blocks).to_json(),
+        "operating_points": [asdict(setting) for setting in alternative.point.settings],
+        "blocks": Architecture(alternative.blocks).to_json(),
     }
 
 
 def _search_json(child: SearchedChild, settings: SolverSettings) -> dict[str, Any]:
-    """The content of search.json: solver, score and bound, the limits in use, the operating points that were tried."""
+    """Return the content of search.json: solver, score and bound, the limits in use, the operating points tried."""
     solution = child.best.solution
     return {
         "solver": SOLVER_NAME,

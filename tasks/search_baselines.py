@@ -43,13 +43,13 @@ def search_baselines(target: str, params: Params, paths: Paths) -> None:
 
 
 def _untrained(tables: TargetTables, settings: SolverSettings) -> Child:
-    """The target's search over the variants before BLD, all scored on the same sequences."""
+    """Search over the variants before BLD, all scored on the same sequences."""
     child = tables.search("initial", settings)
     return child.blocks, child.point
 
 
 def _random(tables: TargetTables, settings: SolverSettings, seed: int) -> Child:
-    """The target's search with random scores, which mean nothing."""
+    """Search with random scores, which mean nothing."""
     problem, points = tables.problem("decoupled")
     best = best_child(with_random_scores(problem, tables.parent.blocks, seed), settings, points)
     return tuple(choice.replacement for choice in best.solution.chosen), tables.limits.points[best.point_index]

@@ -61,7 +61,7 @@ class Batch:
 
     @property
     def name(self) -> str:
-        """Name of the batch's piece."""
+        """Return the name of the batch's piece."""
         return batch_name(self.kind, self.number)
 
 
@@ -84,7 +84,7 @@ class Writer:
         check_tokens(itertools.chain.from_iterable(given), self.config.vocab_size, parent.folder)
 
     def script(self, kind: WrittenKind, chance: random.Random) -> Iterator[list[Turn]]:
-        """The turns of text after text: of a document that opens with a random word, or of a chat."""
+        """Yield the turns of text after text: of a document that opens with a random word, or of a chat."""
         while True:
             if kind == "chats":
                 yield self._chat
@@ -153,7 +153,7 @@ def write_batch(batch: Batch, writer: Writer, params: Params, paths: Paths) -> N
 def _lines(
     texts: list[list[list[int]]], kind: WrittenKind, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the file, from the tokens of every turn of every text; texts that lack a part are left out."""
+    """Return rows of the file, from the tokens of every turn of every text; texts that lack a part are left out."""
     special = _special_ids(tokenizer)
     for turns in texts:
         parts = [str(tokenizer.decode([token for token in tokens if token not in special])) for tokens in turns]
@@ -166,35 +166,35 @@ def _lines(
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Turn:
-    """A document: behind BOS or the token that separates documents, up to the token that ends it."""
+    """Return a document: behind BOS or the token that separates documents, up to the token that ends it."""
     bos = added_bos(tokenizer)
     start = _separator(tokenizer, folder) if bos is None else bos
     return Turn((start,), _ends(tokenizer, folder))
 
 
 def _openings(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
-    """Tokens that are a word as a sentence begins with one."""
+    """Return the tokens that are a word as a sentence begins with one."""
     words = tokenizer.batch_decode([[token] for token in range(min(len(tokenizer), vocab_size))])
     return [token for token, word in enumerate(words) if _OPENING.fullmatch(word)]
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[Turn]:
-    """A question and its answer, each up to the token that the chat template ends it with."""
+    """Return a question and its answer, each up to the token that the chat template ends it with."""
     problem = f"the parent in {folder} cannot write chats"
     template = chat_template(tokenizer, problem, _WAY_OUT)
     chat = [{"role": role, "content": mark} for role, mark in zip(_ROLES, _MARKS, strict=True)]
     with tokenizer_errors(problem, _WAY_OUT):
         rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template))
     parts = re.split("|".join(map(re.escape, _MARKS)), rendered)
-    given = [tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts]
-    if len(parts) != 3 or not given[0] or not set(given[1][:1]) & _special_ids(tokenizer):
+    part_ids = [tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts]
+    if len(parts) != 3 or not part_ids[0] or not set(part_ids[1][:1]) & _special_ids(tokenizer):
         raise InputError(f"{problem}: its chat template does not end a question with a special token; {_WAY_OUT}")
-    ends = _ends(tokenizer, folder) | {given[1][0]}
-    return [Turn(given[0], ends), Turn(given[1], ends)]
+    ends = _ends(tokenizer, folder) | {part_ids[1][0]}
+    return [Turn(part_ids[0], ends), Turn(part_ids[1], ends)]
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, folder: Path) -> frozenset[int]:
-    """Tokens that end a document or a turn: BOS, EOS, and the token that separates documents."""
+    """Return the tokens that end a document or a turn: BOS, EOS, and the token that separates documents."""
     tokens = (_separator(tokenizer, folder), tokenizer.eos_token_id, tokenizer.bos_token_id)
     return frozenset(token for token in tokens if token is not None)
 
@@ -204,6 +204,6 @@ def _separator(tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that are marks and no text, also those that the tokenizer gives no role."""
+    """Return the tokens that are marks and no text, also those that the tokenizer gives no role."""
     marks = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
     return marks | set(tokenizer.all_special_ids)

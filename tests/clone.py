@@ -42,7 +42,7 @@ class Ended:
     err: str
 
     def ran(self) -> list[str]:
-        """Stages that `dvc repro` ran, in order."""
+        """Return stages that `dvc repro` ran, in order."""
         lines = [line for line in self.out.splitlines() if line.startswith("Running stage")]
         return [line.split("'")[1] for line in lines]
 
@@ -56,15 +56,15 @@ class Clone:
 
     @property
     def artifacts(self) -> Path:
-        """The folder of its artifacts."""
+        """Return the folder of its artifacts."""
         return self.folder / "artifacts"
 
     def child(self, target: str) -> Path:
-        """Folder of all artifacts of one target."""
+        """Return the folder of all artifacts of one target."""
         return self.artifacts / "children" / target
 
     def json(self, path: str) -> Any:
-        """A JSON file under artifacts/."""
+        """Read a JSON file under artifacts/."""
         return json.loads((self.artifacts / path).read_text(encoding="utf-8"))
 
     def start(self, *command: str) -> "subprocess.Popen[str]":
@@ -97,7 +97,7 @@ class Clone:
         return ended
 
     def stale(self) -> set[str]:
-        """Stages that `dvc status` calls changed."""
+        """Return stages that `dvc status` calls changed."""
         return set(json.loads(self.must("dvc", "status", "--json").out))
 
     def kill_when(self, is_time: Callable[[], bool], *command: str) -> None:
@@ -122,11 +122,11 @@ class Clone:
         path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
     def all_variables(self) -> dict[str, str]:
-        """The environment of commands: no server but the clone's or the one given, this interpreter first on PATH."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "PUZZLE_"))}
-        path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
+        """Return commands' environment: no server but the clone's or a given one, this interpreter first on PATH."""
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "PUZZLE_"))}
+        path = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])
         site = {"DVC_SITE_CACHE_DIR": str(self.folder.parent / "dvc-site"), "DVC_NO_ANALYTICS": "1"}
-        return {**kept, **site, "PATH": path, "COLUMNS": "200", **self.environment}
+        return {**variables, **site, "PATH": path, "COLUMNS": "200", **self.environment}
 
 
 def make_clone(folder: Path, params: dict[str, Any]) -> Clone:
@@ -188,7 +188,7 @@ def _documents(seed: int, count: int) -> list[dict[str, str]]:
 
 
 def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
-    """params.yaml of the clones: enough work in BLD and scoring to be killed in its middle, seconds in all."""
+    """Return params.yaml of the clones: enough work in BLD and scoring to be killed in its middle, seconds in all."""
     values: dict[str, Any] = {
         "run": {"seed": 0, "dtype": "float32", "device": "cpu", "threads": 1, "workers": 2},
         "prepare_parent": {"source": str(parent)},
@@ -229,7 +229,7 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
 
 
 def _corpus(documents: Path) -> dict[str, Any]:
-    """Section prepare_corpus: texts and chats in every split, and the words of other.jsonl in a domain."""
+    """Return the section prepare_corpus: texts and chats in every split, and the words of other.jsonl in a domain."""
 
     def files(name: str, **more: Any) -> dict[str, Any]:
         return {"kind": "files", "path": str(documents / name), **more}
@@ -245,7 +245,7 @@ def _corpus(documents: Path) -> dict[str, Any]:
 
 
 def _library() -> dict[str, Any]:
-    """Sections of the stages that train the library and score it."""
+    """Return sections of the stages that train the library and score it."""
     return {
         "cache_activations": {"dtype": "float32", "sequences_per_shard": 48, "sequences_per_batch": 8},
         "distill_blocks": {
@@ -271,7 +271,7 @@ def _library() -> dict[str, Any]:
 
 
 def _targets() -> dict[str, Any]:
-    """A target of sizes, which any child's speed meets, and one of memory and modelled speed."""
+    """Return a target of sizes, which any child's speed meets, and one of memory and modelled speed."""
     scenario = {"scenario": "8/8", "batch": 2, "precision": "float32"}
     timed = {"metric": "decode_throughput", "at_least_ratio": 0.01, "hardware": TIMINGS, **scenario}
     modelled = {"metric": "decode_throughput", "at_least_ratio": 1.1, "hardware": "h100-sxm", "engine": "roofline"}

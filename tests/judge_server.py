@@ -19,7 +19,7 @@ class Judge:
 
     @property
     def prompts(self) -> list[str]:
-        """The text of every request."""
+        """Return the text of every request."""
         return [request["messages"][0]["content"] for request in self.requests]
 
 
@@ -33,19 +33,19 @@ class Refusal:
 
 
 @contextmanager
-def judging(reply: Callable[[str], str | int | bytes | Refusal]) -> Iterator[Judge]:
-    """Serve on a free port; `reply` gives the text for a prompt, an HTTP state, or bytes in place of JSON."""
+def judging(answer: Callable[[str], str | int | bytes | Refusal]) -> Iterator[Judge]:
+    """Serve on a free port; `answer` gives the text for a prompt, an HTTP state, or bytes in place of JSON."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             judge.requests.append({**body, "path": self.path})
             judge.keys.append(self.headers["Authorization"])
-            said = reply(body["messages"][0]["content"])
-            content = {"choices": [{"message": {"role": "assistant", "content": said}}]}
-            refusal = said if isinstance(said, Refusal) else Refusal(said if isinstance(said, int) else 200)
-            sent = said if isinstance(said, bytes) else refusal.body.encode()
-            if isinstance(said, str):
+            reply = answer(body["messages"][0]["content"])
+            content = {"choices": [{"message": {"role": "assistant", "content": reply}}]}
+            refusal = reply if isinstance(reply, Refusal) else Refusal(reply if isinstance(reply, int) else 200)
+            sent = reply if isinstance(reply, bytes) else refusal.body.encode()
+            if isinstance(reply, str):
                 sent = json.dumps(content).encode()
             self.send_response(refusal.state)
             if refusal.retry_after:

@@ -106,7 +106,7 @@ TARGETS: dict[str, Any] = {
 
 
 def speed_constraints(metric: str) -> dict[str, Any]:
-    """Constraints of a target whose speed limit is on this metric; the best child keeps them."""
+    """Return constraints of a target whose speed limit is on this metric; the best child keeps them."""
     bound = {"at_least_ratio": 1.1} if METRICS[metric].more_is_better else {"at_most_ratio": 0.9}
     size = {"metric": "block_params", "at_most_ratio": 0.57}
     return {"size": size, "speed": {"metric": metric, **bound, **_SETTING}}
@@ -129,14 +129,14 @@ def write_run(
 
 
 def _variants(config: ModelConfig, params: Params) -> list[tuple[str, str]]:
-    """Subblock and variant of all but the parent's own."""
+    """Return the subblock and variant of all but the parent's own."""
     ffns = ffn_variants(config, params.distill_blocks.ffn_ratios, params.distill_blocks.width_multiple, linear=False)
     attentions = attention_variants(config, linear=False)
     return [("attention", variant.name) for variant in attentions[1:]] + [("ffn", variant.name) for variant in ffns[1:]]
 
 
 def _costs(config: ModelConfig, params: Params) -> Iterator[CostRow]:
-    """Rows of a modelled GPU, and the same ten thousand times slower as if they had been timed."""
+    """Yield rows of a modelled GPU, and the same ten thousand times slower as if they had been timed."""
     ffns = ffn_variants(config, params.distill_blocks.ffn_ratios, params.distill_blocks.width_multiple, linear=False)
     device = device_named("h100-sxm")
     setting = Setting(device.name, ENGINE, "float32", 1, SCENARIO, BATCH)
@@ -220,13 +220,13 @@ def _measure(target: str, number: int, paths: Paths) -> None:
 
 
 def _accuracy(target: str) -> Accuracy:
-    """A benchmark that the parent knows, and one at which it guesses."""
+    """Return the accuracies at a benchmark that the parent knows, and at one at which it guesses."""
     known, guessed = Estimate(0.5, 0.02), Estimate(0.25, 0.02)
-    kept = ChildAccuracy(Estimate(0.45, 0.02), Estimate(-0.05, 0.01), Estimate(0.9, 0.02), Estimate(0.8, 0.04))
-    lost = ChildAccuracy(guessed, Estimate(0.0, 0.01), None, None)
+    known_child = ChildAccuracy(Estimate(0.45, 0.02), Estimate(-0.05, 0.01), Estimate(0.9, 0.02), Estimate(0.8, 0.04))
+    guessed_child = ChildAccuracy(guessed, Estimate(0.0, 0.01), None, None)
     benchmarks = (
-        BenchmarkAccuracy("hellaswag", "acc_norm", "1", None, 400, "a", 0.25, False, known, {"refined": kept}),
-        BenchmarkAccuracy("mmlu", "acc", "1", None, 400, "b", 0.25, True, guessed, {"refined": lost}),
+        BenchmarkAccuracy("hellaswag", "acc_norm", "1", None, 400, "a", 0.25, False, known, {"refined": known_child}),
+        BenchmarkAccuracy("mmlu", "acc", "1", None, 400, "b", 0.25, True, guessed, {"refined": guessed_child}),
     )
     position = PositionBucket(1, 64, 630, 10, 3.0, {"refined": ChildLoss(3.25, 0.25, 0.05)})
     return Accuracy(target, "float32", benchmarks, None, (position,))
@@ -242,7 +242,7 @@ def _counted(share: float) -> Counted:
 
 
 def _domain(score: float, perplexity: float) -> DomainQuality:
-    """Qualities of a child whose scores predict this KL, on text that the parent has this perplexity on."""
+    """Return qualities of a child whose scores predict this KL, on text that the parent has this perplexity on."""
     names = ("refined", "distilled", *BASELINES)
     return DomainQuality(
         tokens=8192,
@@ -281,7 +281,7 @@ def _baselines(chosen: ChosenArchitecture) -> dict[str, Baseline]:
 
 
 def _refinement(chosen: ChosenArchitecture, score: float) -> Refinement:
-    """A correction of all blocks but the first, which is the parent's."""
+    """Return a correction of all blocks but the first, which is the parent's."""
     blocks = [BlockRefinement(0, 1, (), 0.0, 0.0)]
     for depth, block in enumerate(chosen.blocks[1:], 1):
         error = score * depth / 100
@@ -311,7 +311,7 @@ def _gkd(target: str, score: float, number: int) -> GkdCurve:
 
 
 def throughput_rows(parent: float) -> Iterator[ThroughputRow]:
-    """Rows of two engines, and of a modelled GPU where parent and child are best on different numbers of devices."""
+    """Yield rows of two engines, and of a modelled GPU where parent and child are best on different device counts."""
     for (engine, pace), (model, faster), (phase, share), batch in itertools.product(
         (("torch", 1.0), ("llama.cpp", 0.37)), (("parent", 1.0), ("child", 1.23)), PHASES.items(), (1, BATCH)
     ):

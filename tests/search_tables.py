@@ -47,7 +47,7 @@ SPEED = {"hardware": "h100-sxm", "engine": ENGINE, "scenario": "128/128", "batch
 def tiny_search_params(
     constraints: dict[str, Any], more: dict[str, Any] | None = None, **search_section: Any
 ) -> Params:
-    """Params with one target: its constraints, and `more` of it (pins, allowed, runtimes).
+    """Return Params with one target: its constraints, and `more` of it (pins, allowed, runtimes).
 
     Its child is not exported for llama.cpp, unless a limit holds there: any child may be the best.
     """
@@ -60,7 +60,7 @@ def tiny_search_params(
 
 
 def scores(rng: random.Random) -> list[ScoreRow]:
-    """Two shards of every half, some pairs measured jointly, and a span of blocks 1-2."""
+    """Return two shards of every half, some pairs measured jointly, and a span of blocks 1-2."""
     parent_attention, parent_ffn = ATTENTIONS[0], FFNS[0]
     halves = [(attention, parent_ffn) for attention in ATTENTIONS[1:]] + [(parent_attention, ffn) for ffn in FFNS[1:]]
     replaced = [Replacement(block, 1, *half) for block in range(3) for half in halves]
@@ -89,13 +89,13 @@ def scores(rng: random.Random) -> list[ScoreRow]:
 
 
 def costs(scenario: str = "128/128", batch: int = 8) -> tuple[CostRow, ...]:
-    """Modelled milliseconds and sizes of every variant."""
+    """Return modelled milliseconds and sizes of every variant."""
     setting = Setting("h100-sxm", ENGINE, "bfloat16", 1, scenario, batch)
     return modelled_rows(CONFIG, ATTENTIONS, FFNS, device_named("h100-sxm"), setting)
 
 
 def write_tables(paths: Paths) -> None:
-    """Artifacts that the search reads."""
+    """Return artifacts that the search reads."""
     write_parent_info(paths.parent, parent_info(CONFIG))
     write_scores(paths.scores, scores(random.Random(0)))
     write_costs(paths.costs, costs())
@@ -111,7 +111,7 @@ def run_search(
 
 
 def children(table: Scores) -> Iterator[tuple[Replacement, ...]]:
-    """Every child that the tables allow."""
+    """Yield every child that the tables allow."""
     scored = [*parent_blocks(CONFIG), *table.replacements("decoupled")]
     single = [
         [candidate for candidate in scored if candidate.first_block == block and candidate.span == 1]
@@ -123,6 +123,6 @@ def children(table: Scores) -> Iterator[tuple[Replacement, ...]]:
 
 @functools.cache
 def all_children() -> tuple[tuple[tuple[Replacement, ...], float], ...]:
-    """Every child with its sum of scores."""
+    """Return every child with its sum of scores."""
     table = Scores.from_rows(scores(random.Random(0)), CONFIG)
     return tuple((child, table.total(child, "decoupled").mean) for child in children(table))

@@ -1,8 +1,12 @@
 """Run stages in this process as their flows do (plan, make the pieces, finish), without Prefect's server and DVC."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import pytest
 
 from storage.architecture import write_architecture
 from storage.files import sha256
@@ -105,6 +109,33 @@ def benchmark(params: Params, paths: Paths, target: str) -> None:
 
 
 STAGES: tuple[Callable[[Params, Paths], Any], ...] = (cache, distill, score)
+
+
+@contextmanager
+def interrupted(module: ModuleType, name: str, after: int) -> Iterator[None]:
+    """Let a function of a module be called `after` times; its next call is interrupted, as by Ctrl-C."""
+    function, calls = getattr(module, name), iter(range(after))
+
+    def interrupting(*arguments: Any) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, name, interrupting)
+        yield
+
+
+def calls_of(module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Return a list that gets the arguments of every call of a module's function from now on."""
+    function, calls = getattr(module, name), list[tuple[Any, ...]]()
+
+    def recording(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return function(*arguments)
+
+    monkeypatch.setattr(module, name, recording)
+    return calls
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -54,7 +54,7 @@ ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 
 def _stage(name: str) -> dict[str, Any]:
-    """A stage's fields; of a foreach stage, those of its `do`."""
+    """Return a stage's fields; of a foreach stage, those of its `do`."""
     fields: dict[str, Any] = DVC[name].get("do", DVC[name])
     return fields
 
@@ -73,12 +73,12 @@ def _tree(path: Path) -> ast.Module:
 
 
 def _project_imports(module: str) -> set[str]:
-    """Modules of the project that a module imports, wherever in it."""
+    """Return modules of the project that a module imports, wherever in it."""
     return SOURCES.need(module).imported_modules & MODULES.keys()
 
 
 def _foreign(path: Path) -> set[str]:
-    """Libraries that a file imports."""
+    """Return libraries that a file imports."""
     nodes = [node for node in ast.walk(_tree(path)) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
@@ -86,7 +86,7 @@ def _foreign(path: Path) -> set[str]:
 
 
 def _imports_torch(module: str) -> bool:
-    """Whether a module itself imports torch, or what brings it along."""
+    """Tell whether a module itself imports torch, or what brings it along."""
     libraries = tuple(f"{library}." for library in TORCH)
     return any(f"{name}.".startswith(libraries) for name in SOURCES.need(module).imported_modules)
 
@@ -126,7 +126,7 @@ def test_a_stage_runs_its_own_flow(name: str) -> None:
 
 
 def _flows_in(path: Path) -> list[ast.FunctionDef]:
-    """Functions of a file that are decorated as Prefect flows."""
+    """Return functions of a file that are decorated as Prefect flows."""
     functions = [node for node in _tree(path).body if isinstance(node, ast.FunctionDef)]
     return [
         function
@@ -164,12 +164,12 @@ def _tests_in(folder: str) -> list[Path]:
 
 
 def _room(module: str) -> str:
-    """The folder that a module is in."""
+    """Return the folder that a module is in."""
     return MODULES[module].parent.relative_to(ROOT).as_posix()
 
 
 def _table() -> list[tuple[list[str], str, str]]:
-    """Rows of the table, from the top layer to the bottom: its rooms, and what it says of torch and of Prefect."""
+    """Read rows of the table, from the top layer to the bottom: its rooms, what it says of torch and of Prefect."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ARCHITECTURE.splitlines() if line[:3] == "| `"]
     return [(re.findall(r"`([\w/]+)`", row[0]), row[1], row[2]) for row in rows if len(row) == 4]
 
@@ -329,7 +329,7 @@ def test_git_ignores_what_stages_made_when_a_later_one_fails(tmp_path: Path) -> 
 
 
 def _lookup(key: str) -> bool:
-    """Whether params.yaml has `key`."""
+    """Tell whether params.yaml has `key`."""
     value: Any = PARAMS
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -362,7 +362,7 @@ def test_global_distillation_starts_anew_when_blockwise_distillation_or_the_corr
 
 
 def _upstream(name: str) -> set[str]:
-    """Stages that made what `name` reads, directly or not."""
+    """Return stages that made what `name` reads, directly or not."""
     upstream: set[str] = set()
     for earlier in STAGES:
         if any(overlap(out, dep) for dep in _stage(name)["deps"] for out in _outs(earlier)):
@@ -438,7 +438,7 @@ DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in _DOCS))
 
 
 def _code_in(document: str) -> str:
-    """The fenced blocks and code spans of a Markdown file, a line each."""
+    """Return the fenced blocks and code spans of a Markdown file, a line each."""
     text = (ROOT / document).read_text(encoding="utf-8")
     fenced = re.findall(r"^```.*?\n(.*?)^```", text, re.M | re.S)
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))

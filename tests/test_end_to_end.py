@@ -94,7 +94,7 @@ class Built:
 
 @pytest.fixture(scope="module")
 def clones(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Clone, Clone]]:
-    """Two clones with one Prefect server, the first one's."""
+    """Yield two clones with one Prefect server, the first one's."""
     root = tmp_path_factory.mktemp("clones")
     tiny_parent(root / "parent")
     tiny_documents(root / "documents")
@@ -177,7 +177,7 @@ def _trained(library: Path) -> set[str]:
 
 
 def _finished(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file that a record accounts for, and the records."""
+    """Return every file that a record accounts for, and the records."""
     files = set()
     for name in _records(folder):
         record = folder / ".pieces" / f"{name}.json"
@@ -202,7 +202,7 @@ def _port(clone: Clone) -> int:
 
 
 def _one_error(ended: Ended, code: int, *words: str) -> None:
-    """One message on stderr with these words, this exit code, no traceback."""
+    """Check that stderr is one message with these words, with this exit code and no traceback."""
     assert ended.code == code, ended
     assert "Traceback" not in ended.err + ended.out, ended.err
     assert len(re.findall(r"^error: ", ended.err, re.M)) == 1, ended.err
@@ -303,7 +303,7 @@ def test_tables_have_the_columns_of_the_design(built: Built) -> None:
 
 
 def _source_parent(built: Built) -> Any:
-    """The parent as transformers reads its source, float32."""
+    """Return the parent as transformers reads its source, float32."""
     return AutoModelForCausalLM.from_pretrained(built.undisturbed.folder.parent / "parent").train(False)
 
 
@@ -314,7 +314,7 @@ def _child(built: Built, target: str) -> Any:
 
 
 def _reference_child(built: Built, target: str) -> Any:
-    """The child put together by hand in transformers' own Llama, from the parent's source and the library's files."""
+    """Put the child together by hand in transformers' own Llama, from the parent's source and the library's files."""
     model = _source_parent(built)
     library = built.undisturbed.artifacts / "library"
     for block in built.undisturbed.json(f"children/{target}/architecture.json")["blocks"]:
@@ -343,7 +343,7 @@ def _reference_child(built: Built, target: str) -> Any:
 
 
 def _assert_close(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to float32 sums in another order."""
+    """Check that they are equal up to float32 sums in another order."""
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -400,7 +400,7 @@ def test_licence_and_card_travel_with_a_child(built: Built, target: str) -> None
 
 
 def _sizes(built: Built, folder: Path) -> tuple[int, int, int]:
-    """Of a checkpoint's own tensors: parameters in blocks, all bytes, KV bytes per token (float32)."""
+    """Count, of a checkpoint's own tensors: parameters in blocks, all bytes, KV bytes per token (float32)."""
     tensors = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
     in_blocks = sum(value.numel() for name, value in tensors.items() if name.startswith("model.layers."))
     cached = sum(len(value) for name, value in tensors.items() if name.endswith(("k_proj.weight", "v_proj.weight")))

@@ -25,7 +25,7 @@ from tests.report_run import speed_constraints, write_run
 
 
 def _constraints(metric: Metric) -> dict[str, Any]:
-    """A target that limits this metric, loosely."""
+    """Return a target that limits this metric, loosely."""
     if metric.speed:
         return {"speed": speed_constraints(metric.name)["speed"]}
     side = "at_least_ratio" if metric.direction == "at_least" else "at_most_ratio"
@@ -34,7 +34,7 @@ def _constraints(metric: Metric) -> dict[str, Any]:
 
 
 def _twice_as_fast(rows: tuple[ThroughputRow, ...]) -> list[ThroughputRow]:
-    """The rows with a child that takes half of the parent's time."""
+    """Return the rows with a child that takes half of the parent's time."""
     parent = {(row.engine, row.batch, row.phase): row.measured_ms for row in rows if row.model == "parent"}
     halved = []
     for row in rows:

@@ -13,6 +13,7 @@ from flows.durations import duration_text
 from flows.ui.overrides import with_profile
 from storage.params import load
 from storage.paths import Paths
+from tasks.drawing.numbers import counted
 from tasks.puzzle.costs.cost_table import GIB
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def plan_text(plan: "Plan") -> str:
-    """A line per stage, the total, and which mode of the activation cache fits; at most 100 columns."""
+    """Return a line per stage, the total, and which mode of the activation cache fits; at most 100 columns."""
     took = f"{'took':>10}" if plan.took else ""
     lines = [
         f"{plan.parent}: modelled from sizes",
@@ -59,13 +60,15 @@ def plan_text(plan: "Plan") -> str:
         f"DVC's cache holds every artifact a second time: {_gib(2 * disk_bytes)} in all, unless the file system shares"
     )
     lines.append("  blocks (reflinks: Btrfs, XFS, APFS)")
+    if plan.num_benchmarks:
+        lines.append(f"not estimated: the {counted(plan.num_benchmarks, 'benchmark')} of measure_accuracy")
     if plan.device != "cpu":
         lines.append(f"{seconds / 3600:.1f} GPU hours")
     return "\n".join([*lines, *_cache_lines(plan), *_healing_lines(plan), ""])
 
 
 def _took(plan: "Plan", stage: str) -> str:
-    """A column with what the stage took when it last ran; no column where no stage has run."""
+    """Return a column with what the stage took when it last ran; no column where no stage has run."""
     if not plan.took:
         return ""
     return f"{duration_text(plan.took[stage]) if stage in plan.took else '-':>10}"
@@ -76,18 +79,18 @@ def _gib(size: float) -> str:
 
 
 def _cache_lines(plan: "Plan") -> list[str]:
-    """Both modes of the activation cache against the free disk, and the mode that params name."""
+    """Return both modes of the activation cache against the free disk, and the mode that params name."""
     materialised, rolling = _fits(plan.materialised_bytes, plan), _fits(plan.rolling_bytes, plan)
-    mode, fits, other, other_fits = "materialised", materialised, "rolling", rolling
+    mode, fits, other_mode, other_fits = "materialised", materialised, "rolling", rolling
     if plan.rolling:
-        mode, fits, other, other_fits = other, other_fits, mode, fits
+        mode, fits, other_mode, other_fits = other_mode, other_fits, mode, fits
     lines = [
         f"activation cache: {_gib(plan.materialised_bytes)} materialised ({_fits_text(materialised)}), "
         f"{_gib(plan.rolling_bytes)} rolling ({_fits_text(rolling)});",
         f"  {plan.free_disk_bytes / GIB:,.0f} GiB are free; params ask for {mode}",
     ]
     if not fits:
-        advice = f"cache_activations.mode: {other}" if other_fits else "fewer tokens or a larger disk"
+        advice = f"cache_activations.mode: {other_mode}" if other_fits else "fewer tokens or a larger disk"
         lines.append(f"  {mode} needs more than there is: set {advice}")
     teacher = "live, and not in the cache" if plan.live_teacher else "read from the cache"
     lines.append(f"GKD's teacher: {teacher} (all boundaries of its tokens: {_gib(plan.teacher_cache_bytes)})")
@@ -95,7 +98,7 @@ def _cache_lines(plan: "Plan") -> list[str]:
 
 
 def _healing_lines(plan: "Plan") -> list[str]:
-    """What both ways to heal a child hold in memory; the first is there where the second does not fit."""
+    """Say what both ways to heal a child hold in memory; the first is there where the second does not fit."""
     by_block, whole = (
         max(stage.memory_bytes for stage in plan.stages if stage.stage.startswith(f"{name}@"))
         for name in ("refine_child", "distill_child")
@@ -107,7 +110,7 @@ def _healing_lines(plan: "Plan") -> list[str]:
 
 
 def _fits(size: float, plan: "Plan") -> bool:
-    """Whether the disk holds the artifacts twice: DVC's cache has a copy where the file system cannot share blocks."""
+    """Tell whether the disk holds the artifacts twice: DVC's cache has a copy where a file system shares no blocks."""
     return 2 * size < plan.free_disk_bytes
 
 

@@ -100,7 +100,7 @@ def _search_published_library(args: argparse.Namespace) -> None:
 
 
 def _section(args: argparse.Namespace) -> SearchArchitecture:
-    """The options as the section of params.yaml, checked like it."""
+    """Return the options as the section of params.yaml, checked like it."""
     names = ("relative_gap", "alternatives", "min_distance")
     return parse_section({name: getattr(args, name) for name in names}, "arguments", SearchArchitecture)
 
@@ -118,7 +118,7 @@ def _limit(text: str) -> tuple[str, float]:
 
 
 def _answer_text(answer: PublishedLibraryAnswer) -> str:
-    """The proof, the totals beside their limits, the choices."""
+    """Return the proof, the totals beside their limits, the choices."""
     proof = f"bound {answer['bound']:.6g}, gap {answer['gap']:.1e}"
     lines = [f"{answer['status']}: {answer['metric']} {answer['objective']:.6g}, {proof}"]
     for stat, total in answer["totals"].items():
@@ -127,5 +127,5 @@ def _answer_text(answer: PublishedLibraryAnswer) -> str:
             used = f" of {answer['limits'][stat]['limit']:g}{', binds' if stat in answer['binding'] else ''}"
         lines.append(f"  {stat:<24} {total:>14,.4g}{used}")
     lines += [f"  {layer:<10} {name}" for layer, name in answer["choices"].items()]
-    lines += [f"alternative: {answer['metric']} {other['objective']:.6g}" for other in answer["alternatives"]]
+    lines += [f"alternative: {answer['metric']} {choice['objective']:.6g}" for choice in answer["alternatives"]]
     return "\n".join([*lines, ""])

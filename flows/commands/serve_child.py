@@ -28,7 +28,7 @@ _PARALLEL = 4
 
 
 def serving_text(urls: Mapping[str, str], parallel: int, context: int) -> str:
-    """The models' addresses, and lines to paste: a question to each model, and a load on all of them."""
+    """Return the models' addresses, and lines to paste: a question to each model, and a load on all of them."""
     width = max(map(len, urls))
     load_line = ["puzzle", "benchmark-server"]
     load_line += [f"{'parent' if name == PARENT else 'child'}={url}" for name, url in urls.items()]
@@ -48,7 +48,7 @@ def serving_text(urls: Mapping[str, str], parallel: int, context: int) -> str:
 
 
 def _question(name: str, url: str) -> str:
-    """A curl line that asks a model something, greedily."""
+    """Return a curl line that asks a model something, greedily."""
     body = {
         "model": name,
         "messages": [{"role": "user", "content": "What is gravity?"}],
@@ -60,7 +60,7 @@ def _question(name: str, url: str) -> str:
 
 
 def _sockets(first: int, with_parent: bool) -> list[socket.socket]:
-    """The sockets of child and parent, which listen from now on.
+    """Return the sockets of child and parent, which listen from now on.
 
     Args:
         first: the child's port, the parent's is the next one; 0: any for both.

@@ -66,19 +66,19 @@ def only_one(name: str, *, wait: bool) -> Iterator[None]:
 
 
 def stale() -> dict[str, Any]:
-    """The answer of `dvc status --json`: stage -> what changed."""
+    """Ask DVC for the answer of `dvc status --json`: stage -> what changed."""
     changes: dict[str, Any] = json.loads(_output("status", "--json"))
     return changes
 
 
 def would_run(*arguments: str) -> list[str]:
-    """The stages that `dvc repro --force <arguments>` would run, in order: a part of the graph."""
+    """Return the stages that `dvc repro --force <arguments>` would run, in order: a part of the graph."""
     lines = _output("repro", "--dry", "--force", *arguments).splitlines()
     return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
 
 
 def _output(*arguments: str) -> str:
-    """The stdout of a `dvc` command that takes a moment."""
+    """Return the stdout of a `dvc` command that takes a moment."""
     ended = subprocess.run(_command(*arguments), env=_environment(), capture_output=True, text=True, check=False)
     if ended.returncode:
         raise _failure([*ended.stderr.splitlines()], ended.returncode)
@@ -115,7 +115,7 @@ def run_dvc(arguments: list[str], ahead: list[str]) -> None:
 
 @contextlib.contextmanager
 def _child(arguments: list[str]) -> "Iterator[subprocess.Popen[str]]":
-    """`dvc` in a process group that ends with this block, or with this process if somebody kills it."""
+    """Run `dvc` in a process group that ends with this block, or with this process if somebody kills it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.ui.guard", *_command(*arguments)],
         env=_environment(),
@@ -135,7 +135,7 @@ def _child(arguments: list[str]) -> "Iterator[subprocess.Popen[str]]":
 
 
 def _lines(process: "subprocess.Popen[str]") -> Iterator[str]:
-    """Lines as they come, and an empty one for every second without."""
+    """Yield lines as they come, and an empty one for every second without."""
     waiting: queue.Queue[str | None] = queue.Queue()
 
     def pump() -> None:
@@ -160,14 +160,14 @@ def _command(*arguments: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """DVC's stages use the server of this run and its record of runs; variables of this run alone are left out."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}
+    """Return the environment of DVC's stages: this run's server and record of runs, no variables of this run alone."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}
     address = {"PREFECT_API_URL": PREFECT_API_URL.value(), "PUZZLE_RUNNING": str(RUNNING)}
-    return {**kept, **address, "PYTHONUNBUFFERED": "1"}
+    return {**environment, **address, "PYTHONUNBUFFERED": "1"}
 
 
 def _failure(output: list[str], code: int) -> InputError:
-    """DVC's errors and the failing stages' own messages, else the last lines; BusyError where DVC waits for a lock."""
+    """Return DVC's errors and failing stages' messages, else the last lines; BusyError where DVC waits for a lock."""
     dvc_errors = [line for line in output if line.startswith("ERROR: ")]
     stage_errors: list[str] = []
     for line in output:
@@ -180,7 +180,7 @@ def _failure(output: list[str], code: int) -> InputError:
 
 
 def _usual_seconds(stages: list[str]) -> dict[str, float]:
-    """Seconds of each stage's last completed flow run on this server."""
+    """Return the seconds of each stage's last completed flow run on this server."""
     seconds: dict[str, float] = {}
     with get_client(sync_client=True) as client:
         for name in {stage.partition("@")[0] for stage in stages}:
@@ -196,7 +196,7 @@ def _usual_seconds(stages: list[str]) -> dict[str, float]:
 
 
 def _pieces(progress: DvcProgress) -> tuple[float | None, str]:
-    """Percent and words of the progress artifact that the current stage's run shows for its pieces, if it does."""
+    """Return percent and words of the progress artifact that the current stage's run shows for its pieces, if any."""
     began = datetime.now(UTC) - timedelta(seconds=time.monotonic() - progress.since)
     with get_client(sync_client=True) as client:
         artifacts = client.read_artifacts(
@@ -212,10 +212,10 @@ def _pieces(progress: DvcProgress) -> tuple[float | None, str]:
 
 
 def of_flows(*names: str) -> FlowFilter:
-    """A filter for runs of these flows."""
+    """Return a filter for runs of these flows."""
     return FlowFilter(name=FlowFilterName(any_=list(names)))
 
 
 def in_state(kind: StateType) -> FlowRunFilter:
-    """A filter for flow runs in this state."""
+    """Return a filter for flow runs in this state."""
     return FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[kind])))

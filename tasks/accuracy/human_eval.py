@@ -34,7 +34,7 @@ class Problem:
     test: str
 
     def program(self, body: str) -> str:
-        """The function with a body, and its tests."""
+        """Return the function with a body, and its tests."""
         return f"{self.prompt}{body}\n\n{self.test}\n\ncheck({self.entry_point})"
 
 

@@ -50,7 +50,7 @@ def long_documents(
 
 
 def _texts(path: str, column: str) -> list[str]:
-    """Texts of a file's rows; a .txt is one, whose paragraphs stay apart by an empty line."""
+    """Read the texts of a file's rows; a .txt is one, whose paragraphs stay apart by an empty line."""
     with tempfile.TemporaryDirectory() as scratch:
         file = fetch(path, Path(scratch))
         source, skipped = Source(file.name, "", ""), SkippedRows(path)

@@ -36,7 +36,7 @@ class AskedModel:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Digest of weights, config.json, generation_config.json and tokenizer."""
+        """Return the digest of weights, config.json, generation_config.json and tokenizer."""
         generation = self.checkpoint.folder / "generation_config.json"
         files = {
             "config": self.checkpoint.config_json(),
@@ -75,12 +75,12 @@ class AskedModel:
 
 
 def parent_model(paths: Paths) -> AskedModel:
-    """The parent."""
+    """Return the parent."""
     return AskedModel(PARENT, Checkpoint(paths.parent, REBUILD))
 
 
 def asked_models(target: str, paths: Paths) -> list[AskedModel]:
-    """The parent, then the children of a target that exist, in the order of their making."""
+    """List the parent, then the children of a target that exist, in the order of their making."""
     made = {
         "assembled": (paths.assembled(target), "assemble_child"),
         "refined": (paths.refined(target), "refine_child"),
@@ -117,5 +117,5 @@ def remembered(paths: Paths, key: Mapping[str, Any], make: Callable[[], Mapping[
     pieces = Pieces(paths.answers, "dvc repro --force measure_accuracy")
     if not pieces.done(digest, digest):
         pieces.finish(digest, digest, [], make())
-    kept: dict[str, Any] = pieces.get(digest)["facts"]
-    return kept
+    facts: dict[str, Any] = pieces.get(digest)["facts"]
+    return facts

@@ -43,35 +43,40 @@ def planned_mt_bench(settings: MtBench, seed: int, paths: Paths) -> PlannedBench
     """
     questions = _questions(settings)
     judge = Endpoint(settings.judge_url.rstrip("/"), settings.judge_model, os.environ.get(_KEY))
-    asked = digest_of([[question.category, question.turns, question.reference] for question in questions])
+    questions_digest = digest_of([[question.category, question.turns, question.reference] for question in questions])
     first = [judge_prompt(questions[0], questions[0].turns[:1])]
     remembered(paths, _ratings_key(judge, first), lambda: {"ratings": _ratings(judge, first, 1)})
 
     def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keep: Keep) -> Answers:
         def texts() -> dict[str, list[list[str]]]:
-            shown = tqdm(questions, desc=NAME, unit="question", disable=None)
+            progress = tqdm(questions, desc=NAME, unit="question", disable=None)
             answers = [
                 _answers(model, tokenizer, question, settings.max_tokens, seed + index)
-                for index, question in enumerate(shown)
+                for index, question in enumerate(progress)
             ]
             return {"texts": answers}
 
-        answers_key = {"part": f"{NAME}, answers", "max_tokens": settings.max_tokens, "seed": seed, "questions": asked}
+        answers_key = {
+            "part": f"{NAME}, answers",
+            "max_tokens": settings.max_tokens,
+            "seed": seed,
+            "questions": questions_digest,
+        }
         answers = keep({**answers_key, "code": code_digest("tasks.accuracy.mt_bench:_answers")}, texts)["texts"]
         prompts = [
-            judge_prompt(question, said[: turn + 1])
-            for question, said in zip(questions, answers, strict=True)
-            for turn in range(len(said))
+            judge_prompt(question, turn_answers[: turn + 1])
+            for question, turn_answers in zip(questions, answers, strict=True)
+            for turn in range(len(turn_answers))
         ]
         ratings = iter(_kept_ratings(judge, prompts, settings.requests_at_once, keep))
         means = [sum(next(ratings) for _ in question.turns) / len(question.turns) for question in questions]
-        return Answers(asked, tuple(mean / HIGHEST for mean in means), (0.0,) * len(means))
+        return Answers(questions_digest, tuple(mean / HIGHEST for mean in means), (0.0,) * len(means))
 
     code = code_digest("tasks.accuracy.mt_bench:planned_mt_bench")
     asking = settings.model_dump(exclude={"path", "requests_at_once"})
     return PlannedBenchmark(
         benchmark=Benchmark(NAME, RATING, f"judged by {settings.judge_model}", settings.limit),
-        key={"questions": asked, "asking": asking, "seed": seed, "code": code},
+        key={"questions": questions_digest, "asking": asking, "seed": seed, "code": code},
         ask=ask,
         chat=True,
     )
@@ -86,8 +91,8 @@ def _kept_ratings(judge: Endpoint, prompts: Sequence[str], requests_at_once: int
     """Have the judge rate all answers, and keep its ratings batch by batch."""
 
     def rated(batch: Sequence[str]) -> list[float]:
-        kept = keep(_ratings_key(judge, batch), lambda: {"ratings": _ratings(judge, batch, requests_at_once)})
-        ratings: list[float] = kept["ratings"]
+        facts = keep(_ratings_key(judge, batch), lambda: {"ratings": _ratings(judge, batch, requests_at_once)})
+        ratings: list[float] = facts["ratings"]
         return ratings
 
     size = max(_BATCH, requests_at_once)
@@ -126,9 +131,11 @@ def _ratings(judge: Endpoint, prompts: Sequence[str], requests_at_once: int) -> 
     """
     ratings: dict[int, float] = {}
     for _ in range(_ROUNDS):
-        left = [index for index in range(len(prompts)) if index not in ratings]
-        said = asyncio.run(replies(judge, [prompts[index] for index in left], requests_at_once)) if left else []
-        for index, reply in zip(left, said, strict=True):
+        unrated = [index for index in range(len(prompts)) if index not in ratings]
+        judge_replies = (
+            asyncio.run(replies(judge, [prompts[index] for index in unrated], requests_at_once)) if unrated else []
+        )
+        for index, reply in zip(unrated, judge_replies, strict=True):
             if (number := rating(reply)) is not None:
                 ratings[index] = number
     if len(ratings) < len(prompts):

@@ -138,7 +138,7 @@ def _for_lm_eval(
 
 
 def _form(task: AccuracyTask) -> dict[str, Any]:
-    """The task as lm-eval writes it; multiple choice over the columns of :func:`_question` where there is no file."""
+    """Return the task as lm-eval writes it; without a file, multiple choice over the columns of :func:`_question`."""
     if task.form:
         form = read_yaml(Path(task.form), "see params/accuracy for the forms that there are")
         if not isinstance(form, dict) or "output_type" not in form:
@@ -156,7 +156,7 @@ def _form(task: AccuracyTask) -> dict[str, Any]:
 
 
 def _questions(task: AccuracyTask) -> list[Row]:
-    """The rows of the task's file; none for a task whose questions lm-eval loads itself."""
+    """Read the rows of the task's file; none for a task whose questions lm-eval loads itself."""
     if task.path is None:
         return []
     rows = _rows(task, task.path)
@@ -166,7 +166,7 @@ def _questions(task: AccuracyTask) -> list[Row]:
 
 
 def _rows(task: AccuracyTask, address: str) -> list[Row]:
-    """Rows for the task's form, or questions of the keys prompt, choices and label."""
+    """Read rows for the task's form, or questions of the keys prompt, choices and label."""
     if task.form:
         return read_rows(address, (), f"measure_accuracy.tasks {task.name!r}")
     used_by = f"prompt, choices and label of measure_accuracy.tasks {task.name!r}"
@@ -176,7 +176,7 @@ def _rows(task: AccuracyTask, address: str) -> list[Row]:
 
 
 def _question(row: Row, fields: list[str], task: AccuracyTask, place: str) -> Row:
-    """A multiple-choice question: the model reads `prompt`, a space and a choice; `answer` is the right one's index."""
+    """Return a multiple-choice question: the model reads `prompt`, a space and a choice; `answer` is an index."""
     choices, label = row[task.choices], row[task.label]
     is_list_of_texts = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
     if not is_list_of_texts or len(choices) < 2 or not isinstance(label, int) or not 0 <= label < len(choices):

@@ -35,8 +35,8 @@ def continuations(
     torch.manual_seed(seed)
     generator: Any = model
     context: int = model.config.max_position_embeddings
-    given = list(prompt)[-max(1, context - max_tokens) :]
-    ids, shown = torch.tensor([given], device=model.device), _decoded(tokenizer, given)
+    prompt_ids = list(prompt)[-max(1, context - max_tokens) :]
+    ids, prompt_text = torch.tensor([prompt_ids], device=model.device), _decoded(tokenizer, prompt_ids)
     is_drawn = drawing.temperature > 0
     draws = {"temperature": drawing.temperature, "top_p": drawing.top_p, "top_k": 0} if is_drawn else {}
     for count in rows:
@@ -57,27 +57,27 @@ def continuations(
                 tokenizer=tokenizer if stops else None,
             )
         for row in written[:, ids.shape[1] :]:
-            yield _up_to(_decoded(tokenizer, [*given, *row.tolist()])[len(shown) :], stops)
+            yield _up_to(_decoded(tokenizer, [*prompt_ids, *row.tolist()])[len(prompt_text) :], stops)
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of tokens as it is; some drop the first space, so what follows a prompt is decoded with it."""
+    """Decode tokens as they are; some drop the first space, so what follows a prompt is decoded with it."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @contextlib.contextmanager
 def _plain(model: PreTrainedModel) -> Iterator[None]:
     """Keep a checkpoint's own settings from generation: transformers adds a penalty or a top_k that it names."""
-    own = model.generation_config
+    generation_config = model.generation_config
     model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = generation_config
 
 
 def _up_to(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of `stops`."""
+    """Return the text before the first of `stops`."""
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 

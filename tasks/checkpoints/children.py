@@ -13,7 +13,7 @@ from storage.model_config import EMBEDDING, LM_HEAD, NORM
 from storage.nemotron_nas import to_nemotron_nas
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.side_files import TOKENIZER_FILES, copy_side_files, side_files
+from storage.side_files import GENERATION_FILES, copy_side_files, side_files
 from tasks.puzzle.runtimes.model_card import model_card
 from tasks.puzzle.runtimes.rules import is_empty, refusals
 
@@ -83,7 +83,7 @@ def _write_rest(
     config = to_nemotron_nas(parent.config, variants, parent.info.special_tokens, dtype)
     write_json(folder / "config.json", config)
     licences = (glob.escape(name) for name in parent.info.licence_files)
-    copy_side_files(side_files(parent.folder, (*TOKENIZER_FILES, *licences)), parent.folder, folder)
+    copy_side_files(side_files(parent.folder, (*GENERATION_FILES, *licences)), parent.folder, folder)
     hashes = {
         "parent": parent.digest,
         "architecture": digest_of(chosen.architecture.to_json()),

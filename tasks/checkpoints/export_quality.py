@@ -75,7 +75,7 @@ def export_quality(
 
 
 def _in_torch(checkpoint: Checkpoint, tokens: Tensor, compute: Compute) -> Projected:
-    """The child's normalised hidden states and LM head, float32, block by block."""
+    """Compute the child's normalised hidden states and LM head, float32, block by block."""
     config, _ = read_blocks(checkpoint)
     head, norm = (
         checkpoint.tensor(name).to(*compute) for name in (EMBEDDING if config.tie_embeddings else LM_HEAD, NORM)
@@ -86,14 +86,14 @@ def _in_torch(checkpoint: Checkpoint, tokens: Tensor, compute: Compute) -> Proje
 
 
 def _in_llamacpp(path: Path, tokens: Tensor, threads: int) -> Projected:
-    """The normalised hidden states and LM head of a GGUF file, float32, as llama.cpp computes them."""
+    """Compute the normalised hidden states and LM head of a GGUF file, float32, with llama.cpp."""
     head, head_type = head_of(path)
     hidden = np.stack([as_multiplied(states, head_type) for states in hidden_states(path, tokens.tolist(), threads)])
     return torch.from_numpy(hidden), torch.from_numpy(head)
 
 
 def last_hidden(checkpoint: Checkpoint, tokens: Tensor, compute: Compute, sequences_per_batch: int) -> Tensor:
-    """A child's hidden states before the final norm, [sequences, tokens, hidden], one block in memory at a time."""
+    """Compute a child's hidden states before the final norm, [sequences, tokens, hidden], block by block."""
     config, blocks = read_blocks(checkpoint)
     embedding = checkpoint.tensor(EMBEDDING).to(*compute)
     lazily = ((*blocks[i], checkpoint.block(i, *compute)) for i in range(config.num_blocks))

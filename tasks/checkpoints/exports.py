@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from storage.checkpoints import Checkpoint, CheckpointWriter
 from storage.code_digest import code_digest
-from storage.files import InputError, digest_of, sha256, write_json, write_sealed
+from storage.files import InputError, digest_of, sha256, to_run, write_json, write_sealed
 from storage.formats import FORMATS, ExportFormat, FormatKind, FormatName
 from storage.gguf_child import write_gguf
 from storage.gguf_tokenizer import add_tokenizer
@@ -32,7 +32,7 @@ from storage.model_config import EMBEDDING, LM_HEAD, NORM, ModelConfig, special_
 from storage.nemotron_nas import CHILD_ARCHITECTURE, from_config_json, to_nemotron_nas
 from storage.paths import EXPORTS_OVERVIEW
 from storage.pieces import Pieces
-from storage.side_files import CARD, LICENCE_FILES, TOKENIZER_FILES, card_text, copy_side_files, side_files
+from storage.side_files import CARD, GENERATION_FILES, LICENCE_FILES, card_text, copy_side_files, side_files
 from storage.variants import Attention, Ffn
 from storage.weights import check_weights
 from tasks.checkpoints.check_runtimes import verdict_lines, verdicts_json
@@ -40,7 +40,7 @@ from tasks.puzzle.model.padding import padded_block, padded_config, padded_varia
 from tasks.puzzle.runtimes.rules import Verdict, format_refusals, verdicts
 
 _LOAD, _PROVENANCE = "## Load it\n", "## Provenance\n"
-_COPIED = (*TOKENIZER_FILES, CARD, *LICENCE_FILES)
+_COPIED = (*GENERATION_FILES, CARD, *LICENCE_FILES)
 """Patterns of the files that are copied into every folder; a GGUF file holds the tokenizer itself."""
 _REMOTE_CODE = Path(__file__).parents[2] / "storage/remote_code"
 _CODE = (_REMOTE_CODE / "configuration_nemotron_nas.py", _REMOTE_CODE / "modeling_nemotron_nas.py")
@@ -118,7 +118,7 @@ def read_checkpoint(name: str, folder: Path, rebuild: str, is_foreign: bool = Fa
     """
     config_json = folder / "config.json"
     if not config_json.is_file():
-        raise InputError(f"{folder} has no config.json; expected a checkpoint folder; run `{rebuild}`")
+        raise InputError(f"{folder} has no config.json; expected a checkpoint folder; {to_run(rebuild)}")
     checkpoint = Checkpoint(folder, rebuild, is_foreign)
     raw = checkpoint.config_json()
     config, blocks = from_config_json(raw, str(config_json))
@@ -297,7 +297,7 @@ def _tensors(source: CheckpointToExport, pad_to: tuple[Attention, Ffn] | None = 
 
 def _copy_files(source: CheckpointToExport, export_format: ExportFormat, into: Path) -> None:
     """Copy tokenizer and licence files; a GGUF file holds the tokenizer itself."""
-    patterns = LICENCE_FILES if export_format.is_gguf else (*TOKENIZER_FILES, *LICENCE_FILES)
+    patterns = LICENCE_FILES if export_format.is_gguf else (*GENERATION_FILES, *LICENCE_FILES)
     folder = source.checkpoint.folder
     copy_side_files(side_files(folder, patterns), folder, into)
 

@@ -29,7 +29,7 @@ class GgufFile:
 
 
 def gguf_of(target: str, format_name: FormatName, paths: Paths) -> GgufFile:
-    """The file of a target, or of the parent, in a format.
+    """Return the file of a target, or of the parent, in a format.
 
     Raises:
         InputError: the model was not exported, or not in this format.
@@ -49,7 +49,7 @@ def gguf_of(target: str, format_name: FormatName, paths: Paths) -> GgufFile:
 
 
 def parent_beside(child: GgufFile, paths: Paths) -> GgufFile:
-    """The parent's file to compare a child's with: of the same format, else of :data:`LLAMACPP_FORMAT`.
+    """Return the parent's file to compare a child's with: of the same format, else of :data:`LLAMACPP_FORMAT`.
 
     Raises:
         InputError: the parent was not exported.
@@ -59,14 +59,14 @@ def parent_beside(child: GgufFile, paths: Paths) -> GgufFile:
 
 
 def precision_note(files: Sequence[GgufFile]) -> str:
-    """A line for people where models of different precision are compared, else an empty text."""
+    """Return a line for people where models of different precision are compared, else an empty text."""
     if len({file.format for file in files}) == 1:
         return ""
     return " beside ".join(f"{file.name} as {file.format}" for file in files) + ": not the same precision\n"
 
 
 def gguf_files(model: str, folder: Path) -> dict[FormatName, Path]:
-    """Format -> a model's GGUF file, for all that are in a folder of exports; sorted by the format's name."""
+    """Return format -> a model's GGUF file, for all in a folder of exports; sorted by the format's name."""
     files = {}
     for name, row in sorted(FORMATS.items()):
         if row.is_gguf and (path := folder / name / row.gguf_name(model)).is_file():
@@ -75,7 +75,7 @@ def gguf_files(model: str, folder: Path) -> dict[FormatName, Path]:
 
 
 def exported_ggufs(target: str, folder: Path) -> dict[FormatName, Path]:
-    """Format -> a target's GGUF file, for all that exports.json lists, their bytes compared with it.
+    """Return format -> a target's GGUF file, for all that exports.json lists, their bytes compared with it.
 
     Raises:
         InputError: exports.json, or a file that it lists, is missing.
@@ -91,7 +91,7 @@ def exported_ggufs(target: str, folder: Path) -> dict[FormatName, Path]:
 
 
 def whole(file: GgufFile) -> Path:
-    """The path of a file whose bytes are those that were exported.
+    """Return the path of a file whose bytes are those that were exported.
 
     Raises:
         DamagedFileError: they differ, or exports.json does not list the file.

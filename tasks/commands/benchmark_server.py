@@ -70,34 +70,34 @@ def benchmark_servers(servers: Sequence[Server], sweep: LoadSweep, path: Path) -
         InputError: a server does not answer, or has several models and the user names none; the table has another
             model under its name; no request came back whole. The table then stays as it was.
     """
-    kept = list(read_serving(path)) if path.is_file() else []
+    earlier_rows = list(read_serving(path)) if path.is_file() else []
     served = {server.name: _model(server, sweep.stall_s) for server in servers}  # all of them, before any long work
-    for row in kept:
+    for row in earlier_rows:
         if row.name in served and (row.model, row.devices) != (served[row.name], sweep.devices):
             raise InputError(
                 f"{path} has {row.name} as {row.model} on {row.devices} devices, this one is {served[row.name]} on "
                 f"{sweep.devices}; give it another NAME, or another --out"
             )
-    new: list[ServingRow] = []
+    measured_rows: list[ServingRow] = []
     for server, scenario in itertools.product(servers, sweep.scenarios):
-        new += asyncio.run(_levels(server, served[server.name], scenario, sweep))
-        if any(row.measured_tokens_per_s is not None for row in new):
-            keys = set(map(_key, new))
-            write_serving(path, [*(row for row in kept if _key(row) not in keys), *new])
-    if all(row.measured_tokens_per_s is None for row in new):
+        measured_rows += asyncio.run(_levels(server, served[server.name], scenario, sweep))
+        if any(row.measured_tokens_per_s is not None for row in measured_rows):
+            keys = set(map(_key, measured_rows))
+            write_serving(path, [*(row for row in earlier_rows if _key(row) not in keys), *measured_rows])
+    if all(row.measured_tokens_per_s is None for row in measured_rows):
         raise InputError(
-            f"no request came back whole ({new[0].name}: {new[0].error_kinds}); try one with `curl`, and see what the "
-            "server logs"
+            f"no request came back whole ({measured_rows[0].name}: {measured_rows[0].error_kinds}); try one with "
+            "`curl`, and see what the server logs"
         )
-    kept = list(read_serving(path))
-    for suffix, content in _figure(kept).items():
+    all_rows = list(read_serving(path))
+    for suffix, content in _figure(all_rows).items():
         with write_whole(path.with_suffix(suffix)) as temporary:
             temporary.write_bytes(content)
-    return kept
+    return all_rows
 
 
 def serving_text(rows: Sequence[ServingRow], names: Sequence[str]) -> str:
-    """Tables of the servers with these names, then a comparison of all rows."""
+    """Format tables of the servers with these names, then a comparison of all rows."""
     loads: dict[tuple[object, ...], list[ServingRow]] = {}
     for row in rows:
         if row.name in names:
@@ -117,7 +117,7 @@ def _figure(rows: Sequence[ServingRow]) -> dict[str, bytes]:
 
 
 def _model(server: Server, seconds: float) -> str:
-    """The name of a server's model: the one that the user names, or the only one it has."""
+    """Return the name of a server's model: the one that the user names, or the only one it has."""
     names = asyncio.run(models(server.url, os.environ.get(API_KEY_VARIABLE), seconds))
     if server.model is None and len(names) == 1:
         return names[0]
@@ -131,7 +131,7 @@ def _model(server: Server, seconds: float) -> str:
 
 
 async def _levels(server: Server, model: str, scenario: str, sweep: LoadSweep) -> list[ServingRow]:
-    """A row for each concurrency of one scenario."""
+    """Measure a row for each concurrency of one scenario."""
     lengths = Scenario.parse(scenario).scaled(sweep.length_scale)
     endpoint = Endpoint(server.url, model, os.environ.get(API_KEY_VARIABLE))
     draw = random.Random()  # no seed: a server may have cached the prompts of an earlier scenario or run
@@ -159,5 +159,5 @@ async def _levels(server: Server, model: str, scenario: str, sweep: LoadSweep) -
 
 
 def _prompt(draw: random.Random, tokens: int, vocabulary: int) -> list[int]:
-    """Random token ids; the lowest, which are often special, are left out."""
+    """Draw random token ids; the lowest, which are often special, are left out."""
     return [draw.randrange(min(1_000, vocabulary // 2), vocabulary) for _ in range(tokens)]

@@ -26,7 +26,8 @@ class Plan:
 
     `live_teacher` says whether the parent itself runs in GKD, whose tokens would take `teacher_cache_bytes` of cache.
 
-    `took` has the seconds that stages of this clone took when they last ran.
+    `took` has the seconds that stages of this clone took when they last ran. Of measure_accuracy the estimate has the
+    start alone, not its `num_benchmarks`.
     """
 
     parent: str
@@ -40,6 +41,7 @@ class Plan:
     live_teacher: bool
     teacher_cache_bytes: float
     free_disk_bytes: float
+    num_benchmarks: int
 
 
 def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
@@ -71,11 +73,12 @@ def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
         live_teacher=case.has_live_teacher,
         teacher_cache_bytes=case.teacher_cache_bytes,
         free_disk_bytes=float(status.f_bavail * status.f_frsize),
+        num_benchmarks=case.num_benchmarks,
     )
 
 
 def _parent(params: Params, config_json: Path | None) -> tuple[str, ModelConfig]:
-    """The parent's name for people, and its geometry."""
+    """Return the parent's name for people, and its geometry."""
     source = params.prepare_parent.source
     if config_json is not None:
         return str(config_json), ModelConfig.from_hf(read_object(config_json, "the download"), str(config_json))

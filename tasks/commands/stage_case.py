@@ -20,140 +20,146 @@ class StageCase:
 
     config: ModelConfig
     params: Params
-    kept: float = 1.0
+    kept_share: float = 1.0
 
     def attention_flops(self, attention: Attention) -> float:
-        """Operations of an attention: matrices, then q k^T and the weighted sum of v over half the sequence."""
+        """Count operations of an attention: matrices, then q k^T and the weighted sum of v over half the sequence."""
         elements = attention_elements(self.config, attention)
         attended = 2.0 * self.params.prepare_corpus.seq_len * self.config.num_heads * self.config.head_dim
         return 2.0 * elements.matrix + (attended if elements.kv_per_token else 0.0)
 
     def ffn_flops(self, ffn: Ffn) -> float:
-        """Operations of an FFN."""
+        """Count the operations of an FFN."""
         return 2.0 * ffn_elements(self.config, ffn).matrix
 
     @property
     def parent_attention_flops(self) -> float:
-        """Operations of the attention in a block of the parent."""
+        """Count the operations of the attention in a block of the parent."""
         return self.attention_flops(parent_attention(self.config))
 
     @property
     def parent_ffn_flops(self) -> float:
-        """Operations of the FFN in a block of the parent."""
+        """Count the operations of the FFN in a block of the parent."""
         return self.ffn_flops(parent_ffn(self.config))
 
     @property
     def block_flops(self) -> float:
-        """Operations of a block of the parent."""
+        """Count the operations of a block of the parent."""
         return self.parent_attention_flops + self.parent_ffn_flops
 
     @property
     def child_flops(self) -> float:
-        """Operations of all blocks of the child."""
-        return self.kept * self.config.num_blocks * self.block_flops
+        """Count the operations of all blocks of the child."""
+        return self.kept_share * self.config.num_blocks * self.block_flops
 
     @property
     def head_flops(self) -> float:
-        """Operations of the LM head."""
+        """Count the operations of the LM head."""
         return 2.0 * self.config.hidden_size * self.config.vocab_size
 
     @property
     def block_params(self) -> int:
-        """Parameters of a block of the parent."""
+        """Count the parameters of a block of the parent."""
         attention = attention_elements(self.config, parent_attention(self.config))
         ffn = ffn_elements(self.config, parent_ffn(self.config))
         return attention.matrix + attention.sensitive + ffn.matrix + ffn.sensitive
 
     @property
     def outside_params(self) -> int:
-        """Parameters of embedding and LM head."""
+        """Count the parameters of embedding and LM head."""
         return self.config.vocab_size * self.config.hidden_size * (1 if self.config.tie_embeddings else 2)
 
     @property
     def parent_bytes(self) -> float:
-        """Bytes of the parent's checkpoint."""
+        """Count the bytes of the parent's checkpoint."""
         return 2.0 * (self.config.num_blocks * self.block_params + self.outside_params)
 
     @property
     def child_bytes(self) -> float:
-        """Bytes of the child's checkpoint."""
-        return 2.0 * (self.kept * self.config.num_blocks * self.block_params + self.outside_params)
+        """Count the bytes of the child's checkpoint."""
+        return 2.0 * (self.kept_share * self.config.num_blocks * self.block_params + self.outside_params)
 
     @property
     def corpus_tokens(self) -> int:
-        """Tokens of all splits."""
+        """Count the tokens of all splits."""
         corpus = self.params.prepare_corpus
         return corpus.train_tokens + corpus.calibration_tokens + corpus.validation_tokens
 
     @property
     def has_live_teacher(self) -> bool:
-        """Whether the parent itself runs in GKD."""
+        """Tell whether the parent itself runs in GKD."""
         return teacher_is_live(self.params, self.config)
 
     @property
     def teacher_cache_bytes(self) -> int:
-        """Bytes that all boundaries of GKD's tokens take in the activation cache."""
+        """Count the bytes that all boundaries of GKD's tokens take in the activation cache."""
         return teacher_cache_bytes(self.params, self.config)
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of all splits that are in the activation cache."""
+        """Count the tokens of all splits that are in the activation cache."""
         train_tokens = self.params.prepare_corpus.train_tokens
         return self.corpus_tokens - train_tokens + cached_train_tokens(self.params, self.config, train_tokens)
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of an element in the dtype of compute."""
+        """Return the bytes of an element in the dtype of compute."""
         return ELEMENT_BYTES[self.params.run.dtype]
 
     @property
+    def num_benchmarks(self) -> int:
+        """Count the benchmarks that measure_accuracy asks."""
+        accuracy = self.params.measure_accuracy
+        return len(accuracy.tasks) + bool(accuracy.human_eval) + bool(accuracy.mt_bench)
+
+    @property
     def workers(self) -> int:
-        """Pieces of a stage that are computed at the same time."""
+        """Return how many pieces of a stage are computed at the same time."""
         return self.params.run.workers
 
     @property
     def is_rolling(self) -> bool:
-        """Whether stages walk through the parent with a window of boundaries."""
+        """Tell whether stages walk through the parent with a window of boundaries."""
         return self.params.cache_activations.rolling
 
     @property
     def trained_attentions(self) -> list[Attention]:
-        """Attention variants that BLD trains."""
+        """Return the attention variants that BLD trains."""
         attentions, _ = block_variants(self.config, self.params.distill_blocks)
         return [variant for variant in attentions[1:] if variant.kind != "no_op"]  # the parent's own is the first
 
     @property
     def trained_ffns(self) -> list[Ffn]:
-        """FFN variants that BLD trains."""
+        """Return the FFN variants that BLD trains."""
         _, ffns = block_variants(self.config, self.params.distill_blocks)
         return [variant for variant in ffns[1:] if variant.kind != "no_op"]
 
     @property
     def variant_tokens(self) -> float:
-        """Tokens that a variant's steps train on, on average."""
+        """Count the tokens that a variant's steps train on, on average."""
         variants: list[Attention | Ffn] = [*self.trained_attentions, *self.trained_ffns]
         tokens = [self.params.distill_blocks.tokens_of(name_of(variant)) for variant in variants]
         return sum(tokens) / len(tokens)
 
     @property
     def bld_read_tokens(self) -> int:
-        """Tokens of a boundary that BLD reads."""
+        """Count the tokens of a boundary that BLD reads."""
         return self.params.distill_blocks.used_tokens + self.params.prepare_corpus.calibration_tokens
 
     @property
     def boundary_bytes(self) -> float:
-        """Bytes of a boundary in the activation cache."""
+        """Count the bytes of a boundary in the activation cache."""
         element_bytes = ELEMENT_BYTES[self.params.cache_activations.dtype]
         return float(self.cached_tokens * self.config.hidden_size * element_bytes)
 
     @property
     def materialised_bytes(self) -> float:
-        """Bytes of the activation cache with all boundaries."""
+        """Count the bytes of the activation cache with all boundaries."""
         return (self.config.num_blocks + 1) * self.boundary_bytes
 
     @property
     def rolling_bytes(self) -> float:
-        """Bytes of the activation cache in rolling mode, with the window that BLD holds."""
+        """Count the bytes of the activation cache in rolling mode, with the window that BLD holds."""
         longest = max((1, *self.params.distill_blocks.spans))
         window = (longest + 1) * self.bld_read_tokens * self.config.hidden_size * self.compute_bytes
         kept_boundaries = len({0, self.config.num_blocks, *self.params.cache_activations.keep})
@@ -161,10 +167,10 @@ class StageCase:
 
     @property
     def slowdown(self) -> int:
-        """The factor by which work takes longer in rolling mode, where one worker does all of it."""
+        """Return the factor by which work takes longer in rolling mode, where one worker does all of it."""
         return self.workers if self.is_rolling else 1
 
     def in_order(self, flops: float, tokens: float) -> float:
-        """Operations in blocks; in rolling mode the one worker takes the tokens through the parent as well."""
+        """Count operations in blocks; in rolling mode the one worker takes the tokens through the parent as well."""
         walk = tokens * self.config.num_blocks * self.block_flops if self.is_rolling else 0.0
         return self.slowdown * (flops + walk)

@@ -79,7 +79,7 @@ class StageEstimate:
 def estimate_stages(
     pipeline: Sequence[PipelineStage], config: ModelConfig, params: Params, rates: Rates
 ) -> tuple[StageEstimate, ...]:
-    """Estimates of all stages in the order of dvc.yaml; a stage of each target has one for every target."""
+    """Estimate all stages in the order of dvc.yaml; a stage of each target has one estimate for every target."""
     estimates = []
     for stage in pipeline:
         cases = {stage.name: StageCase(config, params)}
@@ -94,7 +94,7 @@ def estimate_stages(
 
 
 def kept_share(target: Target) -> float:
-    """Share of the parent's block parameters that a child keeps, as far as the target's limits say."""
+    """Return the share of the parent's block parameters that a child keeps, as far as the target's limits say."""
     shares = [1.0]
     for limit in target.constraints.values():
         parts = METRICS[limit.metric].parts
@@ -146,7 +146,7 @@ def _cache_activations(case: StageCase) -> Demand:
 
 
 def _distill_blocks(case: StageCase) -> Demand:
-    """Importance, closed-form start, steps and held-out losses of all variants of every block."""
+    """Count importance, closed-form start, steps and held-out losses of all variants of every block."""
     config, bld = case.config, case.params.distill_blocks
     attentions, ffns = case.trained_attentions, case.trained_ffns
     tokens, width = case.variant_tokens, config.intermediate_size
@@ -178,7 +178,7 @@ def _distill_blocks(case: StageCase) -> Demand:
 
 
 def _fit_flops(case: StageCase, attentions: Sequence[Attention], ffns: Sequence[Ffn]) -> float:
-    """Float32 operations of the closed-form start in one block: moments of the features, then the solutions."""
+    """Count float32 operations of the closed-form start in one block: moments of the features, then the solutions."""
     config, tokens = case.config, case.params.distill_blocks.fit_tokens
     if not tokens:
         return 0.0
@@ -186,8 +186,8 @@ def _fit_flops(case: StageCase, attentions: Sequence[Attention], ffns: Sequence[
     moments = len(attentions) * 2.0 * heads * (heads + hidden) + 2.0 * width**2
     solved = 0.0
     for ffn in ffns:
-        kept = ffn.intermediate_size
-        solved += kept**3 / 3 + 2.0 * kept * hidden * (kept + width)
+        channels = ffn.intermediate_size
+        solved += channels**3 / 3 + 2.0 * channels * hidden * (channels + width)
     return tokens * moments + 2.0 * solved  # float64 runs at half the rate
 
 
@@ -199,26 +199,26 @@ def _score_blocks(case: StageCase) -> Demand:
     suffix: float = scored * sum(range(1, num_blocks + 1))
     groups = -(-num_blocks // score.blocks_per_group)
     heads = num_blocks * scored + 2 * groups * score.tokens
-    read = num_blocks * trained
+    num_read = num_blocks * trained
     for span in case.params.distill_blocks.spans:
         num_ranges, scored_at_span = num_blocks - span + 1, (1 + trained + no_ops) * score.tokens
         suffix += scored_at_span * sum(range(1, num_ranges + 1))
         heads += num_ranges * scored_at_span
-        read += num_ranges * (1 + trained)
+        num_read += num_ranges * (1 + trained)
     for removed in range(int(MOST_REMOVED * num_blocks) if score.depth_tokens else 0):
-        tried = min(CANDIDATES, num_blocks - removed)
-        suffix += score.depth_tokens * (1 + tried) * (num_blocks - removed) / 2
-        heads += score.depth_tokens * (2 + tried)
+        num_tried = min(CANDIDATES, num_blocks - removed)
+        suffix += score.depth_tokens * (1 + num_tried) * (num_blocks - removed) / 2
+        heads += score.depth_tokens * (2 + num_tried)
     return Demand(
         block_flops=case.in_order(suffix * case.block_flops, score.tokens),
         head_flops=heads * case.head_flops * case.slowdown,
         memory_bytes=case.compute_bytes * (case.outside_params + case.workers * 4 * case.block_params),
-        moved_bytes=2 * read * case.block_params * case.compute_bytes,
+        moved_bytes=2 * num_read * case.block_params * case.compute_bytes,
     )
 
 
 def _starts(count: float) -> Callable[[StageCase], Demand]:
-    """Estimator of a stage that takes little beside its start."""
+    """Return the estimator of a stage that takes little beside its start."""
     return lambda _: Demand(starts=count)
 
 
@@ -239,7 +239,7 @@ def _refine_child(case: StageCase) -> Demand:
     if not settings.tokens:
         return _assemble_child(case)
     tokens, held_out = settings.tokens + settings.held_out_tokens, settings.held_out_tokens
-    hidden, width = config.hidden_size, case.kept * config.intermediate_size
+    hidden, width = config.hidden_size, case.kept_share * config.intermediate_size
     features = config.num_heads * config.head_dim, width
     summed = sum(2.0 * inputs * (inputs + hidden) for inputs in features)
     solved = sum(inputs**3 / 3 + 4.0 * inputs**2 * hidden for inputs in features)
@@ -257,7 +257,7 @@ def _refine_child(case: StageCase) -> Demand:
 
 def _distill_child(case: StageCase) -> Demand:
     gkd = case.params.distill_child
-    params = case.kept * case.config.num_blocks * case.block_params
+    params = case.kept_share * case.config.num_blocks * case.block_params
     steps = gkd.tokens / (case.params.prepare_corpus.seq_len * gkd.sequences_per_step)
     checkpoints = steps / gkd.checkpoint_steps
     held_out = (1 + checkpoints) * gkd.held_out_tokens
@@ -306,7 +306,7 @@ def _benchmark_throughput(case: StageCase) -> Demand:
             decode_steps += 16 * benchmark.repeats + 1
     held = case.compute_bytes / 2 * (case.parent_bytes + case.child_bytes)
     return Demand(
-        block_flops=round(prefill_tokens) * ((1 + case.kept) * case.config.num_blocks * case.block_flops),
+        block_flops=round(prefill_tokens) * ((1 + case.kept_share) * case.config.num_blocks * case.block_flops),
         streamed_bytes=round(decode_steps) * held,
         moved_bytes=2 * held,
         memory_bytes=held,
@@ -315,18 +315,18 @@ def _benchmark_throughput(case: StageCase) -> Demand:
 
 
 def _evaluate_child(case: StageCase) -> Demand:
-    """Three states of the child on every domain, and on all but the training's own the parent too."""
+    """Count three states of the child on every domain, and on all but the training's own the parent too."""
     evaluate = case.params.evaluate_child
     num_ggufs = sum(FORMATS[name].is_gguf for name in case.params.export_child.formats)
     exported_head = 4.0 * case.config.hidden_size * case.config.vocab_size
-    others = [min(evaluate.tokens, domain.tokens) for domain in case.params.prepare_corpus.domains.values()]
-    tokens = evaluate.tokens + sum(others)
+    other_tokens = [min(evaluate.tokens, domain.tokens) for domain in case.params.prepare_corpus.domains.values()]
+    tokens = evaluate.tokens + sum(other_tokens)
     num_baselines = 4 + case.params.search_baselines.random_seeds
-    domain_tokens = sum(min(evaluate.domain_baseline_tokens, size) for size in others)
+    domain_tokens = sum(min(evaluate.domain_baseline_tokens, size) for size in other_tokens)
     baseline_tokens = num_baselines * (evaluate.baseline_tokens + domain_tokens)
     return Demand(
         block_flops=(3 * tokens + baseline_tokens) * case.child_flops
-        + sum(others) * case.config.num_blocks * case.block_flops,
+        + sum(other_tokens) * case.config.num_blocks * case.block_flops,
         head_flops=(5 * tokens + baseline_tokens) * case.head_flops,
         float32_flops=evaluate.export_tokens
         * ((1 + num_ggufs) * case.child_flops + 3 * (1 + num_ggufs) * case.head_flops),

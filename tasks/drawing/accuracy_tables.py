@@ -2,22 +2,22 @@
 
 from storage.accuracy import Accuracy
 from tasks.drawing.accuracy_text import AT_CHANCE, range_text, share, share_of_parent
-from tasks.drawing.numbers import with_error
-from tasks.drawing.tables import NONE, Table
+from tasks.drawing.numbers import NONE, with_error
+from tasks.drawing.tables import Table
 
 
 def accuracy_table(label: str, accuracy: Accuracy) -> Table:
-    """A row for each benchmark and state of a child, columns in the announcement's order."""
+    """Make a row for each benchmark and state of a child, columns in the announcement's order."""
     rows = [
         (
             benchmark.name,
             name,
             share(benchmark.parent, benchmark),
             share(child.accuracy, benchmark),
-            AT_CHANCE if benchmark.parent_at_chance else share_of_parent(child.preserved),
+            AT_CHANCE if benchmark.parent_at_chance and benchmark.chance else share_of_parent(child.preserved),
             share(child.difference, benchmark, sign="+"),
             share_of_parent(child.above_chance),
-            f"{100 * benchmark.chance:.1f}",
+            f"{100 * benchmark.chance:.1f}" if benchmark.chance else NONE,
             f"{benchmark.questions:,}",
             benchmark.metric,
         )
@@ -45,7 +45,7 @@ def accuracy_table(label: str, accuracy: Accuracy) -> Table:
 
 
 def positions_table(label: str, accuracy: Accuracy) -> Table:
-    """A row for each range of positions: the parent's log-loss, and by how much each child's is higher."""
+    """Make a row for each range of positions: the parent's log-loss, and by how much each child's is higher."""
     states = list(accuracy.positions[0].children)
     rows = [
         (

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 from storage.accuracy import RATING, Accuracy, BenchmarkAccuracy, ChildAccuracy, Estimate, PositionBucket
-from tasks.drawing.numbers import with_error
+from tasks.drawing.numbers import NONE, with_error
 
 AT_CHANCE = "at chance"
-_NONE = "–"
 NO_BENCHMARK = "measure_accuracy in params.yaml names no benchmark"
 
 
@@ -43,15 +42,15 @@ def _text_row(name: str, child: ChildAccuracy, benchmark: BenchmarkAccuracy) -> 
 
 
 def share(estimate: Estimate, benchmark: BenchmarkAccuracy, sign: str = "") -> str:
-    """An accuracy in percent; a rating of MT-Bench as published, out of 10."""
+    """Format an accuracy in percent; a rating of MT-Bench as published, out of 10."""
     if benchmark.metric == RATING:
         return with_error(10 * estimate.mean, 10 * estimate.stderr, digits=2, sign=sign)
     return with_error(100 * estimate.mean, 100 * estimate.stderr, digits=1, sign=sign)
 
 
 def share_of_parent(estimate: Estimate | None) -> str:
-    """A ratio in percent; a dash where there is none."""
-    return _NONE if estimate is None else with_error(100 * estimate.mean, 100 * estimate.stderr, digits=1)
+    """Format a ratio in percent; a dash where there is none."""
+    return NONE if estimate is None else with_error(100 * estimate.mean, 100 * estimate.stderr, digits=1)
 
 
 def _combined_lines(accuracy: Accuracy) -> list[str]:
@@ -75,7 +74,7 @@ def _position_lines(positions: Sequence[PositionBucket]) -> list[str]:
 
 
 def range_text(bucket: PositionBucket) -> str:
-    """Positions of a range in words."""
+    """Format the positions of a range in words."""
     return f"position {bucket.first:,} to {bucket.end - 1:,}"
 
 

@@ -28,7 +28,7 @@ _ONE_STEP = SpeedParts(reads_input=False, steps="one")
 
 
 def panel(child: ReportedChild, domain: str) -> QualityPanel:
-    """A target's models on the text of one domain for the figures of quality; none where it was not evaluated."""
+    """Return a target's models on the text of one domain for the figures of quality; none without an evaluation."""
     points = [_point(model) for model in child.models(domain)]
     if child.setting is None:
         return QualityPanel(child.label, domain, "no speed limit", "nothing", points)
@@ -39,7 +39,7 @@ def panel(child: ReportedChild, domain: str) -> QualityPanel:
 
 
 def healed_child(label: str, evaluation: Evaluation) -> HealedChild:
-    """A child's qualities in each state, by domain."""
+    """Return a child's qualities in each state, by domain."""
     domains = {}
     for domain, measured in evaluation.domains.items():
         states = {name: measured.models[name] for name in CHILD_STATES}
@@ -48,7 +48,7 @@ def healed_child(label: str, evaluation: Evaluation) -> HealedChild:
 
 
 def _point(model: ReportedModel) -> QualityPoint:
-    """A model as a point; the parent's own prediction, 1, is shown only where nothing was measured."""
+    """Return a model as a point; the parent's own prediction, 1, is shown only where nothing was measured."""
     hidden = model.series == "parent" and model.measured_ratio is not None
     return QualityPoint(
         name=model.name,
@@ -62,7 +62,7 @@ def _point(model: ReportedModel) -> QualityPoint:
 
 
 def runtime(child: ReportedChild, rows: Sequence[CostRow], config: ModelConfig) -> ChildRuntime:
-    """Milliseconds of every subblock of a child and of the parent's in its place, as the cost table has them.
+    """Return the milliseconds of every subblock of a child and of the parent's in its place, from the cost table.
 
     They hold in the setting of the target's speed limit, for what that limit is about (for decoding, one decode step).
     Without a speed limit they are of a decode step in the table's first measured setting.
@@ -87,14 +87,14 @@ def runtime(child: ReportedChild, rows: Sequence[CostRow], config: ModelConfig) 
 
 
 def _drawn_parts(child: ReportedChild) -> SpeedParts:
-    """The milliseconds that are drawn: those that the target's speed limit counts, of decoding one step."""
+    """Return the milliseconds that are drawn: those that the target's speed limit counts, of decoding one step."""
     limited = child.chosen.predicted.speed
     parts = METRICS[limited.metric].speed if limited else None
     return parts if parts and parts.reads_input else _ONE_STEP
 
 
 def speed_points(children: Iterable[ReportedChild]) -> list[SpeedPoint]:
-    """Every tokens/s that was measured and predicted, of the parent and of each child."""
+    """Return every tokens/s that was measured and predicted, of the parent and of each child."""
     rows = itertools.chain.from_iterable(child.throughput for child in children)
     return [
         SpeedPoint(row.model, row.predicted_tokens_per_s, row.measured_tokens_per_s)
@@ -104,7 +104,7 @@ def speed_points(children: Iterable[ReportedChild]) -> list[SpeedPoint]:
 
 
 def bld_losses(index: Iterable[Mapping[str, Any]]) -> list[BldLoss]:
-    """Losses of the rows of the library's index, large variants first, spans last."""
+    """Return the losses of the rows of the library's index, large variants first, spans last."""
     losses = [
         BldLoss(
             row["first_block"],
@@ -122,12 +122,12 @@ def bld_losses(index: Iterable[Mapping[str, Any]]) -> list[BldLoss]:
 
 
 def _rank(variant: str) -> int:
-    """Order of variants: a whole block and large variants before small ones, then a linear layer, then a no-op."""
+    """Rank variants: a whole block and large variants before small ones, then a linear layer, then a no-op."""
     return {"whole": -(1 << 40), "linear": 1, "no_op": 2}.get(variant) or -int(variant.rpartition("_")[2])
 
 
 def score_cells(scores: Scores, config: ModelConfig) -> list[ScoreCell]:
-    """Scores of single subblocks (the other one is the parent's) and of spans, in the order of the map's rows."""
+    """Return cells for single subblocks (the other one is the parent's) and spans, in the order of the map's rows."""
     attention, ffn = parent_attention(config), parent_ffn(config)
     shown = [
         replacement
@@ -148,7 +148,7 @@ def score_cells(scores: Scores, config: ModelConfig) -> list[ScoreCell]:
 
 
 def _row(replacement: Replacement, parent: Attention) -> str:
-    """Name of a replacement's row in the map of scores."""
+    """Return the name of a replacement's row in the map of scores."""
     if replacement.span > 1:
         return f"{replacement.span} blocks: {replacement.attention.name} + {replacement.ffn.name}"
     if replacement.attention == parent:

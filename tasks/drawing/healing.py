@@ -40,8 +40,8 @@ def healing(children: Sequence[HealedChild], dpi: int) -> Drawing:
             _numbers(upper, [f"{kl:.3f}" for kl in kls], kls)
             _numbers(lower, [f"{ratio:.2f}" for ratio in ratios], ratios)
             steps = zip(CHILD_STATES, kls, ratios, strict=True)
-            told = ", ".join(f"{name} KL {kl:.3f} (perplexity {ratio:.2f} times)" for name, kl, ratio in steps)
-            words.append(f"{child.label} on {domain} text: {told}")
+            states_text = ", ".join(f"{name} KL {kl:.3f} (perplexity {ratio:.2f} times)" for name, kl, ratio in steps)
+            words.append(f"{child.label} on {domain} text: {states_text}")
         upper.set_title(child.label)
         lower.axhline(1.0, color=LINE, linewidth=0.8, zorder=0)
     for position, row in enumerate(grid):

@@ -174,7 +174,7 @@ def _label(axes: Axes, points: Sequence[QualityPoint]) -> None:
 
 
 def _height(axes: Axes, kl: float) -> float:
-    """The height of a KL on the axis, 0 at the bottom and 1 at the top."""
+    """Return the height of a KL on the axis, 0 at the bottom and 1 at the top."""
     low, high, height = (float(axes.yaxis.get_transform().transform(value)) for value in (*axes.get_ylim(), kl))
     return (height - low) / (high - low)
 
@@ -190,13 +190,13 @@ def _legend(figure: Figure, row: Sequence[Axes]) -> None:
 
 
 def _linear_below(values: Sequence[float]) -> float:
-    """The KL where the axis turns from linear to logarithmic: a round number below the smallest KL above rounding."""
+    """Return the KL where the axis turns from linear to logarithmic, a round number below the least above rounding."""
     smallest = min((value for value in values if value > 1e-3), default=0.1)
     return _round_numbers(10.0 ** math.floor(math.log10(smallest)), smallest)[-1]
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """Numbers 1, 2, 5, 10, 20, ... (times powers of ten) from `low` to `high`."""
+    """Return the numbers 1, 2, 5, 10, 20, ... (times powers of ten) from `low` to `high`."""
     numbers, power = [], 10.0 ** math.floor(math.log10(low))
     while power <= high:
         numbers += [round(factor * power, 12) for factor in (1, 2, 5)]
@@ -249,7 +249,7 @@ def predicted_measured(targets: Sequence[QualityPanel], speeds: Sequence[SpeedPo
 
 
 def _markers(points: Sequence[tuple[str, QualityPoint]]) -> list[str]:
-    """Markers of the points: one per target, the same for all of its models."""
+    """Return a marker for each target, the same for all of its models."""
     labels = list(dict.fromkeys(label for label, _ in points))
     return ["os^vDP"[labels.index(label) % 6] for label, _ in points]
 

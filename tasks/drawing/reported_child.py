@@ -64,29 +64,29 @@ class ReportedChild:
 
     @property
     def target(self) -> str:
-        """The target's key in params.yaml."""
+        """Return the target's key in params.yaml."""
         return self.chosen.target
 
     @property
     def label(self) -> str:
-        """The target's name for people, and the baseline that chose the child where the search did not."""
+        """Return the target's name for people, and the baseline that chose the child where the search did not."""
         chosen = self.chosen
         return chosen.label if chosen.chosen_by == "search" else f"{chosen.label} (chosen by {chosen.chosen_by})"
 
     @property
     def blocks(self) -> tuple[Replacement, ...]:
-        """The child's blocks, in order."""
+        """Return the child's blocks, in order."""
         return self.chosen.blocks
 
     @property
     def setting(self) -> Setting | None:
-        """The setting in which the target's first speed limit holds; None if the target limits no speed."""
+        """Return the setting in which the target's first speed limit holds; None if the target limits no speed."""
         speed = self.chosen.predicted.speed
         return speed.setting if speed else None
 
     @property
     def phase(self) -> str:
-        """The part of a request whose speed the target limits, in words."""
+        """Return the part of a request whose speed the target limits, in words."""
         limited = self.chosen.predicted.speed
         assert limited is not None, self.target
         speed = METRICS[limited.metric].speed
@@ -95,7 +95,7 @@ class ReportedChild:
 
     @property
     def measured_ratio(self) -> float | None:
-        """Speed over the parent's, measured on the assembled child in the speed limit's setting; None if it was not."""
+        """Return the speed over the parent's, measured on the assembled child in the speed limit's setting, or None."""
         measured, limited = self.evaluation.speed if self.evaluation else None, self.chosen.predicted.speed
         if measured is None or limited is None:
             return None
@@ -107,7 +107,7 @@ class ReportedChild:
 
     @property
     def machine(self) -> str:
-        """The machine that the speed was measured on, with a note where it is not that of the cost table's timings."""
+        """Name the machine that the speed was measured on, with a note where the cost table's timings are another's."""
         assert self.evaluation is not None, self.target
         assert self.evaluation.speed is not None, self.target
         speed = self.evaluation.speed
@@ -116,16 +116,16 @@ class ReportedChild:
 
     @property
     def infeasible_baselines(self) -> list[str]:
-        """Names of the baselines that found no child within the target's limits."""
+        """Return the names of the baselines that found no child within the target's limits."""
         return [_spaced(name) for name, baseline in self.baselines.items() if baseline.infeasible is not None]
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """The domains whose text models were measured on, the training's own first; none without evaluation.json."""
+        """Return the domains whose text models were measured on, the training's first; none without evaluation.json."""
         return tuple(self.evaluation.domains) if self.evaluation else ()
 
     def models(self, domain: str) -> list[ReportedModel]:
-        """Every model of the target that was measured on a domain's text, the parent first."""
+        """Return every model of the target that was measured on a domain's text, the parent first."""
         measured = self.evaluation.domains.get(domain) if self.evaluation else None
         if measured is None:
             return []
@@ -151,7 +151,7 @@ class ReportedChild:
         )
 
     def _child(self, name: ChildState, measured: DomainQuality) -> ReportedModel:
-        """The child in one of its states, which all have the same speed; the scores predict it as assembled."""
+        """Return the child in one of its states, which all have the same speed; the scores predict it as assembled."""
         predicted = self.chosen.predicted
         return ReportedModel(
             name=name,

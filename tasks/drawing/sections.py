@@ -4,15 +4,14 @@ In: the records of a run. Out: a Part for each section. A stage that has not run
 gives a line of `missing` and no error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from storage.documents import TRAINING_MIX
 from storage.gkd import GkdCurve
 from storage.model_config import ModelConfig
 from storage.records import CostRow
-from storage.refinement import Refinement
 from tasks.drawing import tables, throughput_tables
 from tasks.drawing.accuracy_tables import accuracy_table, positions_table
 from tasks.drawing.accuracy_text import NO_BENCHMARK
@@ -30,6 +29,8 @@ from tasks.drawing.training import bld_losses as draw_bld_losses
 from tasks.drawing.training import gkd_curves
 from tasks.puzzle.search.score_rule import Scores
 from tasks.puzzle.search_space import parent_blocks
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,12 @@ class Part:
 
 
 def lacking(result: str, stage: str) -> str:
-    """The line that says that a run lacks a result, and which stage makes it."""
+    """Say that a run lacks a result, and which stage makes it."""
     return f"{result} (`dvc repro {stage}` makes it)"
 
 
 def all_parts(run: ReportedRun) -> list[Part]:
-    """Every section, in the page's order."""
+    """Make every section, in the page's order."""
     builders = (
         *(pipeline_part, healing_part, quality_part, accuracy_part, architecture_part, runtime_part, bld_part),
         *(scores_part, refinement_part, gkd_part, throughput_part, exports_part, predicted_part),
@@ -80,13 +81,13 @@ def all_parts(run: ReportedRun) -> list[Part]:
 
 
 def pipeline_part(run: ReportedRun) -> Part:
-    """The stages and their artifacts."""
+    """Draw the stages and their artifacts."""
     text = "The stages and what each hands on under artifacts/, from dvc.yaml; the filled ones run for each target."
     return Part(PageSection("pipeline", "Pipeline", text, pipeline(run.stages, run.dpi)))
 
 
 def healing_part(run: ReportedRun) -> Part:
-    """KL and perplexity of every evaluated child in each of its states."""
+    """Draw KL and perplexity of every evaluated child in each of its states."""
     evaluated = [healed_child(child.label, child.evaluation) for child in run.children if child.evaluation]
     if not evaluated:
         return Part(None)
@@ -99,7 +100,7 @@ def healing_part(run: ReportedRun) -> Part:
 
 
 def quality_part(run: ReportedRun) -> Part:
-    """Quality against throughput of every model of every evaluated target."""
+    """Draw quality against throughput of every model of every evaluated target."""
     evaluated = [child for child in run.children if child.evaluation]
     if not evaluated:
         return Part(None)
@@ -121,7 +122,7 @@ def quality_part(run: ReportedRun) -> Part:
 
 
 def accuracy_part(run: ReportedRun) -> Part:
-    """The parent's accuracy that each child keeps on benchmarks, and log-loss by position."""
+    """Tabulate the parent's accuracy that each child keeps on benchmarks, and log-loss by position."""
     shown, missing = [], []
     for child in run.children:
         if child.accuracy is None:
@@ -144,7 +145,7 @@ def accuracy_part(run: ReportedRun) -> Part:
 
 
 def architecture_part(run: ReportedRun) -> Part:
-    """Parent and children block by block."""
+    """Draw parent and children block by block."""
     models = [DrawnModel(f"Parent, {run.parent}", "parent", parent_blocks(run.config))]
     models += [DrawnModel(child.label, child.target, child.blocks) for child in run.children]
     text = (
@@ -155,7 +156,7 @@ def architecture_part(run: ReportedRun) -> Part:
 
 
 def runtime_part(run: ReportedRun) -> Part:
-    """Milliseconds of every subblock, child against parent."""
+    """Draw the milliseconds of every subblock, child against parent."""
     if not run.costs:
         return Part(None, (lacking("runtime per block", "measure_costs"),))
     if not run.children:
@@ -170,7 +171,7 @@ def runtime_part(run: ReportedRun) -> Part:
 
 
 def bld_part(run: ReportedRun) -> Part:
-    """Losses of blockwise local distillation."""
+    """Draw the losses of blockwise local distillation."""
     if run.library is None:
         return Part(None, (lacking("losses of blockwise local distillation (BLD)", "distill_blocks"),))
     text = (
@@ -182,7 +183,7 @@ def bld_part(run: ReportedRun) -> Part:
 
 
 def scores_part(run: ReportedRun) -> Part:
-    """The map of replace-1-block scores."""
+    """Draw the map of replace-1-block scores."""
     if run.scores is None:
         return Part(None, (lacking("replace-1-block scores", "score_blocks"),))
     cells = score_cells(run.scores, run.config)
@@ -195,46 +196,43 @@ def scores_part(run: ReportedRun) -> Part:
 
 
 def refinement_part(run: ReportedRun) -> Part:
-    """The error along depth before and after the correction in closed form."""
-    corrections: dict[str, Refinement] = {}
-    missing = []
-    for child in run.children:
-        if child.refinement:
-            corrections[child.label] = child.refinement
-        else:
-            missing.append(lacking(f"correction of {child.label}", f"refine_child@{child.target}"))
+    """Draw the error along depth before and after the correction in closed form."""
+    corrections, missing = _of_children(run, lambda child: child.refinement, "correction", "refine_child")
     if not corrections:
-        return Part(None, tuple(missing))
+        return Part(None, missing)
     text = (
         "After assembly every output layer is refitted on the child's own hidden states, towards the parent's at the "
         "same place. Measured on held-out text: how far the states behind each block are from the parent's."
     )
     drawing = error_along_depth(corrections, run.dpi)
-    return Part(PageSection("refinement", "Whole-child correction", text, drawing), tuple(missing))
+    return Part(PageSection("refinement", "Whole-child correction", text, drawing), missing)
 
 
 def gkd_part(run: ReportedRun) -> Part:
-    """The curves of global distillation."""
-    curves: dict[str, GkdCurve] = {}
-    missing = []
-    for child in run.children:
-        if child.gkd:
-            curves[child.label] = child.gkd
-        else:
-            missing.append(lacking(f"global distillation (GKD) of {child.label}", f"distill_child@{child.target}"))
+    """Draw the curves of global distillation."""
+    curves, missing = _of_children(run, lambda child: child.gkd, "global distillation (GKD)", "distill_child")
     if not curves:
-        return Part(None, tuple(missing))
+        return Part(None, missing)
     text = (
         "The child learns from the parent's hidden states and logits. Measured on the fly: KL on each training batch "
         "and on held-out text, and the norm of the gradient before it is clipped; the weights that are kept are those "
         f"of the dotted line. {_longer_training(curves)}"
     )
     drawing = gkd_curves(curves, run.dpi)
-    return Part(PageSection("gkd", "Global distillation (GKD)", text, drawing), tuple(missing))
+    return Part(PageSection("gkd", "Global distillation (GKD)", text, drawing), missing)
+
+
+def _of_children(
+    run: ReportedRun, result_of: Callable[[ReportedChild], _T | None], name: str, stage: str
+) -> tuple[dict[str, _T], tuple[str, ...]]:
+    """Return a result of the children that have it, by label, and what the run lacks where they do not."""
+    results = {child.label: result for child in run.children if (result := result_of(child)) is not None}
+    lacked_by = [child for child in run.children if child.label not in results]
+    return results, tuple(lacking(f"{name} of {child.label}", f"{stage}@{child.target}") for child in lacked_by)
 
 
 def _longer_training(curves: Mapping[str, GkdCurve]) -> str:
-    """What the fitted curves say of more tokens."""
+    """Say what the fitted curves say of more tokens."""
     modelled = [
         f"{label}: KL {curve.modelled.kl:.3f} after {curve.modelled.tokens:,} tokens, {curve.best.kl:.3f} measured "
         f"after {curve.best.tokens:,} (the fit's error is {curve.modelled.rms_error:.3f})"
@@ -247,7 +245,7 @@ def _longer_training(curves: Mapping[str, GkdCurve]) -> str:
 
 
 def throughput_part(run: ReportedRun) -> Part:
-    """Tokens/s of parent and child by scenario."""
+    """Tabulate tokens/s of parent and child by scenario."""
     shown: list[Table] = []
     missing = []
     for child in run.children:
@@ -268,7 +266,7 @@ def throughput_part(run: ReportedRun) -> Part:
 
 
 def exports_part(run: ReportedRun) -> Part:
-    """Quality of the exported files."""
+    """Tabulate the quality of the exported files."""
     table = tables.exports_table(run.children)
     if table is None:
         return Part(None, (lacking("quality of exported GGUF files", "evaluate_child"),))
@@ -277,7 +275,7 @@ def exports_part(run: ReportedRun) -> Part:
 
 
 def predicted_part(run: ReportedRun) -> Part:
-    """Predictions against measurements, and every limit."""
+    """Draw predictions against measurements, and tabulate every limit."""
     if not run.children:
         return Part(None)
     evaluated = [panel(child, TRAINING_MIX) for child in run.children if child.evaluation]

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from storage.architecture import ReachedLimit
 from storage.documents import TRAINING_MIX
 from storage.evaluation import MeasuredLimit, Quality
-from tasks.drawing.numbers import counted, with_error
+from tasks.drawing.numbers import NONE, counted, with_error
 from tasks.drawing.reported_child import ReportedChild, ReportedModel
-
-NONE = "–"
-"""A cell without a number."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,7 @@ class Table:
 
 
 def children_table(children: Sequence[ReportedChild]) -> Table:
-    """One row per target: how much of the parent is left, the distilled child's quality by domain, the speed."""
+    """Tabulate by target how much of the parent is left, the distilled child's quality by domain, and the speed."""
     domains = list(dict.fromkeys(domain for child in children for domain in child.domains))
     texts = [*domains, *(["mean"] if len(domains) > 1 else [])]
     columns = (
@@ -58,7 +55,7 @@ def _child_row(child: ReportedChild, domains: Sequence[str]) -> tuple[str, ...]:
 
 
 def quality_tables(child: ReportedChild) -> list[Table]:
-    """Every model of a target: a table of its quality for each domain, then one of sizes and speed."""
+    """Tabulate every model of a target: its quality in a table for each domain, then sizes and speed in one."""
     tables = [_quality_table(child, domain) for domain in child.domains]
     rows = [
         (
@@ -103,7 +100,7 @@ def _model_name(model: ReportedModel) -> str:
 
 
 def limits_table(children: Sequence[ReportedChild]) -> Table:
-    """Every limit of every target, with the value that the tables predict and the assembled child's measured one."""
+    """Tabulate every limit of every target, what the tables predict and what was measured of the assembled child."""
     rows = []
     for child in children:
         limits = child.evaluation.constraints if child.evaluation else child.chosen.constraints
@@ -126,7 +123,7 @@ def _limit_row(label: str, limit: ReachedLimit) -> tuple[str, ...]:
 
 
 def exports_table(children: Sequence[ReportedChild]) -> Table | None:
-    """The distance of each exported GGUF from the child in torch, by llama.cpp itself; None where none was measured."""
+    """Tabulate how far exported GGUFs are from the child in torch, by llama.cpp; None where none was measured."""
     rows, tokens, documents = [], 0, 0
     for child in children:
         if child.evaluation is None:
@@ -154,10 +151,10 @@ def _kl(quality: Quality) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share as a cell."""
+    """Format a share as a cell."""
     return NONE if share is None else f"{share:.1%}"
 
 
 def times(multiple: float | None) -> str:
-    """A multiple of the parent's value as a cell."""
+    """Format a multiple of the parent's value as a cell."""
     return NONE if multiple is None else f"{multiple:.2f}×"

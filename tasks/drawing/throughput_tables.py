@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from tasks.drawing.numbers import NONE
 from tasks.drawing.reported_child import ReportedChild
-from tasks.drawing.tables import NONE, Table, percent, times
+from tasks.drawing.tables import Table, percent, times
 from tasks.drawing.throughput_text import rank
 from tasks.puzzle.costs.pairs import Pair, parent_child_pairs, ratio
 

@@ -39,7 +39,7 @@ class BldLoss:
 
     @property
     def title(self) -> str:
-        """The variant's name, with its subblock where the name does not tell it."""
+        """Return the variant's name, with its subblock where the name does not tell it."""
         name = self.variant if self.variant[-1].isdigit() else f"{self.subblock} {self.variant}"
         name = "whole block" if self.subblock == "whole" else name
         return name if self.span == 1 else f"{name}, for {self.span} blocks"
@@ -105,7 +105,7 @@ def gkd_curves(children: Mapping[str, GkdCurve], dpi: int) -> Drawing:
 
 
 def _best_kl(curve: GkdCurve) -> float:
-    """Lowest held-out KL, nats/token."""
+    """Return the lowest held-out KL, nats/token."""
     return min(measurement.kl for measurement in curve.held_out)
 
 

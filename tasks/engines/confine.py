@@ -58,12 +58,12 @@ _SET_NO_NEW_PRIVILEGES, _SET_SECCOMP, _DROP_CAPABILITY, _FILTER = 38, 22, 24, 2
 
 
 def _argument(index: int, *, high: bool = False) -> int:
-    """Offset of half an argument in seccomp_data, little-endian."""
+    """Return the offset of half an argument in seccomp_data, little-endian."""
     return 16 + 8 * index + (4 if high else 0)
 
 
 def filter_program(machine: str) -> list[tuple[int, int, int, int]]:
-    """The filter in classic BPF: operation, steps to jump where it holds and where not, operand."""
+    """Return the filter in classic BPF: operation, steps to jump where it holds and where not, operand."""
     position, audit_name = _MACHINES[machine]
     numbers = [number for pair in _ALLOWED.values() if (number := pair[position]) is not None]
     program = [

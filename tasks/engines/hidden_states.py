@@ -15,6 +15,7 @@ from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
 from storage.files import InputError
+from storage.gguf import gguf_errors
 from tasks.engines.llamacpp import LlamaCpp
 
 Array = NDArray[np.float32]
@@ -30,12 +31,12 @@ _MULTIPLIED_AS = {
 
 
 def hidden_states(path: Path, texts: Sequence[Sequence[int]], threads: int) -> Iterator[Array]:
-    """Hidden states behind the final norm, [tokens, hidden] for each text of token ids.
+    """Compute hidden states behind the final norm, [tokens, hidden] for each text of token ids.
 
     As users run the file: a 16-bit KV cache, flash attention where llama.cpp takes it.
 
     Raises:
-        InputError: xllamacpp is not installed, or llama.cpp does not load the file.
+        InputError: xllamacpp is not installed, llama.cpp does not load the file, or computes no finite numbers.
     """
     engine = LlamaCpp(path, threads, 1, max(map(len, texts)), embeddings=True)
     url = engine.url.removesuffix("/v1") + "/embedding"
@@ -44,14 +45,22 @@ def hidden_states(path: Path, texts: Sequence[Sequence[int]], threads: int) -> I
         body = json.dumps({"content": list(text), "embd_normalize": -1}).encode()
         request = urllib.request.Request(url, body, headers)
         with urllib.request.urlopen(request, timeout=_SECONDS) as response:
-            yield np.array(json.load(response)[0]["embedding"], np.float32)
+            states = np.array(json.load(response)[0]["embedding"], np.float32)
+        if not np.isfinite(states).all():  # llama.cpp writes null for them
+            raise InputError(f"the hidden states of {path} in llama.cpp are not finite; export it as gguf-bf16 instead")
+        yield states
 
 
 def head_of(path: Path) -> tuple[Array, GGMLQuantizationType]:
-    """LM head of a GGUF file, [vocabulary, hidden], and the type that it is stored in."""
-    tensors = {tensor.name: tensor for tensor in GGUFReader(str(path)).tensors}
-    head = tensors.get("output.weight", tensors["token_embd.weight"])
-    return np.array(dequantize(head.data, head.tensor_type), np.float32), head.tensor_type
+    """Read the LM head of a GGUF file, [vocabulary, hidden], and the type that it is stored in.
+
+    Raises:
+        DamagedFileError: it has none that can be read.
+    """
+    with gguf_errors(path, "the export again"):
+        tensors = {tensor.name: tensor for tensor in GGUFReader(str(path)).tensors}
+        head = tensors.get("output.weight") or tensors["token_embd.weight"]
+        return np.array(dequantize(head.data, head.tensor_type), np.float32), head.tensor_type
 
 
 def as_multiplied(hidden: Array, kind: GGMLQuantizationType) -> Array:

@@ -55,7 +55,7 @@ class Stack:
         return inputs
 
     def run(self, tokens: int, position: int = 0) -> Tensor:
-        """Hidden states behind `tokens` tokens at `position`."""
+        """Compute the hidden states behind `tokens` tokens at `position`."""
         hidden = self._hidden(self._inputs[tokens])
         self._cache.position = position
         for block in self._layers:
@@ -63,7 +63,7 @@ class Stack:
         return hidden
 
     def calls(self) -> dict[str, Callable[[], object]]:
-        """`prefill` of the input and `decode`, one step behind the mean context, ready to be timed again and again."""
+        """Return `prefill` of the input and `decode`, one step behind the mean context, to be timed again and again."""
         both: dict[str, Callable[[], object]] = {
             "prefill": lambda: self.run(self._workload.input_tokens),
             "decode": lambda: self.run(1, self._workload.context_at_midpoint),
@@ -91,17 +91,17 @@ class Whole(Stack):
         return embedded
 
     def logits(self, tokens: int, position: int = 0) -> Tensor:
-        """Logits of the last position, [batch, 1, vocabulary]."""
+        """Compute the logits of the last position, [batch, 1, vocabulary]."""
         logits: Tensor = self._model.lm_head(self._model.model.norm(super().run(tokens, position)[:, -1:]))
         return logits
 
     def run(self, tokens: int, position: int = 0) -> Tensor:
-        """The token that follows each sequence, [batch, 1]."""
+        """Return the token that follows each sequence, [batch, 1]."""
         return self.logits(tokens, position).argmax(-1)
 
 
 def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """A CUDA graph of the call on a GPU, so that its kernels cost one launch; elsewhere the call itself."""
+    """Return a CUDA graph of the call on a GPU, so that its kernels cost one launch; elsewhere the call itself."""
     if device.type != "cuda":
         return call
     with torch.cuda.device(device):
@@ -123,7 +123,7 @@ def _replay(graph: torch.cuda.CUDAGraph, _captured: Callable[[], object]) -> Non
 
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, the device's queue included."""
+    """Measure the wall time of one call, the device's queue included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -161,7 +161,7 @@ class Components:
     """
 
     def __init__(self, config: ModelConfig, workload: Workload, compute: Compute, copies: int, repeats: int) -> None:
-        """`copies` is N: stacks hold 2N and N copies of a subblock; `repeats`: rounds of each."""
+        """Time stacks of 2N and N copies of a subblock, N being `copies`, each in `repeats` rounds."""
         self._config, self._workload, self._compute = config, workload, compute
         self._copies, self._repeats = copies, repeats
         self._parent = (parent_attention(config), parent_ffn(config))
@@ -172,7 +172,7 @@ class Components:
         self._speed = {name: statistics.median(rounds) for name, rounds in first.items()}
 
     def _stack(self, blocks: Sequence[tuple[Attention, Ffn]]) -> Stack:
-        """Blocks with random weights."""
+        """Make a stack of blocks with random weights."""
         with_attention = [attention.kind == "gqa" for attention, _ in blocks]
         layers = [
             Block(self._config, attention, ffn, cache_index=sum(with_attention[:index])).to(*self._compute)
@@ -181,7 +181,7 @@ class Components:
         return Stack(self._config, layers, self._workload, self._compute)
 
     def _rounds(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-        """Milliseconds of each round at the reference's first speed; names contain the phase (:func:`phases`)."""
+        """Measure each round in ms at the reference's first speed; names contain the phase (:func:`phases`)."""
         rounds = phases({**calls, **self._reference}, self._repeats, self._compute.device)
         scaled = {}
         for name in calls:
@@ -191,7 +191,7 @@ class Components:
         return scaled
 
     def subblock(self, variant: Attention | Ffn) -> Timing:
-        """One copy of a subblock variant in a stack of parent blocks; a no-op costs 0 by definition."""
+        """Time one copy of a subblock variant in a stack of parent blocks; a no-op costs 0 by definition."""
         if variant.kind == "no_op":
             return Timing(0.0, 0.0, 0.0)
         attention, ffn = self._parent
@@ -209,11 +209,11 @@ class Components:
         return Timing(max(0.0, statistics.median(prefill)), max(0.0, statistics.median(decode)), spread(decode))
 
     def _per_copy(self, full: Sequence[float], half: Sequence[float]) -> list[float]:
-        """Milliseconds of one copy in each round, from stacks of 2N and N copies."""
+        """Return the milliseconds of one copy in each round, from stacks of 2N and N copies."""
         return [(longer - shorter) / self._copies for longer, shorter in zip(full, half, strict=True)]
 
     def outside(self) -> tuple[Timing, Timing]:
-        """Timings of the embedding and of the head (norm, logits of the last position), which every model has."""
+        """Time the embedding and the head (norm, logits of the last position), which every model has."""
         config, device, dtype = self._config, self._compute.device, self._compute.dtype
         table = torch.randn(config.vocab_size, config.hidden_size).to(device, dtype)
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps).to(device, dtype)
@@ -236,7 +236,7 @@ class Components:
         )
 
     def whole(self, model: DeciLMForCausalLM) -> Timing:
-        """Timing of a whole model, end to end."""
+        """Time a whole model, end to end."""
         with torch.inference_mode():
             rounds = self._rounds(Whole(self._config, model, self._workload, self._compute).calls())
         prefill, decode = statistics.median(rounds["prefill"]), statistics.median(rounds["decode"])
@@ -246,7 +246,7 @@ class Components:
 def load_model(
     checkpoint: Checkpoint, config: ModelConfig, blocks: Sequence[tuple[Attention, Ffn]], compute: Compute
 ) -> DeciLMForCausalLM:
-    """A checkpoint whole in memory, as the class that parent and children share."""
+    """Load a checkpoint whole into memory, as the class that parent and children share."""
     return build(config, blocks, {name: checkpoint.tensor(name) for name in checkpoint.files}, compute)
 
 

@@ -65,14 +65,14 @@ async def _reply(session: aiohttp.ClientSession, judge: Endpoint, prompt: str, w
 
 
 def _shown(content: bytes, judge: Endpoint) -> str:
-    """The first of what an error says of itself, without the key."""
+    """Return the first of what an error says of itself, without the key."""
     text = " ".join(content.decode(errors="replace").split())
     text = text.replace(judge.key, "***") if judge.key else text
     return f": {text[:_SHOWN]}" if text else ""
 
 
 def _seconds(retry_after: str) -> float:
-    """The seconds of a Retry-After; 0 where it names none, or a date."""
+    """Return the seconds of a Retry-After; 0 where it names none, or a date."""
     return float(retry_after) if retry_after.isdecimal() else 0.0
 
 

@@ -49,7 +49,7 @@ def check_installed() -> None:
 
 
 def software() -> str:
-    """Version of xllamacpp, as tables have it."""
+    """Return the version of xllamacpp, as tables have it."""
     return f"xllamacpp {metadata.version('xllamacpp')}"
 
 
@@ -141,12 +141,12 @@ class LlamaCpp:
 
     @property
     def url(self) -> str:
-        """URL of its OpenAI HTTP API, which wants :attr:`key`."""
+        """Return the URL of its OpenAI HTTP API, which wants :attr:`key`."""
         return f"{self._server.listening_address}/v1"
 
     @property
     def context(self) -> int:
-        """Tokens that each sequence has room for."""
+        """Count the tokens that each sequence has room for."""
         with self._request("GET", "/models") as response:
             return int(json.load(response)["data"][0]["meta"]["n_ctx"])
 
@@ -175,7 +175,7 @@ class LlamaCpp:
 
     @contextlib.contextmanager
     def _request(self, method: str, path: str, body: Any = None) -> Iterator[http.client.HTTPResponse]:
-        """Response to an HTTP request; closing the connection stops the answer at once (a callback could not)."""
+        """Return the response to an HTTP request; closing the connection stops an answer at once (callbacks cannot)."""
         connection = http.client.HTTPConnection(self._server.listening_address.removeprefix("http://"))
         try:
             text = None if body is None else json.dumps(body)
@@ -189,7 +189,7 @@ class LlamaCpp:
             connection.close()
 
     def complete(self, prompt: Sequence[int], tokens: int, **options: Any) -> dict[str, Any]:
-        """Greedy completion of token ids, as the HTTP API answers."""
+        """Return the greedy completion of token ids, as the HTTP API answers."""
         body = {"prompt": list(prompt), "max_tokens": tokens, "ignore_eos": True, "samplers": ["top_k"], "top_k": 1}
         answer: dict[str, Any] = self._server.handle_completions({**body, **options})
         if "error" in answer:
@@ -206,7 +206,7 @@ class LlamaCpp:
             return list(users.map(ask, range(len(prompts))))
 
     def prefill_ms(self, prompts: Sequence[Sequence[int]]) -> float:
-        """Milliseconds until all prompts are read, without a cache."""
+        """Measure the milliseconds until all prompts are read, without a cache."""
         start = time.perf_counter()
         self._together(prompts, 1, keep=False)
         return (time.perf_counter() - start) * 1e3
@@ -216,7 +216,7 @@ class LlamaCpp:
         self._together(prompts, 1, keep=True)
 
     def decode_ms(self, prompts: Sequence[Sequence[int]], steps: int) -> float:
-        """Milliseconds of one decode step: the median over sequences of each one's mean over `steps`."""
+        """Measure the milliseconds of one decode step: the median over sequences of each one's mean over `steps`."""
         answers = self._together(prompts, steps + 1, keep=True)  # the first token comes with the prompt's last
         return statistics.median(float(answer["timings"]["predicted_per_token_ms"]) for answer in answers)
 
@@ -247,12 +247,12 @@ def _decode_steps(workload: Workload) -> int:
 
 
 def _needed_context(workload: Workload) -> int:
-    """Tokens of a sequence that must have room."""
+    """Count the tokens of a sequence that must have room."""
     return max(workload.input_tokens, workload.context_at_midpoint) + _MARGIN
 
 
 def _prompts(batch: int, tokens: int) -> list[list[int]]:
-    """Token ids that differ between sequences; their values play no part."""
+    """Return token ids that differ between sequences; their values play no part."""
     return [[(1 + sequence + 31 * position) % 97 + 1 for position in range(tokens)] for sequence in range(batch)]
 
 

@@ -56,12 +56,12 @@ class Limits:
 
     @property
     def memory_bytes(self) -> int:
-        """The memory in bytes."""
+        """Return the memory in bytes."""
         return self.memory_mib << 20
 
 
 def runs_to_its_end(program: str, limits: Limits) -> bool:
-    """Whether a program ends without an error and within its limits; one that leaves early (`exit()`) does not.
+    """Tell whether a program ends without an error and within its limits; one that leaves early (`exit()`) does not.
 
     The last line of the program tells so over a pipe, with a word that is drawn for this run. The word keeps a program
     from passing by chance or by writing to whatever is open; one that reads it out of its own source can still pass.

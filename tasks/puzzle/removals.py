@@ -19,12 +19,12 @@ CANDIDATES = 4
 
 
 def removal(block_index: int) -> Replacement:
-    """The replacement that removes a whole block."""
+    """Return the replacement that removes a whole block."""
     return Replacement(block_index, 1, Attention("no_op"), Ffn("no_op"))
 
 
 def without(parent: Sequence[Replacement], removed: Iterable[int]) -> Architecture:
-    """The parent without some of its blocks."""
+    """Return the parent without some of its blocks."""
     removed = set(removed)
     return Architecture(
         tuple(removal(block.first_block) if block.first_block in removed else block for block in parent)
@@ -32,13 +32,13 @@ def without(parent: Sequence[Replacement], removed: Iterable[int]) -> Architectu
 
 
 def candidates(scores: Mapping[int, float], removed: Sequence[int]) -> list[int]:
-    """The blocks that the next step tries, in the parent's order; `scores` are those of removing each block alone."""
+    """Return the blocks that the next step tries, in the parent's order; `scores` are of removing each block alone."""
     remaining = sorted((score, block) for block, score in scores.items() if block not in removed)
     return sorted(block for _, block in remaining[:CANDIDATES])
 
 
 def removal_order(rows: Iterable[ScoreRow], parent: Sequence[Replacement]) -> tuple[int, ...]:
-    """The blocks in the order of their removal, as far as rows go; ties go to the earlier block."""
+    """Return the blocks in the order of their removal, as far as rows go; ties go to the earlier block."""
     measured: defaultdict[str, defaultdict[int, list[ScoreRow]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row.replacement == removal(row.first_block):

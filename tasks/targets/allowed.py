@@ -17,7 +17,7 @@ _OR_FORMATS = ", and gguf formats out of export_child.formats"
 
 
 def with_export_needs(target: Target, formats: Iterable[FormatName]) -> Target:
-    """The target, narrowed to children that every export format can hold (storage/formats.py)."""
+    """Return the target, narrowed to children that every export format can hold (storage/formats.py)."""
     runtimes, allowed = target.runtimes, target.allowed
     export_formats = [FORMATS[name] for name in formats]
     for export_format in export_formats:
@@ -40,7 +40,7 @@ class AllowedReplacements:
 
     @property
     def runtimes(self) -> tuple[Runtime, ...]:
-        """The runtimes that the target names, and llama.cpp where a limit on a speed holds in it."""
+        """Return the runtimes that the target names, and llama.cpp where a limit on a speed holds in it."""
         named, constraints = self.target.runtimes, self.target.constraints.values()
         has_limit = any(METRICS[limit.metric].speed and limit.engine == "llama.cpp" for limit in constraints)
         return (*named, "llama.cpp") if has_limit and "llama.cpp" not in named else named
@@ -69,7 +69,7 @@ class AllowedReplacements:
                 )
 
     def allows(self, replacement: Replacement) -> bool:
-        """Whether pins, kinds and runtimes let a replacement be chosen."""
+        """Tell whether pins, kinds and runtimes let a replacement be chosen."""
         if replacement.span > 1 and not self.target.allowed.spans:
             return False
         if not all(self._keeps(pin, replacement) for pin in self.target.pins):
@@ -77,26 +77,26 @@ class AllowedReplacements:
         return self._has_allowed_kinds(replacement) and self._runs(replacement)
 
     def _keeps(self, pin: Pin, replacement: Replacement) -> bool:
-        """Whether a replacement keeps what a pin keeps of the parent's block."""
+        """Tell whether a replacement keeps what a pin keeps of the parent's block."""
         if not set(pin.blocks) & set(replacement.parent_blocks):
             return True
         parent = self.parent.blocks[replacement.first_block]
-        kept = {
+        is_kept = {
             "attention": replacement.attention == parent.attention,
             "ffn": replacement.ffn == parent.ffn,
             "block": replacement == parent,
         }
-        return replacement.span == 1 and kept[pin.keep]
+        return replacement.span == 1 and is_kept[pin.keep]
 
     def _has_allowed_kinds(self, replacement: Replacement) -> bool:
-        """Whether both variants are the parent's or of a kind that is allowed."""
+        """Tell whether both variants are the parent's or of a kind that is allowed."""
         parent, allowed = self.parent.blocks[replacement.first_block], self.target.allowed
         attention, ffn = replacement.attention, replacement.ffn
         has_attention = attention == parent.attention or attention.kind in allowed.attention
         return has_attention and (ffn == parent.ffn or ffn.kind in allowed.ffn)
 
     def _runs(self, replacement: Replacement) -> bool:
-        """Whether every runtime computes a child with this block right."""
+        """Tell whether every runtime computes a child with this block right."""
         config = self.parent.config
         if config is None:
             return True
@@ -104,7 +104,7 @@ class AllowedReplacements:
         return not any(reasons_against(runtime, config, first_block, attention, ffn) for runtime in self.runtimes)
 
     def rules(self, replacements: Sequence[Replacement]) -> tuple[Limit, ...]:
-        """What a child of these replacements must keep as a whole; the search takes no other."""
+        """Return what a child of these replacements must keep as a whole; the search takes no other."""
         choices = [(block.first_block, block.attention, block.ffn) for block in replacements]
         return tuple(
             Limit(

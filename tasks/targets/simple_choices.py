@@ -24,12 +24,12 @@ Child = tuple[tuple[Replacement, ...], OperatingPoint]
 
 
 def simple_searches(tables: TargetTables) -> Mapping[ChosenBy, SimpleSearch]:
-    """The simple searches by name."""
+    """Return the simple searches by name."""
     return {"uniform": uniform, "greedy": greedy, "depth": partial(depth, order=tables.removal_order)}
 
 
 def simple_choice(tables: TargetTables, name: ChosenBy) -> Child:
-    """The choice of a simple search at the operating point where its sum of scores is least.
+    """Return the choice of a simple search at the operating point where its sum of scores is least.
 
     Raises:
         InfeasibleError: it keeps the limits at no point.

@@ -44,7 +44,7 @@ class SearchedChild:
 
 
 def solver_settings(section: SearchArchitecture, seed: int) -> SolverSettings:
-    """The solver's settings that params ask for."""
+    """Return the solver's settings that params ask for."""
     return SolverSettings(section.relative_gap, section.node_limit, seed)
 
 
@@ -92,7 +92,7 @@ class TargetTables:
         costs: Sequence[CostRow],
         speed_margin: float,
     ) -> Self:
-        """The tables from rows that were read elsewhere."""
+        """Make the tables from rows that were read elsewhere."""
         block = parent.blocks[0]
         return cls(
             target_name,
@@ -106,16 +106,16 @@ class TargetTables:
 
     @cached_property
     def limits(self) -> TargetLimits:
-        """The constraints as limits."""
+        """Return the constraints as limits."""
         return TargetLimits(self.target_name, self.target.constraints, self.parent, self.costs, self.speed_margin)
 
     @property
     def allowed(self) -> AllowedReplacements:
-        """The replacements that may be chosen."""
+        """Return the replacements that may be chosen."""
         return AllowedReplacements(self.target_name, self.target, self.parent)
 
     def problem(self, weights: Weights) -> tuple[Problem[Replacement], tuple[PointLimits, ...]]:
-        """All allowed replacements with a score, the parent's own blocks (which score 0), and the limits on them.
+        """Return all allowed replacements with a score, the parent's own blocks (which score 0), and their limits.
 
         Raises:
             InputError: the cost table lacks a row that a constraint needs, or a runtime cannot load any child.
@@ -133,16 +133,16 @@ class TargetTables:
 
     @property
     def _fixed_names(self) -> set[str]:
-        """Names of the constraints that leave nothing open."""
+        """Return the names of the constraints that leave nothing open."""
         return {name for name, constraint in self.target.constraints.items() if not constraint.is_open}
 
     def _fixed_limits(self, replacements: Sequence[Replacement]) -> tuple[Limit, ...]:
-        """The limits that are the same at every operating point."""
+        """Return the limits that are the same at every operating point."""
         bounds = [bound for bound in self.limits.bounds(self.limits.points[0]) if bound.name in self._fixed_names]
         return tuple(bound.as_limit(self.costs, replacements) for bound in bounds)
 
     def _point_limits(self, replacements: Sequence[Replacement]) -> tuple[PointLimits, ...]:
-        """The other limits at each operating point."""
+        """Return the other limits at each operating point."""
         points = []
         for point in self.limits.points:
             bounds = [bound for bound in self.limits.bounds(point) if bound.name not in self._fixed_names]
@@ -150,7 +150,7 @@ class TargetTables:
         return tuple(points)
 
     def search(self, weights: Weights, settings: SolverSettings) -> SearchedChild:
-        """The best child.
+        """Find the best child.
 
         Raises:
             InfeasibleError: no child keeps all constraints.
@@ -162,7 +162,7 @@ class TargetTables:
     def alternatives(
         self, child: SearchedChild, weights: Weights, settings: SolverSettings, count: int, min_distance: float
     ) -> Iterator[SearchedChild]:
-        """Further children, best first, each differing from all before it in a share of the parent's blocks."""
+        """Find further children, best first, each differing from all before it in a share of the parent's blocks."""
         problem, points = self.problem(weights)
         for best in alternatives(problem, settings, points, child.best, count, min_distance):
             yield self._searched(best)
@@ -172,10 +172,10 @@ class TargetTables:
         return SearchedChild(blocks, self.limits.points[best.point_index], best)
 
     def predict(self, blocks: Sequence[Replacement], weights: Weights, point: OperatingPoint) -> Predicted:
-        """The tables' predictions of a child, absolute and relative to the parent."""
+        """Predict a child by the tables, absolute and relative to the parent."""
         score = self.scores.total(blocks, weights)
         return predict(blocks, score, self.limits.bounds(point), self.parent, self.costs)
 
     def reached_limits(self, blocks: Sequence[Replacement], point: OperatingPoint) -> tuple[ReachedLimit, ...]:
-        """Every limit with where it holds and what the tables predict of a child."""
+        """Return every limit with where it holds and what the tables predict of a child."""
         return tuple(reached_limit(bound, self.costs, blocks) for bound in self.limits.bounds(point))

@@ -31,7 +31,7 @@ class ChildStates:
         return BoundaryReader(self._pieces(block_index).folder, stream, block_index, self.rebuild)
 
     def are_whole(self, block_index: int, key: str) -> bool:
-        """Whether the states before a block are all on disk under this key, every byte as written."""
+        """Tell whether the states before a block are all on disk under this key, every byte as written."""
         pieces = self._pieces(block_index)
         return all(pieces.done(shard_name(stream, shard), key) for stream, shard, _ in self._shards())
 

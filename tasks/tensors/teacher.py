@@ -14,7 +14,7 @@ ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 def teacher_is_live(params: Params, config: ModelConfig) -> bool:
-    """Whether the parent itself runs in GKD, so that its train tokens are not in the activation cache."""
+    """Tell whether the parent itself runs in GKD, so that its train tokens are not in the activation cache."""
     gkd, cache = params.distill_child, params.cache_activations
     if gkd.teacher != "auto":
         return gkd.teacher == "live"
@@ -23,7 +23,7 @@ def teacher_is_live(params: Params, config: ModelConfig) -> bool:
 
 
 def teacher_cache_bytes(params: Params, config: ModelConfig) -> int:
-    """Bytes of all boundaries of GKD's train tokens."""
+    """Count the bytes of all boundaries of GKD's train tokens."""
     token_bytes = (config.num_blocks + 1) * config.hidden_size * ELEMENT_BYTES[params.cache_activations.dtype]
     return params.distill_child.tokens * token_bytes
 
@@ -34,5 +34,5 @@ def tokens_before_gkd(params: Params) -> int:
 
 
 def cached_train_tokens(params: Params, config: ModelConfig, train_tokens: int) -> int:
-    """Tokens of a train split that the cache holds: all, or those before GKD's where its teacher is live."""
+    """Count the tokens of a train split that the cache holds: all, or those before GKD's where its teacher is live."""
     return min(train_tokens, tokens_before_gkd(params)) if teacher_is_live(params, config) else train_tokens

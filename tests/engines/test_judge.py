@@ -15,8 +15,8 @@ from tests.judge_server import Refusal, judging
 def test_replies_come_in_order_and_the_key_goes_along() -> None:
     prompts = [f"prompt {number}" for number in range(7)]
     with judging(lambda prompt: f"reply to {prompt}") as judge:
-        said = asyncio.run(replies(Endpoint(judge.url, "stand-in", "secret"), prompts, 3))
-    assert said == [f"reply to {prompt}" for prompt in prompts]
+        answers = asyncio.run(replies(Endpoint(judge.url, "stand-in", "secret"), prompts, 3))
+    assert answers == [f"reply to {prompt}" for prompt in prompts]
     assert set(judge.keys) == {"Bearer secret"}
     assert {(request["path"], request["model"], request["temperature"]) for request in judge.requests} == {
         ("/v1/chat/completions", "stand-in", 0)
@@ -53,7 +53,7 @@ def test_what_an_error_says_is_shown_without_the_key() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "problem", "requests"),
+    ("reply", "problem", "requests"),
     [
         (401, "HTTP 401.*OPENAI_API_KEY", 1),
         (404, "HTTP 404", 1),
@@ -62,8 +62,8 @@ def test_what_an_error_says_is_shown_without_the_key() -> None:
         (b'{"choices": []}', "another form than the OpenAI API", 1),
     ],
 )
-def test_what_is_no_reply_is_one_sentence(said: int | bytes, problem: str, requests: int) -> None:
-    with judging(lambda _: said) as judge, pytest.raises(InputError, match=problem):
+def test_what_is_no_reply_is_one_sentence(reply: int | bytes, problem: str, requests: int) -> None:
+    with judging(lambda _: reply) as judge, pytest.raises(InputError, match=problem):
         asyncio.run(replies(Endpoint(judge.url, "stand-in"), ["prompt"], 1, wait_s=0))
     assert len(judge.requests) == requests
 

@@ -42,7 +42,7 @@ LOG_PROBABILITY_ERROR = 1.3e-3
 
 
 def check_parity(config: ModelConfig, blocks: Blocks, folder: Path, tokens: int = 24) -> None:
-    """The 20 likeliest next tokens of llama.cpp have torch's log-probabilities."""
+    """Check that the 20 likeliest next tokens of llama.cpp have torch's log-probabilities."""
     model = random_child(config, blocks)
     tensors = model.state_dict()
     write_gguf(folder / "child.gguf", config, blocks, lambda key: iter([tensors[key].numpy()]), "F32")

@@ -57,15 +57,15 @@ class Built:
     digests: Mapping[str, str]
 
     def readers(self, name: str) -> list[str]:
-        """The stages whose deps are, hold, or lie within an artifact."""
+        """Return the stages whose deps are, hold, or lie within an artifact."""
         return [stage for stage in self.stages if _has(name, stage, lambda row: row.deps)]
 
     def makers(self, name: str) -> list[str]:
-        """The stages that make an artifact: one, or none."""
+        """Return the stages that make an artifact: one, or none."""
         return [stage for stage in self.stages if _has(name, stage, lambda row: row.outs)]
 
     def outs(self, stage: str) -> list[str]:
-        """The outs of a stage in dvc.yaml."""
+        """Return the outs of a stage in dvc.yaml."""
         kind, _, target = stage.partition("@")
         return [path.replace("${key}", target) for row in PIPELINE if row.name == kind for path in row.outs]
 
@@ -105,7 +105,7 @@ class Forks:
 
 @contextmanager
 def built_clone(settings: Settings) -> Iterator[tuple[Built, Forks]]:
-    """A clone in which stages ran, its server, which copies use as well, and what runs commands in copies.
+    """Yield a clone in which stages ran, its server, which copies use as well, and what runs commands in copies.
 
     It is made in `<scratch>/base` where that holds none; a short campaign has the stages that all targets share.
     """
@@ -147,18 +147,18 @@ def _finish(clone: Clone, running: Forks, names: Sequence[str]) -> None:
 
 
 def copy_of(built: Built, folder: Path) -> Clone:
-    """A copy of the clone that shares its server, and nothing else."""
+    """Return a copy of the clone that shares its server, and nothing else."""
     shutil.copytree(built.clone.folder, folder, symlinks=True, ignore=shutil.ignore_patterns(".prefect", "tmp"))
     return Clone(folder, built.clone.environment)
 
 
 def digests(artifacts: Path) -> dict[str, str]:
-    """What every artifact holds, by its path: its bytes, or its values without those of clocks."""
+    """Say what every artifact holds, by its path: its bytes, or its values without those of clocks."""
     return {name: _digest(artifacts / name, name) for name in _names(artifacts)}
 
 
 def differing(artifacts: Path, expected: Mapping[str, str]) -> list[str]:
-    """Artifacts that are missing, left over, or hold something else than they should."""
+    """Return artifacts that are missing, left over, or hold something else than they should."""
     actual = digests(artifacts)
     return sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
 
@@ -179,7 +179,7 @@ def _digest(path: Path, name: str) -> str:
 
 
 def _timeless(path: Path) -> str:
-    """The values of a file without those of clocks, as text."""
+    """Return the values of a file without those of clocks, as text."""
     if path.name == "seconds.json":
         return "seconds"
     if path.suffix == ".parquet":
@@ -224,7 +224,7 @@ def _forks(clone: Clone) -> Iterator[Forks]:
 
 
 def all_stages() -> list[str]:
-    """Every stage as `dvc repro` names it: `stage`, or `stage@target`; in the order of the work."""
+    """Return every stage as `dvc repro` names it: `stage`, or `stage@target`; in the order of the work."""
     return [
         f"{stage.name}@{target}" if target else stage.name
         for stage in PIPELINE
@@ -233,5 +233,5 @@ def all_stages() -> list[str]:
 
 
 def _shared_stages() -> list[str]:
-    """The stages that read no artifact of a target, in the order of the work."""
+    """Return the stages that read no artifact of a target, in the order of the work."""
     return [stage.name for stage in PIPELINE if not any("children" in path for path in (*stage.deps, *stage.outs))]

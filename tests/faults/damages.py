@@ -68,7 +68,7 @@ class _Damage:
 
     @property
     def is_chat(self) -> bool:
-        """Whether it is a file that people chat with."""
+        """Tell whether it is a file that people chat with."""
         return self.kind == "GGUF" and self.name.startswith("children/") and self.place == "rot"
 
 
@@ -77,7 +77,7 @@ def _kind(name: str) -> str:
 
 
 def _choose(chance: random.Random, built: Built) -> _Damage:
-    """A random artifact of a random kind, a harm, and one of its readers."""
+    """Choose a random artifact of a random kind, a harm, and one of its readers."""
     by_kind: dict[str, list[str]] = {}
     for name in sorted(built.digests):
         if not name.startswith(_NOBODYS):
@@ -147,7 +147,7 @@ def _read(clone: Clone, built: Built, forks: Forks, chance: random.Random) -> Ou
         harm(suspect, damage.harm, chance, keeps_date=damage.place == "rot")
     kind = f"{damage.kind}, {damage.place}"
     story = f"{damage.harm} {suspect.relative_to(clone.folder)} ({damage.name}), then {' '.join(todo[0])}"
-    complained, told = False, set[tuple[str, ...]]()
+    complained, advised = False, set[tuple[str, ...]]()
     for _ in range(_MOST_COMMANDS):
         ended = forks.run(clone, *todo[-1], seconds=_SECONDS)
         if verdict := end_of(ended):
@@ -161,15 +161,15 @@ def _read(clone: Clone, built: Built, forks: Forks, chance: random.Random) -> Ou
         command = _advice(ended, built.makers(damage.name)[0])
         if not command:
             return Outcome(kind, "wrong", f"{story} -> no way out in: {last_words(ended)}")
-        if command in told:
+        if command in advised:
             _forget_index(clone)
-        told.add(command)
+        advised.add(command)
         todo.append(command)
     return Outcome(kind, "wrong", f"{story} -> the messages lead in a circle: {last_words(ended)}")
 
 
 def _first_command(damage: _Damage) -> tuple[str, ...]:
-    """What reads the file: a stage that has to run, since DVC does not see rot; whatever DVC runs; a chat."""
+    """Say what reads the file: a stage that has to run, since DVC does not see rot; whatever DVC runs; a chat."""
     if damage.is_chat:
         _, target, _, form, _ = damage.name.split("/")
         return ("flows.cli", "chat", "--target", target, "--format", form)
@@ -178,7 +178,7 @@ def _first_command(damage: _Damage) -> tuple[str, ...]:
 
 
 def _advice(ended: Ended | None, maker: str) -> tuple[str, ...]:
-    """The command that a message tells people to run: ours where there is one, else DVC's.
+    """Return the command that a message tells people to run: ours where there is one, else DVC's.
 
     Where DVC itself says that its cache misses files, docs/architecture.md names the stage that makes them.
     """
@@ -195,14 +195,14 @@ def _advice(ended: Ended | None, maker: str) -> tuple[str, ...]:
 
 def _forget_index(clone: Clone) -> None:
     """Delete DVC's index, which remembers what a rotten list of a folder said, as docs/architecture.md tells people."""
-    told = clone.must("dvc", "doctor").out
-    folder = re.search(r"^Repo.site_cache_dir: (.+)$", told, re.MULTILINE)
-    assert folder, told
+    facts = clone.must("dvc", "doctor").out
+    folder = re.search(r"^Repo.site_cache_dir: (.+)$", facts, re.MULTILINE)
+    assert folder, facts
     shutil.rmtree(folder[1])
 
 
 def _compared(kind: str, story: str, clone: Clone, built: Built, damage: _Damage, complained: bool) -> Outcome:
-    """Whether a copy holds the right bytes in the end, and DVC's cache; what nobody had to read may be damaged."""
+    """Tell whether a copy holds the right bytes in the end, and DVC's cache; what nobody had to read may be damaged."""
     wrong = differing(clone.artifacts, built.digests)
     rotten = _rotten(clone) if complained else []
     if not wrong and not rotten:
@@ -236,7 +236,7 @@ def _harm_cache(clone: Clone, damage: _Damage, maker: str, chance: random.Random
 
 
 def _rotten(clone: Clone) -> list[str]:
-    """Objects of DVC's cache that are not as their names say."""
+    """Return objects of DVC's cache that are not as their names say."""
     objects = sorted((clone.folder / _CACHE).glob("??/*"))
     return [
         str(path.relative_to(clone.folder))

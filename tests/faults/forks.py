@@ -34,7 +34,7 @@ class Caught:
     error: BaseException | None = None
 
     def __enter__(self) -> Self:
-        """Nothing is needed before."""
+        """Return itself: nothing is needed before."""
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
@@ -62,7 +62,7 @@ def in_fork(action: Callable[[], object], seconds: float, folder: Path) -> tuple
 
 
 def _in_child(action: Callable[[], object], folder: Path, out: int, err: int) -> int:
-    """The exit code of the action, which writes to `out` and `err`, as the interpreter would end with it."""
+    """Return the exit code of the action, which writes to `out` and `err`, as the interpreter would end with it."""
     caught = Caught()
     with caught:
         os.setpgid(0, 0)
@@ -84,7 +84,7 @@ def _in_child(action: Callable[[], object], folder: Path, out: int, err: int) ->
 
 
 def _wait(pid: int, seconds: float) -> int | None:
-    """The exit code of a child, None if it was killed after so many seconds."""
+    """Wait for a child; return its exit code, None if it was killed after so many seconds."""
     end = time.monotonic() + seconds
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)

@@ -48,22 +48,22 @@ class _Fault:
 
     @property
     def arguments(self) -> list[str]:
-        """The stage's command line, as dvc.yaml has it, without Python."""
+        """Return the stage's command line, as dvc.yaml has it, without Python."""
         name, _, target = self.stage.partition("@")
         return ["-m", f"flows.{name}", *(["--target", target] if target else [])]
 
     @functools.cached_property
     def outs(self) -> list[str]:
-        """The artifacts that the stage makes."""
+        """Return the artifacts that the stage makes."""
         return [name for name in self.built.digests if self.stage in self.built.makers(name)]
 
     @functools.cached_property
     def others(self) -> set[str]:
-        """All other artifacts."""
+        """Return all other artifacts."""
         return {*self.built.digests} - {*self.outs}
 
     def command(self, target: str = "") -> list[str]:
-        """What runs the stage, or everything for a person who runs DVC."""
+        """Return what runs the stage, or everything for a person who runs DVC."""
         return self.arguments[1:] if self.is_short else list(filter(None, ["dvc", "repro", target]))
 
     def prepare(self) -> None:
@@ -106,21 +106,21 @@ class _Fault:
         return when, ran
 
     def _whole_outs(self) -> set[str]:
-        """Outs that are a file each: one moment they are not there, the next they are whole."""
+        """Return outs that are a file each: one moment they are not there, the next they are whole."""
         return {name for name in self.outs if f"artifacts/{name}" in self.built.outs(self.stage)}
 
     def _written(self) -> set[str]:
-        """Files under artifacts/ that the finished clone without this stage does not have, unfinished ones as well."""
+        """List files under artifacts/, also unfinished, that the finished clone without this stage does not have."""
         root = self.clone.artifacts  # walked, since a folder may go meanwhile
         paths = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
         return {str(path.relative_to(root)) for path in paths} - self.others
 
     def _server(self) -> int:
-        """The process of the clone's own Prefect server."""
+        """Return the process of the clone's own Prefect server."""
         return int(self.clone.json("../.prefect/server.json")["pid"])
 
     def _running(self, process: "subprocess.Popen[str]") -> list[int]:
-        """The processes of the stage."""
+        """Return the processes of the stage."""
         listed = subprocess.run(["ps", "-eo", "pid=,pgid=,args="], capture_output=True, text=True, check=True).stdout
         rows = [line.split() for line in listed.splitlines()]
         is_ours = [row for row in rows if row[1] == str(process.pid) and row[3:] == self.arguments]
@@ -175,7 +175,7 @@ class _Fault:
 
 
 def _lives(pid: int) -> bool:
-    """Whether a process has not ended, nor waits for its parent to notice."""
+    """Tell whether a process has not ended, nor waits for its parent to notice."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     return False

@@ -46,7 +46,7 @@ class Settings:
     is_short: bool
 
     def chance(self, number: int) -> random.Random:
-        """The random numbers of one fault."""
+        """Return the random numbers of one fault."""
         return random.Random(f"{self.seed}/{number}")
 
 
@@ -60,7 +60,7 @@ def run_campaign(name: str, description: str, count: int, faults: Callable[[Sett
     parser.add_argument("--verbose", action="store_true", help="a line for every fault, as it ends")
     args = parser.parse_args()
     began, outcomes = time.monotonic(), list[Outcome]()
-    told = began
+    line_written_at = began
     with tempfile.TemporaryDirectory(prefix=f"faults-{name}-") as scratch:
         settings = Settings(args.seed, args.count, (args.scratch or Path(scratch)).resolve(), args.short)
         for outcome in faults(settings):
@@ -68,9 +68,9 @@ def run_campaign(name: str, description: str, count: int, faults: Callable[[Sett
             if args.verbose or outcome.verdict != "right":
                 sys.stdout.write(f"{len(outcomes):>4} {outcome.verdict}: {outcome.kind}: {outcome.story}\n")
                 sys.stdout.flush()
-            if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
-                sys.stderr.write(_progress(name, outcomes, args.count, told - began))
+            if time.monotonic() - line_written_at > _SECONDS_BETWEEN_LINES:
+                line_written_at = time.monotonic()
+                sys.stderr.write(_progress(name, outcomes, args.count, line_written_at - began))
     sys.stdout.write(_table(outcomes))
     counts = Counter(outcome.verdict for outcome in outcomes)
     summary: dict[str, int] = {verdict: counts[verdict] for verdict in VERDICTS}
@@ -81,14 +81,14 @@ def run_campaign(name: str, description: str, count: int, faults: Callable[[Sett
 
 
 def _progress(name: str, outcomes: list[Outcome], count: int, seconds: float) -> str:
-    """A line that says how far a campaign is; the time left is that of faults like those so far."""
+    """Write a line that says how far a campaign is; the time left is that of faults like those so far."""
     not_right = sum(outcome.verdict != "right" for outcome in outcomes)
-    left = duration_text(seconds / len(outcomes) * (count - len(outcomes)))
-    return f"{name}: {len(outcomes)} of {count}, {not_right} not right, about {left} left\n"
+    time_left = duration_text(seconds / len(outcomes) * (count - len(outcomes)))
+    return f"{name}: {len(outcomes)} of {count}, {not_right} not right, about {time_left} left\n"
 
 
 def _table(outcomes: list[Outcome]) -> str:
-    """A row for each kind of fault, and their sum."""
+    """Write a row for each kind of fault, and their sum."""
     kinds = dict.fromkeys(outcome.kind for outcome in outcomes)
     rows = [(kind, [outcome.verdict for outcome in outcomes if outcome.kind == kind]) for kind in kinds]
     rows.append(("all", [outcome.verdict for outcome in outcomes]))
@@ -102,7 +102,7 @@ def _table(outcomes: list[Outcome]) -> str:
 
 
 def end_of(ended: Ended | None) -> Verdict | None:
-    """The verdict where the end itself is wrong: hang, traceback, or an error without a message; None if it is fine."""
+    """Return the verdict where the end itself is wrong: hang, traceback, an error without a message; else None."""
     if ended is None:
         return "hang"
     if "Traceback (most recent call last)" in ended.err + ended.out:
@@ -112,7 +112,7 @@ def end_of(ended: Ended | None) -> Verdict | None:
 
 
 def last_words(ended: Ended | None) -> str:
-    """The last lines of stderr, for a story."""
+    """Return the last lines of stderr, for a story."""
     if ended is None:
         return "it did not end"
     lines = [line for line in ended.err.splitlines() if line.strip()]

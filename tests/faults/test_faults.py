@@ -12,7 +12,7 @@ from tests.clone import ROOT
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the clone that damages and kills share."""
+    """Return a folder for the clone that damages and kills share."""
     return tmp_path_factory.mktemp("faults")
 
 

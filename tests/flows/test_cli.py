@@ -18,7 +18,7 @@ VENV = Path(sys.prefix)
 
 
 def _run(*command: str | Path, folder: Path = ROOT) -> "subprocess.CompletedProcess[str]":
-    """A process that has no activated venv."""
+    """Run a command in a process that has no activated venv."""
     environment = {"PATH": "/usr/bin:/bin", "HOME": os.environ["HOME"]}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 

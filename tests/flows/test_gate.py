@@ -13,7 +13,7 @@ from storage.files import InputError
 
 @pytest.fixture
 def through(monkeypatch: pytest.MonkeyPatch) -> tuple[socket.socket, socket.socket]:
-    """A connection of a client that has sent a question, and the connection on which the server behind got it.
+    """Return a connection of a client that has sent a question, and the connection on which the server behind got it.
 
     The proxy of the environment, which nobody is, is not asked for a server of this machine.
     """

@@ -58,7 +58,7 @@ if __name__ == "__main__":
 
 
 def _folder(folder: Path) -> Clone:
-    """A folder with params.yaml and the stage above; the code is this checkout's."""
+    """Make a folder with params.yaml and the stage above; the code is this checkout's."""
     folder.mkdir(exist_ok=True)
     target = tiny_values()["targets"]["small"]
     values = tiny_values(run={"workers": 4}) | {
@@ -71,7 +71,7 @@ def _folder(folder: Path) -> Clone:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The API address of a server for this file."""
+    """Yield the API address of a server for this file."""
     clone = Clone(tmp_path_factory.mktemp("server"), {"PYTHONPATH": str(ROOT)})
     try:
         yield clone.must("flows.server", "start").out.split()[-1] + "/api"
@@ -201,15 +201,15 @@ def test_stages_that_roll_through_the_parent_do_so_in_order(
     module: ModuleType, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two workers would delete each other's windows."""
-    plans, seen = iter([["a piece"], []]), []
+    orders: list[bool] = []
     for name in ("plan_blocks", "plan_groups"):
-        monkeypatch.setattr(module.tasks, name, lambda *_: next(plans), raising=False)
-    for name in ("write_library_index", "write_score_table"):
+        monkeypatch.setattr(module.tasks, name, lambda *_: ["a piece"], raising=False)
+    for name in ("scores_of_removals", "plan_removals", "write_library_index", "write_score_table"):
         monkeypatch.setattr(module.tasks, name, lambda *_: None, raising=False)
-    monkeypatch.setattr(module, "run_pieces", lambda *_, in_order, **__: seen.append(in_order))
+    monkeypatch.setattr(module, "run_pieces", lambda *_, in_order, **__: orders.append(in_order))
     flow = getattr(module, module.__name__.rpartition(".")[2])
     flow.fn(tiny_params(run={"workers": 2}, cache_activations={"mode": mode}), Paths(tmp_path))
-    assert seen == [mode == "rolling"]
+    assert orders == [mode == "rolling"]
 
 
 def test_params_and_target_are_checked_before_a_server_starts(tmp_path: Path) -> None:

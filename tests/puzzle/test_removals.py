@@ -17,7 +17,7 @@ def test_a_step_tries_the_four_blocks_that_harm_least_alone() -> None:
 
 
 def rows(removed: Sequence[int], replacement: Replacement, *kls: float, tokens: int = 8) -> list[ScoreRow]:
-    """A row for each sequence of a replacement around the parent without some blocks."""
+    """Return a row for each sequence of a replacement around the parent without some blocks."""
     return [
         ScoreRow(
             first_block=replacement.first_block,

@@ -92,7 +92,7 @@ FILES = {"tasks/stage.py": STAGE, "tasks/parts.py": PARTS, "storage/packing.py":
 
 
 def small_digest(folder: Path, files: dict[str, str]) -> list[str]:
-    """What `root` reaches in a project of these files."""
+    """Return what `root` reaches in a project of these files."""
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def small_digest(folder: Path, files: dict[str, str]) -> list[str]:
 
 
 def edited(old: str, new: str) -> dict[str, str]:
-    """The files with the one place of `old` replaced."""
+    """Return the files with the one place of `old` replaced."""
     assert sum(text.count(old) for text in FILES.values()) == 1, old
     return {name: text.replace(old, new) for name, text in FILES.items()}
 
@@ -221,18 +221,18 @@ class Copy:
         self.plain = self.keys()
 
     def keys(self) -> dict[str, list[str]]:
-        """The code in the keys of each module that makes pieces."""
+        """Return the code in the keys of each module that makes pieces."""
         code = ProjectCode(self.folder)
         return {name: code.reached(roots) for name, roots in self.roots.items()}
 
     def changed(self) -> set[str]:
-        """Modules whose pieces have another key than in the unedited copy."""
+        """Return modules whose pieces have another key than in the unedited copy."""
         keys = self.keys()
         return {name for name in keys if keys[name] != self.plain[name]}
 
 
 def _roots_in(text: str) -> list[str]:
-    """What a module hands to `code_digest`."""
+    """Return what a module hands to `code_digest`."""
     calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
     arguments = [call.args for call in calls if isinstance(call.func, ast.Name) and call.func.id == "code_digest"]
     return [
@@ -284,7 +284,7 @@ class _OtherNames(ast.NodeTransformer):
 
 
 def _outside_functions(node: ast.AST) -> Iterator[str]:
-    """Names in a statement at module level, but not those within functions."""
+    """Yield names in a statement at module level, but not those within functions."""
     if isinstance(node, ast.Name):
         yield node.id
     if not isinstance(node, ast.FunctionDef):
@@ -388,7 +388,7 @@ def test_packing_rounding_and_the_order_of_a_sum(
 
 
 def _changed_by(project: Copy, edited_files: Mapping[str, str]) -> set[str]:
-    """Modules whose keys change when files of the copy hold other texts; they are as before afterwards."""
+    """Return modules whose keys change when files of the copy hold other texts; they are as before afterwards."""
     originals = {file: (project.folder / file).read_text(encoding="utf-8") for file in edited_files}
     try:
         for file, text in edited_files.items():

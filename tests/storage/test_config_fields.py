@@ -170,7 +170,7 @@ def of_gigabytes(path: Path) -> None:
         (Path.mkdir, "is a folder, expected a file"),
         (lambda path: path.symlink_to("/dev/zero"), "is a device, expected a file"),
         (lambda path: path.symlink_to(path), "cannot be read"),
-        (lambda _: None, "is missing; run `the download again`"),
+        (lambda _: None, "is missing; run the download again"),
     ],
 )
 def test_what_is_no_file_is_not_read(make: Callable[[Path], object], reason: str, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ _VALUES = st.recursive(
 
 
 def _changed(value: Any, data: st.DataObject) -> Any:
-    """A JSON value of which one part, wherever in it, is another or gone."""
+    """Return a JSON value of which one part, wherever in it, is another or gone."""
     if not isinstance(value, dict | list) or not value or not data.draw(st.integers(0, 4)):
         return data.draw(_VALUES)
     key = data.draw(st.sampled_from(sorted(value) if isinstance(value, dict) else range(len(value))))

@@ -32,12 +32,12 @@ ALL_SPLITS = (*SPLITS, PROSE)
 
 
 def packed(ids: Tokens) -> Iterator[PackedSequence]:
-    """Sequences of which three in a row share a document."""
+    """Return sequences of which three in a row share a document."""
     return (PackedSequence(tokens, index // 3) for index, tokens in enumerate(ids))
 
 
 def make(folder: Path, sequences: int = 5) -> dict[str, Tokens]:
-    """A corpus of random ids whose splits differ; returns its tokens."""
+    """Write a corpus of random ids whose splits differ; return its tokens."""
     rng = np.random.default_rng(0)
     tokens = {name: rng.integers(0, 50_000, (sequences + i, SEQ_LEN), np.int32) for i, name in enumerate(ALL_SPLITS)}
     splits = {}

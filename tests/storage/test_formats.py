@@ -32,8 +32,8 @@ def test_a_config_of_a_family_says_every_bias_or_is_refused(biases: tuple[bool, 
     as_padded = padded_config(config)
     assert as_padded.qkv_bias == as_padded.output_bias == (qkv or output)
     assert format_refusals("padded-llama", config, [(KV, WIDE)] * 2) == []
-    kept = [as_padded, *([] if format_refusals("plain", config, [(KV, WIDE)] * 2) else [config])]
-    for written in kept:
+    configs = [as_padded, *([] if format_refusals("plain", config, [(KV, WIDE)] * 2) else [config])]
+    for written in configs:
         read = ModelConfig.from_hf(to_hf(written, 2, (KV, WIDE), {}, "float32"), "written")
         assert [read.qkv_bias, read.output_bias, read.mlp_bias] == [written.qkv_bias, written.output_bias, mlp]
 

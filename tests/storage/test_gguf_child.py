@@ -66,8 +66,8 @@ def test_nothing_is_lost_and_nothing_is_what_llama_cpp_gets_wrong(blocks: list[t
     except InputError:
         assert all(attention.kind != "gqa" for attention, _ in blocks)
         return
-    kept = [index for index, block in enumerate(blocks) if block != (NO_ATTENTION, NO_FFN)]
-    assert [layer.block for layer in layers] == kept
+    non_empty_blocks = [index for index, block in enumerate(blocks) if block != (NO_ATTENTION, NO_FFN)]
+    assert [layer.block for layer in layers] == non_empty_blocks
     assert layers[0].heads > 0
     assert all(layer.width > 0 for layer in layers)
     for layer in layers:

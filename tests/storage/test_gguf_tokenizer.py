@@ -97,7 +97,7 @@ class Both:
     differ: Callable[[str], bool]
 
     def ask(self, path: str, **body: Any) -> Any:
-        """The answer of llama.cpp's HTTP API."""
+        """Return the answer of llama.cpp's HTTP API."""
         url = self.engine.url.removesuffix("/v1") + path
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.engine.key}"}
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
@@ -105,17 +105,17 @@ class Both:
             return json.load(answer)
 
     def in_llamacpp(self, text: str, special: bool = False, parse: bool = True) -> list[int]:
-        """llama.cpp's tokens of a text."""
+        """Return llama.cpp's tokens of a text."""
         tokens: list[int] = self.ask("/tokenize", content=text, add_special=special, parse_special=parse)["tokens"]
         return tokens
 
     def in_library(self, text: str, special: bool = False) -> list[int]:
-        """The library's tokens of a text."""
+        """Return the library's tokens of a text."""
         return self.tokenizer.encode(text, add_special_tokens=special).ids
 
 
 def save(tokenizer: Tokenizer, folder: Path, **config: Any) -> Path:
-    """A checkpoint's folder, as far as tokenizers go."""
+    """Return a checkpoint's folder, as far as tokenizers go."""
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -124,7 +124,7 @@ def save(tokenizer: Tokenizer, folder: Path, **config: Any) -> Path:
 
 
 def with_special(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with special tokens, a token that is added but not special, and BOS before every text."""
+    """Return the tokenizer with special tokens, a token that is added but not special, and BOS before every text."""
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in SPECIAL[:3]])
     tokenizer.add_tokens([AddedToken(SPECIAL[3], normalized=False)])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -163,7 +163,7 @@ def byte_level(
 
 
 def split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    """The usual pre-tokenizer with a regular expression of its own."""
+    """Return the usual pre-tokenizer with a regular expression of its own."""
     words = pre_tokenizers.Split(Regex(pattern), "isolated")
     return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
@@ -188,7 +188,7 @@ def sentencepiece(
     pre_tokenizer: pre_tokenizers.PreTokenizer | None = None,
     newer: bool = False,
 ) -> Tokenizer:
-    """As transformers converts it from SentencePiece: merges of any two tokens that make a third, by its score.
+    """Make it as transformers converts it from SentencePiece: merges of any two tokens that make a third, by its score.
 
     `newer`: where scores are alike, longer tokens merge first, as in transformers today; else by the third's id.
     """
@@ -240,7 +240,7 @@ DIFFER: dict[str, Callable[[str], bool]] = {
 
 
 def load(name: str, folder: Path, path: Path) -> Both:
-    """The tokenizer of a folder, in a model (at `path`) that is as small as its vocabulary lets it be."""
+    """Return the tokenizer of a folder, in a model (at `path`) that is as small as its vocabulary lets it be."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     size = tokenizer.get_vocab_size()
     sizes = {**SIZES, "num_hidden_layers": 1, "vocab_size": size, "tie_word_embeddings": True}
@@ -253,7 +253,7 @@ def load(name: str, folder: Path, path: Path) -> Both:
 
 @pytest.fixture(scope="module")
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Both]:
-    """Every kind by name, each made once."""
+    """Return every kind by name, each made once."""
 
     @functools.cache
     def load_once(name: str) -> Both:
@@ -340,7 +340,7 @@ def test_a_chat_is_rendered_as_transformers_does(
 
 
 def fields(folder: Path, vocab_size: int) -> dict[str, Any]:
-    """The metadata that a folder's tokenizer becomes, without the common prefix."""
+    """Return the metadata that a folder's tokenizer becomes, without the common prefix."""
     writer = GGUFWriter(folder / "metadata.gguf", "llama")
     add_tokenizer(writer, folder, vocab_size)
     writer.write_header_to_file()
@@ -351,7 +351,7 @@ def fields(folder: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def small() -> Tokenizer:
-    """A byte-level tokenizer of 262 tokens: ids 258 to 261 are SPECIAL."""
+    """Return a byte-level tokenizer of 262 tokens: ids 258 to 261 are SPECIAL."""
     letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = [("a", "b"), ("ab", "a")]
     tokenizer = Tokenizer(models.BPE(vocab=letters | {"ab": 256, "aba": 257}, merges=merges))
@@ -423,7 +423,7 @@ def test_the_chat_template_is_the_default_one(
 
 
 def changed(tokenizer: Tokenizer, **parts: Any) -> Tokenizer:
-    """The tokenizer with parts of its JSON changed; `model` is changed field by field."""
+    """Return the tokenizer with parts of its JSON changed; `model` is changed field by field."""
     spec = json.loads(tokenizer.to_str())
     spec["model"] |= parts.pop("model", {})
     return Tokenizer.from_str(json.dumps(spec | parts))
@@ -470,14 +470,14 @@ def lowered(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def trained_with_byte_fallback() -> Tokenizer:
-    """As the library trains it: one merge into each token, not all that lead to it."""
+    """Train it as the library trains it: one merge into each token, not all that lead to it."""
     tokenizer = sentencepiece(LEGACY)
     first = {"".join(merge): merge for merge in reversed(merges_of(tokenizer))}
     return changed(tokenizer, model={"merges": list(first.values())[::-1]})
 
 
 def with_late_merge() -> Tokenizer:
-    """The last of all merges makes a token that others have made long before."""
+    """Return a tokenizer whose last merge makes a token that others have made long before."""
     tokenizer = sentencepiece(LEGACY)
     merges = merges_of(tokenizer)
     products = ["".join(merge) for merge in merges]

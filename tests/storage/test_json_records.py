@@ -78,7 +78,7 @@ ARTIFACTS = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    """A run with all artifacts; every test puts back what it changes."""
+    """Return a run with all artifacts; every test puts back what it changes."""
     paths = Paths(tmp_path_factory.mktemp("run") / "artifacts")
     write_run(paths)
     return paths

@@ -13,7 +13,7 @@ from tests.settings import SEQ_LEN, tiny_params, tiny_values
 
 
 def problems(values: dict[str, Any]) -> list[str]:
-    """The lines of the one error that these params give."""
+    """Return the lines of the one error that these params give."""
     with pytest.raises(InputError) as caught:
         parse(values, "params.yaml")
     where, _, text = str(caught.value).partition(": ")
@@ -22,7 +22,7 @@ def problems(values: dict[str, Any]) -> list[str]:
 
 
 def with_constraint(**fields: Any) -> dict[str, Any]:
-    """Params whose only constraint, named `limit`, has these fields."""
+    """Return params whose only constraint, named `limit`, has these fields."""
     return tiny_values(targets={"small": {"label": "Small", "constraints": {"limit": fields}}})
 
 
@@ -234,10 +234,12 @@ def test_a_target_needs_a_key_that_dvc_can_parse_and_a_constraint() -> None:
 
 
 def test_budgets_must_fit_into_their_splits() -> None:
-    long, more = 64 * SEQ_LEN, 72 * SEQ_LEN
+    long, longer = 64 * SEQ_LEN, 72 * SEQ_LEN
     for section in ("distill_blocks", "refine_child"):
-        other = "refine_child" if section == "distill_blocks" else "distill_blocks"
-        values = tiny_values(**{section: {"tokens": more}, other: {"tokens": long}}, evaluate_child={"tokens": long})
+        other_section = "refine_child" if section == "distill_blocks" else "distill_blocks"
+        values = tiny_values(
+            **{section: {"tokens": longer}, other_section: {"tokens": long}}, evaluate_child={"tokens": long}
+        )
         assert problems(values) == [
             "distill_child.tokens + the most of distill_blocks.tokens, variant_tokens, fit_tokens, refine_child.tokens "
             "is 1408, more than prepare_corpus.train_tokens = 768",

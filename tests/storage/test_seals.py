@@ -129,7 +129,7 @@ SEALED = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    """A run with every table and record; tests put back what they change."""
+    """Return a run with every table and record; tests put back what they change."""
     paths = Paths(tmp_path_factory.mktemp("run") / "artifacts")
     write_run(paths)
     write_sealed(paths.exports(CHILD) / EXPORTS_OVERVIEW, {"formats": {"gguf-f16": {"files": {"a": {"bytes": 1}}}}})
@@ -243,7 +243,7 @@ _CACHE = Path(".dvc/cache/files/md5")
 
 
 def _made(out: str, copy: str) -> Repo:
-    """A stage `it` of DVC that has made `out` by a shell command and, as ours do, has DVC check its copy."""
+    """Return a stage `it` of DVC that made `out` by a shell command and, as ours do, has DVC check its copy."""
     write_sealed(Path("original.json"), {"a": 1})
     repo = Repo.init(no_scm=True)
     check = f"from pathlib import Path; import storage.files; storage.files.have_cached_copy_checked(Path('{out}'))"
@@ -262,7 +262,7 @@ def _rot(cached: Path, rotten: str) -> None:
 
 @pytest.fixture
 def rotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repo:
-    """A stage that made record.json, of which the cached copy rotted and was checked out."""
+    """Return a stage that made record.json, of which the cached copy rotted and was checked out."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
     _made(str(_RECORD), f"cp original.json {_RECORD}")
@@ -308,7 +308,7 @@ def test_the_list_of_a_folder_that_rotted_in_dvcs_cache_is_made_again(
 
 
 def _check_message(error: DamagedFileError, path: Path) -> None:
-    """One sentence that names the file and the command."""
+    """Check that it is one sentence that names the file and the command."""
     message = str(error)
     assert str(path) in message or path.name in message, message
     assert "run `" in message and "\n" not in message, message

@@ -148,7 +148,7 @@ def test_unknown_columns_are_named_in_the_log(tmp_path: Path, caplog: pytest.Log
 
 
 def _set(column: str, value: Any, type_: pa.DataType | None = None) -> Callable[[pa.Table], pa.Table]:
-    """An edit of a table: row 1 of a column gets another value."""
+    """Return an edit of a table: row 1 of a column gets another value."""
 
     def edit(table: pa.Table) -> pa.Table:
         index = table.column_names.index(column)

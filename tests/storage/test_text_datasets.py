@@ -27,7 +27,7 @@ def read(file: Path, columns: Columns = TEXT) -> list[Document]:
 
 
 def read_and_count(file: Path, columns: Columns = TEXT) -> tuple[list[Document], list[str]]:
-    """Documents of a file, and a line for each reason why rows gave none."""
+    """Return documents of a file, and a line for each reason why rows gave none."""
     skipped = SkippedRows(file.name)
     documents = list(file_documents(file, file.name, SOURCE, columns, skipped))
     skipped.check()

@@ -35,7 +35,7 @@ class OwnModel(LlamaForCausalLM):
 
 
 def with_code(source: Path, file: str, **auto_map: Any) -> Path:
-    """A tiny parent whose `file` asks for classes of its own; returns what their code would write."""
+    """Write a tiny parent whose `file` asks for classes of its own; return what their code would write."""
     save_tiny("llama", source)
     save_tokenizer(source)
     (source / "own.py").write_text(CODE.format(marker=str(source / "marker")))
@@ -52,7 +52,7 @@ def bring(source: Path, root: Path) -> Parent:
 
 @pytest.fixture(params=["nobody there", "yes"])
 def nobody_is_asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A closed stdin, or one that says yes to everything; a question fails the test."""
+    """Close stdin, or let it say yes to everything; a question fails the test."""
 
     def ask(question: str = "") -> str:
         pytest.fail(f"asked: {question}")
@@ -93,7 +93,7 @@ def test_a_parent_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def spoiled(folder: Path, **changes: Any) -> Path:
-    """The tokenizer of save_tokenizer with other parts of tokenizer.json."""
+    """Return the tokenizer of save_tokenizer with other parts of tokenizer.json."""
     save_tokenizer(folder)
     path = folder / "tokenizer.json"
     write_json(path, {**json.loads(path.read_text()), **changes})
@@ -188,7 +188,7 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 
 
 def _changed(value: Any, data: st.DataObject) -> Any:
-    """A JSON value of which one part, wherever in it, is another."""
+    """Return a JSON value of which one part, wherever in it, is another."""
     if isinstance(value, dict | list) and value and data.draw(st.integers(0, 4)):
         key = data.draw(st.sampled_from(sorted(value) if isinstance(value, dict) else range(len(value))))
         copy: Any = value.copy()

@@ -93,7 +93,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a block too many": (adding("model.layers.3.mlp.up_proj.weight"), "take a config.json that describes all tensors"),
     "one missing": (
         lambda _, tensors: tensors.pop(UP),
-        f"lacks tensor {UP}, which config.json asks for; run `the down",
+        f"lacks tensor {UP}, which config.json asks for; run the down",
     ),
     "another shape": (
         lambda _, tensors: tensors.update({UP: torch.ones(95, 48)}),

@@ -68,7 +68,7 @@ class Child:
 
 
 def random_children(scores: Scores, config: ModelConfig, share: float, count: int) -> list[Child]:
-    """Random children of one size: replacements as drawn until the blocks keep `share` of the parent's parameters.
+    """Draw random children of one size: replacements until the blocks keep `share` of the parent's parameters.
 
     A draw that would take more than a percent too much is left out.
     """
@@ -97,7 +97,7 @@ def random_children(scores: Scores, config: ModelConfig, share: float, count: in
 
 
 def searched_children(scores: Scores, config: ModelConfig) -> list[Child]:
-    """The best child by score for each share of block parameters."""
+    """Return the best child by score for each share of block parameters."""
     replacements = sorted({*parent_blocks(config), *scores.replacements("decoupled")})
     choices = tuple(Choice(block, scores.score(block, "decoupled").mean) for block in replacements)
     sizes = tuple(float(_params(config, block)) for block in replacements)
@@ -116,7 +116,7 @@ def _params(config: ModelConfig, block: Replacement) -> int:
 
 
 def measured(children: Sequence[Child], num_sequences: int, paths: Paths) -> list[list[float]]:
-    """KL of each child on each validation sequence, nats/token."""
+    """Measure the KL of each child on each validation sequence, nats/token."""
     kls: list[list[float]] = [[] for _ in children]
     device_name, dtype = resolve("auto", "auto")
     compute = prepare_compute(device_name, dtype, 2)
@@ -137,7 +137,7 @@ def measured(children: Sequence[Child], num_sequences: int, paths: Paths) -> lis
 
 
 def _last_states(children: Sequence[Child], tokens: torch.Tensor, compute: Compute, paths: Paths) -> list[torch.Tensor]:
-    """All children advance through the parent's blocks together, so that each replacement is read once."""
+    """Advance all children through the parent's blocks together, so that each replacement is read once."""
     parent, library = Parent(paths.parent), Library(paths.library)
     embedding, _, _ = parent.outside(*compute)
     streams = [torch.nn.functional.embedding(tokens.to(compute.device), embedding)] * len(children)
@@ -161,7 +161,7 @@ def _load(replacement: Replacement, config: ModelConfig, weights: ReplacementWei
 
 
 def rank_correlation(first: Iterable[float], second: Iterable[float]) -> float:
-    """Spearman's rank correlation."""
+    """Return Spearman's rank correlation."""
     return statistics.correlation(_ranks(list(first)), _ranks(list(second)))
 
 
@@ -172,7 +172,7 @@ def _ranks(values: list[float]) -> list[float]:
 
 @styled
 def picture(children: Sequence[Child], kls: Sequence[list[float]], documents: Sequence[int]) -> str:
-    """Predicted against measured KL, and their ratio, as SVG."""
+    """Draw predicted against measured KL, and their ratio, as SVG."""
     figure, (row,) = panels(1, 2, 4.4)
     means = [statistics.fmean(kl) for kl in kls]
     for word, colour, marker in (("random draws of the library", GREY, "o"), ("searched", ORANGE, "s")):
@@ -206,7 +206,7 @@ class Rating:
 
 
 def pre_score(scores: Scores, config: ModelConfig, paths: Paths) -> dict[Replacement, float]:
-    """Rank correlation with the scores of how far a variant's output is from the parent's, on two sequences.
+    """Print the rank correlation with the scores of how far a variant's output is from the parent's, on two sequences.
 
     Returns that error of each variant, token by token.
     """
@@ -272,7 +272,7 @@ def hopeless(
 
 
 def _costs(replacement: Replacement, costs: Sequence[CostRow], config: ModelConfig) -> dict[str, float]:
-    """Costs of the subblock that is not the parent's: sizes, and milliseconds in every setting that was measured."""
+    """Return costs of the subblock that is not the parent's: sizes, and milliseconds in every measured setting."""
     component, name = subblocks(replacement)[0 if replacement.ffn == parent_ffn(config) else 1]
     sizes = component_sizes(config, component, name, "bfloat16")
     taken: dict[str, float] = {"params": sizes.params, "kv": sizes.kv_bytes_per_token}
@@ -289,7 +289,7 @@ def _same_subblock(variant: Replacement, other: Replacement, config: ModelConfig
 
 
 def _costs_no_more(variant: Replacement, other: Replacement, costs: Sequence[CostRow], config: ModelConfig) -> bool:
-    """Whether a variant takes no more than another of anything that both have a cost of."""
+    """Tell whether a variant takes no more than another of anything that both have a cost of."""
     taken, others = _costs(variant, costs, config), _costs(other, costs, config)
     return all(taken[name] <= others[name] for name in taken.keys() & others.keys())
 

@@ -58,7 +58,7 @@ def _write_text(params: Params, paths: Paths) -> None:
 
 
 def _throughput(params: Params, paths: Paths) -> None:
-    """Without the speeds that a clock measures, which differ between runs."""
+    """Write throughput.parquet without the speeds that a clock measures, which differ between runs."""
     rows = benchmark_throughput.model_throughput.fn(TARGET, params, paths)
     benchmark_throughput.write_rows.fn(TARGET, rows, paths)
 
@@ -75,7 +75,7 @@ def _evaluate(params: Params, paths: Paths) -> None:
 
 
 def _report(params: Params, paths: Paths) -> None:
-    """Without figures, which take seconds to draw, and are written as the page is."""
+    """Write the page without figures, which take seconds to draw, and are written as the page is."""
     with patch.object(report, "all_parts", return_value=[]):
         report.write_report.fn(params, paths)
 
@@ -105,7 +105,7 @@ STAGES = {stage.name: stage for stage in read_pipeline(ROOT / "dvc.yaml")}
 
 
 def _outs(name: str, paths: Paths) -> list[Path]:
-    """What a stage makes, as dvc.yaml has it."""
+    """List what a stage makes, as dvc.yaml has it."""
     outs = (Path(out.replace("${key}", TARGET)) for out in STAGES[name].outs)
     return [paths.root / out.relative_to("artifacts") for out in outs]
 
@@ -130,7 +130,7 @@ def _params(root: Path) -> Params:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
-    """A run of all these stages, which no test changes."""
+    """Return a run of all these stages, which no test changes."""
     root = tmp_path_factory.mktemp("finished")
     tiny_parent(root / "parent")
     tiny_documents(root / "documents")
@@ -147,7 +147,7 @@ def _remove(name: str, paths: Paths) -> None:
 
 
 def _full_at(file_that_fails: int) -> Callable[[int], None]:
-    """A stand-in for os.fsync, which finds no room for the file of this number, from 0."""
+    """Return a stand-in for os.fsync, which finds no room for the file of this number, from 0."""
     numbers = itertools.count()
 
     def fsync(_: int) -> None:

@@ -26,7 +26,7 @@ from tasks.puzzle.distill.optimizer import MasterWeights
 from tasks.puzzle.model.blocks import Block
 from tasks.puzzle.model.head import Head
 from tests.settings import SEQ_LEN, tiny_params
-from tests.stages import assemble, cache, checksums, distill, prepare, refine
+from tests.stages import assemble, cache, calls_of, checksums, distill, interrupted, prepare, refine
 from tests.tiny import change_weights, flip_byte
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ CHILD = [("kv_1", "ffn_48"), ("no_op", "ffn_24"), ("kv_2", "no_op")]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
-    """A child that is ready for GKD."""
+    """Return a child that is ready for GKD."""
     params, paths = prepare("llama", tmp_path_factory.mktemp("refined"))
     make_child(params, paths)
     return params, paths
@@ -43,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
 
 @pytest.fixture
 def case(finished: tuple[Params, Paths], tmp_path: Path) -> tuple[Params, Paths]:
-    """A copy of it, which the test may change."""
+    """Return a copy of it, which the test may change."""
     shutil.copytree(finished[1].root, tmp_path / "artifacts")
     return finished[0], Paths(tmp_path / "artifacts")
 
@@ -65,13 +65,13 @@ def run(params: Params, paths: Paths) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def with_settings(params: Params, **settings: Any) -> Params:
-    """The params with other settings of distill_child."""
+    """Return the params with other settings of distill_child."""
     changed = params.distill_child.model_dump() | settings
     return Params.model_validate(params.model_dump(mode="json") | {"distill_child": changed})
 
 
 def child_and_head(folder: Path, paths: Paths) -> tuple[TrainableChild, Head]:
-    """A checkpoint as it trains, and the parent's head."""
+    """Return a checkpoint as it trains, and the parent's head."""
     parent, checkpoint = Parent(paths.parent), Checkpoint(folder, "the test")
     config, variants = read_blocks(checkpoint)
     blocks = [Block.load(config, *v, checkpoint.block(i, CPU, torch.float32)) for i, v in enumerate(variants)]
@@ -80,12 +80,12 @@ def child_and_head(folder: Path, paths: Paths) -> tuple[TrainableChild, Head]:
 
 
 def states(paths: Paths, split: str, sequence: int) -> States:
-    """The parent's cached states of a sequence."""
+    """Return the parent's cached states of a sequence."""
     return lambda boundary: BoundaryReader(paths.activations, split, boundary).read([sequence])
 
 
 def held_out_kl(folder: Path, paths: Paths) -> float:
-    """Mean KL of a checkpoint over the held-out sequences."""
+    """Compute the mean KL of a checkpoint over the held-out sequences."""
     child, head = child_and_head(folder, paths)
     return fmean(kl_to_parent(child, states(paths, "calibration", sequence), head) for sequence in range(16 - 4, 16))
 
@@ -224,13 +224,13 @@ def sick_gradients(at: int, sick: str, names: list[str]) -> Any:
     calls = iter(range(1, 1000))
 
     def computed(*arguments: Any) -> tuple[list[Tensor], Losses]:
-        found, losses = gradients(*arguments)
+        tensors, losses = gradients(*arguments)
         if next(calls) == at:
             if sick in names:
-                found[names.index(sick)].view(-1)[7] = math.inf
+                tensors[names.index(sick)].view(-1)[7] = math.inf
             else:
                 losses = Losses(**{"kl": losses.kl, "cosine": losses.cosine, "total": math.nan} | {sick: math.nan})
-        return found, losses
+        return tensors, losses
 
     return computed
 
@@ -270,17 +270,9 @@ def test_a_held_out_kl_that_is_not_finite_stops_the_training(
     assert not case[1].distilled("small").exists()
 
 
-def interrupt(case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def interrupt(case: tuple[Params, Paths], after: int) -> None:
     """Distil until gradients were computed `after` times."""
-    calls = iter(range(after))
-
-    def failing(*arguments: Any) -> Any:
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return gradients(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill_child, "gradients", failing)
+    with interrupted(distill_child, "gradients", after):
         distill_child.distill.fn("small", *case)
 
 
@@ -289,22 +281,16 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     after: int, case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(*case)
-    interrupt(case, monkeypatch, after)
+    interrupt(case, after)
     assert checksums(case[1].distilled("small")) == whole[1]  # the earlier child stays until the new one is whole
-    computed = []
-
-    def counting(*arguments: Any) -> Any:
-        computed.append(1)
-        return gradients(*arguments)
-
-    monkeypatch.setattr(distill_child, "gradients", counting)
+    computed = calls_of(distill_child, "gradients", monkeypatch)
     assert run(*case) == whole
     assert len(computed) == 16 - 6 * (after // 6), "what the checkpoint holds is not computed again"
 
 
-def test_a_damaged_checkpoint_is_not_taken(case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_checkpoint_is_not_taken(case: tuple[Params, Paths]) -> None:
     whole = run(*case)
-    interrupt(case, monkeypatch, 13)
+    interrupt(case, 13)
     [state] = case[1].gkd_state("small").glob("*.safetensors")
     flip_byte(state, -100)
     assert run(*case) == whole
@@ -315,7 +301,7 @@ def test_a_checkpoint_of_another_training_is_not_taken(
     other: str, case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params, paths = case
-    interrupt(case, monkeypatch, 13)
+    interrupt(case, 13)
     if other == "weights":
         change_weights(paths.refined("small"))
     elif other == "dtype":
@@ -324,20 +310,14 @@ def test_a_checkpoint_of_another_training_is_not_taken(
         params = with_settings(params, learning_rate=2e-3)
     else:
         monkeypatch.setattr(distill_child, "code_digest", lambda _: "of other code")
-    computed: list[int] = []
-
-    def counting(*arguments: Any) -> Any:
-        computed.append(1)
-        return gradients(*arguments)
-
-    monkeypatch.setattr(distill_child, "gradients", counting)
+    computed = calls_of(distill_child, "gradients", monkeypatch)
     run(params, paths)
     assert len(computed) == 16
 
 
 @pytest.mark.parametrize(("patience", "measured"), [(0, [0, 3, 6, 8]), (2, [0, 3, 6]), (1, [0, 3])])
 def test_a_rate_at_which_it_diverges_keeps_the_weights_that_it_began_with(
-    patience: int, measured: list[int], case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
+    patience: int, measured: list[int], case: tuple[Params, Paths]
 ) -> None:
     """With patience it stops after so many measurements, and after an interruption as well."""
     params, paths = case
@@ -345,7 +325,7 @@ def test_a_rate_at_which_it_diverges_keeps_the_weights_that_it_began_with(
     curve, _ = whole = run(*diverging)
     assert curve["best_step"] == 0
     assert [row["step"] for row in curve["held_out"]] == measured
-    interrupt(diverging, monkeypatch, 2 * measured[-1] - 1)
+    interrupt(diverging, 2 * measured[-1] - 1)
     assert run(*diverging) == whole  # the best weights, here of before the interruption, come from the checkpoint
     before, after = (Checkpoint(folder, "") for folder in (paths.refined("small"), paths.distilled("small")))
     assert before.checksums == after.checksums
@@ -357,9 +337,8 @@ def test_a_training_that_stopped_early_stays_stopped(
     """Killed between the last measurement and the new child."""
     diverging = with_settings(case[0], learning_rate=1.0, warmup=0.0, patience=1), case[1]
     whole = run(*diverging)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill_child, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with interrupted(distill_child, "publish", 0):
         distill_child.distill.fn("small", *diverging)
-    interrupted = iter(())
-    monkeypatch.setattr(distill_child, "gradients", lambda *_: next(interrupted))
+    computed = calls_of(distill_child, "gradients", monkeypatch)
     assert run(*diverging) == whole
+    assert not computed

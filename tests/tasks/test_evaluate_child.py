@@ -46,7 +46,7 @@ OTHER_BLOCKS = (*BLOCKS[:1], replace(BLOCKS[1], ffn=Ffn("no_op")), *BLOCKS[2:])
 
 @pytest.fixture(scope="module")
 def made(_finished: tuple[Params, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
-    """A child whose correction changed nothing, and in place of the distilled one another child; a domain `prose`."""
+    """Make a child whose correction changed nothing, another one in place of the distilled; a domain `prose`."""
     params, finished = _finished
     paths = Paths(shutil.copytree(finished, tmp_path_factory.mktemp("made") / "artifacts"))
     tiny_corpus(paths.corpus, SIZES["vocab_size"], SEQ_LEN, domains=("prose",))
@@ -125,17 +125,17 @@ def test_a_row_for_each_sequence_of_each_model(made: tuple[Params, Paths], evalu
 def test_a_small_domain_is_taken_whole_and_a_small_validation_split_is_an_error(made: tuple[Params, Paths]) -> None:
     params, paths = made
     sizes = {"tokens": 12 * SEQ_LEN, "domain_baseline_tokens": 3 * SEQ_LEN}
-    more = params.model_copy(update={"evaluate_child": params.evaluate_child.model_copy(update=sizes)})
-    batches = evaluate_child.plan_batches(more, paths)
+    larger = params.model_copy(update={"evaluate_child": params.evaluate_child.model_copy(update=sizes)})
+    batches = evaluate_child.plan_batches(larger, paths)
     in_prose = [(batch.sequences[-1], batch.has_baselines) for batch in batches if batch.domain == "prose"]
     assert in_prose == [(2, True), (6, False), (7, False)]
     with pytest.raises(InputError, match=r"8 sequences of 16 tokens, 12 are wanted; raise prepare_corpus\.valid"):
         for batch in batches:
-            evaluate_child.measure_quality.fn(batch, "small", more, paths)
+            evaluate_child.measure_quality.fn(batch, "small", larger, paths)
 
 
 def made_up(domain: str, documents: list[int], kls: Sequence[float]) -> MeasuredBatch:
-    """The same qualities for parent and child."""
+    """Return the same qualities for parent and child."""
     sequences = [SequenceQuality(kl, 2.0, 0.5, 0.9) for kl in kls]
     return MeasuredBatch(domain, documents, dict.fromkeys(("parent", *CHILD_STATES), sequences))
 

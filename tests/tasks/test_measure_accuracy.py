@@ -92,9 +92,9 @@ def planned(task: Row, *, seed: int = 0) -> PlannedBenchmark:
     return planned_task(AccuracyTask.model_validate(task), seed, sequences_per_batch=3)
 
 
-def kept(share: float | None, estimate: Estimate | None) -> bool:
-    """Whether an estimate has this mean; None stands for none."""
-    return estimate is None if share is None else estimate is not None and estimate.mean == pytest.approx(share)
+def has_mean(mean: float, estimate: Estimate | None) -> bool:
+    """Tell whether there is an estimate, and it has this mean."""
+    return estimate is not None and estimate.mean == pytest.approx(mean)
 
 
 def write_child(folder: Path, parent: Parent, blocks: list[tuple[Attention, Ffn]]) -> None:
@@ -151,8 +151,8 @@ def test_accuracy_is_the_likeliest_choice_counted_by_hand(case: Case, metric: st
     same = sum(mine == theirs for mine, theirs in zip(pruned, taken, strict=True))
     assert 0 < same < len(rows), "the test's own assumption: the pruned child differs somewhere"
     assert comparison.parent.mean == 1
-    assert kept(same / len(rows), comparison.children["distilled"].accuracy)
-    assert kept(same / len(rows), comparison.children["distilled"].preserved)
+    assert has_mean(same / len(rows), comparison.children["distilled"].accuracy)
+    assert has_mean(same / len(rows), comparison.children["distilled"].preserved)
     assert comparison.chance == pytest.approx(sum(1 / len(row["choices"]) for row in rows) / len(rows))
     assert not comparison.parent_at_chance
 
@@ -195,8 +195,8 @@ def test_columns_prompt_and_limit_are_the_tasks_own(case: Case) -> None:
 
 def test_examples_before_a_question_are_the_same_for_every_model_and_follow_the_seed(case: Case) -> None:
     task = {"name": "own", "path": case.file("shots", case.rows[:12]), "num_fewshot": 2}
-    asked = ((task, 0), (task, 0), (task, 1), ({**task, "num_fewshot": 0}, 0))
-    digests = [case.measured(changed, seed=seed).asked for changed, seed in asked]
+    runs = ((task, 0), (task, 0), (task, 1), ({**task, "num_fewshot": 0}, 0))
+    digests = [case.measured(changed, seed=seed).questions_digest for changed, seed in runs]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
 
@@ -294,9 +294,9 @@ def test_what_cannot_be_asked_is_said_before_a_model_is_loaded(case: Case, tmp_p
 
 
 def test_texts_templates_and_documents_are_checked_when_planning(case: Case, tmp_path: Path) -> None:
-    def stopped(paths: Paths, **wanted: Any) -> str:
+    def stopped(paths: Paths, **section: Any) -> str:
         with pytest.raises(InputError) as caught:
-            stage.plan_benchmarks.fn(tiny_params(measure_accuracy=wanted), paths)
+            stage.plan_benchmarks.fn(tiny_params(measure_accuracy=section), paths)
         return str(caught.value)
 
     context = read_parent_info(case.paths.parent).config.context
@@ -377,7 +377,7 @@ def test_a_rerun_asks_no_model_twice(case: Case, tmp_path: Path, monkeypatch: py
 
 
 def sentences(count: int) -> list[Row]:
-    """Winogrande by partial scoring: two contexts, one continuation."""
+    """Return rows of Winogrande by partial scoring: two contexts, one continuation."""
     rng = random.Random(1)
     words = ["block", "child", "parent", "library", "cost"]
     return [
@@ -432,14 +432,14 @@ def test_mmlu_shows_examples_of_the_questions_subject(case: Case) -> None:
     def row(subject: str, index: int) -> Row:
         return {"subject": subject, "question": f"{subject} {index}", "choices": list("wxyz"), "label": index % 4}
 
-    asked = [row(subject, index) for index in range(3) for subject in ("high_art", "law")]
+    questions = [row(subject, index) for index in range(3) for subject in ("high_art", "law")]
     shown = [row(subject, index) for index in range(5, 8) for subject in ("high_art", "law")]
     form = str(ROOT / "params/accuracy/mmlu.yaml")
-    task = {"name": "mmlu", "path": case.file("mmlu", asked), "form": form, "num_fewshot": 2}
+    task = {"name": "mmlu", "path": case.file("mmlu", questions), "form": form, "num_fewshot": 2}
     examples = {"examples": case.file("dev", shown)}
     with_dev, own = case.measured({**task, **examples}), case.measured(task)
     assert (with_dev.questions, with_dev.chance, with_dev.metric) == (6, 0.25, "acc")
-    assert with_dev.asked != own.asked
+    assert with_dev.questions_digest != own.questions_digest
     lacking = {"examples": case.file("half", shown[::2])}
     assert "found 0 of 'law', which is asked" in rejected(case, {**task, **lacking})
     short = {"examples": case.file("short", shown[:5])}
@@ -482,7 +482,7 @@ def test_gsm8k_and_xlsum_are_asked_as_their_forms_say(case: Case, tmp_path: Path
     task = {"name": "gsm8k", "path": case.file("gsm8k", sums), "form": str(short), "num_fewshot": 1, "limit": 2}
     measured = case.measured({**task, "filter": "flexible-extract"})
     assert (measured.questions, measured.metric, measured.chance) == (2, "exact_match, flexible-extract", 0)
-    assert measured.asked != case.measured({**task, "num_fewshot": 0}).asked
+    assert measured.questions_digest != case.measured({**task, "num_fewshot": 0}).questions_digest
     assert "has no filter 'last'" in rejected(case, {**task, "filter": "last"})
     news = [{"text": row["question"], "summary": row["choices"][0]} for row in case.rows[:2]]
     xlsum = {"name": "xlsum", "path": case.file("xlsum", news), "form": str(ROOT / "params/accuracy/xlsum.yaml")}
@@ -491,7 +491,7 @@ def test_gsm8k_and_xlsum_are_asked_as_their_forms_say(case: Case, tmp_path: Path
 
 def test_a_chat_template_changes_what_is_asked(case: Case) -> None:
     task = {"name": "own", "path": case.file("chat", case.rows[:4])}
-    assert case.measured(task).asked != case.measured({**task, "chat": True}).asked
+    assert case.measured(task).questions_digest != case.measured({**task, "chat": True}).questions_digest
     assert AccuracyTask.model_validate({**task, "chat": True}).title == "own, chat"
 
 

@@ -62,7 +62,7 @@ def save_parent(
     bos: str | None = None,
     normalizer: normalizers.Normalizer | None = None,
 ) -> None:
-    """A byte-level BPE tokenizer trained on a sentence, and the facts and checksums that prepare_parent writes.
+    """Save a byte-level BPE tokenizer trained on a sentence, and the facts and checksums that prepare_parent writes.
 
     It puts `bos` before every text, as Llama-3's tokenizer does.
     """
@@ -96,7 +96,7 @@ def paths(tmp_path: Path) -> Paths:
 
 
 def params(seed: int = 0, **section: Any) -> Params:
-    """The two sections that the stage reads; Params' rules across sections are not its business."""
+    """Return the two sections that the stage reads; Params' rules across sections are not its business."""
     sizes = {"seq_len": 32, "train_tokens": 3200, "calibration_tokens": 1600, "validation_tokens": 1600}
     return Params.model_construct(
         run=Run.model_validate({"seed": seed}), prepare_corpus=PrepareCorpus.model_validate({**sizes, **section})
@@ -117,7 +117,7 @@ def write_jsonl(file: Path, count: int = 60, name: str = "item") -> Path:
 
 
 def texts(paths: Paths) -> dict[str, list[str]]:
-    """The documents of each split as far as they were packed, decoded from the artifact."""
+    """Return the documents of each split as far as they were packed, decoded from the artifact."""
     tokenizer = AutoTokenizer.from_pretrained(paths.parent)
     decoded = {}
     for split in read_manifest(paths.corpus).splits:

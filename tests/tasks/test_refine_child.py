@@ -16,11 +16,11 @@ from storage.paths import Paths
 from storage.refinement import BlockRefinement, Refinement, read_refinement
 from storage.variants import Attention, Ffn, Replacement
 from tasks import refine_child
-from tasks.puzzle.distill.correction import Moments, correct, relative_error
+from tasks.puzzle.distill.correction import correct, relative_error
 from tasks.puzzle.model.blocks import Block
 from tasks.puzzle.model.rotary import rotary_for
 from tests.settings import SEQ_LEN, tiny_params
-from tests.stages import assemble, assemble_blocks, cache, checksums, distill, prepare
+from tests.stages import assemble, assemble_blocks, cache, calls_of, checksums, distill, interrupted, prepare
 from tests.tiny import change_weights, flip_byte
 
 CPU = torch.device("cpu")
@@ -28,21 +28,11 @@ CHILD = [("kv_2", "ffn_96"), ("no_op", "ffn_48"), ("kv_1", "no_op")]
 """Its first block is the parent's."""
 
 
-@pytest.fixture(scope="module")
-def assembled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
-    """A child assembled from a trained library."""
-    params, paths = prepare("llama", tmp_path_factory.mktemp("assembled"))
-    cache(params, paths)
-    distill(params, paths)
-    assemble(params, paths, CHILD)
-    return params, paths
-
-
 @pytest.fixture
-def case(assembled: tuple[Params, Paths], tmp_path: Path) -> tuple[Params, Paths]:
-    """A copy of the assembled child, which the test may change."""
-    shutil.copytree(assembled[1].root, tmp_path / "artifacts")
-    return assembled[0], Paths(tmp_path / "artifacts")
+def case(finished: tuple[Params, Paths]) -> tuple[Params, Paths]:
+    """Assemble a child from a trained library."""
+    assemble(*finished, CHILD)
+    return finished
 
 
 def run(params: Params, paths: Paths) -> tuple[Refinement, dict[str, str]]:
@@ -53,7 +43,7 @@ def run(params: Params, paths: Paths) -> tuple[Refinement, dict[str, str]]:
 
 
 def errors_along_depth(folder: Path, replacements: list[Replacement], paths: Paths) -> list[float]:
-    """Errors of a checkpoint's states behind each block on the last 4 calibration sequences, in one batch."""
+    """Compute a checkpoint's errors behind each block on the last 4 calibration sequences, in one batch."""
     checkpoint = Checkpoint(folder, "the test")
     config, variants = read_blocks(checkpoint)
 
@@ -150,30 +140,20 @@ def test_workers_change_no_byte(case: tuple[Params, Paths]) -> None:
     assert run(params, case[1]) == alone
 
 
-def test_a_rolling_cache_gives_the_same_bytes(assembled: tuple[Params, Paths], tmp_path: Path) -> None:
-    params, paths = prepare("llama", tmp_path, cache_activations={"mode": "rolling"})
+def test_a_rolling_cache_gives_the_same_bytes(case: tuple[Params, Paths], tmp_path: Path) -> None:
+    params, paths = prepare("llama", tmp_path / "rolling", cache_activations={"mode": "rolling"})
     cache(params, paths)
     distill(params, paths)
     assemble(params, paths, CHILD)
     rolling, _ = run(params, paths)
-    shutil.copytree(assembled[1].root, tmp_path / "materialised")
-    materialised = Paths(tmp_path / "materialised")
-    assert run(assembled[0], materialised)[0] == rolling
-    weights = [Checkpoint(folder.refined("small"), "").checksums for folder in (paths, materialised)]
+    assert run(*case)[0] == rolling
+    weights = [Checkpoint(folder.refined("small"), "").checksums for folder in (paths, case[1])]
     assert weights[0] == weights[1]
 
 
-def interrupt(case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def interrupt(case: tuple[Params, Paths], after: int) -> None:
     """Correct until `after` subblocks were corrected."""
-    calls = iter(range(after))
-
-    def failing(*arguments: Any) -> Any:
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return correct(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(refine_child, "correct", failing)
+    with interrupted(refine_child, "correct", after):
         refine_child.refine.fn("small", *case)
 
 
@@ -183,7 +163,7 @@ DEEPER = [("kv_1", "ffn_48"), ("no_op", "ffn_48"), ("kv_1", "ffn_24")]
 
 @pytest.fixture
 def deeper(case: tuple[Params, Paths]) -> tuple[Params, Paths]:
-    """A child that is corrected from its first block on."""
+    """Return a child that is corrected from its first block on."""
     assemble(*case, DEEPER)
     return case
 
@@ -194,7 +174,7 @@ def test_an_interrupted_walk_ends_with_the_same_bytes(
 ) -> None:
     """Finished blocks are not corrected again, and one block's states are on disk at a time."""
     whole = run(*deeper)
-    interrupt(deeper, monkeypatch, after)
+    interrupt(deeper, after)
     assert checksums(deeper[1].refined("small")) == whole[1]  # the earlier child stays until the new one is whole
     states = deeper[1].refine_state("small") / "states"
     shutil.copytree(next(states.iterdir()), states / "009")  # left by a kill before it was deleted
@@ -209,26 +189,22 @@ def test_an_interrupted_walk_ends_with_the_same_bytes(
     assert len(calls) == left and all(len(folders) == 1 for folders in calls)
 
 
-def test_a_rolling_cache_whose_states_were_lost_begins_at_the_first_block(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rolling_cache_whose_states_were_lost_begins_at_the_first_block(tmp_path: Path) -> None:
     """The boundary that it begins with is no longer in the window."""
     case = prepare("llama", tmp_path, cache_activations={"mode": "rolling"})
     cache(*case)
     distill(*case)
     assemble(*case, DEEPER)
     whole = run(*case)
-    interrupt(case, monkeypatch, 4)
+    interrupt(case, 4)
     shutil.rmtree(case[1].refine_state("small") / "states")
     assert run(*case) == whole
 
 
 @pytest.mark.parametrize("damaged", ["states", "blocks"])
-def test_damaged_pieces_are_made_again(
-    damaged: str, deeper: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_pieces_are_made_again(damaged: str, deeper: tuple[Params, Paths]) -> None:
     whole = run(*deeper)
-    interrupt(deeper, monkeypatch, 4)
+    interrupt(deeper, 4)
     files = [
         path
         for path in (deeper[1].refine_state("small") / damaged).rglob("*")
@@ -238,13 +214,13 @@ def test_damaged_pieces_are_made_again(
     assert run(*deeper) == whole
 
 
-def test_another_setting_starts_anew(deeper: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_setting_starts_anew(deeper: tuple[Params, Paths]) -> None:
     """Also where the sequences lie in the same shards of the activation cache."""
     values = deeper[0].model_dump(mode="json")
     values["refine_child"]["tokens"] = 20 * SEQ_LEN
     fewer = Params.model_validate(values)
     undisturbed = run(fewer, deeper[1])
-    interrupt(deeper, monkeypatch, 4)
+    interrupt(deeper, 4)
     assert run(fewer, deeper[1]) == undisturbed
 
 
@@ -253,22 +229,16 @@ def test_blocks_that_were_corrected_from_other_inputs_are_not_taken(
     other: str, deeper: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params, paths = deeper
-    interrupt(deeper, monkeypatch, 4)
+    interrupt(deeper, 4)
     if other == "weights":
         change_weights(paths.assembled("small"))
     elif other == "dtype":
         params = tiny_params(run={"dtype": "bfloat16"}, prepare_parent=params.prepare_parent.model_dump())
     else:
         monkeypatch.setattr(refine_child, "code_digest", lambda _: "of other code")
-    calls: list[int] = []
-
-    def counting(*arguments: Any) -> Any:
-        calls.append(1)
-        return correct(*arguments)
-
-    monkeypatch.setattr(refine_child, "correct", counting)
+    corrected = calls_of(refine_child, "correct", monkeypatch)
     run(params, paths)
-    assert len(calls) == 5
+    assert len(corrected) == 5
 
 
 def test_without_tokens_the_child_stays_as_assembled(case: tuple[Params, Paths]) -> None:
@@ -283,20 +253,14 @@ def test_sums_are_over_every_sequence_once_also_where_a_group_is_not_full(
     case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """22 sequences are five groups of four and one of two; one by one they have the same sums."""
-    sums: list[Moments] = []
-
-    def recording(*arguments: Any) -> Any:
-        sums.append(arguments[2])
-        return correct(*arguments)
-
-    monkeypatch.setattr(refine_child, "correct", recording)
+    corrected = calls_of(refine_child, "correct", monkeypatch)
     settings = case[0].refine_child.model_copy(update={"tokens": 22 * SEQ_LEN})
     params = case[0].model_copy(update={"refine_child": settings})
     run(params, case[1])
     monkeypatch.setattr(refine_child, "_GROUP", 1)
     monkeypatch.setattr(refine_child, "code_digest", lambda _: "one by one")
     run(params, case[1])
-    grouped, single = sums[0], sums[len(sums) // 2]
+    grouped, single = corrected[0][2], corrected[len(corrected) // 2][2]
     assert grouped.tokens == single.tokens == 22 * SEQ_LEN
     assert grouped.gram.allclose(single.gram, rtol=1e-4, atol=1e-5 * float(single.gram.max()))
     assert grouped.cross.allclose(single.cross, rtol=1e-3, atol=1e-4 * float(single.cross.abs().max()))

@@ -98,13 +98,13 @@ class Page(HTMLParser):
         self.text += data
 
     def values(self, name: str) -> list[str]:
-        """Values of an attribute, wherever it is."""
+        """Return values of an attribute, wherever it is."""
         return [value for _, attribute, value in self.attributes if attribute == name]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
-    """A reported run; tests read it."""
+    """Return a reported run; tests read it."""
     paths = Paths(tmp_path_factory.mktemp("run") / "artifacts")
     params = write_run(paths)
     write_report.fn(params, paths)
@@ -113,7 +113,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> tuple[Params, Paths]:
-    """A run without its report; tests change it."""
+    """Return a run without its report; tests change it."""
     paths = Paths(tmp_path / "artifacts")
     return write_run(paths), paths
 
@@ -323,7 +323,7 @@ def test_same_inputs_give_same_bytes(run: tuple[Params, Paths], tmp_path: Path) 
 
 
 def cells(svg: str, key: str) -> list[tuple[str, int, str]]:
-    """(subblock, first block, variant) of the cells of one model."""
+    """Return (subblock, first block, variant) of the cells of one model."""
     ids = re.findall(rf'id="architecture-{key}-(attention|ffn)-(\d+)-(\w+)"', svg)
     return [(part, int(index), variant) for part, index, variant in ids]
 

@@ -57,14 +57,14 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture
 def paths(tmp_path: Path) -> Paths:
-    """Artifacts that the search reads."""
+    """Return artifacts that the search reads."""
     paths = Paths(tmp_path / "artifacts")
     write_tables(paths)
     return paths
 
 
 def _quantity(metric: str, scenario: str = "", batch: int = 1, **where: Any) -> Quantity:
-    """The metric as the constraint with these fields means it."""
+    """Return the metric as the constraint with these fields means it."""
     if not scenario:
         return Quantity(METRICS[metric], batch=batch, **where)
     setting = Setting(where["hardware"], where["engine"], "bfloat16", 1, scenario, batch)
@@ -72,7 +72,7 @@ def _quantity(metric: str, scenario: str = "", batch: int = 1, **where: Any) -> 
 
 
 def _brute_force(quantity: Quantity, limit: float) -> tuple[float | None, float]:
-    """The smallest sum of scores of a child that keeps the limit, and the metric's best value over all children.
+    """Return the smallest sum of scores of a child that keeps the limit, and the metric's best value over all children.
 
     Nothing in any block is no child.
     """

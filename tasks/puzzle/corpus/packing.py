@@ -119,11 +119,11 @@ class Packer:
 
     @property
     def left_out(self) -> int:
-        """Documents left out so far because they repeat others."""
+        """Count the documents left out so far because they repeat others."""
         return self._repeats.left_out
 
     def sequences(self, split: str) -> Iterator[PackedSequence]:
-        """Sequences of a split to its budget; to be exhausted before the next split begins.
+        """Yield the sequences of a split to its budget; to be exhausted before the next split begins.
 
         Raises:
             InputError: the feeds do not hold enough tokens, the message has how many each split got.
@@ -135,7 +135,7 @@ class Packer:
                 yield sequence
 
     def _dense(self, plan: SplitPlan) -> Iterator[PackedSequence]:
-        """Documents without gaps; the last one is cut."""
+        """Pack documents without gaps; the last one is cut."""
         row, used, begins = np.empty(self._seq_len, np.int32), 0, 0
         for tokens in self._take(plan):
             start = 0
@@ -150,7 +150,7 @@ class Packer:
                     row, used = np.empty(self._seq_len, np.int32), 0
 
     def _take(self, plan: SplitPlan) -> Iterator[Tokens]:
-        """Tokens of documents, the next always from the feed that is furthest behind its share; the last one is cut."""
+        """Take tokens of documents, the next from the feed that is furthest behind its share; the last one is cut."""
         taken = [0] * len(self._mixes[plan.mix])
         while self.tokens[plan.name] < plan.tokens:
             feed = self._furthest_behind(plan.mix, taken)
@@ -163,7 +163,7 @@ class Packer:
             yield tokens
 
     def _held_out(self, plan: SplitPlan, every: int) -> Iterator[PackedSequence]:
-        """Sequences of one document each, or of several short ones of one feed."""
+        """Pack sequences of one document each, or of several short ones of one feed."""
         streams, taken = self._streams[plan.mix], [0] * len(self._mixes[plan.mix])
         feeds = [_HeldOutFeed(stream, every, self._seq_len) for stream in streams]
         while self.tokens[plan.name] < plan.tokens:
@@ -183,7 +183,7 @@ class Packer:
         ]
 
     def _furthest_behind(self, mix: str, taken: Sequence[int]) -> int:
-        """The feed that is furthest behind its share of the tokens that a split has taken."""
+        """Return the feed that is furthest behind its share of the tokens that a split has taken."""
         return min(range(len(taken)), key=lambda feed: taken[feed] / self._mixes[mix][feed].weight)
 
     def _count(self, plan: SplitPlan, part: _Part) -> None:
@@ -193,7 +193,7 @@ class Packer:
         self.tokens_of[plan.mix, part.source] += len(part.tokens)
 
     def _tokenised(self, feed: Feed) -> Iterator[TokenisedDocument]:
-        """Tokenised documents of a feed in the order of packing, with repeats taken out."""
+        """Yield tokenised documents of a feed in the order of packing, with repeats taken out."""
         for window in _windows(feed.documents):
             window.sort(key=lambda document: order_key(self._seed, document.content))
             admitted = filter(None, map(self._repeats.admit, window))
@@ -203,12 +203,12 @@ class Packer:
                         yield TokenisedDocument(document, np.array([*ids, self._separator], np.int32))
 
     def _shortage(self, plan: SplitPlan, feed: int) -> str:
-        """What a mix was asked for and what was found, where a feed of it ends."""
+        """Say what a mix was asked for and what was found, where a feed of it ends."""
         mix, plans = self._mixes[plan.mix], [other for other in self._plans.values() if other.mix == plan.mix]
         lines = [f"{other.name} {self.tokens[other.name]:,} of {other.tokens:,}" for other in plans]
         share = "" if len(mix) == 1 else " (its weight asks for more than it has)"
-        rest = self._unused[plan.mix]
-        unused = f"{rest:,} tokens are the rest of documents that held-out splits began; " if rest else ""
+        num_unused = self._unused[plan.mix]
+        unused = f"{num_unused:,} tokens are the rest of documents that held-out splits began; " if num_unused else ""
         return (
             f"the {plan.mix} corpus needs {sum(other.tokens for other in plans):,} tokens, and the source "
             f"{mix[feed].name} ends before{share}. Found: {', '.join(lines)}; {unused}"
@@ -235,7 +235,7 @@ class _HeldOutFeed:
                 self.between.append(tokenised)
 
     def next_sequence(self, number: int) -> tuple[int, list[_Part]] | None:
-        """The next sequence: a document's beginning, and other documents behind it where it is short.
+        """Return the next sequence: a document's beginning, and other documents behind it where it is short.
 
         Args:
             number: the number of the sequence's first document, if it was not begun before.
@@ -244,19 +244,19 @@ class _HeldOutFeed:
             The number of the sequence's first document and the sequence's parts; None at the end of the feed.
         """
         parts: list[_Part] = []
-        missing = self._seq_len
-        while missing:
+        num_missing = self._seq_len
+        while num_missing:
             tokenised = next(self._documents, None)
             if tokenised is None:
                 return self._next_of_rests()
             source, tokens = tokenised.document.source, tokenised.tokens
-            parts.append(_Part(source, tokens[:missing], is_first=True))
-            self._keep(number, source, tokens[missing:])
-            missing -= len(parts[-1].tokens)
+            parts.append(_Part(source, tokens[:num_missing], is_first=True))
+            self._keep(number, source, tokens[num_missing:])
+            num_missing -= len(parts[-1].tokens)
         return number, parts
 
     def _next_of_rests(self) -> tuple[int, list[_Part]] | None:
-        """The next tokens of the document that waits longest."""
+        """Take the next tokens of the document that waits longest."""
         if not self._rests:
             return None
         number, source, tokens = self._rests.popleft()
@@ -272,7 +272,7 @@ class _HeldOutFeed:
 
 
 def _windows(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in lists of about WINDOW_CHARS."""
+    """Yield documents in lists of about WINDOW_CHARS."""
     window: list[Document] = []
     length = 0
     for document in documents:

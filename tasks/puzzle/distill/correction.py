@@ -80,15 +80,20 @@ class Moments:
     def of(cls, features: Tensor, missing: Tensor, target: Tensor) -> Self:
         """Sum over float32 `features` [tokens, inputs], `missing` and `target` [tokens, outputs]."""
         scale = _inverse_lengths(target)
-        weighted, wanted = features * scale, missing * scale
-        return cls(weighted.T @ weighted, weighted.T @ wanted, wanted.square().sum(dtype=torch.float64), len(features))
+        weighted_features, weighted_missing = features * scale, missing * scale
+        return cls(
+            weighted_features.T @ weighted_features,
+            weighted_features.T @ weighted_missing,
+            weighted_missing.square().sum(dtype=torch.float64),
+            len(features),
+        )
 
-    def add(self, more: Self) -> None:
+    def add(self, moments: Self) -> None:
         """Add the sums over other tokens."""
-        self.gram += more.gram
-        self.cross += more.cross
-        self.error += more.error
-        self.tokens += more.tokens
+        self.gram += moments.gram
+        self.cross += moments.cross
+        self.error += moments.error
+        self.tokens += moments.tokens
 
     def error_after(self, change: Tensor) -> float:
         """Compute the mean over tokens of |missing|^2 / |target|^2 after a float64 `change` of the layer."""
@@ -170,20 +175,20 @@ def correct(
         All tensors of the block, and the correction. The held-out error never rises.
     """
     name = output_layer(variant)
-    present = joined(tensors, name).to(fitted_on.gram.device)
-    before = held_out.error_after(torch.zeros_like(present))
+    weights = joined(tensors, name).to(fitted_on.gram.device)
+    before = held_out.error_after(torch.zeros_like(weights))
 
     def attempt(number: int) -> Attempt:
         ridge = RIDGES[number]
-        changed = with_layer(tensors, name, present + solve_ridge(fitted_on.gram, fitted_on.cross, ridge))
-        return ridge, changed, held_out.error_after(joined(changed, name).to(present.device) - present)
+        changed = with_layer(tensors, name, weights + solve_ridge(fitted_on.gram, fitted_on.cross, ridge))
+        return ridge, changed, held_out.error_after(joined(changed, name).to(weights.device) - weights)
 
-    kept, best = tensors, Correction(None, before, before)
+    best_tensors, best = tensors, Correction(None, before, before)
     for ridge, changed, error in each(attempt, len(RIDGES)):
         if not error < best.error_after:
             break
-        kept, best = changed, Correction(ridge, before, error)
-    return kept, best
+        best_tensors, best = changed, Correction(ridge, before, error)
+    return best_tensors, best
 
 
 def relative_error(states: Tensor, target: Tensor) -> float:

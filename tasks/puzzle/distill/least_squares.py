@@ -78,10 +78,10 @@ def fit_outputs(
             solution = sums[variant].solve()
         else:
             assert isinstance(variant, Ffn)
-            kept = kept_channels(order, variant)
+            indices = kept_channels(order, variant)
             if config.mlp_bias:  # the constant feature is the last one
-                kept = torch.cat([kept, kept.new_tensor([config.intermediate_size])])
-            solution = solve_ridge(channels[kept][:, kept], channels[kept] @ down, RIDGE)
+                indices = torch.cat([indices, indices.new_tensor([config.intermediate_size])])
+            solution = solve_ridge(channels[indices][:, indices], channels[indices] @ down, RIDGE)
         fitted[variant] = with_layer(start, output_layer(variant), solution)
     return fitted
 

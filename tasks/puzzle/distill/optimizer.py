@@ -44,7 +44,7 @@ class MasterWeights:
 
     @property
     def rate(self) -> float:
-        """Learning rate of the next step."""
+        """Return the learning rate of the next step."""
         return self._schedule.rate(self._step)
 
     def step(self) -> None:

@@ -24,12 +24,12 @@ class Answers:
     """One model's answers to the questions of a benchmark.
 
     Attributes:
-        asked: digest of the questions and the prompts around them.
+        questions_digest: digest of the questions and the prompts around them.
         scores: a number of 0 .. 1 for each question: right or wrong, or a share.
         chance: a guesser's expected score of each question.
     """
 
-    asked: str
+    questions_digest: str
     scores: tuple[float, ...]
     chance: tuple[float, ...]
 
@@ -53,7 +53,7 @@ def compare(benchmark: Benchmark, models: Mapping[str, Answers]) -> BenchmarkAcc
     """
     parent = models[PARENT]
     for answers in models.values():
-        assert answers.asked == parent.asked, "models were asked different questions"
+        assert answers.questions_digest == parent.questions_digest, "models were asked different questions"
     count, chance = len(parent.scores), statistics.fmean(parent.chance)
     guesser_stderr = math.sqrt(sum(p * (1 - p) for p in parent.chance)) / count
     accuracy = estimate(parent.scores)
@@ -64,7 +64,7 @@ def compare(benchmark: Benchmark, models: Mapping[str, Answers]) -> BenchmarkAcc
         version=benchmark.version,
         limit=benchmark.limit,
         questions=count,
-        asked=parent.asked,
+        questions_digest=parent.questions_digest,
         chance=chance,
         parent_at_chance=at_chance,
         parent=accuracy,

@@ -53,7 +53,7 @@ for _logger in ("lm_eval.models.huggingface", "lm_eval.api.task"):
 
 
 def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """ROUGE-L, the F1 of the longest common subsequence of words: English ones, and not reduced to their stems."""
+    """Measure ROUGE-L, the F1 of the longest common subsequence of words, English ones, not reduced to their stems."""
     from rouge_score.rouge_scorer import RougeScorer  # it imports nltk, which other tasks need not pay
 
     score = RougeScorer(["rougeL"]).score(references[0], predictions[0])["rougeL"]
@@ -61,14 +61,14 @@ def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
 
 
 def probability_of_true(question: Row, answers: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """TruthfulQA's mc2: the share of probability that the model gives to the true ones of a question's answers."""
+    """Return TruthfulQA's mc2: the share of probability that the model gives to the true answers of a question."""
     likelihood = np.exp([log_likelihood for log_likelihood, _ in answers])
     is_true = np.asarray(_truths(question)) == 1
     return {"acc": float(likelihood[is_true].sum() / likelihood.sum())}
 
 
 def _truths(question: Row) -> list[int]:
-    """1 for each true answer of a TruthfulQA question, 0 for the others, in the columns of a file or of the hub."""
+    """Mark each true answer of a TruthfulQA question with 1, others with 0, in the columns of a file or of the hub."""
     truths: list[int] = question["mc2_labels"] if "mc2_labels" in question else question["mc2_targets"]["labels"]
     return truths
 
@@ -98,16 +98,16 @@ def local_tasks(
     place = f"measure_accuracy.tasks {name!r}"
     config = {key: setting for key, setting in form.items() if key != "group_by"}
     if "process_results" in form:
-        config["process_results"] = _known(form["process_results"], "process_results", _PROCESSES, place)
+        config["process_results"] = _function_named(form["process_results"], "process_results", _PROCESSES, place)
     config["metric_list"] = _metrics(form, place)
     shots = (form.get("num_fewshot") or 0) if num_fewshot is None else num_fewshot
     if not isinstance(shots, int) or shots < 0:
         raise InputError(f"{place}: expected as num_fewshot of its form a number of examples, found {shots!r:.40}")
     fewest = max(1, shots + 1 if examples is None else shots)
     tasks = {}
-    for kind, (asked, shown) in _grouped(form.get("group_by"), rows, examples, place).items():
+    for kind, (questions, kind_examples) in _grouped(form.get("group_by"), rows, examples, place).items():
         task = f"{name}_{kind}" if kind else name
-        splits = {"test": asked, "examples": asked if examples is None else shown}
+        splits = {"test": questions, "examples": questions if examples is None else kind_examples}
         if len(splits["examples"]) < fewest:
             of_kind = f" of {kind!r}, which is asked" if kind else ""
             raise InputError(
@@ -118,15 +118,15 @@ def local_tasks(
     return tasks
 
 
-def _known(name: Any, key: str, functions: Mapping[str, Any], place: str) -> Any:
-    """What a form names."""
+def _function_named(name: Any, key: str, functions: Mapping[str, Any], place: str) -> Any:
+    """Return the function that a form names."""
     if not isinstance(name, str) or name not in functions:
         raise InputError(f"{place}: expected as {key} of its form one of {', '.join(functions)}, found {name!r:.40}")
     return functions[name]
 
 
 def _metrics(form: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
-    """The metrics of a form; those that lm-eval lacks it would load from the hub, with their code."""
+    """Return the metrics of a form; those that lm-eval lacks it would load from the hub, with their code."""
     metrics = form.get("metric_list")
     if not isinstance(metrics, list) or not all(
         isinstance(metric, dict) and isinstance(metric.get("metric"), str) for metric in metrics
@@ -138,14 +138,16 @@ def _metrics(form: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
         raise InputError(f"{place}: hf_evaluate would load code from the hub; take it out of its form")
     if "process_results" in form:  # it names what it gives by itself
         return metrics
-    known: dict[str, Any] = {**{name: name for name in lm_eval.api.registry.metric_registry}, **_METRICS}
-    return [{**metric, "metric": _known(metric["metric"], "metric", known, place)} for metric in metrics]
+    metrics_by_name: dict[str, Any] = {**{name: name for name in lm_eval.api.registry.metric_registry}, **_METRICS}
+    return [
+        {**metric, "metric": _function_named(metric["metric"], "metric", metrics_by_name, place)} for metric in metrics
+    ]
 
 
 def _grouped(
     column: str | None, rows: Sequence[Row], examples: Sequence[Row] | None, place: str
 ) -> dict[str, tuple[list[Row], list[Row]]]:
-    """Questions and examples by the text in a column; without a column all of them under an empty name."""
+    """Group questions and examples by the text in a column; without a column all of them under an empty name."""
     for row in (*rows, *(examples or ())):
         if column is not None and not isinstance(row.get(column), str):
             raise InputError(
@@ -210,8 +212,8 @@ def hub_tasks(name: str) -> Tasks:
     return loaded
 
 
-def chosen_metric(tasks: Tasks, wanted: str | None) -> str:
-    """Choose the metric that is reported: the wanted one, else acc_norm, acc or the first that is a mean.
+def chosen_metric(tasks: Tasks, metric: str | None) -> str:
+    """Choose the metric that is reported: `metric`, else acc_norm, acc or the first that is a mean.
 
     Raises:
         InputError: some task has no such metric, or it is no mean over questions.
@@ -221,28 +223,28 @@ def chosen_metric(tasks: Tasks, wanted: str | None) -> str:
         for task in tasks.values()
     ]
     shared = [name for name in means[0] if all(name in names for names in means)]
-    preferred = (wanted,) if wanted else (*_DEFAULT_METRICS, *shared)
+    preferred = (metric,) if metric else (*_DEFAULT_METRICS, *shared)
     chosen = next((name for name in preferred if name in shared), None)
     if chosen is None:
         name, task = next(iter(tasks.items()))
         raise InputError(
             f"measure_accuracy.tasks: {name} is {task.OUTPUT_TYPE} with {', '.join(task.aggregation())}; expected "
-            f"{wanted or 'a metric'} that is a mean over questions (has: {', '.join(shared) or 'none'}): name another "
+            f"{metric or 'a metric'} that is a mean over questions (has: {', '.join(shared) or 'none'}): name another "
             "metric or task"
         )
     return str(chosen)
 
 
-def chosen_filter(tasks: Tasks, wanted: str | None) -> str:
-    """Choose how answers are read from texts: the wanted filter, else the task's first.
+def chosen_filter(tasks: Tasks, filter_name: str | None) -> str:
+    """Choose how answers are read from texts: `filter_name`, else the task's first.
 
     Raises:
         InputError: there is no such filter.
     """
     names = [ensemble.name for ensemble in next(iter(tasks.values()))._filters]
-    if wanted is not None and wanted not in names:
-        raise InputError(f"measure_accuracy.tasks: {next(iter(tasks))} has no filter {wanted!r} (has: {names})")
-    return wanted or str(names[0])
+    if filter_name is not None and filter_name not in names:
+        raise InputError(f"measure_accuracy.tasks: {next(iter(tasks))} has no filter {filter_name!r} (has: {names})")
+    return filter_name or str(names[0])
 
 
 @dataclass(frozen=True)
@@ -269,13 +271,13 @@ class Asking:
 
 
 def questions_digest(tasks: Tasks, asking: Asking) -> str:
-    """Digest of the questions that will be asked, of those that examples come from, and of the tasks' versions."""
+    """Return a digest of the questions that will be asked, of those that examples come from, and of tasks' versions."""
     contents = []
     for name, task in tasks.items():
         shots = task.get_config("num_fewshot") if asking.num_fewshot is None else asking.num_fewshot
-        shown = task.fewshot_docs() if shots else ()
-        asked = list(task.eval_docs)[: asking.limit]
-        contents.append([name, str(task.VERSION), shots, _digest(asked), _digest(list(shown or ()))])
+        examples = task.fewshot_docs() if shots else ()
+        questions = list(task.eval_docs)[: asking.limit]
+        contents.append([name, str(task.VERSION), shots, _digest(questions), _digest(list(examples or ()))])
     return digest_of(contents)
 
 
@@ -309,18 +311,18 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Ta
         apply_chat_template=asking.chat,
         fewshot_as_multiturn=asking.chat,
     )["samples"]
-    asked, scores, chance = [], [], []
+    questions, scores, chance = [], [], []
     for name, task in tasks.items():
         answered = [sample for sample in samples[name] if sample["filter"] == asking.filter]
         for sample in sorted(answered, key=lambda sample: sample["doc_id"]):
-            asked.append(f"{name}/{sample['doc_id']}/{sample['doc_hash']}/{sample['prompt_hash']}")
+            questions.append(f"{name}/{sample['doc_id']}/{sample['doc_hash']}/{sample['prompt_hash']}")
             scores.append(float(sample[asking.metric]))
             chance.append(_chance(task, sample, asking.metric))
-    return Answers(digest_of(asked), tuple(scores), tuple(chance))
+    return Answers(digest_of(questions), tuple(scores), tuple(chance))
 
 
 def _chance(task: ConfigurableTask, sample: Row, metric: str) -> float:
-    """A guesser's expected score of one question; 0 where there is nothing to guess from."""
+    """Return a guesser's expected score of one question; 0 where there is nothing to guess from."""
     if task.OUTPUT_TYPE != "multiple_choice" or metric not in _CHOSEN:
         return 0.0
     question, right = sample["doc"], sample["target"]

@@ -38,7 +38,7 @@ class Question:
 
     @property
     def temperature(self) -> float:
-        """Temperature of the answers: FastChat's for the category, 0 for those that have one right answer."""
+        """Return the temperature of the answers: FastChat's for the category, 0 where one answer is right."""
         return _TEMPERATURES.get(self.category, 0.0)
 
 
@@ -55,12 +55,12 @@ def judge_prompt(question: Question, answers: Sequence[str]) -> str:
 
 
 def _conversation(title: str, speaker: str, turns: Sequence[str], answers: Sequence[str]) -> str:
-    said = [f"### User:\n{turn}\n\n### {speaker}:\n{answer}" for turn, answer in zip(turns, answers, strict=False)]
-    return "\n\n".join([f"<|The Start of {title}|>", *said, f"<|The End of {title}|>"])
+    messages = [f"### User:\n{turn}\n\n### {speaker}:\n{answer}" for turn, answer in zip(turns, answers, strict=False)]
+    return "\n\n".join([f"<|The Start of {title}|>", *messages, f"<|The End of {title}|>"])
 
 
 def rating(reply: str) -> float | None:
-    """The rating in a judge's reply, from 1 to 10; None where there is none."""
-    found = _RATING.search(reply)
-    number = float(found[1]) if found else None
+    """Read the rating in a judge's reply, from 1 to 10; None where there is none."""
+    match = _RATING.search(reply)
+    number = float(match[1]) if match else None
     return number if number is not None and 1 <= number <= HIGHEST else None

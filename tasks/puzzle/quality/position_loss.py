@@ -24,12 +24,12 @@ Losses = Sequence[Sequence[float]]
 
 
 def ranges(tokens: int) -> list[tuple[int, int]]:
-    """Ranges of positions (first, end) of documents of up to `tokens` tokens; nothing predicts the token at 0."""
-    found, first, end = [], 1, _FIRST_END
+    """Return ranges (first, end) of positions of documents up to `tokens` long; nothing predicts the token at 0."""
+    parts, first, end = [], 1, _FIRST_END
     while first < tokens:
-        found.append((first, min(end, tokens)))
+        parts.append((first, min(end, tokens)))
         first, end = end, 2 * end
-    return found
+    return parts
 
 
 def summed_losses(model: PreTrainedModel, ids: Tensor, parts: Sequence[tuple[int, int]]) -> list[float]:

@@ -42,7 +42,7 @@ class Refusal:
 
     @property
     def text(self) -> str:
-        """The reason and the blocks."""
+        """Return the reason and the blocks."""
         return f"{self.reason}, unlike {self.where}" if self.where else self.reason
 
 
@@ -221,7 +221,7 @@ _NO_ATTENTION = Refusal("it loads no model without attention", "", _KEEP_ONE)
 def reasons_against(
     runtime: Runtime, config: ModelConfig, index: int, attention: Attention, ffn: Ffn
 ) -> tuple[str, ...]:
-    """Reasons why a runtime would compute every child with this block wrong or not at all.
+    """Say why a runtime would compute every child with this block wrong or not at all.
 
     What depends on other blocks as well, :func:`refusals` says.
 
@@ -237,7 +237,7 @@ def reasons_against(
 
 
 def refusals(config: ModelConfig, blocks: Blocks) -> dict[Runtime, list[Refusal]]:
-    """Runtime -> why it would compute a child of these blocks wrong or not at all."""
+    """Map each runtime to why it would compute a child of these blocks wrong or not at all."""
     most = max((attention.num_kv_heads for attention, _ in blocks), default=0)
     config = replace(config, num_kv_heads=most)  # a child may have fewer than its parent, the same number everywhere
     against = {runtime: _broken_rules(runtime, config, blocks, _CHILD_RULES) for runtime in RUNTIMES}
@@ -265,17 +265,17 @@ class ChildRule:
 
 
 def child_rules(runtimes: Sequence[Runtime], choices: Sequence[tuple[int, Attention, Ffn]]) -> Iterator[ChildRule]:
-    """What no single block shows: a child that keeps all of these is not empty, and no runtime refuses it as a whole.
+    """Return what no single block shows: a child that keeps these rules is not empty, and no runtime refuses it whole.
 
     Args:
         runtimes: the runtimes that the child must run in.
         choices: the blocks that a child may take: the parent block where each begins, which gives their order;
             attention; FFN. A child takes at most one that begins at a place.
     """
-    kept = [int((attention.kind, ffn.kind) != ("no_op", "no_op")) for _, attention, ffn in choices]
-    yield ChildRule("a child has an attention or an FFN in some block", tuple(kept), 1)
+    non_empty = [int((attention.kind, ffn.kind) != ("no_op", "no_op")) for _, attention, ffn in choices]
+    yield ChildRule("a child has an attention or an FFN in some block", tuple(non_empty), 1)
     attended = [int(attention.kind != "no_op") for _, attention, _ in choices]
-    without = [keeps - has for keeps, has in zip(kept, attended, strict=True)]  # 1: an FFN, and no attention
+    without = [keeps - has for keeps, has in zip(non_empty, attended, strict=True)]  # 1: an FFN, and no attention
     for runtime in runtimes:
         if runtime in _NEEDS_ATTENTION:
             yield ChildRule(f"{runtime} needs attention in some block", tuple(attended), 1)
@@ -296,7 +296,7 @@ def _preceded(
     before: Sequence[int],
     anywhere: Sequence[int],
 ) -> Iterator[ChildRule]:
-    """The rules that a block with a 1 in `needs` has one of `before` before it, or the child has one of `anywhere`."""
+    """Return rules that a block with a 1 in `needs` has one of `before` before it, or the child one of `anywhere`."""
     places = [place for place, _, _ in choices]
     for here in sorted({place for place, is_needy in zip(places, needs, strict=True) if is_needy}):
         weights = [
@@ -307,18 +307,18 @@ def _preceded(
 
 
 def is_empty(blocks: Blocks) -> bool:
-    """Whether no block has an attention or an FFN, so that there is nothing to train or to run."""
+    """Tell whether no block has an attention or an FFN, so that there is nothing to train or to run."""
     return all((attention.kind, ffn.kind) == ("no_op", "no_op") for attention, ffn in blocks)
 
 
 def has_kv_heads(blocks: Blocks) -> bool:
-    """Whether the GGUF of these blocks has a layer with kv heads; a stand-in for the first attention counts."""
-    kept = [attention.kind for attention, ffn in blocks if (attention.kind, ffn.kind) != ("no_op", "no_op")]
-    return "gqa" in kept or kept[:1] == ["no_op"]
+    """Tell whether the GGUF of these blocks has a layer with kv heads; a stand-in for the first attention counts."""
+    kinds = [attention.kind for attention, ffn in blocks if (attention.kind, ffn.kind) != ("no_op", "no_op")]
+    return "gqa" in kinds or kinds[:1] == ["no_op"]
 
 
 def _broken_rules(runtime: Runtime, config: ModelConfig, blocks: Blocks, rules: Sequence[_Rule]) -> list[Refusal]:
-    """A refusal for each rule of a runtime that a block breaks."""
+    """Return a refusal for each rule of a runtime that a block breaks."""
     has_attention = [attention.kind != "no_op" for attention, _ in blocks]
     described = [_Block(config, any(has_attention[:index]), *block) for index, block in enumerate(blocks)]
     against = []
@@ -333,7 +333,7 @@ def _broken_rules(runtime: Runtime, config: ModelConfig, blocks: Blocks, rules: 
 
 
 def _listed(indices: Sequence[int], count: int) -> str:
-    """Indices of blocks in words, the first six of them, or that they are all `count` blocks."""
+    """List the indices of blocks in words, the first six of them, or say that they are all `count` blocks."""
     if len(indices) == count:
         return "all blocks"
     shown = ", ".join(map(str, indices[:6])) + (", ..." if len(indices) > 6 else "")
@@ -341,13 +341,13 @@ def _listed(indices: Sequence[int], count: int) -> str:
 
 
 def are_alike(blocks: Blocks) -> bool:
-    """Whether the model is a plain Llama: every block has attention with the same kv heads and an FFN of one width."""
+    """Tell whether the model is a plain Llama: every block has attention with the same kv heads, FFNs of one width."""
     [*kinds] = set(blocks)
     return len(kinds) == 1 and kinds[0][0].kind == "gqa" and kinds[0][1].kind == "gated"
 
 
 def format_refusals(name: FormatName, config: ModelConfig, blocks: Blocks) -> list[Refusal]:
-    """Why a child of these blocks cannot be exported in a format so that what reads it computes it right."""
+    """Say why a child of these blocks cannot be exported in a format so that what reads it computes it right."""
     return _FORMAT_REFUSALS[FORMATS[name].kind](config, blocks)
 
 
@@ -387,7 +387,7 @@ _FORMAT_REFUSALS: Mapping[FormatKind, Callable[[ModelConfig, Blocks], list[Refus
 
 
 def verdicts(config: ModelConfig, blocks: Blocks) -> list[Verdict]:
-    """The verdict of each runtime on a model of these blocks, over every format that it may be exported in."""
+    """Return the verdict of each runtime on a model of these blocks, over every format that it may be exported in."""
     against = refusals(config, blocks)
     llama_format = next((name for name in _LLAMA_FORMATS if not format_refusals(name, config, blocks)), None)
     judged = []

@@ -18,7 +18,7 @@ from tasks.puzzle.search.problem import Choice, Limit, Problem
 
 
 def with_random_scores(problem: Problem[Replacement], parent: Sequence[Replacement], seed: int) -> Problem[Replacement]:
-    """The problem with scores drawn from [0, 1): a draw for each attention and FFN variant of each block.
+    """Return the problem with scores drawn from [0, 1): a draw for each attention and FFN variant of each block.
 
     The parent's own variants keep 0, so that the search still replaces no more than it must.
     """
@@ -58,7 +58,7 @@ class _SingleBlocks:
             raise _infeasible(self.problem, name)
 
     def excesses(self, chosen: Iterable[Replacement]) -> list[float]:
-        """The share by which each limit is exceeded; 0 where it is kept."""
+        """Return the share by which each limit is exceeded; 0 where it is kept."""
         indices = [self.index[replacement] for replacement in chosen]
         totals = [(limit, limit.total(indices)) for limit in self.problem.limits]
         return [0.0 if limit.met_by(total) else (total - limit.upper) / abs(limit.upper) for limit, total in totals]
@@ -70,7 +70,7 @@ class _SingleBlocks:
         return tuple(self.problem.choices[self.index[replacement]] for replacement in chosen)
 
     def relief(self, before: Replacement, after: Replacement, excesses: Sequence[float]) -> float:
-        """The share of the exceeded limits that a replacement saves; each limit counts at most by its excess.
+        """Return the share of the exceeded limits that a replacement saves; each limit counts at most by its excess.
 
         The relief is 0 where it takes more of any limit than before, so that steps never undo each other.
         """
@@ -81,7 +81,7 @@ class _SingleBlocks:
 
 
 def _share(limit: Limit, before: int, after: int) -> float:
-    """The share of a limit that is saved where one choice (index) takes the place of another."""
+    """Return the share of a limit that is saved where one choice (index) takes the place of another."""
     return (limit.coefficients[before] - limit.coefficients[after]) / abs(limit.upper)
 
 
@@ -124,7 +124,7 @@ def depth(
 
 
 def uniform(problem: Problem[Replacement], parent: Sequence[Replacement]) -> tuple[Choice[Replacement], ...]:
-    """One FFN width everywhere, or two adjacent ones, and one smaller attention in the blocks where it harms least.
+    """Choose one FFN width, or two adjacent ones, and one smaller attention in the blocks where it harms least.
 
     Of all kinds of attention (fewer kv heads, none) and numbers of blocks with it, each with the widest FFNs that keep
     the limits, take the child with the least sum of scores. A block stays as it is where a variant is not allowed.
@@ -133,14 +133,14 @@ def uniform(problem: Problem[Replacement], parent: Sequence[Replacement]) -> tup
     blocks.check_parent(parent, "uniform")
     widths = sorted({block.ffn for block in blocks.index if block.ffn.kind == "gated"}, reverse=True)
     children = [_widest(blocks, attentions, widths) for attentions in _attentions(blocks, parent)]
-    kept = [child for child in children if not any(blocks.excesses(child))]
-    if not kept:
+    within_limits = [child for child in children if not any(blocks.excesses(child))]
+    if not within_limits:
         raise _infeasible(problem, "uniform")
-    return blocks.choices(min(kept, key=lambda child: math.fsum(map(blocks.score, child))))
+    return blocks.choices(min(within_limits, key=lambda child: math.fsum(map(blocks.score, child))))
 
 
 def _attentions(blocks: _SingleBlocks, parent: Sequence[Replacement]) -> Iterator[list[Replacement]]:
-    """The parent, then with one smaller attention in ever more blocks, those with the least scores first."""
+    """Yield the parent, then with one smaller attention in ever more blocks, those with the least scores first."""
     yield list(parent)
     for attention in sorted({block.attention for block in blocks.index} - {block.attention for block in parent}):
         replaced = [replace(block, attention=attention) for block in parent]
@@ -151,7 +151,7 @@ def _attentions(blocks: _SingleBlocks, parent: Sequence[Replacement]) -> Iterato
 
 
 def _widest(blocks: _SingleBlocks, chosen: Sequence[Replacement], widths: Sequence[Ffn]) -> list[Replacement]:
-    """The blocks with the widest FFNs that keep the limits; `widths` from the widest to the narrowest.
+    """Return the blocks with the widest FFNs that keep the limits; `widths` from the widest to the narrowest.
 
     The FFNs of evenly spaced blocks are narrowed by one width, until all have the next one; narrower ones are taken to
     need no more of any limit. The narrowest come back where even they exceed a limit.
@@ -170,7 +170,7 @@ def _widest(blocks: _SingleBlocks, chosen: Sequence[Replacement], widths: Sequen
 
 
 def _spaced(number: int, count: int) -> set[int]:
-    """`number` of `count` positions, evenly spaced."""
+    """Return `number` of `count` positions, evenly spaced."""
     return {(2 * position + 1) * count // (2 * number) for position in range(number)}
 
 

@@ -24,9 +24,9 @@ class PointLimits:
     name: str
     limits: tuple[Limit, ...]
 
-    def restricted_to(self, kept: Sequence[int]) -> "PointLimits":
-        """The limits for a problem that has these choices (indices) alone."""
-        return replace(self, limits=tuple(limit.restricted_to(kept) for limit in self.limits))
+    def restricted_to(self, indices: Sequence[int]) -> "PointLimits":
+        """Return the limits for a problem that has these choices (indices) alone."""
+        return replace(self, limits=tuple(limit.restricted_to(indices) for limit in self.limits))
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ ONE_POINT = (PointLimits("", ()),)
 def best_child(
     problem: Problem[P], settings: SolverSettings, points: Sequence[PointLimits] = ONE_POINT
 ) -> BestChild[P]:
-    """The best child at the best operating point.
+    """Find the best child at the best operating point.
 
     Raises:
         InfeasibleError: no point has a child; the limits at fault are named.
@@ -77,7 +77,7 @@ def best_child(
 def best_child_if_any(
     problem: Problem[P], settings: SolverSettings, points: Sequence[PointLimits] = ONE_POINT
 ) -> BestChild[P] | None:
-    """The best child, or None where no point has one; reasons are not searched for."""
+    """Find the best child, or None where no point has one; reasons are not searched for."""
     start = time.perf_counter()
     while True:
         problems = [_at_point(problem, point) for point in points]
@@ -149,7 +149,7 @@ def alternatives(
     count: int,
     min_distance: float,
 ) -> Iterator[BestChild[P]]:
-    """Further children in the order of their scores, each differing from all before it in a share of the blocks.
+    """Find further children in the order of their scores, each differing from all before it in a share of the blocks.
 
     Args:
         problem: the problem that `first` solves.
@@ -173,7 +173,7 @@ def alternatives(
 
 
 def _unlike(problem: Problem[P], chosen: Sequence[Choice[P]], most_alike: int, number: int) -> Limit:
-    """The limit that at most `most_alike` of the parent's blocks are replaced as in an earlier child."""
+    """Return the limit that at most `most_alike` of the parent's blocks are replaced as in an earlier child."""
     same = {choice.replacement for choice in chosen}
     blocks_alike = (
         float(len(choice.replacement.parent_blocks)) if choice.replacement in same else 0.0

@@ -29,7 +29,7 @@ class Conflict:
 
     @property
     def text(self) -> str:
-        """The conflict as a line of the message; the value is rounded so that it can be met as printed."""
+        """Return the conflict as a line of the message; the value is rounded so that it can be met as printed."""
         if self.best is None:
             return f"{self.limit.text}: the other limits cannot be met together either"
         return f"{self.limit.text}: best reachable {_shown(self.limit, self.best)} with the others kept"
@@ -54,7 +54,7 @@ class InfeasibleError(InputError):
 
 
 def infeasible(problems: Problems, settings: SolverSettings) -> InfeasibleError:
-    """The error that says why none of the problems has a solution."""
+    """Return the error that says why none of the problems has a solution."""
     conflicts = _conflicts(problems, settings)
     nearest = _nearest(problems, settings)
     name = problems[0].name
@@ -70,21 +70,21 @@ def infeasible(problems: Problems, settings: SolverSettings) -> InfeasibleError:
 
 
 def _conflicts(problems: Problems, settings: SolverSettings) -> tuple[Conflict, ...]:
-    """A minimal set of limits that exclude each other, by leaving out one at a time; each with its best value.
+    """Find a minimal set of limits that exclude each other, by leaving out one at a time; each with its best value.
 
     The rules are kept throughout.
     """
     limits = [limit for limit in problems[0].limits if not limit.is_rule]
-    kept = [limit.name for limit in problems[0].limits]
+    names = [limit.name for limit in problems[0].limits]
     for limit in limits:
-        fewer = [name for name in kept if name != limit.name]
+        fewer = [name for name in names if name != limit.name]
         if not any(_feasible(_with_limits(problem, fewer), settings) for problem in problems):
-            kept = fewer
-    return tuple(Conflict(limit, _best(problems, limit.name, settings)) for limit in limits if limit.name in kept)
+            names = fewer
+    return tuple(Conflict(limit, _best(problems, limit.name, settings)) for limit in limits if limit.name in names)
 
 
 def _rules_at_fault(problems: Problems, settings: SolverSettings) -> list[str]:
-    """The rules in words, where a child would exist without them."""
+    """Return the rules in words, where a child would exist without them."""
     rules = list(dict.fromkeys(limit.text for limit in problems[0].limits if limit.is_rule))
     names = [limit.name for limit in problems[0].limits if not limit.is_rule]
     is_possible = rules and any(_feasible(_with_limits(problem, names), settings) for problem in problems)
@@ -92,7 +92,7 @@ def _rules_at_fault(problems: Problems, settings: SolverSettings) -> list[str]:
 
 
 def _feasible(problem: Problem[Any], settings: SolverSettings) -> bool:
-    """Whether a cover exists, or may exist where the node limit was hit first."""
+    """Tell whether a cover exists, or may exist where the node limit was hit first."""
     cover, limit_hit = minimise(problem, [0.0] * len(problem.choices), settings)
     return cover is not None or limit_hit
 
@@ -102,29 +102,29 @@ def _with_limits(problem: Problem[Any], names: Iterable[str]) -> Problem[Any]:
 
 
 def _best(problems: Problems, name: str, settings: SolverSettings) -> float | None:
-    """The best value that this limit could be set to with all others kept; None when they cannot be kept."""
+    """Find the best value that this limit could be set to with all others kept; None when they cannot be kept."""
     values = []
     for problem in problems:
         limit = next(limit for limit in problem.limits if limit.name == name)
-        others = replace(problem, limits=tuple(other for other in problem.limits if other is not limit))
-        cover, _ = minimise(others, limit.coefficients, settings)
+        without_limit = replace(problem, limits=tuple(other for other in problem.limits if other is not limit))
+        cover, _ = minimise(without_limit, limit.coefficients, settings)
         if cover is not None:
             values.append((_excess(limit, cover), _settable(limit, cover)))
     return min(values)[1] if values else None
 
 
 def _excess(limit: Limit, cover: ProvenCover) -> float:
-    """The share of the limit by which a cover exceeds it, negative below; `upper` is negative for lower limits."""
+    """Return the share of the limit by which a cover exceeds it, negative below; `upper` is negative for lower ones."""
     return (limit.total(cover.chosen) - limit.upper) / abs(limit.upper)
 
 
 def _settable(limit: Limit, cover: ProvenCover) -> float:
-    """The user's limit that a cover just keeps, margin included."""
+    """Return the user's limit that a cover just keeps, margin included."""
     return limit.in_user_units(limit.total(cover.chosen)) / limit.tightening
 
 
 def _nearest(problems: Problems, settings: SolverSettings) -> dict[str, float]:
-    """The limits to be loosened, by name, and their values in the user's unit."""
+    """Return the limits to be loosened, by name, and their values in the user's unit."""
     candidates = []
     for index, problem in enumerate(problems):
         cover = minimise_excess(problem, settings)
@@ -138,7 +138,7 @@ def _nearest(problems: Problems, settings: SolverSettings) -> dict[str, float]:
 
 
 def _shown(limit: Limit, value: float) -> str:
-    """The value with three significant digits and its unit, rounded towards the side that can be met."""
+    """Return the value with three significant digits and its unit, rounded towards the side that can be met."""
     if not math.isfinite(value) or value == 0:
         return f"{value:g}{limit.unit}"
     step = 10.0 ** (math.floor(math.log10(abs(value))) - 2)

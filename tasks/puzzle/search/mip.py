@@ -55,7 +55,7 @@ class LimitUse:
 
     @property
     def binds(self) -> bool:
-        """Whether loosening the limit a little would improve the relaxed optimum."""
+        """Tell whether loosening the limit a little would improve the relaxed optimum."""
         return self.price > TOLERANCE
 
 
@@ -77,7 +77,7 @@ class Solution(Generic[P]):
 
     @property
     def gap(self) -> float:
-        """The proof's relative gap, (objective - bound) / |objective|."""
+        """Return the proof's relative gap, (objective - bound) / |objective|."""
         return (self.objective - self.bound) / abs(self.objective) if self.objective else 0.0
 
 
@@ -92,7 +92,7 @@ class ProvenCover:
 
 
 def solution(problem: Problem[P], cover: ProvenCover, bound: float, seconds: float) -> Solution[P]:
-    """The cover as a solution that says what it uses of each limit; `bound` may be lower than the cover's own."""
+    """Return the cover as a solution that says what it uses of each limit; `bound` may be below the cover's own."""
     objective = problem.score(cover.chosen)
     prices = _prices(problem)
     return Solution(
@@ -120,7 +120,7 @@ def _use(limit: Limit, chosen: Sequence[int], price: float) -> LimitUse:
 def best_cover_within(
     problem: Problem[Any], bounds: LagrangianBounds, score_limit: float, settings: SolverSettings
 ) -> ProvenCover | None:
-    """The best cover with a score of at most `score_limit`, given the problem's relaxation; None where there is none.
+    """Find the best cover with a score of at most `score_limit`, given the problem's relaxation; None if there is none.
 
     Choices that no such cover can hold are left out before the solver sees the problem.
 
@@ -132,11 +132,13 @@ def best_cover_within(
         return None
     if bounds.chosen is not None and bounds.objective <= score_limit and _closes(bounds, settings):
         return ProvenCover(bounds.chosen, bounds.bound, 0, limit_hit=False)
-    kept = [index for index, least in enumerate(bounds.through) if least <= score_limit + TOLERANCE * abs(score_limit)]
-    reduced = problem.restricted_to(kept)
+    indices = [
+        index for index, least in enumerate(bounds.through) if least <= score_limit + TOLERANCE * abs(score_limit)
+    ]
+    reduced = problem.restricted_to(indices)
     cover, limit_hit = minimise(reduced, [choice.score for choice in reduced.choices], settings)
     if cover is not None:
-        return replace(cover, chosen=tuple(kept[index] for index in cover.chosen))
+        return replace(cover, chosen=tuple(indices[index] for index in cover.chosen))
     if limit_hit and bounds.chosen is not None and bounds.objective <= score_limit:
         return ProvenCover(bounds.chosen, bounds.bound, settings.node_limit, limit_hit=True)
     if limit_hit:
@@ -148,7 +150,7 @@ def best_cover_within(
 
 
 def _closes(bounds: LagrangianBounds, settings: SolverSettings) -> bool:
-    """Whether the relaxation alone proves its cover."""
+    """Tell whether the relaxation alone proves its cover."""
     return bounds.objective - bounds.bound <= settings.relative_gap * abs(bounds.objective)
 
 
@@ -196,7 +198,7 @@ def minimise(
 
 
 def minimise_excess(problem: Problem[Any], settings: SolverSettings) -> ProvenCover | None:
-    """The cover that exceeds the limits by least, summed over shares of each limit; None if no cover was found.
+    """Find the cover that exceeds the limits by least, summed over shares of each limit; None if no cover was found.
 
     Its `bound` is that of the excess.
     """
@@ -209,7 +211,7 @@ def minimise_excess(problem: Problem[Any], settings: SolverSettings) -> ProvenCo
 
 
 def _parameters(settings: SolverSettings) -> mathopt.SolveParameters:
-    """The settings for HiGHS on one thread (MathOpt refuses its own `threads` for HiGHS)."""
+    """Return the settings for HiGHS on one thread (MathOpt refuses its own `threads` for HiGHS)."""
     parameters = mathopt.SolveParameters(
         random_seed=settings.seed,
         relative_gap_tolerance=settings.relative_gap,
@@ -221,7 +223,7 @@ def _parameters(settings: SolverSettings) -> mathopt.SolveParameters:
 
 
 def _prices(problem: Problem[Any]) -> dict[str, float]:
-    """Duals of the LP relaxation: nats/token per whole upper limit, 0 or more, by the limit's name."""
+    """Return the duals of the LP relaxation: nats/token per whole upper limit, 0 or more, by the limit's name."""
     model = MipModel(problem, [choice.score for choice in problem.choices], integer=False)
     result = model.solve_relaxed()
     assert result.termination.reason == mathopt.TerminationReason.OPTIMAL, result.termination

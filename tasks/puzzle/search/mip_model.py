@@ -44,7 +44,7 @@ class MipModel:
         self._model.minimize(self._weighted(objective) + mathopt.fast_sum(excesses))
 
     def _add_cover(self, problem: Problem[Any]) -> None:
-        """Every block is covered exactly once."""
+        """Cover every block exactly once."""
         covering = defaultdict(list)
         for variable, choice in zip(self._variables, problem.choices, strict=True):
             for block in choice.replacement.parent_blocks:
@@ -80,7 +80,7 @@ class MipModel:
         return mathopt.solve(self._model, mathopt.SolverType.GLOP)
 
     def chosen(self, result: mathopt.SolveResult) -> tuple[int, ...]:
-        """Indices of the chosen choices, in order."""
+        """Return the indices of the chosen choices, in order."""
         values = result.variable_values(self._variables)
         return tuple(index for index, value in enumerate(values) if value > 0.5)
 

@@ -26,7 +26,7 @@ class Covering(Protocol):
 
     @property
     def parent_blocks(self) -> range:
-        """The blocks that it covers, `first` .. `first + span - 1`."""
+        """Return the blocks that it covers, `first` .. `first + span - 1`."""
 
     def __lt__(self, other: Any, /) -> bool:
         """Coverings have an order, so that problems have one."""
@@ -65,19 +65,19 @@ class Limit:
     is_rule: bool = False
 
     def total(self, chosen: Iterable[int]) -> float:
-        """The exact sum over chosen choices (indices), constant included."""
+        """Return the exact sum over chosen choices (indices), constant included."""
         return math.fsum([self.constant, *(self.coefficients[index] for index in chosen)])
 
-    def restricted_to(self, kept: Sequence[int]) -> "Limit":
-        """The limit of a problem that has these choices (indices) alone."""
-        return replace(self, coefficients=tuple(self.coefficients[index] for index in kept))
+    def restricted_to(self, indices: Sequence[int]) -> "Limit":
+        """Return the limit of a problem that has these choices (indices) alone."""
+        return replace(self, coefficients=tuple(self.coefficients[index] for index in indices))
 
     def met_by(self, total: float) -> bool:
-        """Whether a sum keeps the limit."""
+        """Tell whether a sum keeps the limit."""
         return total <= self.upper + TOLERANCE * abs(self.upper)
 
     def in_user_units(self, total: float) -> float:
-        """The user's value of a sum."""
+        """Return the user's value of a sum."""
         if self.inverse:
             return self.scale / total if total else math.inf
         return total * self.scale
@@ -106,25 +106,25 @@ class Problem(Generic[P]):
         assert all(rule.is_rule for rule in self.rules)
 
     def score(self, chosen: Iterable[int]) -> float:
-        """The exact sum of scores over chosen choices (indices)."""
+        """Return the exact sum of scores over chosen choices (indices)."""
         return math.fsum(self.choices[index].score for index in chosen)
 
-    def restricted_to(self, kept: Sequence[int]) -> "Problem[P]":
-        """The problem with these choices (indices) alone."""
+    def restricted_to(self, indices: Sequence[int]) -> "Problem[P]":
+        """Return the problem with these choices (indices) alone."""
         return replace(
             self,
-            choices=tuple(self.choices[index] for index in kept),
-            limits=tuple(limit.restricted_to(kept) for limit in self.limits),
-            rules=tuple(rule.restricted_to(kept) for rule in self.rules),
+            choices=tuple(self.choices[index] for index in indices),
+            limits=tuple(limit.restricted_to(indices) for limit in self.limits),
+            rules=tuple(rule.restricted_to(indices) for rule in self.rules),
         )
 
     def with_rules(self, rules: Sequence[Limit]) -> "Problem[P]":
-        """The problem with some of its rules among its limits."""
+        """Return the problem with some of its rules among its limits."""
         others = tuple(rule for rule in self.rules if rule not in rules)
         return replace(self, limits=(*self.limits, *rules), rules=others)
 
     def kept_by(self, chosen: Iterable[int]) -> bool:
-        """Whether chosen choices (indices) keep every limit."""
+        """Tell whether chosen choices (indices) keep every limit."""
         chosen = tuple(chosen)
         return all(limit.met_by(limit.total(chosen)) for limit in self.limits)
 

@@ -60,11 +60,11 @@ class Scores:
 
     @classmethod
     def from_rows(cls, rows: Iterable[ScoreRow], config: ModelConfig) -> Self:
-        """The scores around the parent that `config` describes."""
+        """Return the scores around the parent that `config` describes."""
         return cls(rows, parent_attention(config), parent_ffn(config))
 
     def score(self, replacement: Replacement, weights: Weights) -> Score:
-        """Score of a replacement whose variants were trained as `weights` says.
+        """Return the score of a replacement whose variants were trained as `weights` says.
 
         Raises:
             InputError: a row that the rule needs is missing; the message says which, and which rows exist.
@@ -72,7 +72,7 @@ class Scores:
         return self.total([replacement], weights)
 
     def total(self, replacements: Sequence[Replacement], weights: Weights) -> Score:
-        """Sum of scores, which the tables predict for a child.
+        """Return the sum of scores, which the tables predict for a child.
 
         The standard error is that of the sum as measured sequence by sequence, so errors that replacements share
         (a hard passage is hard for all of them) add up as they should.
@@ -80,7 +80,7 @@ class Scores:
         return _sum([term for replacement in replacements for term in self._terms(replacement, weights)])
 
     def difference(self, replacements: Sequence[Replacement], others: Sequence[Replacement], weights: Weights) -> Score:
-        """Score of `replacements` less that of `others`; replacements of both cancel, their error as well.
+        """Return the score of `replacements` less that of `others`; replacements of both cancel, their error as well.
 
         Raises:
             InputError: a row that the rule needs is missing.
@@ -95,7 +95,7 @@ class Scores:
         return _sum(terms)
 
     def replacements(self, weights: Weights) -> tuple[Replacement, ...]:
-        """All replacements that have a score by the rule, sorted; the parent's own blocks are not among them."""
+        """Return all replacements that have a score by the rule, sorted; the parent's own blocks are not among them."""
         measured = {key for key, trained in self._rows_by_sequence if trained == weights or not self._has_weights(key)}
         scored = set(measured)
         for first_block, span in {(key.first_block, key.span) for key in measured}:
@@ -107,7 +107,7 @@ class Scores:
         return tuple(sorted(key for key in scored if not self._is_parent(key)))
 
     def _pairs(self, measured: Sequence[Replacement]) -> Iterable[tuple[Attention, Ffn]]:
-        """All pairs of halves that were measured beside the parent's other half, the parent's own among them."""
+        """Return all pairs of halves that were measured beside the parent's other half, the parent's own among them."""
         attention, ffn = self._parent
         attentions = {replacement.attention for replacement in measured if replacement.ffn == ffn} | {attention}
         ffns = {replacement.ffn for replacement in measured if replacement.attention == attention} | {ffn}
@@ -128,7 +128,7 @@ class Scores:
         return terms
 
     def _rule(self, replacement: Replacement, weights: Weights) -> list[_Term] | None:
-        """The signed measurements that make up a score; None where one of them is missing."""
+        """Return the signed measurements that make up a score; None where one of them is missing."""
         if self._is_parent(replacement):
             return []
         if joint := self._measured(replacement, weights):
@@ -143,12 +143,12 @@ class Scores:
         return terms if all(term.rows for term in terms) else None
 
     def _measured(self, replacement: Replacement, weights: Weights) -> dict[int, ScoreRow]:
-        """Rows by sequence, of the sequences on which everything with such weights was measured."""
+        """Return the rows by sequence, of the sequences on which everything with such weights was measured."""
         rows = self._all_measured(replacement, weights)
         return {sequence: rows[sequence] for sequence in self._shared_sequences(weights)} if rows else {}
 
     def _shared_sequences(self, weights: Weights) -> frozenset[int]:
-        """The sequences that all measurements with such weights have.
+        """Return the sequences that all measurements with such weights have.
 
         Raises:
             InputError: there is none.
@@ -165,7 +165,7 @@ class Scores:
         return self._sequences[weights]
 
     def _all_measured(self, replacement: Replacement, weights: Weights) -> dict[int, ScoreRow]:
-        """Rows by sequence. A replacement without weights of its own (no-ops) is the same under every training."""
+        """Return rows by sequence; a replacement without weights of its own (no-ops) is alike under every training."""
         if (rows := self._rows_by_sequence.get((replacement, weights))) or self._has_weights(replacement):
             return rows or {}
         candidates: list[dict[int, ScoreRow]] = [
@@ -177,7 +177,7 @@ class Scores:
         return replacement.span == 1 and (replacement.attention, replacement.ffn) == self._parent
 
     def _has_weights(self, replacement: Replacement) -> bool:
-        """Whether a half of it was trained: neither a no-op nor, in a single block, the parent's own."""
+        """Tell whether a half of it was trained: neither a no-op nor, in a single block, the parent's own."""
         attention, ffn = self._parent
         is_span = replacement.span > 1
         trained_attention = replacement.attention.kind != "no_op" and (is_span or replacement.attention != attention)
@@ -186,7 +186,7 @@ class Scores:
 
 
 def _sum(terms: Sequence[_Term]) -> Score:
-    """The signed sum of measurements, all on the same sequences, with its standard error over their documents."""
+    """Return the signed sum of measurements on the same sequences, with its standard error over their documents."""
     if not terms:
         return Score(0.0, 0.0)
     sequences = sorted(terms[0].rows)

@@ -29,7 +29,7 @@ SMALL = ("--target", "small", "--format", "gguf-f32")
 
 @contextmanager
 def serving(folder: Path, *arguments: str) -> Iterator[tuple["subprocess.Popen[str]", list[str]]]:
-    """The command in the folder of a run, once it serves: the process, and what it printed."""
+    """Yield the command in the folder of a run, once it serves: the process, and what it printed."""
     with subprocess.Popen(
         [sys.executable, "-m", "flows.cli", "serve-child", *arguments],
         cwd=folder,
@@ -52,7 +52,7 @@ def serving(folder: Path, *arguments: str) -> Iterator[tuple["subprocess.Popen[s
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run."""
+    """Return the folder of a run."""
     folder = tmp_path_factory.mktemp("run")
     write_run(folder)
     return folder
@@ -60,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def printed(run: Path) -> Iterator[list[str]]:
-    """What the command printed, child and parent being served; Ctrl-C ends it with 0."""
+    """Yield what the command printed, child and parent being served; Ctrl-C ends it with 0."""
     with serving(run, *SMALL, "--port", "0", "--parallel", "3", "--context", "512") as (process, lines):
         yield lines
         process.send_signal(signal.SIGINT)
@@ -70,13 +70,13 @@ def printed(run: Path) -> Iterator[list[str]]:
 
 
 def _urls(printed: list[str]) -> dict[str, str]:
-    """Model -> address, from the first lines."""
+    """Return model -> address, from the first lines."""
     rows = (line.split() for line in printed[: printed.index("")])
     return {name: url for name, url in rows if url.endswith("/v1")}
 
 
 def _reply(url: str, body: dict[str, Any] | None = None, **headers: str) -> http.client.HTTPResponse:
-    """The answer to GET, or to POST of a body."""
+    """Send a request and return the answer to GET, or to POST of a body."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
     text = None if body is None else json.dumps(body)
     connection.request("POST" if body else "GET", urlsplit(url).path, text, headers)
@@ -186,7 +186,7 @@ def test_sigterm_ends_it_with_0_while_an_answer_streams(run: Path) -> None:
 
 
 def refused(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    """The one line of a command that ends with an exit code, in this process."""
+    """Return the one line of a command that ends with an exit code, in this process."""
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as ended:
         cli.main(["serve-child", *arguments])

@@ -97,13 +97,13 @@ class Served:
     process: "subprocess.Popen[str]"
 
     def end(self) -> None:
-        """Ctrl-C, once."""
+        """Send Ctrl-C, once."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGINT)
         self.process.communicate(timeout=60)
 
     def ask(self, path: str, body: dict[str, Any] | None = None, method: str | None = None) -> Any:
-        """GET, or POST with a token if there is a body, as the UI does."""
+        """Send GET, or POST with a token if there is a body, as the UI does."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         if body is not None:
@@ -121,35 +121,35 @@ class Served:
         return None
 
     def active(self) -> set[str]:
-        """Deployments that are not paused."""
+        """Return deployments that are not paused."""
         deployments = self.ask("/deployments/filter", {})
         return {deployment["name"] for deployment in deployments if not deployment["paused"]}
 
     def create(self, **parameters: Any) -> str:
-        """A run of `compress`, as the form's Submit creates it: its id."""
+        """Create a run of `compress`, as the form's Submit creates it: its id."""
         deployment = self.ask("/deployments/name/compress/compress")["id"]
         run: str = self.ask(f"/deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"]
         return run
 
     def ended(self, run: str) -> dict[str, Any]:
-        """The run's final state."""
+        """Return the run's final state."""
         final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
         _until(lambda: self.ask(f"/flow_runs/{run}")["state"]["type"] in final, f"run {run} ends")
         state: dict[str, Any] = self.ask(f"/flow_runs/{run}")["state"]
         return state
 
     def artifacts(self, run: str) -> dict[str, dict[str, Any]]:
-        """The run's artifacts by key."""
+        """Return the run's artifacts by key."""
         artifacts = self.ask("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}})
         return {artifact["key"]: artifact for artifact in artifacts}
 
     def logged(self, run: str) -> set[str]:
-        """The run's log lines."""
+        """Return the run's log lines."""
         lines = self.ask("/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
         return {line["message"] for line in lines}
 
     def reruns(self, *states: str) -> list[dict[str, Any]]:
-        """Runs of rerun-on-change whose state has one of these names, oldest first."""
+        """Return the runs of rerun-on-change whose state has one of these names, oldest first."""
         body = {"flows": {"name": {"any_": ["rerun-on-change"]}}, "sort": "START_TIME_ASC"}
         return [run for run in self.ask("/flow_runs/filter", body) if run["state"]["name"] in states]
 
@@ -163,7 +163,7 @@ def _until(is_so: Callable[[], Any], event: str) -> None:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
-    """A clone with the short pipeline, a server of its own and dvc.lock in git."""
+    """Yield a clone with the short pipeline, a server of its own and dvc.lock in git."""
     root = tmp_path_factory.mktemp("serve")
     tiny_parent(root / "parent")
     tiny_documents(root / "documents")
@@ -349,7 +349,7 @@ def test_a_clone_is_served_once(served: Served) -> None:
 
 @pytest.fixture(scope="module")
 def watched(served: Served) -> Iterator[Served]:
-    """Served anew, now looking every few seconds."""
+    """Serve anew, now looking every few seconds."""
     served.end()
     started = _serve(served.clone, "3")
     try:
@@ -361,7 +361,7 @@ def watched(served: Served) -> Iterator[Served]:
 def test_a_changed_constraint_rebuilds_its_target_and_nothing_else(watched: Served) -> None:
     """Without a hand. The cause stands on the run. `make serve` has made anew what somebody had changed."""
     assert not watched.ask("/deployments/name/compress/compress")["pull_steps"]
-    kept = _contents(watched.clone)["artifacts/children/small/architecture.json"]
+    small_child = _contents(watched.clone)["artifacts/children/small/architecture.json"]
     _until(lambda: watched.reruns("Unchanged"), "it has looked")
     watched.clone.set_params(
         lambda params: params["targets"]["fast"]["constraints"]["memory"].update(at_most_ratio=0.7)
@@ -374,7 +374,7 @@ def test_a_changed_constraint_rebuilds_its_target_and_nothing_else(watched: Serv
     assert watched.artifacts(run["id"])["progress"]["description"] == "3/3 stages, done"
     limits = watched.clone.json("children/fast/evaluation.json")["constraints"]
     assert [limit["limit"] for limit in limits if limit["name"] == "memory"] == [0.7]
-    assert _contents(watched.clone)["artifacts/children/small/architecture.json"] == kept
+    assert _contents(watched.clone)["artifacts/children/small/architecture.json"] == small_child
     assert watched.clone.stale() == set()
 
 

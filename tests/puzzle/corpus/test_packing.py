@@ -19,23 +19,23 @@ LONGEST = 1_000
 
 
 def characters(documents: Sequence[Document]) -> list[list[int]]:
-    """A tokenizer whose tokens are characters."""
+    """Tokenize to characters."""
     return [[ord(character) for character in document.content] for document in documents]
 
 
 def positions(documents: Sequence[Document]) -> list[list[int]]:
-    """A tokenizer whose tokens say of which document they are, and where in it."""
+    """Tokenize to tokens that say of which document they are, and where in it."""
     facts = [[int(word) for word in document.text.split()] for document in documents]
     return [[LONGEST * (1 + index) + position for position in range(length)] for index, length in facts]
 
 
 def numbered(lengths: Iterable[int]) -> list[Document]:
-    """Documents for `positions`."""
+    """Return documents for `positions`."""
     return plain(f"{index} {length}" for index, length in enumerate(lengths))
 
 
 def prose(name: str, count: int = 3) -> str:
-    """Long paragraphs that no other name has."""
+    """Return long paragraphs that no other name has."""
     return "\n\n".join(f"Paragraph {index} of {name}: " + f"{name} {index} " * 12 for index in range(count))
 
 
@@ -59,7 +59,7 @@ class Packed:
         self.documents = {split: [row.document for row in rows] for split, rows in sequences.items()}
 
     def texts(self, split: str) -> list[str]:
-        """The documents of a split, as far as they were packed, read back from its tokens."""
+        """Return the documents of a split, as far as they were packed, read back from its tokens."""
         rows = self.tokens[split].reshape(1, -1) if split == "train" else self.tokens[split]
         return [text for row in rows for text in "".join(map(chr, row)).split(chr(SEPARATOR)) if text]
 
@@ -85,11 +85,11 @@ def test_the_same_seed_gives_the_same_tokens_in_any_order_of_reading() -> None:
     documents = plain(prose(f"document {index}") for index in range(40))
     first = Packed(packer([Feed("f", 1.0, documents)], (320, 160, 960)))
     again = Packed(packer([Feed("f", 1.0, documents[::-1])], (320, 160, 960)))
-    other = Packed(packer([Feed("f", 1.0, documents)], (320, 160, 960), seed=1))
+    another_seed = Packed(packer([Feed("f", 1.0, documents)], (320, 160, 960), seed=1))
     for split in EVERY:
         np.testing.assert_array_equal(first.tokens[split], again.tokens[split])
         assert first.documents[split] == again.documents[split]
-    assert not np.array_equal(first.tokens["validation"], other.tokens["validation"])
+    assert not np.array_equal(first.tokens["validation"], another_seed.tokens["validation"])
 
 
 def test_a_longer_split_leaves_those_before_it_as_they_are() -> None:
@@ -129,8 +129,8 @@ def test_held_out_sequences_are_beginnings_of_documents_as_far_as_they_go(
     feed = Feed("f", 1.0, numbered([*short, *[60] * 60]))
     packed = Packed(packer([feed], (validation, calibration, 32), encode=positions))
     inside = {split: [set((row[row > 0] // LONGEST).tolist()) for row in rows] for split, rows in packed.tokens.items()}
-    seen = [set(chain(*inside[split])) for split in EVERY]
-    assert len(set.union(*seen)) == sum(map(len, seen)), "no document is in two splits"
+    documents = [set(chain(*inside[split])) for split in EVERY]
+    assert len(set.union(*documents)) == sum(map(len, documents)), "no document is in two splits"
     for split in ("validation", "calibration"):
         numbers, goes_on = packed.documents[split], False
         for index, row in enumerate(packed.tokens[split]):
@@ -165,28 +165,28 @@ def test_a_held_out_document_is_used_to_its_last_sequence() -> None:
 
 def test_domains_are_filled_first_and_share_no_document_with_the_training_mix() -> None:
     documents = plain(prose(f"document {index}") for index in range(60))
-    other = plain((prose(f"other {index}") for index in range(30)), Source("other", "1", "MIT"))
+    domain_documents = plain((prose(f"other {index}") for index in range(30)), Source("other", "1", "MIT"))
 
     def pack(train: int, training: list[Document]) -> tuple[Packer, Packed]:
-        mixes = {"prose": [Feed("p", 1.0, other)], "training": [Feed("f", 1.0, training)]}
+        mixes = {"prose": [Feed("p", 1.0, domain_documents)], "training": [Feed("f", 1.0, training)]}
         domain = SplitPlan("domain_prose", "prose", 320, 1, "domains.prose.tokens")
         source = Packer(mixes, [domain, *plans((160, 160, train))], 16, characters, SEPARATOR, 0)
         return source, Packed(source, ("domain_prose", *EVERY))
 
     source, packed = pack(320, documents)
     assert packed.documents["domain_prose"] == list(range(20)), "every document, one sequence each"
-    assert set(packed.texts("domain_prose")) <= {document.text[:16] for document in other}
+    assert set(packed.texts("domain_prose")) <= {document.text[:16] for document in domain_documents}
     assert {mix for mix, _ in source.tokens_of} == {"prose", "training"}
-    longer, with_copies = pack(3_200, other + documents)
+    longer, with_copies = pack(3_200, domain_documents + documents)
     np.testing.assert_array_equal(packed.tokens["domain_prose"], with_copies.tokens["domain_prose"])
     assert longer.left_out >= 20, "documents of the domain are no training text"
-    other[:] = plain(["a text of fifteen", "another of them"])
+    domain_documents[:] = plain(["a text of fifteen", "another of them"])
     with pytest.raises(InputError, match=r"the prose corpus needs 320 .*domain_prose 32 of 320; .*Lower domains\.pro"):
         pack(320, documents)
 
 
 def weighted(sizes: Mapping[str, float]) -> tuple[list[Source], list[Feed]]:
-    """A feed of 200 documents for each name."""
+    """Return a feed of 200 documents for each name."""
     sources = [Source(name, "1", "MIT") for name in sizes]
     feeds = [
         Feed(source.name, sizes[source.name], plain((prose(f"{source.name}{i}") for i in range(200)), source))

@@ -53,5 +53,5 @@ def test_the_error_is_the_root_mean_square_of_what_the_fit_leaves() -> None:
     measured = [(tokens, 0.2 + 40 * tokens**-0.7 + 0.01 * (-1) ** number) for number, tokens in enumerate(TOKENS)]
     modelled = longer_training(measured, 10)
     assert modelled is not None
-    left = [modelled.offset + modelled.factor * tokens**-modelled.exponent - kl for tokens, kl in measured]
-    assert modelled.rms_error == pytest.approx(math.sqrt(sum(error**2 for error in left) / len(left)))
+    residuals = [modelled.offset + modelled.factor * tokens**-modelled.exponent - kl for tokens, kl in measured]
+    assert modelled.rms_error == pytest.approx(math.sqrt(sum(error**2 for error in residuals) / len(residuals)))

@@ -115,10 +115,10 @@ def test_a_live_teacher_has_the_states_of_the_parent(tmp_path: Path) -> None:
     live = case.teacher.states(case.tokens)
     for boundary, state in enumerate(case.states):
         torch.testing.assert_close(live(boundary), state, atol=1e-5, rtol=1e-5)  # float32
-    kept, losses = gradients(case.child, case.state, case.head, WEIGHTS)
+    cached, losses = gradients(case.child, case.state, case.head, WEIGHTS)
     computed, live_losses = gradients(case.child, live, case.head, WEIGHTS)
     assert live_losses.total == pytest.approx(losses.total, rel=1e-5)
-    for ours, theirs in zip(computed, kept, strict=True):
+    for ours, theirs in zip(computed, cached, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-3)
 
 
@@ -143,19 +143,19 @@ def test_in_bfloat16_the_losses_are_summed_in_float32(tmp_path: Path) -> None:
 def test_what_is_not_finite_is_found_where_it_is(tmp_path: Path) -> None:
     """A product that overflows makes the loss NaN; an entry of a gradient alone is found by the name of its weight."""
     case = Case(tmp_path, "llama")
-    found, losses = gradients(case.child, case.state, case.head, WEIGHTS)
+    computed, losses = gradients(case.child, case.state, case.head, WEIGHTS)
     names = [name for name, _ in case.child.named_parameters()]
 
     def sick() -> str | None:
-        norm = float(torch.nn.utils.get_total_norm(found))
-        return sick_part([losses], norm, zip(names, found, strict=True))
+        norm = float(torch.nn.utils.get_total_norm(computed))
+        return sick_part([losses], norm, zip(names, computed, strict=True))
 
     assert sick() is None
-    found[3].view(-1)[5] = torch.nan
+    computed[3].view(-1)[5] = torch.nan
     assert sick() == f"the gradient of {names[3]} is not finite"
     with torch.no_grad():
         next(parameter for name, parameter in case.child.named_parameters() if "down_proj" in name).fill_(1e38)
-    found, losses = gradients(case.child, case.state, case.head, WEIGHTS)
+    computed, losses = gradients(case.child, case.state, case.head, WEIGHTS)
     assert sick() == "the loss's KL term is nan"
 
 

@@ -54,8 +54,8 @@ def test_rows_are_what_the_model_draws_behind_all_that_is_before(tmp_path: Path)
             assert not turn.ends.intersection(written)
             assert tuple(written[: len(turn.opening)]) == turn.opening
             tokens += [*turn.given, *written]
-            own = len(written) - len(turn.opening)
-            is_given += [True] * (len(tokens) - len(is_given) - own) + [False] * own
+            num_drawn = len(written) - len(turn.opening)
+            is_given += [True] * (len(tokens) - len(is_given) - num_drawn) + [False] * num_drawn
         with torch.inference_mode():
             logits = model(torch.tensor([tokens[:TOKENS]])).logits[0, :-1]
         drawn = draw(logits, drawing, chances[:, number]).tolist()

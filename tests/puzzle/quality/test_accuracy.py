@@ -13,8 +13,8 @@ WORSE = (1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
 OWN = Benchmark("own", "acc", "1", None)
 
 
-def answers(scores: tuple[float, ...], choices: int = 4, asked: str = "questions") -> Answers:
-    return Answers(asked, scores, (1 / choices,) * len(scores))
+def answers(scores: tuple[float, ...], choices: int = 4, questions_digest: str = "questions") -> Answers:
+    return Answers(questions_digest, scores, (1 / choices,) * len(scores))
 
 
 def test_a_child_is_paired_with_its_parent() -> None:
@@ -37,13 +37,13 @@ def test_the_standard_error_of_a_ratio_is_the_jackknifes(floor: float) -> None:
     """Leave one question out, in 200 of them: the linearised error must agree to 2 % (both err by about 1/n)."""
     right = [float(i % 3 != 0) for i in range(200)]
     child = [float((i % 3 != 0 and i % 7 != 0) or i % 12 == 0) for i in range(200)]
-    kept = compare(OWN, {"parent": answers(tuple(right)), "assembled": answers(tuple(child))}).children["assembled"]
+    measured = compare(OWN, {"parent": answers(tuple(right)), "assembled": answers(tuple(child))}).children["assembled"]
     ratios = [
         ((sum(child) - mine) / 199 - floor) / ((sum(right) - theirs) / 199 - floor)
         for mine, theirs in zip(child, right, strict=True)
     ]
     jackknife = math.sqrt(199 / 200 * sum((ratio - statistics.fmean(ratios)) ** 2 for ratio in ratios))
-    ratio = kept.above_chance if floor else kept.preserved
+    ratio = measured.above_chance if floor else measured.preserved
     assert ratio is not None
     assert ratio.stderr == pytest.approx(jackknife, rel=0.02)
 
@@ -82,7 +82,7 @@ def test_chance_is_the_mean_over_questions_with_different_choices() -> None:
 
 def test_models_that_were_asked_something_else_are_not_compared() -> None:
     with pytest.raises(AssertionError, match="different questions"):
-        compare(OWN, {"parent": answers(RIGHT), "assembled": answers(WORSE, asked="others")})
+        compare(OWN, {"parent": answers(RIGHT), "assembled": answers(WORSE, questions_digest="others")})
 
 
 def test_the_announcements_number_is_ten_ratings_and_mmlu_over_two() -> None:
@@ -90,8 +90,8 @@ def test_the_announcements_number_is_ten_ratings_and_mmlu_over_two() -> None:
 
     def measured(name: str, metric: str, parent: float, child: float) -> BenchmarkAccuracy:
         spread = {mean: (mean - 0.01, mean + 0.01) for mean in (parent, child)}
-        asked = {"parent": Answers("x", spread[parent], (0, 0)), "distilled": Answers("x", spread[child], (0, 0))}
-        return compare(Benchmark(name, metric, "1", None), asked)
+        by_model = {"parent": Answers("x", spread[parent], (0, 0)), "distilled": Answers("x", spread[child], (0, 0))}
+        return compare(Benchmark(name, metric, "1", None), by_model)
 
     bench, mmlu = measured("MT-Bench", RATING, 0.893, 0.899), measured("mmlu", "acc", 0.8166, 0.802)
     combined = combine([mmlu, bench])

@@ -61,6 +61,18 @@ def test_a_form_that_cannot_be_asked_is_one_sentence_and_loads_no_code(
         local_tasks("own", {**FORM, **changed}, ROWS, None, None)
 
 
+@pytest.mark.parametrize("takes_questions", [False, True])
+def test_examples_are_of_the_kind_of_the_question(takes_questions: bool) -> None:
+    rows = [{**row, "kind": kind} for kind in ("sum", "product") for row in ROWS]
+    examples = None if takes_questions else [{**row, "text": "an example"} for row in rows]
+    tasks = local_tasks("own", {**FORM, "group_by": "kind"}, rows, examples, 2)
+    assert tasks.keys() == {"own_sum", "own_product"}
+    for name, task in tasks.items():
+        shown = list(task.fewshot_docs() or ())
+        assert {f"own_{row['kind']}" for row in (*task.eval_docs, *shown)} == {name}
+        assert {row["text"] == "an example" for row in shown} == {not takes_questions}
+
+
 @pytest.mark.parametrize("error", [ValueError("no such config"), datasets.exceptions.DatasetsError("no such split")])
 def test_whatever_the_hub_raises_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> Any:

@@ -24,7 +24,7 @@ BASELINES: tuple[Baseline, ...] = (uniform, greedy, depth)
 
 
 def problem(kv: float, width: float, seed: int = 0) -> Problem[Replacement]:
-    """4 blocks, all pairs of variants; limits on kv heads and on FFN channels as shares of the parent's."""
+    """Pose 4 blocks, all pairs of variants; limits on kv heads and on FFN channels as shares of the parent's."""
     rng = random.Random(seed)
     replacements = []
     scores: dict[tuple[int, Attention | Ffn], float] = {}
@@ -112,7 +112,7 @@ def test_a_target_that_forbids_a_block_of_the_parent_has_no_baseline(baseline: B
 
 
 def with_spans(limited: Problem[Replacement]) -> Problem[Replacement]:
-    """The problem with spans over blocks 0 and 1, which cost nothing."""
+    """Return the problem with spans over blocks 0 and 1, which cost nothing."""
     choices = (*limited.choices, *(Choice(Replacement(0, 2, *pair), 0.0) for pair in PAIRS))
     order = sorted(range(len(choices)), key=lambda index: choices[index].replacement)
     extended = (replace(limit, coefficients=limit.coefficients + (0.0,) * len(PAIRS)) for limit in limited.limits)
@@ -157,7 +157,7 @@ def _removed(chosen: tuple[Choice[Replacement], ...]) -> set[int]:
 
 
 def _keeping(block: int, limited: Problem[Replacement]) -> Problem[Replacement]:
-    """The problem where a block must stay the parent's."""
+    """Return the problem where a block must stay the parent's."""
     return limited.restricted_to(
         [
             index

@@ -35,7 +35,7 @@ def cover_of(problem: Small, best: BestChild[Replacement]) -> tuple[int, ...]:
 
 @st.composite
 def with_points(draw: st.DrawFn) -> tuple[Small, list[PointLimits]]:
-    """A problem with one limit everywhere, and 1 to 4 operating points with another limit each."""
+    """Return a problem with one limit everywhere, and 1 to 4 operating points with another limit each."""
     problem = draw(problems(num_limits=1))
     points = [
         PointLimits(f"p{number}", (draw(limits_of(len(problem.choices), "point's")),))
@@ -146,7 +146,7 @@ def test_alternatives_are_the_best_that_are_far_enough_from_all_before(problem: 
 
 
 def _far_enough(problem: Small, earlier: list[tuple[int, ...]], distance: float) -> list[tuple[int, ...]]:
-    """Covers that keep all limits and differ from all earlier ones in at least this share of the blocks."""
+    """Return covers that keep all limits and differ from all earlier ones in at least this share of the blocks."""
     feasible = [cover for cover in covers(problem) if keeps(problem, cover)]
     return [cover for cover in feasible if all(_distance(problem, cover, other) >= distance for other in earlier)]
 

@@ -62,7 +62,7 @@ def test_how_programs_are_confined_is_in_the_key(tmp_path: Path, monkeypatch: py
 
 
 def _model() -> tuple[Any, Any]:
-    """A model that is not asked, and a tokenizer that makes no tokens."""
+    """Return a model that is not asked, and a tokenizer that makes no tokens."""
     return None, lambda _: {"input_ids": []}
 
 

@@ -42,7 +42,7 @@ def planned(judge: Judge, folder: Path) -> Any:
 
 @pytest.fixture
 def echo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A planted model: it answers with the number of questions that it has heard."""
+    """Plant a model: it answers with the number of questions that it has heard."""
 
     def answer(_: Any, __: Any, prompt: Sequence[int], *___: Any) -> list[str]:
         return [f"answer {''.join(map(chr, prompt)).count('user:')}"]
@@ -87,14 +87,14 @@ def test_a_judge_that_cannot_rate_is_found_when_planning(tmp_path: Path) -> None
 
 
 def keeping() -> Keep:
-    """A memory that keeps parts under their keys."""
-    kept: dict[str, dict[str, Any]] = {}
+    """Return a memory that keeps parts under their keys."""
+    parts: dict[str, dict[str, Any]] = {}
 
     def keep(part: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         name = digest_of(part)
-        if name not in kept:
-            kept[name] = dict(make())
-        return kept[name]
+        if name not in parts:
+            parts[name] = dict(make())
+        return parts[name]
 
     return keep
 

@@ -73,8 +73,8 @@ def test_a_checkpoints_own_penalties_do_not_count(loaded: tuple[Any, Any]) -> No
     penal = copy.deepcopy(model)
     penal.generation_config.update(repetition_penalty=9.0, no_repeat_ngram_size=1, suppress_tokens=[5, 6, 7])
     ids = torch.tensor([prompt])
-    own = penal.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
-    assert tokenizer.decode(own) != plain[0], "the test's own assumption: the penalties change the text"
+    penalised = penal.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
+    assert tokenizer.decode(penalised) != plain[0], "the test's own assumption: the penalties change the text"
     assert list(continuations(penal, tokenizer, prompt, GREEDY, 12, [1], 0)) == plain
     assert penal.generation_config.repetition_penalty == 9.0
 

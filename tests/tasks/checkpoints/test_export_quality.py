@@ -35,14 +35,14 @@ RUN = Run(seed=0, dtype="float32", device="cpu", threads=1, workers=1)
 
 @pytest.fixture
 def child(tmp_path: Path) -> tuple[DeciLMForCausalLM, ModelConfig]:
-    """A child with hidden size 64, which Q8_0 divides; untied, so that the head is a tensor of its own."""
+    """Return a child with hidden size 64, which Q8_0 divides; untied, so that the head is a tensor of its own."""
     _, config = save_tiny("llama", tmp_path / "parent")
     config = replace(config, hidden_size=64, head_dim=16, vocab_size=VOCABULARY, tie_embeddings=False)
     return save_child(tmp_path / "child", config, BLOCKS), config
 
 
 def answered(path: Path, tokens: list[int]) -> Tensor:
-    """Log-probabilities of the whole vocabulary from llama.cpp, a request for each position; [tokens, vocabulary]."""
+    """Ask llama.cpp for log-probabilities of all tokens, a request for each position; [tokens, vocabulary]."""
     engine = LlamaCpp(path, threads=1, sequences=1, context=2 * TOKENS)
     rows = []
     for end in range(1, len(tokens)):
@@ -55,7 +55,7 @@ def answered(path: Path, tokens: list[int]) -> Tensor:
 
 
 def exported(file: Path, child: Path, tokens: Tensor) -> ExportQuality:
-    """The quality of one file on one sequence."""
+    """Return the quality of one file on one sequence."""
     compared = compare_files({"gguf-f16": file}, Checkpoint(child, "again"), tokens, RUN)
     return export_quality("gguf-f16", [compared], [0])
 

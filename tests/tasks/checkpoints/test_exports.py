@@ -46,7 +46,7 @@ LOGITS_ERROR = 2e-5
 
 
 def geometry(family: str, folder: Path) -> ModelConfig:
-    """Geometry of a tiny parent, with a vocabulary that byte-level tokenizers fit in."""
+    """Return the geometry of a tiny parent, with a vocabulary that byte-level tokenizers fit in."""
     _, config = save_tiny(family, folder)
     return replace(config, vocab_size=272)
 
@@ -62,7 +62,7 @@ def write(
 
 
 def logits(model: Any, vocabulary: int) -> Tensor:
-    """Logits of a fixed text."""
+    """Return the logits of a fixed text."""
     tokens = torch.randint(vocabulary, (2, 24), generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         computed: Tensor = model(input_ids=tokens).logits
@@ -70,7 +70,7 @@ def logits(model: Any, vocabulary: int) -> Tensor:
 
 
 def loaded(kind: Any, folder: Path) -> Any:
-    """A model that transformers loads; no tensor is missing, left over or of another shape."""
+    """Return a model that transformers loads; no tensor is missing, left over or of another shape."""
     model, problems = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(problems.values()), problems
     return model
@@ -149,7 +149,7 @@ def test_the_card_says_how_to_load_each_format(tmp_path: Path) -> None:
 
 
 def foreign(folder: Path) -> tuple[DeciLMForCausalLM, Blocks]:
-    """A checkpoint as others publish them: head_dim 128, untied, llama3 rope scaling, fields that ours has not."""
+    """Write a checkpoint as others publish them: head_dim 128, untied, llama3 rope, fields that ours has not."""
     rope = {**LLAMA3_ROPE, "rope_theta": 500000.0}
     config = ModelConfig(
         **{**vars(geometry("llama", folder.parent / "for_sizes")), "hidden_size": 192, "num_heads": 2, "head_dim": 128},
@@ -314,7 +314,7 @@ def test_a_checkpoint_in_pieces_is_one_error(tmp_path: Path) -> None:
     foreign(tmp_path / "theirs")
     weights = tmp_path / "theirs/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(DamagedFileError, match=r"is not a whole safetensors file .*; run `the download again`"):
+    with pytest.raises(DamagedFileError, match=r"is not a whole safetensors file .*; run the download again"):
         read_checkpoint("theirs", tmp_path / "theirs", "the download again", is_foreign=True)
     (tmp_path / "theirs/config.json").unlink()
     with pytest.raises(InputError, match=r"has no config.json; expected a checkpoint folder"):

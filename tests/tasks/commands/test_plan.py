@@ -57,6 +57,11 @@ def test_every_stage_of_the_demo_is_planned(tmp_path: Path, monkeypatch: pytest.
     assert f"DVC's cache holds every artifact a second time: {disk:,.1f} GiB in all" in text
     assert not list((tmp_path / "artifacts").glob(".plan-*"))
     assert "healing: refine_child holds one block at a time" in text
+    assert demo.num_benchmarks == 0 and "not estimated" not in text
+    accuracy = with_profile(params, ROOT / "params/accuracy.yaml")
+    asked = _plan(accuracy, None, tmp_path)
+    assert f"not estimated: the {asked.num_benchmarks} benchmarks of measure_accuracy" in plan_text(asked)
+    assert asked.num_benchmarks == len(accuracy.measure_accuracy.tasks) + 1, "HumanEval, and no judge for MT-Bench"
 
 
 def test_the_70b_is_planned_from_its_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +103,7 @@ TOLERANCE = 0.1
 
 
 def _data_bytes(folder: Path) -> int:
-    """Bytes of the files that hold tensors or tokens: a tiny tokenizer is larger than a tiny model."""
+    """Return bytes of the files that hold tensors or tokens: a tiny tokenizer is larger than a tiny model."""
     suffixes = {".safetensors", ".arrow", ".parquet", ".gguf"}
     return sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in suffixes)
 
@@ -142,6 +147,6 @@ def test_exports_have_the_bytes_that_are_modelled(tmp_path: Path) -> None:
 
 
 def _keeps_all(**overrides: dict[str, Any]) -> Params:
-    """Params whose target keeps all blocks."""
+    """Return Params whose target keeps all blocks."""
     limit = {"metric": "block_params", "at_most_ratio": 1.0}
     return tiny_params(**overrides, targets={"small": {"label": "All", "constraints": {"size": limit}}})

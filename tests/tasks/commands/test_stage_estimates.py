@@ -38,12 +38,12 @@ RATES = Rates(
 
 
 def with_fields(params: Params, section: str, **fields: Any) -> Params:
-    """Params with other values in a section; rules across sections do not matter to an estimate."""
+    """Return Params with other values in a section; rules across sections do not matter to an estimate."""
     return params.model_copy(update={section: getattr(params, section).model_copy(update=fields)})
 
 
 def case_params(kept: float = 1.0) -> Params:
-    """A corpus of 24 tokens in sequences of 4; one narrow FFN and both no-ops; 0 tokens wherever that is possible."""
+    """Return params: a corpus of 24 tokens in sequences of 4, one narrow FFN, both no-ops; 0 tokens wherever it can."""
     limit = {"metric": "block_params", "at_most_ratio": kept}
     params = tiny_params(targets={"small": {"label": "Small", "constraints": {"size": limit}}})
     corpus = {"seq_len": 4, "train_tokens": 16, "calibration_tokens": 4, "validation_tokens": 4}

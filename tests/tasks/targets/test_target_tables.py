@@ -56,7 +56,7 @@ OPEN = {**SPEED, "batch": "best"}
 
 @pytest.fixture
 def paths(tmp_path: Path) -> Paths:
-    """Artifacts that the search reads, with costs of several scenarios and batches."""
+    """Return artifacts that the search reads, with costs of several scenarios and batches."""
     paths = Paths(tmp_path / "artifacts")
     write_tables(paths)
     write_costs(paths.costs, [row for scenario in SCENARIOS for batch in BATCHES for row in costs(scenario, batch)])

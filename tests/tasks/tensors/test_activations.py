@@ -175,7 +175,7 @@ def test_one_missing_entry_is_trained_from_the_tokens_on(
 
 
 def assert_damage_is_named(stage: str, works: Sequence[Callable[[], None]], boundary: int, paths: Paths) -> None:
-    """Both pieces read `boundary`, which loses a byte between them."""
+    """Read `boundary` for both pieces; it loses a byte between them."""
     works[0]()
     flip_byte(shard_path(paths.rolling / f"{boundary:03d}", "calibration", boundary, 0), -300)
     with pytest.raises(

@@ -15,14 +15,14 @@ STREAMS = {"fit": 70, "held_out": 3}
 
 
 def states_of(stream: str, block_index: int) -> Iterator[Tensor]:
-    """The states of each sequence, [1, 2 tokens, 4], all different."""
+    """Return the states of each sequence, [1, 2 tokens, 4], all different."""
     first = 1000 * block_index + 100 * list(STREAMS).index(stream)
     return (torch.full((1, 2, 4), float(first + sequence)) for sequence in range(STREAMS[stream]))
 
 
 @pytest.fixture
 def states(tmp_path: Path) -> ChildStates:
-    """The states before block 1."""
+    """Return the states before block 1."""
     made = ChildStates(tmp_path, "dvc repro it", STREAMS)
     for stream in STREAMS:
         made.write(1, "key", stream, states_of(stream, 1))
