@@ -3,11 +3,14 @@
 Prefect reads its settings when it is first imported, so this package sets them before: a home of this clone's own, no
 telemetry, few retries, and a console that shows our progress and errors only (the UI has the logs). Other Prefect
 settings of the user are ignored (variables, profiles, files of the folder), except the address and credentials of a
-running server. Local addresses bypass proxies.
+running server. Local addresses bypass proxies. What else would end any command later is mended: closed streams, an
+SSL_CERT_FILE without certificates.
 """
 
 import os
 import re
+import ssl
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +38,27 @@ def without_prefect(environment: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not name.upper().startswith("PREFECT_")}
 
 
+def _open_streams() -> None:
+    """Open the standard streams that whoever started this process closed, in their order, onto nothing.
+
+    A file would get such a stream's number, and what C libraries print would land in it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r"))
+
+
+def _forget_certificates() -> None:
+    """Take SSL_CERT_FILE out of the environment where it has none: Prefect's clients of this machine end over it."""
+    if not (path := os.environ.get("SSL_CERT_FILE")):
+        return
+    try:
+        ssl.create_default_context(cafile=path)
+    except OSError as error:
+        sys.stderr.write(f"warning: SSL_CERT_FILE is left aside: {path!r:.200} holds no certificates ({error})\n")
+        del os.environ["SSL_CERT_FILE"]
+
+
 def _set_environment() -> None:
     keeps_address = bool(os.environ.get("PREFECT_API_URL"))
     for name in set(os.environ) - set(without_prefect(dict(os.environ))):
@@ -42,6 +66,7 @@ def _set_environment() -> None:
         if not of_this_run and not (keeps_address and name in _SERVER_ELSEWHERE):
             del os.environ[name]
     os.environ.update(_SETTINGS)
+    os.environ["MPLBACKEND"] = "agg"  # figures are files; Jupyter hands its own one down, which need not be installed
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
@@ -70,5 +95,7 @@ def _has_settings(path: Path, pattern: str) -> bool:
         return True
 
 
+_open_streams()
 _set_environment()
+_forget_certificates()
 _forget_files()

@@ -11,14 +11,14 @@ LAST_PORT = 65_535
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
+    """Read a whole number of at least 1."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 1")
     return int(text)
 
 
 def count_or_best(text: str) -> int | None:
-    """A whole number of at least 1; None for `best`."""
+    """Read a whole number of at least 1; None for `best`."""
     if text == "best":
         return None
     if not text.isdecimal() or not int(text):
@@ -27,7 +27,7 @@ def count_or_best(text: str) -> int | None:
 
 
 def counts(text: str) -> tuple[int, ...]:
-    """Whole numbers of at least 1 with commas between, without repetitions."""
+    """Read whole numbers of at least 1 with commas between, without repetitions."""
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of at least 1 with commas between, such as 1,8")
@@ -35,7 +35,7 @@ def counts(text: str) -> tuple[int, ...]:
 
 
 def positive(text: str) -> float:
-    """A finite number above 0."""
+    """Read a finite number above 0."""
     value = _finite(text)
     if value is None or value <= 0:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
@@ -43,7 +43,7 @@ def positive(text: str) -> float:
 
 
 def not_negative(text: str) -> float:
-    """A finite number of at least 0."""
+    """Read a finite number of at least 0."""
     value = _finite(text)
     if value is None or value < 0:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0")
@@ -51,14 +51,14 @@ def not_negative(text: str) -> float:
 
 
 def port(text: str) -> int:
-    """A port; 0 for any that is free."""
+    """Read a port; 0 for any that is free."""
     if not text.isdecimal() or int(text) > LAST_PORT:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a port: a number from 1 to {LAST_PORT}, or 0 for any")
     return int(text)
 
 
 def scenario(text: str) -> str:
-    """Input length / output length in tokens, such as 128/1024."""
+    """Read input length / output length in tokens, such as 128/1024."""
     try:
         checked: str = TypeAdapter(ScenarioText).validate_python(text)
     except ValidationError:
@@ -68,7 +68,7 @@ def scenario(text: str) -> str:
 
 
 def _finite(text: str) -> float | None:
-    """The finite number that a text spells, None if it spells none."""
+    """Return the finite number that a text spells, None if it spells none."""
     try:
         value = float(text)
     except ValueError:

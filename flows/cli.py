@@ -53,7 +53,7 @@ def load_command(name: str) -> Command:
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """The argument parser of a command, with its example below its arguments."""
+    """Return the argument parser of a command, with its example below its arguments."""
     command = load_command(name)
     parser = argparse.ArgumentParser(
         prog=f"puzzle {name}",
@@ -66,7 +66,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 
 
 def overview() -> str:
-    """Every command with a phrase."""
+    """Return every command with a phrase."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {phrase}" for name, phrase in COMMANDS.items()]
     ending = "`puzzle COMMAND --help` says what it takes and shows an example"

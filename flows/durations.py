@@ -2,7 +2,7 @@
 
 
 def duration_text(seconds: float) -> str:
-    """A duration in the largest unit that suits it: `40 s`, `12 min`, `3 h 05 min`."""
+    """Return a duration in the largest unit that suits it: `40 s`, `12 min`, `3 h 05 min`."""
     whole = round(seconds)
     if whole < 100:
         return f"{whole} s"

@@ -54,10 +54,20 @@ def close_orphans() -> None:
     """Mark as crashed what the server calls running and no process holds."""
     with get_client(sync_client=True) as client:
         for path in sorted(RUNNING.glob("*.lock")):
+            if (run_id := _run_id(path)) is None:
+                continue
             with contextlib.suppress(FileNotFoundError, BlockingIOError, ObjectNotFound), path.open("r+") as handle:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _crash(client, UUID(path.stem))  # not found: it is another server's
+                _crash(client, run_id)  # not found: it is another server's
                 path.unlink()
+
+
+def _run_id(path: Path) -> UUID | None:
+    """Return the run that a lock is of, None for a file of somebody else's."""
+    try:
+        return UUID(path.stem)
+    except ValueError:
+        return None
 
 
 def _crash(client: SyncPrefectClient, run_id: UUID) -> None:

@@ -20,7 +20,7 @@ class ProgressArtifact:
         self._next = 0.0
 
     def is_due(self) -> bool:
-        """Whether the last update is two seconds old."""
+        """Tell whether the last update is two seconds old."""
         return time.monotonic() >= self._next
 
     def show(self, percent: float, text: str) -> None:

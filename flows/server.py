@@ -72,7 +72,7 @@ def stop() -> bool:
 
 @contextlib.contextmanager
 def _locked() -> Iterator[TextIO]:
-    """One process at a time looks for the server or starts it."""
+    """Let one process at a time look for the server or start it."""
     HOME.mkdir(exist_ok=True)
     with (HOME / "server.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fcntl
 import gc
 import inspect
 import logging
@@ -20,6 +21,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 from tqdm import tqdm
 
+from flows import HOME
 from flows.durations import duration_text
 from flows.errors import run_cleanly
 from flows.orphans import abandon, close_orphans, hold, release
@@ -53,12 +55,33 @@ def run_stage(stage: Flow[..., Any], target: str | None) -> None:
         target: key of the target, None for a stage that all targets share.
 
     Raises:
-        InputError: a wrong input, also a target that is missing, unknown, or not the stage's business; or a server
-            of PREFECT_API_URL no longer answers.
+        InputError: a wrong input, also a target that is missing, unknown, or not the stage's business; the stage runs
+            in this folder already; or a server of PREFECT_API_URL no longer answers.
     """
     params = load()
     _check_target(stage, target, params)
-    arguments = {} if target is None else {"target": target}
+    name = stage.name if target is None else f"{stage.name}@{target}"
+    with _alone(name):
+        _run_served(stage, params, {} if target is None else {"target": target})
+        _have_cache_checked(stage.name, target)
+        _record(name, time.monotonic() - _BEGAN, Paths())
+
+
+@contextlib.contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Keep others from running this stage here at the same time: they would delete the pieces under way."""
+    folder = Path(HOME.name)  # beside the artifacts
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{name}.stage").open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{name} runs in {Path.cwd()} already; wait for its end, or stop it") from None
+        yield
+
+
+def _run_served(stage: Flow[..., Any], params: Params, arguments: dict[str, str]) -> None:
+    """Run the flow on this clone's server, once more on another one where it dies."""
     url, _ = ensure()
     try:
         _run_tracked(stage, params, arguments, url)
@@ -70,8 +93,6 @@ def run_stage(stage: Flow[..., Any], target: str | None) -> None:
             _run_tracked(stage, params, arguments, url)
         except TransportError as second_error:
             raise _unanswered(url, second_error) from second_error
-    _have_cache_checked(stage.name, target)
-    _record(stage.name if target is None else f"{stage.name}@{target}", time.monotonic() - _BEGAN, Paths())
 
 
 def _run_tracked(stage: Flow[..., Any], params: Params, arguments: dict[str, str], url: str) -> None:

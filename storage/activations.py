@@ -46,12 +46,12 @@ _NUMPY: dict[str, tuple[type[np.generic], torch.dtype]] = {
 
 
 def shard_name(split: str, shard_index: int) -> str:
-    """Name of the piece that is one shard of a split, at all its boundaries."""
+    """Return the name of the piece that is one shard of a split, at all its boundaries."""
     return f"{split}.shard_{shard_index:03d}"
 
 
 def shard_path(folder: Path, split: str, boundary: int, shard_index: int) -> Path:
-    """The file of one boundary of a shard."""
+    """Return the file of one boundary of a shard."""
     return folder / split / f"boundary_{boundary:03d}" / f"shard_{shard_index:03d}.arrow"
 
 
@@ -72,7 +72,7 @@ def write_shard(path: Path, hidden: Tensor, metadata: dict[str, str]) -> None:
 
 
 def _map_shard(path: Path, rebuild: str) -> NDArray[Any]:
-    """A shard as a read-only array over the mapped file, [sequences, tokens, hidden]."""
+    """Return a shard as a read-only array over the mapped file, [sequences, tokens, hidden]."""
     try:
         with pa.memory_map(str(path)) as source:
             batch = pa.ipc.open_file(source).get_batch(0)
@@ -96,7 +96,7 @@ class BoundaryReader:
     _shards: dict[int, NDArray[Any]] = field(default_factory=dict)
 
     def digest(self, start: int, stop: int) -> list[str]:
-        """Checksums of the files that hold sequences start .. stop-1, for the keys of a later stage."""
+        """Return checksums of the files that hold sequences start .. stop-1, for the keys of a later stage."""
         pieces = Pieces(self.folder, self.rebuild)
         size = self._shard_size(pieces)
         return [self._checksum(pieces, shard) for shard in range(start // size, -(-stop // size))]
@@ -115,7 +115,7 @@ class BoundaryReader:
         return files[name]
 
     def read(self, sequences: Sequence[int]) -> Tensor:
-        """Hidden states of the named sequences, [len(sequences), tokens, hidden], copied from the mapped file.
+        """Return hidden states of the named sequences, [len(sequences), tokens, hidden], copied from the mapped file.
 
         Raises:
             DamagedFileError: a shard's bytes differ from those that were written.

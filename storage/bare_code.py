@@ -43,7 +43,7 @@ class BareCode:
     keywords: set[str] = field(default_factory=set)
 
     def text_with(self, keywords: Set[str], digests: Mapping[Definition, str]) -> str:
-        """The final text: no paths of modules, and parameters by position unless `keywords` has their names.
+        """Return the final text: no paths of modules, and parameters by position unless `keywords` has their names.
 
         A definition of the project is written with its digest, if `digests` has it, so that two of one name differ.
         """
@@ -58,7 +58,7 @@ class BareCode:
 
 
 def bare_code(definition: Definition, sources: Sources) -> BareCode:
-    """The part of a definition that counts; its trees in `sources` are changed, so ask once.
+    """Return the part of a definition that counts; its trees in `sources` are changed, so ask once.
 
     Parameters of methods that code outside the project may call keep their names, since it may pass them by keyword.
     """
@@ -146,7 +146,7 @@ class _Words(ast.NodeTransformer):
 
 
 def _is_for_people(value: ast.expr) -> bool:
-    """Whether a statement calls a logger, `warnings`, or what a progress bar says."""
+    """Tell whether a statement calls a logger, `warnings`, or what a progress bar says."""
     if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Attribute):
         return False
     speaker = value.func.value
@@ -212,11 +212,11 @@ class _Names(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _local(self, name: str) -> str | None:
-        """The position of a local name, None if it is not local."""
+        """Return the position of a local name, None if it is not local."""
         return next((scope[name] for scope in reversed(self._scopes) if name in scope), None)
 
     def _global(self, name: str) -> str:
-        """The full name that a name stands for: the project's as defined, others' with their module."""
+        """Return the full name that a name stands for: the project's as defined, others' with their module."""
         definition = self._sources.find(f"{self._module}.{name}")
         if definition is not None:
             self.code.uses.add(definition)
@@ -224,7 +224,7 @@ class _Names(ast.NodeVisitor):
         return self._imports.get(name, name)
 
     def _visit_attribute(self, node: ast.Attribute) -> None:
-        """An attribute, or a definition of a module of the project that is named through the module."""
+        """Visit an attribute, or a definition of a module of the project that is named through the module."""
         self.code.attributes.add(node.attr)
         if isinstance(node.value, ast.Name) and self._local(node.value.id) is None:
             definition = self._sources.find(f"{self._imports.get(node.value.id, '')}.{node.attr}")
@@ -276,7 +276,7 @@ def _arguments(arguments: ast.arguments) -> list[ast.arg]:
 
 
 def _bound(nodes: Iterable[ast.AST]) -> Iterator[str]:
-    """Names that code binds in its own scope, in order."""
+    """Yield names that code binds in its own scope, in order."""
     for node in nodes:
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():

@@ -26,14 +26,14 @@ class Fields:
     where: str
 
     def inner(self, value: Any, name: str) -> Self:
-        """An object within this one, called `name` in errors."""
+        """Return an object within this one, called `name` in errors."""
         where = f"{self.where}: {name}"
         if not isinstance(value, Mapping):
             raise InputError(f"{where} is {_shown(value)}, expected an object")
         return type(self)(value, where)
 
     def count(self, key: str, most: int = _MAX_COUNT, default: int | None = None) -> int:
-        """A whole number from 1 to `most`; `default`, if there is one, where the field is null or missing."""
+        """Return a whole number from 1 to `most`; `default`, if there is one, where the field is null or missing."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
@@ -42,14 +42,14 @@ class Fields:
         return value
 
     def number(self, key: str, most: float = _MAX_NUMBER) -> float:
-        """A number above 0, at most `most`."""
+        """Return a number above 0, at most `most`."""
         value: Any = self.values.get(key)
         if not is_number(value) or not 0 < value <= most:
             raise InputError(f"{self.where}: {key} is {_shown(value)}, expected a number above 0, at most {most:g}")
         return float(value)
 
     def switch(self, key: str, default: bool = False) -> bool:
-        """True or false; `default` where the field is null or missing."""
+        """Return true or false; `default` where the field is null or missing."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -58,7 +58,7 @@ class Fields:
         return value
 
     def text(self, key: str, default: str) -> str:
-        """A text; `default` where the field is missing."""
+        """Return a text; `default` where the field is missing."""
         value = self.values.get(key, default)
         if not isinstance(value, str):
             raise InputError(f"{self.where}: {key} is {_shown(value)}, expected a text")
@@ -66,10 +66,10 @@ class Fields:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a finite number, which true and false are not."""
+    """Tell whether a value of JSON is a finite number, which true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _shown(value: Any) -> str:
-    """A value for people: short, however large it is."""
+    """Return a value for people: short, however large it is."""
     return "missing or null" if value is None else reprlib.repr(value)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage.documents import PackedSequence, Tokens
-from storage.files import InputError, digest_of, read_sealed, verify, write_sealed, write_whole
+from storage.files import InputError, digest_of, verify, write_sealed, write_whole
+from storage.json_records import read_record
 
 SplitName = Literal["train", "calibration", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "validation")
@@ -90,18 +91,6 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as a JSON object."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        """Invert :meth:`to_json`."""
-        return cls(
-            **{
-                **value,
-                "splits": {name: Split(**split) for name, split in value["splits"].items()},
-                "sources": tuple(Ingredient(**source) for source in value["sources"]),
-                "notes": tuple(value["notes"]),
-            }
-        )
 
 
 def domain_split(domain: str) -> str:
@@ -174,13 +163,9 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         InputError: it is missing.
-        DamagedFileError: it is not what was written.
+        DamagedFileError: it is not what was written, or was written by another version of this project.
     """
-    path = folder / _MANIFEST
-    try:
-        return Manifest.from_json(read_sealed(path, REBUILD))
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} was written by another version of this project; run `{REBUILD}`") from error
+    return read_record(folder / _MANIFEST, Manifest, REBUILD)
 
 
 def drop_manifest(folder: Path) -> None:

@@ -72,13 +72,13 @@ _BADGE = re.compile(
 
 
 def embedded_versions() -> dict[str, str]:
-    """Versions of everything that the embedded corpus reads: they decide its text."""
+    """Return versions of everything that the embedded corpus reads: they decide its text."""
     names = sorted({*DOCSTRING_PACKAGES, *DESCRIBED_PACKAGES})
     return {"python": platform.python_version(), **{name: _distribution(name).version for name in names}}
 
 
 def embedded_documents(seed: int) -> Iterator[Document]:
-    """Documents of the embedded corpus: pages of one module's docstrings, of one topic, of one description.
+    """Yield documents of the embedded corpus: pages of one module's docstrings, of one topic, of one description.
 
     Args:
         seed: orders the modules, topics and packages.
@@ -93,7 +93,7 @@ def embedded_documents(seed: int) -> Iterator[Document]:
 
 
 def _no_longer_than_a_page(sections: Iterable[str]) -> Iterator[str]:
-    """Docstrings as they are; a docstring that is longer than a page is cut into its paragraphs."""
+    """Yield docstrings as they are; a docstring that is longer than a page is cut into its paragraphs."""
     for section in sections:
         yield from [section] if len(section) <= PAGE_CHARS else section.split("\n\n")
 
@@ -139,7 +139,7 @@ def _generated(file: Path) -> bool:
 
 
 def docstrings(path: Path, module: str) -> list[str]:
-    """Docstrings of a Python file in order, each under its name and signature.
+    """Return docstrings of a Python file in order, each under its name and signature.
 
     Args:
         path: source file; a file whose syntax this Python does not know gives no docstrings.
@@ -165,7 +165,7 @@ def _docstrings_within(node: ast.Module | ast.ClassDef, name: str) -> Iterator[s
 
 
 def _topics(source: Source, path: Path) -> Iterator[_Part]:
-    """The language reference that `help()` shows: a dictionary of strings in pydoc_data/topics.py."""
+    """Yield the language reference that `help()` shows: a dictionary of strings in pydoc_data/topics.py."""
     tree = ast.parse(path.read_bytes()) if path.is_file() else ast.Module([], [])
     assigned = [node.value for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
     topics: dict[str, str] = ast.literal_eval(assigned[-1]) if assigned and assigned[-1] else {}
@@ -181,7 +181,7 @@ def _description(name: str) -> _Part:
 
 
 def _package(name: str) -> Source:
-    """Source that names a package by its metadata; a licence given as a whole text is named by its classifiers."""
+    """Return a source that names a package by its metadata; a whole text as licence is named by its classifiers."""
     facts = _distribution(name).metadata.json
     prefix = "License :: "
     classifiers = [line.rsplit(" :: ")[-1] for line in facts.get("classifier", []) if line.startswith(prefix)]

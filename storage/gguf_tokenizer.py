@@ -129,7 +129,7 @@ def _add(writer: GGUFWriter, tokenizer: Tokenizer, folder: Path, vocab_size: int
 
 
 def _chat_templates(folder: Path, config: _Json) -> dict[str, str]:
-    """Chat templates by name, sorted: those of files, else those of tokenizer_config.json, as transformers does."""
+    """Return chat templates by name, sorted: those of files, else tokenizer_config.json's, as transformers does."""
     files = {path.stem: path for path in folder.glob("additional_chat_templates/*.jinja")}
     if (default := folder / "chat_template.jinja").is_file():
         files["default"] = default
@@ -165,7 +165,7 @@ def _check_added(tokenizer: Tokenizer) -> None:
 
 
 def _tokens(tokenizer: Tokenizer, model: _Json, vocab_size: int) -> tuple[list[str], list[TokenType]]:
-    """Text and type of every row of the embedding."""
+    """Return text and type of every row of the embedding."""
     texts = [f"<no token {index}>" for index in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     added = tokenizer.get_added_tokens_decoder()
@@ -181,7 +181,7 @@ def _tokens(tokenizer: Tokenizer, model: _Json, vocab_size: int) -> tuple[list[s
 
 
 def _steps(step: _Json | None) -> list[_Json]:
-    """The steps of a normalizer or pre-tokenizer, sequences of steps taken apart."""
+    """Return the steps of a normalizer or pre-tokenizer, sequences of steps taken apart."""
     if step is None:
         return []
     inner = step.get("normalizers", step.get("pretokenizers"))
@@ -194,7 +194,7 @@ def _steps(step: _Json | None) -> list[_Json]:
 
 
 def _pre_tokenizer(spec: _Json) -> str:
-    """llama.cpp's name of a byte-level pre-tokenizer."""
+    """Return llama.cpp's name of a byte-level pre-tokenizer."""
     model, steps = spec["model"], []
     if normalizers := _steps(spec["normalizer"]):
         if normalizers != [{"type": "NFC"}]:
@@ -220,7 +220,7 @@ def _pre_tokenizer(spec: _Json) -> str:
 
 
 def _space_prefix(spec: _Json) -> bool:
-    """Whether every part of a text between special tokens gets a space in front."""
+    """Tell whether every part of a text between special tokens gets a space in front."""
     steps = [*_steps(spec["normalizer"]), *_steps(spec["pre_tokenizer"])]
     if steps == [_METASPACE | {"prepend_scheme": "always"}]:
         _log.warning("llama.cpp puts a space before texts that begin with one, too, which this tokenizer does not")
@@ -232,7 +232,7 @@ def _space_prefix(spec: _Json) -> bool:
 
 
 def _scores(texts: Sequence[str], types: Sequence[TokenType], model: _Json) -> list[float]:
-    """Scores of tokens from which llama.cpp, which has no merges here, does the same merges in the same order."""
+    """Return scores of tokens by which llama.cpp, which has no merges here, does the same merges in the same order."""
     if missing := _BYTE_TOKENS - model["vocab"].keys():
         raise _UnsupportedError("a token for every byte", f"none for {min(missing)}")
     merges = [(left, right) for left, right in model["merges"]]
@@ -267,7 +267,7 @@ def _check_all_merge(texts: Sequence[str], types: Sequence[TokenType], merges: S
 
 
 def _leftmost(merges: Sequence[tuple[str, str]]) -> bool:
-    """Whether merges in this order are of the leftmost two tokens, which llama.cpp merges first at equal scores.
+    """Tell whether merges in this order are of the leftmost two tokens, which llama.cpp merges first at equal scores.
 
     True for runs of one character, the longest first: SentencePiece's runs of spaces all have the same score.
     """
@@ -307,7 +307,7 @@ def _add_special(writer: GGUFWriter, tokenizer: Tokenizer, settings: Mapping[str
 
 
 def _ids(name: str, tokenizer: Tokenizer, settings: Mapping[str, _Json]) -> list[int]:
-    """Ids of the special tokens that the files call `name`: first the tokenizer's own, then those of the model."""
+    """Return ids of the special tokens that the files call `name`: first the tokenizer's own, then the model's."""
     tokens = [values[f"{name}_token"] for values in settings.values() if values.get(f"{name}_token")]
     texts: list[Any] = [token.get("content") if isinstance(token, dict) else token for token in tokens]
     if not all(isinstance(text, str) for text in texts):

@@ -18,7 +18,7 @@ _MAX_DIGITS = 40
 
 
 def read_object(path: Path, rebuild: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """The object of a JSON file, with finite numbers and every key once.
+    """Return the object of a JSON file, with finite numbers and every key once.
 
     Args:
         path: the file, UTF-8 without a byte order mark.
@@ -52,7 +52,7 @@ _KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", boo
 
 
 def read_text(path: Path, rebuild: str, max_bytes: int = MAX_BYTES) -> str:
-    """The text of a regular file of at most `max_bytes`, in UTF-8 without a byte order mark.
+    """Return the text of a regular file of at most `max_bytes`, in UTF-8 without a byte order mark.
 
     Raises:
         InputError: it is missing, of another kind, too large, or has a byte order mark.

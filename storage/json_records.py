@@ -7,7 +7,7 @@ ignored.
 
 import functools
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -34,7 +34,7 @@ def as_record(value: Any, record: type[Record], source: str, rebuild: str) -> Re
         DamagedFileError: a field is missing or has another type than the record's.
     """
     try:
-        checked: Record = _adapter(record).validate_python(value)
+        checked: Record = _adapter(cast(Any, record)).validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "(the whole file)"

@@ -44,17 +44,17 @@ INDEX_SCHEMA = pa.schema(
 
 
 def subblock_of(variant: Attention | Ffn) -> str:
-    """The subblock that a variant is for: `attention` or `ffn`."""
+    """Return the subblock that a variant is for: `attention` or `ffn`."""
     return "attention" if isinstance(variant, Attention) else "ffn"
 
 
 def entry_name(first_block: int, variant: Attention | Ffn, span: int = 1) -> str:
-    """Name of an entry's piece: `block_007.ffn_768`, `block_007.attention_linear`, `span_007_2.kv_1`."""
+    """Return the name of an entry's piece: `block_007.ffn_768`, `block_007.attention_linear`, `span_007_2.kv_1`."""
     return f"{_place(first_block, span)}.{name_of(variant)}"
 
 
 def name_of(variant: Attention | Ffn) -> str:
-    """Name of a variant within its block: `kv_1`, `ffn_768`, `attention_linear`."""
+    """Return the name of a variant within its block: `kv_1`, `ffn_768`, `attention_linear`."""
     return variant.name if variant.name[-1].isdigit() else f"{subblock_of(variant)}_{variant.name}"
 
 
@@ -73,12 +73,12 @@ def refuse_unknown(names: Iterable[str], variants: Iterable[Attention | Ffn]) ->
 
 
 def whole_name(first_block: int, span: int) -> str:
-    """Name of the piece that holds a span's block of the parent's own kind, both subblocks trained."""
+    """Return the name of the piece that holds a span's block of the parent's own kind, both subblocks trained."""
     return f"{_place(first_block, span)}.{WHOLE}"
 
 
 def channel_order_name(first_block: int, span: int = 1) -> str:
-    """Name of the piece that ranks the FFN channels of a block, or of a span's whole block."""
+    """Return the name of the piece that ranks the FFN channels of a block, or of a span's whole block."""
     return f"{_place(first_block, span)}.channel_order"
 
 
@@ -94,16 +94,16 @@ class Library:
 
     @property
     def pieces(self) -> Pieces:
-        """The finished pieces: an entry each, or an order of channels."""
+        """Return the finished pieces: an entry each, or an order of channels."""
         return Pieces(self.folder, REBUILD)
 
     @property
     def index_path(self) -> Path:
-        """The file of the index, which has a row per entry."""
+        """Return the file of the index, which has a row per entry."""
         return self.folder / "index.parquet"
 
     def path(self, name: str) -> Path:
-        """The file that holds the tensors of a piece."""
+        """Return the file that holds the tensors of a piece."""
         block, _, entry = name.partition(".")
         return self.folder / block / f"{entry}.safetensors"
 
@@ -114,12 +114,12 @@ class Library:
         return self.path(name)
 
     def checksum(self, name: str) -> str:
-        """The sha256 of an entry's file, from its record; rows of scores name the weights by it."""
+        """Return the sha256 of an entry's file, from its record; rows of scores name the weights by it."""
         files: dict[str, str] = self.pieces.get(name)["files"]
         return files[str(self.path(name).relative_to(self.folder))]
 
     def start_of(self, first_block: int, span: int) -> int:
-        """Index of the parent's block that a replacement's initial weights come from."""
+        """Return the index of the parent's block that a replacement's initial weights come from."""
         return first_block if span == 1 else int(self.pieces.get(whole_name(first_block, span))["facts"]["start"])
 
     def read(self, name: str) -> dict[str, Tensor]:

@@ -40,18 +40,18 @@ class SpeedParts:
 
     @property
     def phase(self) -> str:
-        """The part of a request whose time counts, in words."""
+        """Return the part of a request whose time counts, in words."""
         if not self.reads_input:
             return "decode"
         return "prefill" if self.steps == "none" else "whole requests"
 
     def milliseconds(self, prefill_ms: float, decode_ms: float, output_tokens: int) -> float:
-        """Milliseconds of a whole batch that count, from those of its prefill and of one decode step."""
+        """Return milliseconds of a whole batch that count, from those of its prefill and of one decode step."""
         steps = {"none": 0, "one": 1, "all": output_tokens}[self.steps]
         return (prefill_ms if self.reads_input else 0.0) + steps * decode_ms
 
     def value(self, prefill_ms: float, decode_ms: float, output_tokens: int, batch: int) -> float:
-        """The metric of a model: milliseconds of a whole batch, or the tokens/s that it generates."""
+        """Return the metric of a model: milliseconds of a whole batch, or the tokens/s that it generates."""
         if not self.per_second:
             return self.milliseconds(prefill_ms, decode_ms, output_tokens)
         tokens = output_tokens if self.reads_input else 1  # of decoding alone: the output length cancels out
@@ -81,16 +81,16 @@ class SizeParts:
 
     @property
     def depends_on_precision(self) -> bool:
-        """Whether bytes count."""
+        """Tell whether bytes count."""
         return self.weight_bytes or self.cached_tokens != "none"
 
     def total(self, params: int, weight_bytes: int, kv_bytes_per_token: int, cached_tokens: int) -> int:
-        """The sum of what counts, from the sizes of a component or model and the tokens that its KV cache holds."""
+        """Return the sum of what counts, from a component's or model's sizes and the tokens that its KV cache holds."""
         tokens = {"none": 0, "one": 1, "all": cached_tokens}[self.cached_tokens]
         return self.params * params + self.weight_bytes * weight_bytes + tokens * kv_bytes_per_token
 
     def value(self, total: float, tensor_parallel: int) -> float:
-        """The metric of a sum."""
+        """Return the metric of a sum."""
         shared = total / tensor_parallel if self.per_device else total
         return shared / self.parts_in_unit if self.parts_in_unit > 1 else shared  # a count stays an integer
 
@@ -102,7 +102,7 @@ class BlockCount:
     attention: tuple[AttentionKind, ...]
 
     def count(self, kinds: Iterable[AttentionKind]) -> int:
-        """The number of these attention variants that count."""
+        """Return the number of these attention variants that count."""
         return sum(kind in self.attention for kind in kinds)
 
 
@@ -132,21 +132,21 @@ class Metric:
 
     @property
     def speed(self) -> SpeedParts | None:
-        """The sum of a speed metric; None for sizes and counts."""
+        """Return the sum of a speed metric; None for sizes and counts."""
         return self.parts if isinstance(self.parts, SpeedParts) else None
 
     @property
     def needs_context(self) -> bool:
-        """Whether the metric counts the KV cache of a batch of sequences: memory."""
+        """Tell whether the metric counts the KV cache of a batch of sequences: memory."""
         return isinstance(self.parts, SizeParts) and self.parts.cached_tokens == "all"
 
     @property
     def more_is_better(self) -> bool:
-        """Whether a model with a larger value is the better one: the throughputs."""
+        """Tell whether a model with a larger value is the better one: the throughputs."""
         return isinstance(self.parts, SpeedParts) and self.parts.per_second
 
     def speed_up(self, child: float, parent: float) -> float:
-        """The child's speed as a multiple of the parent's, from their values of a speed metric."""
+        """Return the child's speed as a multiple of the parent's, from their values of a speed metric."""
         assert self.speed is not None, self.name
         return child / parent if self.more_is_better else parent / child
 

@@ -274,8 +274,8 @@ def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: rope type {rope['rope_type']!r:.80} is not supported: it is not one of {', '.join(ROPE_TYPES)}"
         )
     needed = {"rope_theta", *_ROPE_FIELDS[rope["rope_type"]]}
-    set_numbers = {key for key in _ROPE_NUMBERS if rope.get(key) is not None}
-    wrong = sorted(key for key in needed | set_numbers if not is_number(rope.get(key)) or not 0 < rope[key] <= 1e15)
+    present_keys = {key for key in _ROPE_NUMBERS if rope.get(key) is not None}
+    wrong = sorted(key for key in needed | present_keys if not is_number(rope.get(key)) or not 0 < rope[key] <= 1e15)
     if wrong:
         raise InputError(
             f"{where}: rope parameters of type {rope['rope_type']} must have numbers above 0 for {', '.join(wrong)}"
@@ -352,7 +352,7 @@ def to_hf(
 
 
 def common_fields(config: ModelConfig) -> dict[str, Any]:
-    """Return every config.json's fields; `rope_theta` and `rope_scaling` repeat `rope_parameters` for older readers."""
+    """Return what is in every config.json; `rope_theta`, `rope_scaling` repeat `rope_parameters` for older readers."""
     scaling = {key: value for key, value in config.rope.items() if key != "rope_theta"}
     return {
         "vocab_size": config.vocab_size,

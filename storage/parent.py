@@ -20,30 +20,30 @@ class Parent:
 
     @functools.cached_property
     def info(self) -> ParentInfo:
-        """The parent's description, puzzle_parent.json."""
+        """Return the parent's description, puzzle_parent.json."""
         return read_parent_info(self.folder)
 
     @functools.cached_property
     def config(self) -> ModelConfig:
-        """The parent's geometry."""
+        """Return the parent's geometry."""
         return self.info.config
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint:
-        """The parent's tensors, by name."""
+        """Return the parent's tensors, by name."""
         return Checkpoint(self.folder, REBUILD)
 
     @property
     def digest(self) -> str:
-        """Content digest of geometry and all tensors."""
+        """Return the content digest of geometry and all tensors."""
         return self.info.digest
 
     def block(self, block_index: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Tensors of one block, named as within a Llama layer."""
+        """Return tensors of one block, named as within a Llama layer."""
         return self.checkpoint.block(block_index, device, dtype)
 
     def outside(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Embedding [vocabulary, hidden], final norm [hidden], LM head [vocabulary, hidden] (the embedding if tied)."""
+        """Return embedding [vocabulary, hidden], final norm [hidden], head [vocabulary, hidden] (embedding if tied)."""
         embedding = self.checkpoint.tensor(EMBEDDING).to(device, dtype)
         norm = self.checkpoint.tensor(NORM).to(device, dtype)
         head = embedding if self.config.tie_embeddings else self.checkpoint.tensor(LM_HEAD).to(device, dtype)

@@ -53,7 +53,7 @@ def read_table(path: Path, rebuild: str, takes_foreign: bool = False) -> pa.Tabl
 
 
 def _digest(table: pa.Table) -> str:
-    """Digest of names, types, units and values, whatever their chunks."""
+    """Return the digest of names, types, units and values, whatever their chunks."""
     fields: list[Any] = []
     for field in table.schema:
         metadata = {str(key, "utf-8"): str(value, "utf-8") for key, value in (field.metadata or {}).items()}

@@ -109,19 +109,19 @@ class Paths:
         return self.child(target) / "gkd.json"
 
     def gkd_state(self, target: str) -> Path:
-        """Return the checkpoint of a distillation under way; it is deleted when the distillation is finished."""
+        """Return the folder of a distillation under way; it is deleted when the distillation is finished."""
         return self.child(target) / ".gkd"
 
     def evaluation(self, target: str) -> Path:
-        """Return the file of quality and speed of parent and child, measured and predicted."""
+        """Return the file of parent's and child's quality and speed, measured and predicted."""
         return self.child(target) / "evaluation.json"
 
     def throughput(self, target: str) -> Path:
-        """Return the file of tokens per second of parent and child: measured, predicted, modelled."""
+        """Return the table of parent's and child's tokens per second: measured, predicted, modelled."""
         return self.child(target) / "throughput.parquet"
 
     def accuracy(self, target: str) -> Path:
-        """Return the file of accuracy of parent and child on the tasks that params name."""
+        """Return the file of parent's and child's accuracy on the benchmarks that params name."""
         return self.child(target) / "accuracy.json"
 
     @property

@@ -25,6 +25,17 @@ class _Record:
     facts: dict[str, Any]
 
 
+class _Facts(dict[str, Any]):
+    """The facts of a record; to ask for one that an older version of the stage did not write raises InputError."""
+
+    def __init__(self, facts: Mapping[str, Any], path: Path, rebuild: str) -> None:
+        super().__init__(facts)
+        self._path, self._rebuild = path, rebuild
+
+    def __missing__(self, name: str) -> Any:
+        raise InputError(f"{self._path} has no {name}: another version of the stage wrote it; {to_run(self._rebuild)}")
+
+
 @dataclass(frozen=True)
 class Pieces:
     """The finished pieces in `folder`.
@@ -41,7 +52,7 @@ class Pieces:
         return self.folder / ".pieces" / f"{name}.json"
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """The record of a finished piece, {key, files: {path: sha256}, facts}; None if there is none.
+        """Return the record of a finished piece, {key, files: {path: sha256}, facts}; None if there is none.
 
         Raises:
             DamagedFileError: the record itself was altered, or is none.
@@ -51,10 +62,10 @@ class Pieces:
             return None
         record = read_sealed(path, self.rebuild)
         as_record(record, _Record, str(path), self.rebuild)
-        return record
+        return {**record, "facts": _Facts(record["facts"], path, self.rebuild)}
 
     def done(self, name: str, key: str) -> bool:
-        """Whether the piece was finished under this key and every byte is as written."""
+        """Tell whether the piece was finished under this key and every byte is as written."""
         try:
             record = self.record(name)
         except DamagedFileError:
@@ -85,7 +96,7 @@ class Pieces:
         write_sealed(self._path(name), record)
 
     def get(self, name: str) -> dict[str, Any]:
-        """The record of a piece that has to be finished.
+        """Return the record of a piece that has to be finished.
 
         Raises:
             InputError: it is not; the message names the command that makes it.
@@ -98,7 +109,7 @@ class Pieces:
         return record
 
     def names(self) -> list[str]:
-        """Names of all finished pieces, sorted."""
+        """Return names of all finished pieces, sorted."""
         return sorted(path.stem for path in (self.folder / ".pieces").glob("*.json"))
 
     def keep_only(self, keys: Mapping[str, str]) -> list[str]:

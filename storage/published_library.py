@@ -29,12 +29,12 @@ class PublishedVariant:
 
     @property
     def parent_blocks(self) -> range:
-        """The one block of the parent that it replaces, its layer."""
+        """Return the one block of the parent that it replaces, its layer."""
         return range(self.layer, self.layer + 1)
 
 
 def read_published_library(path: Path) -> tuple[PublishedVariant, ...]:
-    """The variants of all layers, sorted by layer and name.
+    """Read the variants of all layers, sorted by layer and name.
 
     Raises:
         InputError: the file is missing or not JSON, a name comes twice, layers are not layer_0, layer_1, ... without a
@@ -63,7 +63,7 @@ def read_published_library(path: Path) -> tuple[PublishedVariant, ...]:
 
 
 def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    """The object of these pairs of name and value; InputError where a name comes twice."""
+    """Return the object of these pairs of name and value; InputError where a name comes twice."""
     names = [name for name, _ in pairs]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise InputError(f"{path}: {', '.join(sorted(repeated))} comes twice in one object; keep one")
@@ -113,6 +113,6 @@ def _check_alike(variants: list[PublishedVariant], path: Path) -> None:
 
 
 def _shown(value: Any) -> str:
-    """The value as JSON has it, cut off where it is long."""
+    """Return the value as JSON has it, cut off where it is long."""
     text = json.dumps(value) if not isinstance(value, float) else repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

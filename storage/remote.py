@@ -61,7 +61,7 @@ def fetch(url: str, into: Path) -> Path:
 
 
 def expand(pattern: str) -> list[str]:
-    """Files that a local or s3:// pattern names, sorted.
+    """Return files that a local or s3:// pattern names, sorted.
 
     Args:
         pattern: the address of one file, or a glob (`*`, `?`, `[...]`, `**`). Every part of it that exists under this
@@ -84,7 +84,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def _local_matches(pattern: Path) -> list[str]:
-    """Files that a local pattern names; hidden ones only by their whole path."""
+    """Return files that a local pattern names; hidden ones only by their whole path."""
     if pattern.exists():
         return [str(pattern)] if pattern.is_file() else []
     root = Path(pattern.anchor)
@@ -98,7 +98,7 @@ def _local_matches(pattern: Path) -> list[str]:
 
 
 def _s3_matches(store: Any, key: str) -> list[dict[str, Any]]:
-    """Files and folders that a key or pattern of S3 names; the parts before the first pattern may be names."""
+    """Return files and folders that a key or pattern of S3 names; the parts before the first pattern may be names."""
     names: list[str] = []
     parts = key.split("/")
     while parts and (not _MAGIC.search(parts[0]) or store.exists("/".join([*names, parts[0]]))):
@@ -110,7 +110,7 @@ def _s3_matches(store: Any, key: str) -> list[dict[str, Any]]:
 
 
 def fingerprint(url: str) -> str:
-    """A digest that changes with the file's content: sha256 of a local file, the store's ETag and size on S3.
+    """Return a digest that changes with the file's content: sha256 of a local file, the store's ETag and size on S3.
 
     Raises:
         InputError: the source cannot be read, as for :func:`fetch`.
@@ -134,7 +134,7 @@ def _is_s3(url: str) -> bool:
 
 
 def _store() -> Any:
-    """A file system of its own for every call: s3fs otherwise keeps listings and settings of earlier ones.
+    """Return a file system of its own for every call: s3fs otherwise keeps listings and settings of earlier ones.
 
     Checksums only where an operation needs them: stores that know S3 as it was refuse a request that names one.
     """

@@ -23,26 +23,26 @@ class Scenario:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The scenario that a text of the form `128/1024` names; the text was checked where it came in."""
+        """Return the scenario that a text of the form `128/1024` names; the text was checked where it came in."""
         input_tokens, output_tokens = map(int, text.split("/"))
         return cls(input_tokens, output_tokens)
 
     def __str__(self) -> str:
-        """The text form, such as `128/1024`."""
+        """Return the text form, such as `128/1024`."""
         return f"{self.input_tokens}/{self.output_tokens}"
 
     @property
     def mean_context(self) -> float:
-        """Tokens in the KV cache at a decode step, averaged over a request."""
+        """Return the tokens in the KV cache at a decode step, averaged over a request."""
         return self.input_tokens + self.output_tokens / 2
 
     @property
     def total_tokens(self) -> int:
-        """Tokens in the KV cache at the request's end."""
+        """Return the tokens in the KV cache at the request's end."""
         return self.input_tokens + self.output_tokens
 
     def scaled(self, factor: float) -> "Scenario":
-        """Both lengths times `factor`, at least a token each."""
+        """Return both lengths times `factor`, at least a token each."""
         return Scenario(max(1, round(self.input_tokens * factor)), max(1, round(self.output_tokens * factor)))
 
 
@@ -69,36 +69,36 @@ class Setting:
 
     @classmethod
     def from_row(cls, row: CostRow | ThroughputRow) -> Self:
-        """The setting of a row of costs.parquet or throughput.parquet."""
+        """Return the setting of a row of costs.parquet or throughput.parquet."""
         return cls(row.hardware, row.engine, row.precision, row.tensor_parallel, row.scenario, row.batch)
 
     @property
     def place(self) -> Place:
-        """The setting without batch and tensor-parallel degree."""
+        """Return the setting without batch and tensor-parallel degree."""
         return Place(self.hardware, self.engine, self.precision, self.scenario)
 
     @property
     def lengths(self) -> Scenario:
-        """The scenario's lengths."""
+        """Return the scenario's lengths."""
         return Scenario.parse(self.scenario)
 
     @property
     def input_tokens(self) -> int:
-        """Tokens that a request reads."""
+        """Return the tokens that a request reads."""
         return self.lengths.input_tokens
 
     @property
     def output_tokens(self) -> int:
-        """Tokens that a request generates."""
+        """Return the tokens that a request generates."""
         return self.lengths.output_tokens
 
     @property
     def mean_context(self) -> float:
-        """Tokens in the KV cache at a decode step, averaged over a request."""
+        """Return the tokens in the KV cache at a decode step, averaged over a request."""
         return self.lengths.mean_context
 
     @property
     def text(self) -> str:
-        """The setting as text for messages."""
+        """Return the setting as text for messages."""
         parallel = f", {self.tensor_parallel} devices" if self.tensor_parallel > 1 else ""
         return f"{self.hardware}, {self.engine}, {self.precision}, {self.scenario}, batch {self.batch}{parallel}"

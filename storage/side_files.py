@@ -51,7 +51,7 @@ def check_inside(path: Path, folder: Path) -> None:
 
 
 def side_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Files of a folder that match one of the patterns, sorted.
+    """Return files of a folder that match one of the patterns, sorted.
 
     Raises:
         InputError: one of them is a link that leads out of the folder, or no regular file.
@@ -72,7 +72,7 @@ def copy_side_files(files: Iterable[Path], folder: Path, into: Path) -> None:
 
 
 def card_text(folder: Path) -> str | None:
-    """The model card; None: there is none, or one that cannot be read, which is logged."""
+    """Return the model card; None: there is none, or one that cannot be read, which is logged."""
     card = folder / CARD
     if not card.is_file():
         return None
@@ -85,7 +85,7 @@ def card_text(folder: Path) -> str | None:
 
 
 def licence_of(folder: Path) -> str:
-    """The licence's name from the front matter of the model card, else `see licence files`, else `unknown`."""
+    """Return the licence's name from the front matter of the model card, else `see licence files`, else `unknown`."""
     fields = _front_matter(card_text(folder) or "", folder / CARD)
     licence, name, link = (_words(fields.get(key)) for key in ("license", "license_name", "license_link"))
     if name and licence in ("", "other"):
@@ -96,7 +96,7 @@ def licence_of(folder: Path) -> str:
 
 
 def _front_matter(card: str, path: Path) -> dict[str, object]:
-    """The mapping between the two lines `---` that a card begins with; empty: it has none that can be read."""
+    """Return the mapping between the two lines `---` that a card begins with; empty: it has none that can be read."""
     lines = card.splitlines()
     if not lines or lines[0].rstrip() != "---":
         return {}
@@ -110,7 +110,7 @@ def _front_matter(card: str, path: Path) -> dict[str, object]:
 
 
 def _words(value: object) -> str:
-    """A text, or the texts of a list, in one line; empty: anything else."""
+    """Return a text, or the texts of a list, in one line; empty: anything else."""
     texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
     line = ", ".join(" ".join(text.split()) for text in texts)
     return "".join(filter(str.isprintable, line))[:_MAX_LICENCE]

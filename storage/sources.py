@@ -44,7 +44,7 @@ class Module:
     imported_modules: set[str] = field(default_factory=set)
 
     def statements(self, name: str) -> list[ast.stmt]:
-        """The statements of a definition, or with "" those that run on import."""
+        """Return the statements of a definition, or with "" those that run on import."""
         return self.definitions[name] if name else self.import_time_statements
 
 
@@ -56,7 +56,7 @@ class Sources:
         self._modules: dict[str, Module | None] = {}
 
     def path(self, module: str) -> Path | None:
-        """File of a module or package, None if the project has none of that name."""
+        """Return the file of a module or package, None if the project has none of that name."""
         if module.split(".")[0] not in PACKAGES:
             return None
         base = self.folder.joinpath(*module.split("."))
@@ -64,20 +64,20 @@ class Sources:
         return next((path for path in candidates if path.is_file()), None)
 
     def module(self, name: str) -> Module | None:
-        """A module of the project, None if it has none of that name."""
+        """Return a module of the project, None if it has none of that name."""
         if name not in self._modules:
             path = self.path(name)
             self._modules[name] = None if path is None else _read(path)
         return self._modules[name]
 
     def need(self, name: str) -> Module:
-        """A module that is known to be there."""
+        """Return a module that is known to be there."""
         module = self.module(name)
         assert module is not None, name
         return module
 
     def find(self, full_name: str) -> Definition | None:
-        """The definition of `package.module.name`, through modules that only pass it on; None outside the project."""
+        """Return `package.module.name`'s definition, through modules that only pass it on; None outside the project."""
         module_name, _, name = full_name.rpartition(".")
         module = self.module(module_name)
         if module is None:
@@ -88,17 +88,17 @@ class Sources:
         return self.find(passed_on) if passed_on and passed_on != full_name else None
 
     def methods(self, definition: Definition) -> list[Definition]:
-        """Methods and properties of a class; no definitions where it is no class."""
+        """Return methods and properties of a class; no definitions where it is no class."""
         names = self.need(definition.module).definitions if definition.name else {}
         return [Definition(definition.module, name) for name in names if name.startswith(f"{definition.name}.")]
 
     def is_function(self, definition: Definition) -> bool:
-        """Whether a definition is a function or method."""
+        """Tell whether a definition is a function or method."""
         statements = self.need(definition.module).statements(definition.name)
         return all(isinstance(statement, Function) for statement in statements)
 
     def implied_by(self, definition: Definition) -> list[Definition]:
-        """The definitions that a definition needs to exist: a method's class, and what its module runs on import."""
+        """Return the definitions that one needs to exist: a method's class, and what its module runs on import."""
         class_name = definition.name.rpartition(".")[0]
         implied = [Definition(definition.module, class_name)] if class_name else []
         if self.need(definition.module).import_time_statements:
@@ -106,7 +106,7 @@ class Sources:
         return implied
 
     def has_foreign_base(self, definition: Definition) -> bool:
-        """Whether a class, or a base of it, has a base that is not the project's."""
+        """Tell whether a class, or a base of it, has a base that is not the project's."""
         module = self.need(definition.module)
         for name in module.bases.get(definition.name, ()):
             first, _, rest = name.partition(".")
@@ -116,7 +116,7 @@ class Sources:
         return False
 
     def imports_behind(self, module: str, but: Set[str] = frozenset()) -> list[Path]:
-        """Source files of `module` and of all project modules that it imports, directly or not, sorted.
+        """Return source files of `module` and of all project modules that it imports, directly or not, sorted.
 
         Modules of `but`, and what is imported through them alone, are left out.
         """
@@ -176,7 +176,7 @@ def _take_import(node: ast.AST, module: Module) -> None:
 
 
 def _defined_names(statement: ast.stmt) -> Iterator[str]:
-    """Names that a statement at module level defines: a function's, or those that it assigns."""
+    """Yield names that a statement at module level defines: a function's, or those that it assigns."""
     if isinstance(statement, Function):
         yield statement.name
     elif isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
@@ -186,7 +186,7 @@ def _defined_names(statement: ast.stmt) -> Iterator[str]:
 
 
 def is_text(statement: ast.stmt) -> bool:
-    """Whether a statement is a string alone: a docstring of a module, class, function or attribute."""
+    """Tell whether a statement is a string alone: a docstring of a module, class, function or attribute."""
     return (
         isinstance(statement, ast.Expr)
         and isinstance(statement.value, ast.Constant)

@@ -77,7 +77,7 @@ class SkippedRows:
         self.rows += 1
 
     def skip(self, reason: str, place: str) -> None:
-        """The row at `place` gives no document."""
+        """Count the row at `place`, which gives no document."""
         self.lost += reason != _NO_TEXT
         if reason not in self.reasons and len(self.reasons) >= _MOST_REASONS:
             reason = "other reasons"

@@ -123,6 +123,6 @@ def _check_tied(checkpoint: Checkpoint) -> None:
 
 
 def _parts(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
-    """Rows of a matrix, some thousands at once."""
+    """Yield rows of a matrix, some thousands at once."""
     rows = checkpoint.headers[name].shape[0]
     return (checkpoint.rows(name, slice(start, start + _ROWS)) for start in range(0, rows, _ROWS))

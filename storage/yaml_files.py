@@ -31,7 +31,7 @@ _Position = tuple[int, int]
 
 
 def read_yaml(path: Path, missing: str = "check the path") -> Any:
-    """The content of a YAML file: mappings with text as keys, lists, texts, numbers, booleans and null.
+    """Return the content of a YAML file: mappings with text as keys, lists, texts, numbers, booleans and null.
 
     Args:
         path: the file, at most MAX_BYTES.
@@ -48,7 +48,7 @@ def read_yaml(path: Path, missing: str = "check the path") -> Any:
 
 
 def parse_foreign_yaml(text: str, path: Path) -> Any:
-    """The content of YAML that strangers wrote for other readers: any values and tags, but neither deep nor large.
+    """Return the content of YAML that strangers wrote for other readers: any values and tags, neither deep nor large.
 
     Raises:
         InputError: it is not YAML, or deeper or larger than that; `path` is named.
@@ -75,18 +75,18 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _yaml() -> YAML:
-    """A loader as DVC makes it."""
+    """Return a loader as DVC makes it."""
     return YAML(typ="safe")
 
 
 def _error(path: Path, position: _Position | None, problem: str) -> InputError:
-    """The error at a position: line and column, both from 0."""
+    """Return the error at a position: line and column, both from 0."""
     where = f", line {position[0] + 1}, column {position[1] + 1}" if position else ""
     return InputError(f"{path}{where}: {problem}")
 
 
 def _text(path: Path, missing: str) -> str:
-    """The file's text; nothing larger than MAX_BYTES is read."""
+    """Return the file's text; nothing larger than MAX_BYTES is read."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
@@ -112,7 +112,7 @@ def _text(path: Path, missing: str) -> str:
 
 
 def _position(before: str) -> _Position:
-    """Line and column that follow a text."""
+    """Return line and column that follow a text."""
     return before.count("\n"), len(before) - before.rfind("\n") - 1
 
 

@@ -64,7 +64,7 @@ def model_throughput(target: str, params: Params, paths: Paths) -> list[Throughp
 
 
 def _blocks(target: str, paths: Paths) -> dict[str, tuple[Replacement, ...]]:
-    """Blocks of parent and child, as cost tables know them."""
+    """Return the blocks of parent and child, as cost tables know them."""
     parent = parent_blocks(Parent(paths.parent).config)
     return {"parent": parent, "child": read_architecture(target, paths).blocks}
 
@@ -93,11 +93,11 @@ class _EngineSetup:
 
     @property
     def hardware(self) -> str:
-        """This machine's name in the cost table; a machine that was not timed is called by its processor."""
+        """Return this machine's name in the cost table; a machine that was not timed is called by its processor."""
         return self.predictor if self.predictor and self.is_timed else self.machine
 
     def setting(self, scenario: str, batch: int) -> Setting:
-        """The setting of the cost table that predicts a measurement."""
+        """Return the setting of the cost table that predicts a measurement."""
         return Setting(self.predictor or self.machine, self.engine, self.precision, 1, scenario, batch)
 
 
@@ -160,7 +160,7 @@ def _paired(rounds: dict[str, Rounds]) -> dict[str, Rounds]:
 def _timer(
     engine: str, target: str, params: Params, paths: Paths, compute: Compute
 ) -> Callable[[Workload], dict[str, Rounds]]:
-    """Function that times parent and child in an engine: checkpoints in torch, exported files in llama.cpp."""
+    """Return what times parent and child in an engine: checkpoints in torch, exported files in llama.cpp."""
     parent, repeats = Parent(paths.parent), params.benchmark_throughput.repeats
     if engine == ENGINE:
         child = Checkpoint(paths.assembled(target), f"dvc repro assemble_child@{target}")
@@ -171,7 +171,7 @@ def _timer(
 
 
 def _exported(target: str, paths: Paths) -> dict[str, Path]:
-    """GGUF files of parent and child, of the same precision.
+    """Return the GGUF files of parent and child, of the same precision.
 
     Raises:
         InputError: one of them is missing or damaged.
@@ -183,7 +183,7 @@ def _exported(target: str, paths: Paths) -> dict[str, Path]:
 
 
 def _speed_limits(target: str, paths: Paths) -> dict[str, list[ReachedLimit]]:
-    """The limits of the child that can be measured here, by engine, with the batch that the search chose."""
+    """Return the limits of the child that can be measured here, by engine, with the batch that the search chose."""
     speeds = [limit for limit in read_architecture(target, paths).constraints if limit.is_speed]
     by_engine: dict[str, list[ReachedLimit]] = {}
     for engine in (ENGINE, llamacpp.ENGINE):
@@ -195,7 +195,7 @@ def _speed_limits(target: str, paths: Paths) -> dict[str, list[ReachedLimit]]:
 def _engine_setup(
     engine: str, compute: Compute, threads: int, limited: Sequence[str], timed: Sequence[str]
 ) -> _EngineSetup:
-    """Facts that all measured rows of an engine share.
+    """Collect the facts that all measured rows of an engine share.
 
     Args:
         engine: torch or llama.cpp.
@@ -221,7 +221,7 @@ def _engine_setup(
 
 
 def _was_timed_on(machine_name: str, hardware: str, engine: str) -> bool:
-    """Whether the timings of a hardware name and engine were taken on a machine of this kind."""
+    """Tell whether the timings of a hardware name and engine were taken on a machine of this kind."""
     path = TIMINGS / f"{hardware}.parquet"  # a table that a user brings names no machine
     if not path.is_file():
         return False
@@ -230,7 +230,7 @@ def _was_timed_on(machine_name: str, hardware: str, engine: str) -> bool:
 
 
 def parent_and_child(parent: Parent, child: Checkpoint, compute: Compute) -> dict[str, DeciLMForCausalLM]:
-    """Parent and child whole in memory, as the same class, so that they differ in their blocks alone."""
+    """Load parent and child whole into memory, as the same class, so that they differ in their blocks alone."""
     blocks = [(parent_attention(parent.config), parent_ffn(parent.config))] * parent.config.num_blocks
     return {
         "parent": load_model(parent.checkpoint, parent.config, blocks, compute),
@@ -241,7 +241,7 @@ def parent_and_child(parent: Parent, child: Checkpoint, compute: Compute) -> dic
 def _measured_rows(
     setup: _EngineSetup, model: str, setting: Setting, rounds: Rounds, predicted: ModelSpeed | None
 ) -> Iterator[ThroughputRow]:
-    """A row for prefill (tokens read) and one for decode (tokens generated)."""
+    """Yield a row for prefill (tokens read) and one for decode (tokens generated)."""
     medians = {phase: statistics.median(values) for phase, values in rounds.items()}
     speed = ModelSpeed(setting, medians["prefill"], medians["decode"])
     for phase in ("prefill", "decode"):
@@ -267,7 +267,7 @@ def _tokens_per_s(speed: ModelSpeed, phase: str) -> float:
 
 
 def _source(setup: _EngineSetup, predicted: ModelSpeed | None) -> str:
-    """The origin of the prediction, or the reason why there is none."""
+    """Say where the prediction comes from, or why there is none."""
     if setup.predictor is None:
         return f"not predicted: the target limits no speed of {setup.engine}, and no timings are of this machine"
     timed = f"{setup.predictor} ({'a machine like this one' if setup.is_timed else 'NOT this machine'})"
@@ -283,6 +283,6 @@ def write_rows(target: str, rows: Sequence[ThroughputRow], paths: Paths) -> None
 
 
 def throughput_text(target: str, params: Params, paths: Paths) -> str:
-    """throughput.parquet as tables for people."""
+    """Format throughput.parquet as tables for people."""
     names = params.benchmark_throughput.measured_scenarios
     return throughput_tables(params.target(target).label, read_throughput(paths.throughput(target)), names)

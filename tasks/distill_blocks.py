@@ -59,12 +59,12 @@ class BlockPlan:
 
     @property
     def order_name(self) -> str:
-        """Name of the piece that ranks FFN channels."""
+        """Return the name of the piece that ranks FFN channels."""
         return channel_order_name(self.first_block, self.span)
 
     @property
     def whole_name(self) -> str:
-        """Name of the piece that holds a span's whole block."""
+        """Return the name of the piece that holds a span's whole block."""
         return whole_name(self.first_block, self.span)
 
 

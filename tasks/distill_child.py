@@ -234,7 +234,7 @@ class _Training:
         )
 
     def best_blocks(self) -> Iterator[dict[str, Tensor]]:
-        """Return the tensors of each block at the best measurement, named as within a Llama layer."""
+        """Yield the tensors of each block at the best measurement, named as within a Llama layer."""
         for index in range(len(self._child.layers)):
             prefix = f"layers.{index}."
             yield {name.removeprefix(prefix): tensor for name, tensor in self._best.items() if name.startswith(prefix)}
@@ -342,6 +342,6 @@ def _steps(params: Params) -> list[list[int]]:
 
 
 def _held_out(params: Params) -> range:
-    """Read the calibration sequences of the held-out KL: the end of the split, as in BLD."""
+    """Return the calibration sequences of the held-out KL: the end of the split, as in BLD."""
     seq_len, stop = params.prepare_corpus.seq_len, params.prepare_corpus.calibration_tokens
     return range((stop - params.distill_child.held_out_tokens) // seq_len, stop // seq_len)

@@ -82,8 +82,8 @@ def _answers(planned: PlannedBenchmark, model: AskedModel, compute: Compute, par
     def ask() -> dict[str, Any]:
         return asdict(planned.ask(*model.load(compute, chat=planned.chat), keep))
 
-    facts = keep(planned.key, ask)
-    return Answers(facts["questions_digest"], tuple(facts["scores"]), tuple(facts["chance"]))
+    answers = keep(planned.key, ask)
+    return Answers(answers["questions_digest"], tuple(answers["scores"]), tuple(answers["chance"]))
 
 
 def _compute(params: Params) -> Compute:

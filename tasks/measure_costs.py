@@ -48,7 +48,7 @@ def write_cost_table(params: Params, paths: Paths) -> None:
 
 
 def _modelled_settings(settings: MeasureCosts) -> Iterator[Setting]:
-    """Every setting of params.yaml whose milliseconds are modelled."""
+    """Yield every setting of params.yaml whose milliseconds are modelled."""
     engines = [(engine, degree) for engine in settings.engines for degree in settings.degrees(engine)]
     for name, (engine, degree), scenario, batch in itertools.product(
         settings.hardware, engines, settings.scenarios, settings.batches

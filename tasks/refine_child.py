@@ -140,7 +140,7 @@ class _ChildCorrection:
         return len(self._replacements)
 
     def _chained_keys(self) -> dict[int, str]:
-        """Key the states before each block from `_start` on, and the corrected block before them, by content."""
+        """Return content keys of the states before each block from `_start` on, and of the corrected block before."""
         key = digest_of(
             {
                 "settings": self._params.refine_child.model_dump(),

@@ -163,7 +163,7 @@ def _chosen_architecture(
 
 
 def _alternative_json(alternative: SearchedChild, child: SearchedChild, tables: TargetTables) -> dict[str, Any]:
-    """Return a further child; `tie`: its score is worse by less than the standard error of the difference."""
+    """Return a further child's entry; `tie`: its score is worse by less than the standard error of the difference."""
     difference = tables.scores.difference(alternative.blocks, child.blocks, WEIGHTS)
     shared = {*child.blocks} & {*alternative.blocks}
     solution = alternative.best.solution

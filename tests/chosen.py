@@ -29,12 +29,12 @@ PREDICTED = Predicted(
 def chosen_architecture(
     blocks: Sequence[Replacement], name: str, digest: str, target: str = "small", label: str = "Small"
 ) -> ChosenArchitecture:
-    """A child of these blocks without limits; name and digest are the parent's."""
+    """Make a child of these blocks without limits; name and digest are the parent's."""
     return ChosenArchitecture(target, label, ParentIdentity(name, digest), tuple(blocks), (), PREDICTED, ())
 
 
 def speed_limit(metric: str, limit: float, setting: Setting, name: str = "speed") -> ReachedLimit:
-    """A lower limit on a speed relative to the parent's, which the tables predict to be just met."""
+    """Make a lower limit on a speed relative to the parent's, which the tables predict to be just met."""
     return ReachedLimit(
         name=name,
         metric=metric,

@@ -26,7 +26,7 @@ _START_SECONDS = 30
 
 @pytest.fixture(scope="session")
 def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the embedded parent, SmolLM2-135M-Instruct, as prepare_parent makes it."""
+    """Return the folder of the embedded parent, SmolLM2-135M-Instruct, as prepare_parent makes it."""
     from storage.paths import Paths  # here, since most tests need neither torch nor transformers
     from tasks.prepare_parent import prepare_parent
     from tests.settings import tiny_params
@@ -46,7 +46,7 @@ class S3:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    """SeaweedFS on free ports of 127.0.0.1, which ends with the session."""
+    """Yield SeaweedFS on free ports of 127.0.0.1, which ends with the session."""
     folder = tmp_path_factory.mktemp("s3")
     with _weed(folder) as server:
         yield server
@@ -86,7 +86,7 @@ def _weed(folder: Path) -> Iterator[S3]:
 
 
 def _weed_command(folder: Path, s3_port: int) -> list[str]:
-    """The command line: every service on a free port, and those that no test needs off."""
+    """Return the command line: every service on a free port, and those that no test needs off."""
     services = ("s3.port.grpc", "master.port", "master.port.grpc", "filer.port", "filer.port.grpc", "volume.port")
     ports = {service: _free_port() for service in (*services, "volume.port.grpc")}
     return [
@@ -104,7 +104,7 @@ def _free_port() -> int:
 
 
 def _low_port() -> int:
-    """A free port whose 10,000th successor is free too: weed's own worker looks for the admin service there."""
+    """Return a free port whose 10,000th successor is free too: weed's own worker looks for the admin service there."""
     while True:
         port = random.randrange(20_000, 30_000)
         with socket.socket() as first, socket.socket() as second:

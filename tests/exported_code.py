@@ -29,7 +29,7 @@ SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 @contextlib.contextmanager
 def code_copied_to(folder: Path) -> Iterator[None]:
-    """transformers copies a checkpoint's code into its cache: meanwhile into this folder, not the user's."""
+    """Have transformers copy a checkpoint's code into this folder meanwhile, not into the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
         patch.syspath_prepend(str(folder))
@@ -39,13 +39,13 @@ def code_copied_to(folder: Path) -> Iterator[None]:
 
 
 def _forget_copied_code() -> None:
-    """The package of all copies remembers its folder: a test module behind another in one process has its own."""
+    """Forget the package of all copies, which remembers its folder: the next test module in one process has its own."""
     for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
         del sys.modules[name]
 
 
 def save_child(folder: Path, config: dict[str, Any]) -> DeciLMForCausalLM:
-    """An export of random weights, as engines find it; the same model by our class."""
+    """Save an export of random weights, as engines find it; return the same model by our class."""
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}), encoding="utf-8")
     for file in FILES:
         shutil.copy(CODE / file, folder)
@@ -61,13 +61,13 @@ def save_child(folder: Path, config: dict[str, Any]) -> DeciLMForCausalLM:
 
 
 def class_of(folder: Path, auto_class: str) -> Any:
-    """What `auto_map` names, from the checkpoint's files, without a network."""
+    """Return what `auto_map` names, from the checkpoint's files, without a network."""
     named = AUTO_MAP[auto_class]
     return dynamic_module_utils.get_class_from_dynamic_module(named, str(folder), local_files_only=True)
 
 
 def model_of(folder: Path, auto_class: str = "AutoModelForCausalLM", **options: Any) -> Any:
-    """The checkpoint by its own files: config class and model class are found one after the other, as by engines."""
+    """Load the checkpoint by its own files: config class, then model class are found, as by engines."""
     config = class_of(folder, "AutoConfig").from_pretrained(folder)
     model = class_of(folder, auto_class).from_pretrained(folder, config=config, dtype="auto", **options)
     return model.train(False)

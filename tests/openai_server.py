@@ -41,11 +41,11 @@ class Scripted:
     most_open: int = 0
 
     async def models(self, _: web.Request) -> web.Response:
-        """GET /v1/models."""
+        """Answer GET /v1/models."""
         return web.json_response({"data": [{"id": "scripted"}]})
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/completions: a token of text an event, in the manner of this request."""
+        """Answer POST /v1/completions: a token of text an event, in the manner of this request."""
         manner = self.manners[len(self.requests) % len(self.manners)]
         body = await request.json()
         self.requests.append(body)

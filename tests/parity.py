@@ -54,7 +54,7 @@ class Parity:
 
 
 def prompts(tokenizer: Any) -> list[list[int]]:
-    """Fifty prompts as token ids: questions in the chat template, beginnings of texts as they are."""
+    """Return fifty prompts as token ids: questions in the chat template, beginnings of texts as they are."""
     chats = [
         tokenizer.apply_chat_template([{"role": "user", "content": chat}], add_generation_prompt=True, tokenize=False)
         for chat in CHATS
@@ -102,7 +102,7 @@ def compare(
 
 
 def _answer(engine: LlamaCpp, slot: int, prompt: Sequence[int], harmless: int, tokens: int) -> list[dict[str, Any]]:
-    """Steps of a greedy answer, a request for each.
+    """Return steps of a greedy answer, a request for each.
 
     llama.cpp leaves out the log-probabilities of a token that ends amid a letter. So it is made to generate another
     token, `harmless`; the log-probabilities that it reports are from before that.
@@ -116,7 +116,7 @@ def _answer(engine: LlamaCpp, slot: int, prompt: Sequence[int], harmless: int, t
 
 
 def _in_torch(model: DeciLMForCausalLM, prompt: Sequence[int], answer: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Log-probabilities of the vocabulary before each token of an answer."""
+    """Yield log-probabilities of the vocabulary before each token of an answer."""
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([[*prompt, *answer]]), logits_to_keep=len(answer) + 1).logits[0, :-1]
     yield from torch.log_softmax(logits, -1)

@@ -5,5 +5,5 @@ from storage.parent_info import ParentInfo
 
 
 def parent_info(config: ModelConfig, name: str = "tiny", digest: str = "d1") -> ParentInfo:
-    """What prepare_parent would write of a parent that has a geometry and no tensors."""
+    """Return what prepare_parent would write of a parent that has a geometry and no tensors."""
     return ParentInfo(name, "tests", "unknown", (), config, {}, digest)

@@ -173,7 +173,7 @@ def _scores(config: ModelConfig, params: Params) -> Iterator[ScoreRow]:
 
 
 def _harm(config: ModelConfig, block_index: int, variant: str) -> float:
-    """Score of a variant: the first and the last block matter most, and the more is taken away the higher it is."""
+    """Return a variant's score: the first and last block matter most, and it is higher the more is taken away."""
     kept = int(variant.rpartition("_")[2]) if variant[-1].isdigit() else 0
     whole = config.num_kv_heads if variant.startswith("kv") else config.intermediate_size
     edge: float = 1 + 6 * (block_index in (0, config.num_blocks - 1)) + math.sin(block_index) ** 2

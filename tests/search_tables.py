@@ -95,7 +95,7 @@ def costs(scenario: str = "128/128", batch: int = 8) -> tuple[CostRow, ...]:
 
 
 def write_tables(paths: Paths) -> None:
-    """Return artifacts that the search reads."""
+    """Write the artifacts that the search reads."""
     write_parent_info(paths.parent, parent_info(CONFIG))
     write_scores(paths.scores, scores(random.Random(0)))
     write_costs(paths.costs, costs())
@@ -104,7 +104,7 @@ def write_tables(paths: Paths) -> None:
 def run_search(
     constraints: dict[str, Any], paths: Paths, more: dict[str, Any] | None = None, **section: Any
 ) -> tuple[SearchSummary, dict[str, Any], dict[str, Any]]:
-    """Search; the summary, architecture.json, search.json."""
+    """Search; return the summary, architecture.json, search.json."""
     summary = search.fn("like-51b", tiny_search_params(constraints, more, **section), paths)
     architecture = json.loads(paths.architecture("like-51b").read_text())
     return summary, architecture, json.loads(paths.search("like-51b").read_text())

@@ -92,7 +92,7 @@ def _imports_torch(module: str) -> bool:
 
 
 def _reached(module: str) -> set[str]:
-    """Project modules behind `module`, itself included, with the packages that importing them runs."""
+    """Return project modules behind `module`, itself included, with the packages that importing them runs."""
     reached: set[str] = set()
     waiting = [module]
     while waiting:

@@ -121,7 +121,7 @@ def built(clones: tuple[Clone, Clone]) -> Built:
 
 
 def _time(clone: Clone) -> tuple[list[str], bytes]:
-    """Time the machine, which needs the parent: the stages that ran for it, and the table."""
+    """Time the machine, which needs the parent; return the stages that ran for it, and the table."""
     ran = clone.must("dvc", "repro", "prepare_parent").ran()
     clone.must("flows.cli", "time-machine", TIMINGS)
     return ran, (clone.folder / TABLE).read_bytes()

@@ -25,7 +25,7 @@ from tests.report_run import speed_constraints, write_run
 
 
 def _constraints(metric: Metric) -> dict[str, Any]:
-    """Return a target that limits this metric, loosely."""
+    """Return constraints that limit this metric, loosely."""
     if metric.speed:
         return {"speed": speed_constraints(metric.name)["speed"]}
     side = "at_least_ratio" if metric.direction == "at_least" else "at_most_ratio"

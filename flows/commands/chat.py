@@ -104,7 +104,7 @@ def _ask(speaker: Speaker, question: str, options: ChatOptions, screen: Screen) 
 
 
 def _note(name: str, parts: list[AnswerPart], is_stopped: bool, max_tokens: int) -> str:
-    """One line on an answer: tokens and tokens/s as llama.cpp measured them, and why it ended if the model did not."""
+    """Return a line on an answer: tokens and tokens/s as llama.cpp measured them, why it ended if not by the model."""
     if not parts:
         return f"{name}: stopped"
     last = parts[-1]
@@ -115,7 +115,7 @@ def _note(name: str, parts: list[AnswerPart], is_stopped: bool, max_tokens: int)
 
 
 def _typed() -> Iterator[str]:
-    """Lines as a person types them, with a history on the arrow keys; Ctrl-C begins the line anew, Ctrl-D ends."""
+    """Yield lines as a person types them, history on the arrow keys; Ctrl-C begins the line anew, Ctrl-D ends."""
     with contextlib.suppress(ModuleNotFoundError):
         importlib.import_module("readline")  # input() uses it once it is there
     while True:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def estimate_text(estimate: ThroughputEstimate) -> str:
-    """The numbers, and where the time goes; at most 100 columns."""
+    """Return the numbers, and where the time goes; at most 100 columns."""
     setting, best = estimate.setting, estimate.best
     lines = [
         f"{best.tokens_per_s_per_gpu:,.0f} generated tokens/s per GPU, MODELLED ({estimate.engine.name})",

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def explanation_text(explanation: Explanation) -> str:
-    """A line for each variant that the block could have; fits 100 columns with up to three limits."""
+    """Return a line for each variant that the block could have; it fits 100 columns with up to three limits."""
     names, units = zip(*(limit.rstrip("]").split(" [") for limit in explanation.limits), strict=True)
     lines = [
         f"block {explanation.block} of {explanation.target}: nats/token of its own, and of the best child that has it "

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def frontier_text(children: "Frontier") -> str:
-    """A few of the children as a table, the marginal price of more beside each, and where all of them are."""
+    """Return a few of the children as a table, the marginal price of more beside each, and where all of them are."""
     lines = [
         children.axis.replace("\n", " "),
         f"{'value':>9} {'score':>8} {'stderr':>8} {'gap':>8} {'price of 1 % more':>18} {'block params':>13} {'KV':>7}",

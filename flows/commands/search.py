@@ -106,7 +106,7 @@ def _section(args: argparse.Namespace) -> SearchArchitecture:
 
 
 def _limit(text: str) -> tuple[str, float]:
-    """Stat and number of `STAT=N`."""
+    """Return stat and number of `STAT=N`."""
     name, sign, value = text.partition("=")
     try:
         number = float(value)

@@ -68,12 +68,12 @@ def compress(
 
 
 def _stages_of(targets: list[str]) -> list[str]:
-    """The stages of these targets alone."""
+    """Return the stages of these targets alone."""
     return [stage for stage in would_run() if stage.partition("@")[2] in targets]
 
 
 def _stale_among(stages: list[str]) -> list[str]:
-    """The stages that `dvc repro <stages>` will run at most: those that changed and all behind them, in order."""
+    """Return the stages that `dvc repro <stages>` will run at most: the changed ones and all behind them, in order."""
     changed = stale()
     ahead = would_run("--downstream", *changed) if changed else []
     behind = set(would_run(*stages)) if stages else set(ahead)
@@ -81,7 +81,7 @@ def _stale_among(stages: list[str]) -> list[str]:
 
 
 def _must_track_lock() -> None:
-    """An experiment starts from what git knows: without dvc.lock it would compute every stage again."""
+    """Refuse an experiment without dvc.lock: it starts from what git knows and would compute every stage again."""
     listed = subprocess.run(["git", "ls-files", "dvc.lock"], capture_output=True, text=True, check=False)
     if Path("dvc.lock").is_file() and not listed.stdout:
         raise InputError(
@@ -91,7 +91,7 @@ def _must_track_lock() -> None:
 
 @contextlib.contextmanager
 def _results(experiment: str | None, targets: list[str]) -> Iterator[Paths]:
-    """Paths of the small files of the results: artifacts/, or a temporary copy of an experiment's."""
+    """Yield paths of the small files of the results: artifacts/, or a temporary copy of an experiment's."""
     paths = Paths()
     if experiment is None:
         yield paths
@@ -109,7 +109,7 @@ def _results(experiment: str | None, targets: list[str]) -> Iterator[Paths]:
 
 
 def _show(paths: Paths, targets: list[str], experiment: str | None) -> None:
-    """The closing table and the report's pictures as artifacts of the run."""
+    """Show the closing table and the report's pictures as artifacts of the run."""
     table = closing_table(paths, targets).replace(str(paths.root), str(Paths().root))
     text = f"```\n{table}```\n\n"
     if experiment:

@@ -44,12 +44,12 @@ class DvcProgress:
         self.current = None
 
     def percent(self, current_percent: float | None) -> float:
-        """Share of stages that are done, 0 to 100; `current_percent` of the current stage counts as well."""
+        """Return the share of stages that are done, 0 to 100; `current_percent` of the current stage counts as well."""
         part = (current_percent or 0.0) / 100 if self.current else 0.0
         return 100 * (len(self.done) + part) / len(self.ahead) if self.ahead else 100.0
 
     def seconds_left(self, current_percent: float | None, now: float) -> tuple[float, bool]:
-        """Seconds until the end, and whether every stage that is left counts in them (else they are a lower bound)."""
+        """Return the seconds left, and whether every stage ahead counts in them (else they are a lower bound)."""
         left, is_complete = 0.0, True
         for stage in self.ahead:
             if stage in self.done:
@@ -65,7 +65,7 @@ class DvcProgress:
         return left, is_complete
 
     def text(self, current_percent: float | None, pieces: str, now: float) -> str:
-        """One line for people: stages, the current one with its pieces, time left."""
+        """Return one line for people: stages, the current one with its pieces, time left."""
         parts = [f"{len(self.done)}/{len(self.ahead)} stages"]
         if self.current:
             parts.append(f"{self.current} ({pieces})" if pieces else self.current)

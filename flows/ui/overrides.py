@@ -28,7 +28,7 @@ NO_PROFILE = "none"
 
 
 def target_names() -> list[str]:
-    """Keys of the targets in params.yaml, none if it cannot be read (whoever needs it says why)."""
+    """Return keys of the targets in params.yaml, none if it cannot be read (whoever needs it says why)."""
     try:
         return list(load().targets)
     except InputError:
@@ -36,12 +36,12 @@ def target_names() -> list[str]:
 
 
 def profile_names() -> list[str]:
-    """Names of the files of overrides under params/, after `none`."""
+    """Return names of the files of overrides under params/, after `none`."""
     return [NO_PROFILE, *sorted(path.stem for path in PROFILES.glob("*.yaml"))]
 
 
 def deployment_names() -> list[str]:
-    """Hardware with engine and precision that limits on speeds can name, none if no table can be read."""
+    """Return hardware with engine and precision that limits on speeds can name, none if no table can be read."""
     try:
         return [deployment.text for deployment in deployments(load(), Paths())]
     except InputError:
@@ -49,13 +49,13 @@ def deployment_names() -> list[str]:
 
 
 def one_of(names: Callable[[], list[str]]) -> dict[str, Any]:
-    """The part of a field's schema that makes it a choice between names, if there are any."""
+    """Return the part of a field's schema that makes it a choice between names, if there are any."""
     choices = names()
     return {"enum": choices} if choices else {}
 
 
 def _optional(schema: dict[str, Any]) -> None:
-    """An optional field as a plain one that may stay empty: the UI draws `number or null` as two tabs."""
+    """Make an optional field a plain one that may stay empty: the UI draws `number or null` as two tabs."""
     schema |= schema.pop("anyOf")[0]
     del schema["default"]
 
@@ -82,25 +82,25 @@ class _FormLimit:
 
     @property
     def name(self) -> str:
-        """Name of the field; a metric that may be limited from either side has two."""
+        """Return the name of the field; a metric that may be limited from either side has two."""
         name = f"{self.metric.name}_ratio" if self.metric.relative_in_form else self.metric.name
         return f"{name}_{self.side}" if self.metric.direction == "either" else name
 
     @property
     def kind(self) -> str:
-        """The key of the constraint that the field sets."""
+        """Return the key of the constraint that the field sets."""
         return f"{self.side}_ratio" if self.metric.relative_in_form else self.side
 
     @property
     def type(self) -> Any:
-        """Type of the field."""
+        """Return the type of the field."""
         if isinstance(self.metric.parts, BlockCount):
             return Count | None
         return Share | None if self.kind == "at_most_ratio" else Positive | None
 
     @property
     def field(self) -> Any:
-        """The field with title, unit and description."""
+        """Return the field with title, unit and description."""
         unit = self.metric.unit
         if self.metric.relative_in_form:
             unit = f"{'share of' if self.side == 'at_most' else 'times'} the parent's {unit}"
@@ -141,18 +141,18 @@ class Constraints(_Limits):
 
     @model_serializer
     def typed(self) -> dict[str, Any]:
-        """The fields that are not empty."""
+        """Return the fields that are not empty."""
         return {name: value for name, value in self if value is not None}
 
 
 def _conditions_of(metric: Metric) -> set[str]:
-    """Fields of the form that say where a metric is limited."""
+    """Return fields of the form that say where a metric is limited."""
     conditions = {"hardware", "scenario", "batch"} if metric.speed else set()
     return conditions | {"batch", "context"} if metric.needs_context else conditions
 
 
 def changes_of(params: Params, targets: list[str], profile: str, constraints: Constraints) -> dict[str, Any]:
-    """Dotted key -> value of everything that differs from params.yaml in this run.
+    """Return dotted key -> value of everything that differs from params.yaml in this run.
 
     Raises:
         InputError: the profile is missing or no mapping, constraints were typed for more than one target, or
@@ -173,7 +173,7 @@ def changes_of(params: Params, targets: list[str], profile: str, constraints: Co
 
 
 def with_profile(params: Params, path: Path) -> Params:
-    """The params with a file of overrides.
+    """Return the params with a file of overrides.
 
     Raises:
         InputError: the file is missing or no mapping, or the params would be refused with it.
@@ -185,7 +185,7 @@ def with_profile(params: Params, path: Path) -> Params:
 
 
 def as_arguments(changes: dict[str, Any]) -> list[str]:
-    """The changes as arguments of `dvc exp run`; `++` sets a key whether or not params.yaml has it."""
+    """Return the changes as arguments of `dvc exp run`; `++` sets a key whether or not params.yaml has it."""
     arguments = []
     for key, value in changes.items():
         arguments += ["--set-param", f"++{_key(key)}={_hydra(value)}"]
@@ -211,7 +211,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value of a nested mapping."""
+    """Return dotted key -> value of a nested mapping."""
     leaves: dict[str, Any] = {}
     for key, value in values.items():
         nested = isinstance(value, dict) and value
@@ -220,7 +220,7 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy of nested `values` with the changes made."""
+    """Return a copy of nested `values` with the changes made."""
     values = copy.deepcopy(values)
     for dotted, value in changes.items():
         *above, key = dotted.split(".")
@@ -234,7 +234,7 @@ def _changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _constraint_changes(params: Params, target_name: str, typed: dict[str, Any]) -> dict[str, Any]:
-    """A typed limit takes the place of the target's constraint on the same metric, or becomes a new one."""
+    """Return changes: a typed limit takes the place of the target's constraint on its metric, or becomes a new one."""
     limits = [limit for limit in _LIMITS if limit.name in typed]
     _check_conditions(typed, limits)
     changes: dict[str, Any] = {}
@@ -278,7 +278,7 @@ def _check_conditions(typed: dict[str, Any], limits: list[_FormLimit]) -> None:
 
 
 def _deployment(params: Params, text: str) -> Deployment:
-    """The deployment with this text: one of costs.parquet, or one that these params give it."""
+    """Return the deployment with this text: one of costs.parquet, or one that these params give it."""
     choices = {*deployments(params, Paths()), *planned_deployments(params)}
     for deployment in sorted(choices):
         if deployment.text == text:
@@ -289,7 +289,7 @@ def _deployment(params: Params, text: str) -> Deployment:
 
 
 def _hydra(value: Any) -> str:
-    """A value in the grammar of `--set-param`: JSON with other escapes, and keys of mappings without quotes."""
+    """Spell a value in the grammar of `--set-param`: JSON with other escapes, and keys of mappings without quotes."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{_key(key)}:{_hydra(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
@@ -301,7 +301,7 @@ def _hydra(value: Any) -> str:
 
 
 def _key(key: str) -> str:
-    """A key that means the same to `--set-param`."""
+    """Spell a key that means the same to `--set-param`."""
     if not re.fullmatch(r"[\w./ -]+", key):
         raise InputError(f"{key!r} cannot be the name of a parameter that DVC sets; use letters, digits, - and _")
     return key

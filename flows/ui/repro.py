@@ -66,7 +66,7 @@ def only_one(name: str, *, wait: bool) -> Iterator[None]:
 
 
 def stale() -> dict[str, Any]:
-    """Ask DVC for the answer of `dvc status --json`: stage -> what changed."""
+    """Return the answer of `dvc status --json`: stage -> what changed."""
     changes: dict[str, Any] = json.loads(_output("status", "--json"))
     return changes
 

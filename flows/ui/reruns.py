@@ -5,6 +5,7 @@ flows/ui/serve.py deploys it.
 A cause that failed (or whose run somebody cancelled) is not tried again before it changes or `make serve` starts anew.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from prefect.states import Completed, Failed
 from flows import HOME
 from flows.ui.deployment_check import check_deployment
 from flows.ui.repro import BusyError, only_one, run_dvc, stale, would_run
-from storage.files import InputError, digest_of, read_sealed, sha256, write_sealed
+from storage.files import InputError, digest_of, sha256, write_sealed
+from storage.json_records import read_record
 from storage.params import load
 from storage.yaml_files import read_yaml
 
@@ -112,8 +114,15 @@ def _value(values: Any, dotted: str) -> Any:
     return values
 
 
+@dataclass(frozen=True)
+class _Causes:
+    """The content of failed_causes.json: digests."""
+
+    causes: set[str]
+
+
 def _failed() -> set[str]:
-    return set(read_sealed(_FAILED, f"rm {_FAILED}")["causes"]) if _FAILED.is_file() else set()
+    return read_record(_FAILED, _Causes, f"rm {_FAILED}").causes if _FAILED.is_file() else set()
 
 
 def _remember(digests: set[str]) -> None:

@@ -26,7 +26,7 @@ class JsonObject:
                 setattr(self, name, JsonObject(value) if isinstance(value, dict) else value)
 
     def to_dict(self) -> dict[str, Any]:
-        """The object as it was read, with the attributes that were set since."""
+        """Return the object as it was read, with the attributes that were set since."""
         fields = {name: getattr(self, name, None) for name in self._names}
         return {name: value.to_dict() if isinstance(value, JsonObject) else value for name, value in fields.items()}
 
@@ -69,11 +69,11 @@ class NemotronNasConfig(PretrainedConfig):
         super().__init__(**fields)
 
     def scaling(self) -> dict[str, Any] | None:
-        """The rotary parameters in the form of transformers 4: without theta, None where nothing is scaled."""
+        """Return the rotary parameters in the form of transformers 4: without theta, None where nothing is scaled."""
         scaling = {name: value for name, value in self.rope_parameters.items() if name != "rope_theta"}
         return None if scaling == {"rope_type": "default"} else scaling
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of config.json, with both forms of the rotary parameters."""
+        """Return the fields of config.json, with both forms of the rotary parameters."""
         blocks = [block.to_dict() if isinstance(block, JsonObject) else block for block in self.block_configs]
         return {**super().to_dict(), "rope_scaling": self.scaling(), "block_configs": blocks}

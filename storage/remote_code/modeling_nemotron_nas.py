@@ -49,7 +49,7 @@ class DeciLMBlock(nn.Module):
     def forward(
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, cache: Cache | None, places: Tensor
     ) -> tuple[Tensor, Any]:
-        """Both halves, [batch, tokens, hidden] -> the same shape; attention's weights, where it keeps them.
+        """Return what both halves make, [batch, tokens, hidden] -> the same; attention's weights, where it keeps them.
 
         `places` are the positions of the tokens in the cache, which versions before 5 ask for.
         """
@@ -68,13 +68,13 @@ class DeciLMBlock(nn.Module):
 
 
 def _width(ffn: Any, hidden_size: int) -> int:
-    """Channels of a gated FFN: as given, else DeciLM's rule round_up_256(int(2 * ffn_mult * hidden / 3))."""
+    """Return channels of a gated FFN: as given, else DeciLM's rule round_up_256(int(2 * ffn_mult * hidden / 3))."""
     exact = getattr(ffn, "intermediate_size", None)
     return int(exact) if exact else -(-int(2 * ffn.ffn_mult * hidden_size / 3) // 256) * 256
 
 
 def _mask(hidden: Tensor, places: Tensor, length: int, given: Tensor | None, sequences: Tensor | None) -> Tensor:
-    """Added to scores, [batch or 1, heads or 1, tokens, length]: the lowest finite number where a key is not seen.
+    """Return what scores get added, [batch or 1, heads or 1, tokens, length]: the lowest number where no key is seen.
 
     Not -inf: a padded position attends to nothing, and its softmax must not be NaN. `given`, [batch, seen + tokens], is
     0 where there is padding; one of four dimensions is the whole mask. `sequences` numbers the sequences that share a
@@ -96,7 +96,7 @@ def _mask(hidden: Tensor, places: Tensor, length: int, given: Tensor | None, seq
 
 
 def _length(cache: Any, end: Any) -> Any:
-    """The number of keys that attention is given for tokens up to `end`: a static cache gives all that it has room for.
+    """Return how many keys attention is given for tokens up to `end`: a static cache gives all that it has room for.
 
     Versions name its limit differently.
     """
@@ -107,13 +107,13 @@ def _length(cache: Any, end: Any) -> Any:
 
 
 def _sequences(position_ids: Tensor) -> Tensor:
-    """The number of the sequence that each token of a row belongs to: a new one begins where positions do not go on."""
+    """Return the number of the sequence of each token of a row: a new one begins where positions do not go on."""
     goes_on = position_ids[:, 1:] == position_ids[:, :-1] + 1
     return functional.pad((~goes_on).cumsum(-1), (1, 0))
 
 
 def _kept(hidden: Tensor, positions: int | Tensor) -> Tensor:
-    """The last so many positions (0: all); or the positions themselves, for all rows, for each, or as a bool mask."""
+    """Keep the last so many positions (0: all); or those positions themselves, for all rows, for each, or as a mask."""
     if not isinstance(positions, Tensor):
         return hidden[:, -positions:]
     if positions.dim() < 2:
@@ -151,7 +151,7 @@ class DeciLMModel(DeciLMPreTrainedModel):
         PreTrainedModel.post_init(self)
 
     def get_input_embeddings(self) -> Any:
-        """The embedding; transformers 4 asks by this name."""
+        """Return the embedding; transformers 4 asks by this name."""
         return self.embed_tokens
 
     def set_input_embeddings(self, value: Any) -> None:
@@ -171,7 +171,7 @@ class DeciLMModel(DeciLMPreTrainedModel):
         return_dict: bool | None = None,
         **_: Any,
     ) -> Any:
-        """Hidden states behind the final norm, [batch, tokens, hidden]; on request those before every block as well."""
+        """Return hidden states behind the final norm, [batch, tokens, hidden]; on request those before all blocks."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds, found both or neither; give one of them")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -204,7 +204,7 @@ class DeciLMModel(DeciLMPreTrainedModel):
 
 
 def _as_dict(config: Any, return_dict: bool | None) -> bool:
-    """Whether an output is an object with names, not a tuple."""
+    """Tell whether an output is an object with names, not a tuple."""
     return bool(config.return_dict if return_dict is None else return_dict)
 
 
@@ -219,7 +219,7 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
         PreTrainedModel.post_init(self)
 
     def get_input_embeddings(self) -> Any:
-        """The embedding; transformers 4 ties the head to it through these four."""
+        """Return the embedding; transformers 4 ties the head to it through these four."""
         return self.model.embed_tokens
 
     def set_input_embeddings(self, value: Any) -> None:
@@ -227,7 +227,7 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
         self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> Any:
-        """The head."""
+        """Return the head."""
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
@@ -247,7 +247,7 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **options: Any,
     ) -> Any:
-        """Logits, [batch, positions, vocabulary], and the LM loss where there are labels.
+        """Return logits, [batch, positions, vocabulary], and the LM loss where there are labels.
 
         `logits_to_keep`: so many last positions (0: all), or the positions themselves. Of `options`, transformers'
         loss reads its own (`num_items_in_batch`, ...), and DeciLMModel `output_hidden_states` and `output_attentions`.

@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from storage.checkpoints import Checkpoint
-from storage.files import digest_of, sha256
+from storage.files import InputError, digest_of, sha256
 from storage.parent_info import REBUILD
 from storage.paths import Paths
 from storage.pieces import Pieces
@@ -63,7 +65,7 @@ class AskedModel:
 
         Raises:
             DamagedFileError: a file is not as it was written.
-            InputError: as of :meth:`tokenizer`.
+            InputError: as of :meth:`tokenizer`; and later, from the model itself, where its logits are not finite.
         """
         for tensor in self.checkpoint.files:
             self.checkpoint.tensor(tensor)
@@ -71,7 +73,21 @@ class AskedModel:
         loader: Any = AutoModelForCausalLM if self.name == PARENT else DeciLMForCausalLM
         loaded = loader.from_pretrained(self.checkpoint.folder, dtype=compute.dtype, trust_remote_code=False)
         model: PreTrainedModel = loaded.to(compute.device)
+        refuse_overflow(model)
         return model, self.tokenizer(chat=chat)
+
+
+def refuse_overflow(model: PreTrainedModel) -> None:
+    """Have a model raise InputError over logits that are NaN or infinite, which would count as answers."""
+
+    def check(_module: nn.Module, _hidden: tuple[Tensor, ...], logits: Tensor) -> None:
+        if not all(extreme.isfinite() for extreme in torch.aminmax(logits)):
+            raise InputError(
+                f"logits of {model.name_or_path} are not finite: its weights overflow in {logits.dtype}; set run.dtype "
+                "to float32, or take another revision of the parent"
+            )
+
+    model.get_output_embeddings().register_forward_hook(check)
 
 
 def parent_model(paths: Paths) -> AskedModel:

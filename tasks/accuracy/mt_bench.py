@@ -91,8 +91,8 @@ def _kept_ratings(judge: Endpoint, prompts: Sequence[str], requests_at_once: int
     """Have the judge rate all answers, and keep its ratings batch by batch."""
 
     def rated(batch: Sequence[str]) -> list[float]:
-        facts = keep(_ratings_key(judge, batch), lambda: {"ratings": _ratings(judge, batch, requests_at_once)})
-        ratings: list[float] = facts["ratings"]
+        record = keep(_ratings_key(judge, batch), lambda: {"ratings": _ratings(judge, batch, requests_at_once)})
+        ratings: list[float] = record["ratings"]
         return ratings
 
     size = max(_BATCH, requests_at_once)

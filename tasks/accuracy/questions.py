@@ -176,7 +176,7 @@ def _rows(task: AccuracyTask, address: str) -> list[Row]:
 
 
 def _question(row: Row, fields: list[str], task: AccuracyTask, place: str) -> Row:
-    """Return a multiple-choice question: the model reads `prompt`, a space and a choice; `answer` is an index."""
+    """Return a question: the model reads `prompt`, a space and a choice; `answer` is the index of the right choice."""
     choices, label = row[task.choices], row[task.label]
     is_list_of_texts = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
     if not is_list_of_texts or len(choices) < 2 or not isinstance(label, int) or not 0 <= label < len(choices):

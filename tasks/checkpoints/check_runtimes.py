@@ -32,7 +32,7 @@ class CheckedModel:
     formats: Mapping[str, Sequence[Refusal]]
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object {model, runtimes, formats}."""
+        """Return the JSON object {model, runtimes, formats}."""
         return {
             "model": {
                 "form": self.form,
@@ -59,7 +59,7 @@ def check_runtimes(config_json: Path) -> CheckedModel:
 
 
 def verdicts_json(judged: Sequence[Verdict]) -> dict[str, Any]:
-    """Runtime -> the formats that it takes, and why not its first one, with the way out; as exports.json has them."""
+    """Map each runtime to formats it takes, and why not its first one, with the way out; as exports.json has them."""
     return {
         verdict.runtime: {"takes": list(verdict.takes), "refusals": _refusals_json(verdict.refusals)}
         for verdict in judged
@@ -71,7 +71,7 @@ def _refusals_json(refusals: Sequence[Refusal]) -> list[dict[str, str]]:
 
 
 def checked_text(checked: CheckedModel) -> str:
-    """The result of :func:`check_runtimes` for people."""
+    """Format the result of :func:`check_runtimes` for people."""
     config, exportable = checked.config, [name for name, refusals in checked.formats.items() if not refusals]
     lines = [
         f"{checked.form}: {config.num_blocks} blocks, hidden size {config.hidden_size}, "
@@ -88,7 +88,7 @@ def checked_text(checked: CheckedModel) -> str:
 
 
 def verdict_lines(judged: Sequence[Verdict]) -> Iterator[str]:
-    """A line for each runtime with the formats that it computes right; below it why not its first one."""
+    """Yield a line for each runtime with the formats that it computes right; below it why not its first one."""
     yield f"{'runtime':<14} computes right"
     for verdict in judged:
         yield f"{verdict.runtime:<14} {', '.join(verdict.takes) or 'nothing'}"
@@ -97,7 +97,7 @@ def verdict_lines(judged: Sequence[Verdict]) -> Iterator[str]:
 
 
 def _wrapped(start: str, refusal: Refusal) -> Iterator[str]:
-    """The reason behind `start`, and the way out below it."""
+    """Yield the reason behind `start`, and the way out below it."""
     indent = " " * (len(start) - len(start.lstrip()))
     texts = (f"{start}{refusal.text}", f"{indent}way out: {refusal.way_out}")
     for text in texts:

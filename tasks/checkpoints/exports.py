@@ -71,13 +71,13 @@ class CheckpointToExport:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Digest of all tensors: of their checksums, or of the files of a checkpoint that others wrote."""
+        """Return the digest of all tensors: of their checksums, or of the files of a checkpoint that others wrote."""
         files = set() if self.checkpoint.checksums else set(self.checkpoint.files.values())
         return digest_of(self.checkpoint.checksums or {file.name: sha256(file) for file in files})
 
     @property
     def copied_files(self) -> list[Path]:
-        """Tokenizer, card and licence files of the checkpoint."""
+        """List the tokenizer, card and licence files of the checkpoint."""
         return side_files(self.checkpoint.folder, _COPIED)
 
 
@@ -98,7 +98,7 @@ class ExportsOverview:
     verdicts: Sequence[Verdict]
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object of exports.json."""
+        """Return the JSON object of exports.json."""
         formats = {}
         for name, files in self.formats.items():
             formats[name] = {
@@ -147,7 +147,7 @@ def check(source: CheckpointToExport, formats: Sequence[FormatName], setting: st
 
 
 def exported(out: Path, source: CheckpointToExport) -> list[FormatName]:
-    """Formats that the folder `out`, which is made, already holds of a checkpoint.
+    """List the formats that the folder `out`, which is made, already holds of a checkpoint.
 
     Raises:
         InputError: it holds something else, which exports would delete, or it cannot be made.
@@ -174,7 +174,7 @@ def exported(out: Path, source: CheckpointToExport) -> list[FormatName]:
 def begin(
     source: CheckpointToExport, formats: Sequence[FormatName], folder: Path, max_shard_gib: float
 ) -> list[tuple[FormatName, str]]:
-    """Formats that are still to be written, with their keys; everything else in `folder` that is not of these goes."""
+    """List the formats still to be written, with their keys; everything else in `folder` that is not of these goes."""
     pieces = Pieces(folder, source.checkpoint.rebuild)
     blocks = [[str(attention), str(ffn)] for attention, ffn in source.blocks]
     common = {
@@ -195,7 +195,7 @@ def begin(
 
 
 def _unfinished(format_name: FormatName) -> str:
-    """The folder that a format is written to before it is whole."""
+    """Return the folder that a format is written to before it is whole."""
     return f".{format_name}"
 
 
@@ -222,7 +222,7 @@ def export(piece: tuple[FormatName, str], source: CheckpointToExport, folder: Pa
 def _write_nemotron_nas(
     source: CheckpointToExport, export_format: ExportFormat, into: Path, max_shard_bytes: int
 ) -> None:
-    """The child's tensors as they are, and the classes that transformers loads them with."""
+    """Write the child's tensors as they are, and the classes that transformers loads them with."""
     for file in _CODE:
         shutil.copyfile(file, into / file.name)
     raw = to_nemotron_nas(source.config, source.blocks, source.special_tokens, source.dtype)
@@ -233,20 +233,20 @@ def _write_nemotron_nas(
 def _write_padded_llama(
     source: CheckpointToExport, export_format: ExportFormat, into: Path, max_shard_bytes: int
 ) -> None:
-    """A Llama of equal blocks, the tensors padded with zeros."""
+    """Write a Llama of equal blocks, the tensors padded with zeros."""
     block, config = padded_variants(source.blocks), padded_config(source.config)
     config_json = to_hf(config, len(source.blocks), block, source.special_tokens, source.dtype)
     _write_checkpoint(source, export_format, config_json, _tensors(source, pad_to=block), into, max_shard_bytes)
 
 
 def _write_plain(source: CheckpointToExport, export_format: ExportFormat, into: Path, max_shard_bytes: int) -> None:
-    """A model of the parent's family, whose blocks are alike."""
+    """Write a model of the parent's family, whose blocks are alike."""
     config_json = to_hf(source.config, len(source.blocks), source.blocks[0], source.special_tokens, source.dtype)
     _write_checkpoint(source, export_format, config_json, _tensors(source), into, max_shard_bytes)
 
 
 def _write_gguf(source: CheckpointToExport, export_format: ExportFormat, into: Path, _max_shard_bytes: int) -> None:
-    """One GGUF file, whatever its size."""
+    """Write one GGUF file, whatever its size."""
 
     def read_rows(name: str) -> Iterator[NDArray[np.float32]]:
         tensor = source.checkpoint.tensor(name)
@@ -275,7 +275,7 @@ def _write_checkpoint(
     into: Path,
     max_shard_bytes: int,
 ) -> None:
-    """Tensors in shards of safetensors, config.json, and the checksums of all files."""
+    """Write tensors in shards of safetensors, config.json, and the checksums of all files."""
     writer = CheckpointWriter(into, max_shard_bytes)
     for part in tqdm(tensors, desc=export_format.name, total=len(source.blocks) + 2, unit="block", disable=None):
         writer.add(part)
@@ -284,7 +284,7 @@ def _write_checkpoint(
 
 
 def _tensors(source: CheckpointToExport, pad_to: tuple[Attention, Ffn] | None = None) -> Iterator[Mapping[str, Tensor]]:
-    """Embedding, blocks, final norm and head; blocks as they are, or padded to one shape."""
+    """Yield embedding, blocks, final norm and head; blocks as they are, or padded to one shape."""
     checkpoint = source.checkpoint
     yield {EMBEDDING: checkpoint.tensor(EMBEDDING)}
     for index, block in enumerate(source.blocks):
@@ -327,7 +327,7 @@ def write_overview(source: CheckpointToExport, formats: Sequence[FormatName], fo
 
 
 def overview_text(overview: ExportsOverview, folder: Path) -> str:
-    """exports.json as a table for people."""
+    """Format exports.json as a table for people."""
     lines = [f"{overview.name}, exported to {folder}", f"  {'format':<14} {'size':>12}"]
     for name, files in overview.formats.items():
         lines.append(f"  {name:<14} {sum(file.num_bytes for file in files.values()) / 2**20:>8,.1f} MiB")

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.files import InputError, damaged, read_sealed, sha256
+from storage.files import InputError, damaged, sha256
 from storage.formats import FORMATS, LLAMACPP_FORMAT, FormatName
+from storage.json_records import read_record
 from storage.paths import EXPORTS_OVERVIEW, Paths
 from tasks.engines.llamacpp import LlamaCpp
 
@@ -26,6 +27,23 @@ class GgufFile:
     name: str
     format: FormatName
     path: Path
+
+
+@dataclass(frozen=True)
+class _ListedFile:
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _ListedFormat:
+    files: dict[str, _ListedFile]
+
+
+@dataclass(frozen=True)
+class _Overview:
+    """The part of exports.json that lists the files of each format, by their paths."""
+
+    formats: dict[str, _ListedFormat]
 
 
 def gguf_of(target: str, format_name: FormatName, paths: Paths) -> GgufFile:
@@ -82,7 +100,7 @@ def exported_ggufs(target: str, folder: Path) -> dict[FormatName, Path]:
         DamagedFileError: a file's bytes are not those that were exported.
     """
     rebuild = f"dvc repro export_child@{target}"
-    listed = read_sealed(folder / EXPORTS_OVERVIEW, rebuild)["formats"]
+    listed = read_record(folder / EXPORTS_OVERVIEW, _Overview, rebuild).formats
     files = {name: folder / name / row.gguf_name(target) for name, row in sorted(FORMATS.items()) if row.is_gguf}
     for name, path in files.items():
         if name in listed and not path.is_file():
@@ -98,9 +116,9 @@ def whole(file: GgufFile) -> Path:
     """
     rebuild = f"dvc repro export_{'parent' if file.name == PARENT else f'child@{file.name}'}"
     folder = file.path.parents[1]
-    formats = read_sealed(folder / EXPORTS_OVERVIEW, rebuild)["formats"]
-    listed = formats.get(file.format, {"files": {}})["files"].get(str(file.path.relative_to(folder)))
-    if listed is None or sha256(file.path) != listed["sha256"]:
+    listed = read_record(folder / EXPORTS_OVERVIEW, _Overview, rebuild).formats.get(file.format)
+    listed_file = listed and listed.files.get(str(file.path.relative_to(folder)))
+    if not listed_file or sha256(file.path) != listed_file.sha256:
         raise damaged(file.path, "is damaged (its sha256 is not that of the export)", rebuild)
     return file.path
 

@@ -44,7 +44,7 @@ class ThroughputEstimate:
     best: Estimate
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object {hardware, ..., tokens_per_s_per_gpu, ..., breakdown, origin, engine, fitted}."""
+        """Return the JSON object {hardware, ..., tokens_per_s_per_gpu, ..., breakdown, origin, engine, fitted}."""
         breakdown = {
             component: {"prefill_ms": prefill_ms, "step_ms": step_ms}
             for component, (prefill_ms, step_ms) in self.best.breakdown.items()
@@ -72,6 +72,6 @@ def estimate_throughput(config_json: Path, setting: EstimateSetting) -> Throughp
 
 
 def read_model(config_json: Path) -> Model:
-    """The model of a Llama-like config.json, or of one in the nemotron-nas form, whose blocks may all differ."""
+    """Read the model of a Llama-like config.json, or of one in the nemotron-nas form, whose blocks may all differ."""
     config, blocks = from_config_json(read_object(config_json, "the download"), str(config_json))
     return Model(config, tuple(blocks))

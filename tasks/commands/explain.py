@@ -41,7 +41,7 @@ class Explanation:
 
 
 def explain(target: str, block: int, params: Params, paths: Paths) -> Explanation:
-    """The chosen replacement of a block, the others that it could have, and the best child that has each of them.
+    """Find the chosen replacement of a block, the others that it could have, and the best child that has each of them.
 
     Args:
         target: key in params.yaml.
@@ -91,5 +91,5 @@ def explain(target: str, block: int, params: Params, paths: Paths) -> Explanatio
 
 
 def _rank(option: Option) -> tuple[bool, bool, float, float]:
-    """The chosen one first, then by the score of the best child; options without a child last."""
+    """Rank the chosen one first, then by the score of the best child; options without a child last."""
     return not option.is_chosen, option.child_score is None, option.child_score or 0.0, option.score

@@ -114,7 +114,7 @@ def frontier(
 
 
 def _only(tables: TargetTables, names: Sequence[str]) -> TargetTables:
-    """The target with these constraints only.
+    """Return the target with these constraints only.
 
     Raises:
         InputError: a name is no constraint of the target.
@@ -131,12 +131,12 @@ def _only(tables: TargetTables, names: Sequence[str]) -> TargetTables:
 
 
 def _bound(tables: TargetTables, point: OperatingPoint, name: str) -> Bound:
-    """The limit of this name at an operating point."""
+    """Return the limit of this name at an operating point."""
     return next(bound for bound in tables.limits.bounds(point) if bound.name == name)
 
 
 def _twice_as_good(bound: Bound) -> float:
-    """The value that is twice as good as the limit."""
+    """Return the value that is twice as good as the limit."""
     return bound.limit * 2 if bound.lower else bound.limit / 2
 
 
@@ -148,7 +148,7 @@ def _grid(
     count: int,
     settings: SolverSettings,
 ) -> list[float]:
-    """Upper limits from the parent's total to that of `to`, or the least that there is; evenly spaced ratios.
+    """Return upper limits from the parent's total to that of `to`, or the least that there is; evenly spaced ratios.
 
     Raises:
         InputError: no child is better than the parent, or the parent itself has no value.
@@ -171,7 +171,7 @@ def _grid(
 
 
 def _row(tables: TargetTables, over: str, child: FrontierPoint[Replacement]) -> FrontierRow:
-    """A row of the frontier's table."""
+    """Make a row of the frontier's table."""
     solution, point = child.best.solution, tables.limits.points[child.best.point_index]
     blocks = tuple(choice.replacement for choice in solution.chosen)
     predicted = tables.predict(blocks, WEIGHTS, point)
@@ -195,7 +195,7 @@ def _row(tables: TargetTables, over: str, child: FrontierPoint[Replacement]) -> 
 
 
 def _marked(tables: TargetTables, bound: Bound, targets: Iterable[str], paths: Paths) -> list[Marked]:
-    """The parent, every target's child, this one's baselines: those that were searched, each at its own best point."""
+    """List the parent, every target's child, this one's baselines: those that were searched, each at its best point."""
     marked: list[Marked] = []
 
     def mark(name: str, blocks: Sequence[Replacement], score: float, is_baseline: bool = False) -> None:

@@ -40,7 +40,7 @@ _LARGEST, _LONGEST = 60_000_000, 512
 
 
 def rates_of_machine(config: ModelConfig, params: Params, folder: Path) -> tuple[Rates, str]:
-    """Rates of this machine, timed; where params name a GPU that this machine lacks, those of a data sheet.
+    """Return the rates of this machine, timed; where params name a GPU that this machine lacks, those of a data sheet.
 
     Args:
         config: the parent.
@@ -82,7 +82,7 @@ def calibrate(config: ModelConfig, params: Params, compute: Compute, folder: Pat
 
 
 def _small_enough(config: ModelConfig) -> ModelConfig:
-    """The geometry itself, or a smaller one of the same kind that fits into memory several times."""
+    """Return the geometry itself, or a smaller one of the same kind that fits into memory several times."""
     size = 3 * config.hidden_size * config.intermediate_size
     if size <= _LARGEST:
         return config
@@ -92,7 +92,7 @@ def _small_enough(config: ModelConfig) -> ModelConfig:
 
 
 def _together(workers: int, threads: int, make: Callable[[], Iterator[float]]) -> float:
-    """Work per second, summed over workers that run at the same time; `make` yields the work of each call."""
+    """Measure work per second, summed over workers that run at the same time; `make` yields the work of each call."""
     done = [0.0] * workers
 
     def run(index: int) -> None:
@@ -113,14 +113,14 @@ def _together(workers: int, threads: int, make: Callable[[], Iterator[float]]) -
 
 
 def _synchronised(compute: Compute, value: float) -> float:
-    """The value, once the GPU has finished what it was given."""
+    """Return the value, once the GPU has finished what it was given."""
     if compute.device.type == "cuda":
         torch.cuda.synchronize(compute.device)
     return value
 
 
 def _blocks(config: ModelConfig, seq_len: int, compute: Compute) -> Iterator[float]:
-    """FLOPs of a parent block on a sequence, forward, for several candidates in turn before the next block."""
+    """Yield FLOPs of a parent block on a sequence, forward, for several candidates in turn before the next block."""
     with torch.device(compute.device):
         blocks = [Block(config, parent_attention(config), parent_ffn(config)).to(compute.dtype) for _ in range(4)]
     hidden = torch.randn(1, seq_len, config.hidden_size).to(*compute)
@@ -135,7 +135,7 @@ def _blocks(config: ModelConfig, seq_len: int, compute: Compute) -> Iterator[flo
 
 
 def _heads(hidden_size: int, vocabulary: int, compute: Compute) -> Iterator[float]:
-    """FLOPs of comparing children's logits with the parent's, which are computed twice.
+    """Yield the FLOPs of comparing children's logits with the parent's, which are computed twice.
 
     Logits spread as a model's do: with wider ones most probabilities are subnormal numbers, eight times as slow to
     compute with (measured on a CPU with AMX).
@@ -151,7 +151,7 @@ def _heads(hidden_size: int, vocabulary: int, compute: Compute) -> Iterator[floa
 
 
 def _products(width: int, compute: Compute) -> Iterator[float]:
-    """FLOPs of a Gram matrix in float32, as the closed-form start sums them up."""
+    """Yield the FLOPs of a Gram matrix in float32, as the closed-form start sums them up."""
     features = torch.randn(2_048, width, device=compute.device)
     while True:
         features.T @ features
@@ -159,7 +159,7 @@ def _products(width: int, compute: Compute) -> Iterator[float]:
 
 
 def _memory_rate(compute: Compute) -> Iterator[float]:
-    """Bytes of adding one large vector to another: two are read, one is written."""
+    """Yield the bytes of adding one large vector to another: two are read, one is written."""
     total, addend = torch.ones(1 << 24, device=compute.device), torch.ones(1 << 24, device=compute.device)
     while True:
         total.add_(addend)
@@ -167,7 +167,7 @@ def _memory_rate(compute: Compute) -> Iterator[float]:
 
 
 def _disk_rate(folder: Path) -> float:
-    """Bytes/s of writing a file to the disk of the artifacts and reading it for its checksum, both counted."""
+    """Measure bytes/s of writing a file to the disk of the artifacts and reading it for its checksum, both counted."""
     block = os.urandom(1 << 24)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".plan-") as file:
         start = time.perf_counter()
@@ -180,7 +180,7 @@ def _disk_rate(folder: Path) -> float:
 
 
 def _start_seconds() -> float:
-    """Seconds of a stage that has nothing to compute: imports of a process, its flow run, and DVC."""
+    """Measure the seconds of a stage that has nothing to compute: imports of a process, its flow run, and DVC."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import flows.search_architecture, tasks.score_blocks"], check=True)
     return 1.3 * (time.perf_counter() - start) + 1.0

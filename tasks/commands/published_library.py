@@ -80,7 +80,7 @@ class InfeasibleAnswer(TypedDict):
 def search_published_library(
     path: Path, query: PublishedLibraryQuery, settings: SolverSettings
 ) -> PublishedLibraryAnswer:
-    """The best choice for every layer.
+    """Find the best choice for every layer.
 
     Raises:
         InfeasibleError: no choice keeps all limits.
@@ -97,7 +97,7 @@ def search_published_library(
 
 
 def infeasible_answer(error: InfeasibleError) -> InfeasibleAnswer:
-    """The answer where no choice keeps all limits."""
+    """Return the answer where no choice keeps all limits."""
     return {
         "status": "infeasible",
         "message": str(error),

@@ -146,7 +146,7 @@ def _cache_activations(case: StageCase) -> Demand:
 
 
 def _distill_blocks(case: StageCase) -> Demand:
-    """Count importance, closed-form start, steps and held-out losses of all variants of every block."""
+    """Estimate importance, closed-form start, steps and held-out losses of all variants of every block."""
     config, bld = case.config, case.params.distill_blocks
     attentions, ffns = case.trained_attentions, case.trained_ffns
     tokens, width = case.variant_tokens, config.intermediate_size
@@ -315,7 +315,7 @@ def _benchmark_throughput(case: StageCase) -> Demand:
 
 
 def _evaluate_child(case: StageCase) -> Demand:
-    """Count three states of the child on every domain, and on all but the training's own the parent too."""
+    """Estimate three states of the child on every domain, and on all but the training's own the parent too."""
     evaluate = case.params.evaluate_child
     num_ggufs = sum(FORMATS[name].is_gguf for name in case.params.export_child.formats)
     exported_head = 4.0 * case.config.hidden_size * case.config.vocab_size

@@ -88,7 +88,7 @@ def time_llamacpp(params: Params, paths: Paths, name: str, path: Path) -> None:
 
 
 def _rows_of_other_engines(path: Path, engine: str) -> list[TimingRow]:
-    """Rows of other engines, which the table keeps; they are read before anything is timed.
+    """Read the rows of other engines, which the table keeps; they are read before anything is timed.
 
     Raises:
         InputError: the table is damaged or a user brought it, or another file has its name.
@@ -117,7 +117,7 @@ class _TableColumns:
         timings: ComponentTimings,
         how: Mapping[Component, str],
     ) -> Iterator[TimingRow]:
-        """A row for every timing."""
+        """Yield a row for every timing."""
         for (component, variant), timing in timings.items():
             sizes = component_sizes(config, component, variant, self.precision)
             yield TimingRow(
@@ -150,7 +150,7 @@ class _TableColumns:
 def _component_timings(
     params: Params, parent: Parent, workload: Workload, compute: Compute
 ) -> tuple[ComponentTimings, str]:
-    """Timings of each subblock variant, embedding and head in torch, and the text that says how they were fitted."""
+    """Time each subblock variant, embedding and head in torch; return a text too that says how they were fitted."""
     settings, config = params.measure_costs, parent.config
     attentions, ffns = block_variants(config, params.distill_blocks, linear=True)
     copies = min(settings.copies, max(1, config.num_blocks // 2))
@@ -176,7 +176,7 @@ def _component_timings(
 
 
 def _smooth(timings: Mapping[Ffn, Timing]) -> ComponentTimings:
-    """Gated FFNs on the line through the medians of all widths: neighbours differ by less than a machine's noise."""
+    """Put gated FFNs on a line through the medians of all widths: neighbours differ by less than a machine's noise."""
     gated = [ffn for ffn in timings if ffn.kind == "gated"]
     if len(gated) < 3:
         return {}
@@ -192,7 +192,7 @@ def _smooth(timings: Mapping[Ffn, Timing]) -> ComponentTimings:
 def _timings_of_designs(
     params: Params, config: ModelConfig, workload: Workload, disk: Path
 ) -> tuple[ComponentTimings, str]:
-    """Timings of each subblock variant in llama.cpp, from whole models, and the text that says how they were fitted."""
+    """Time each subblock variant in llama.cpp, from whole models; return a text too that says how they were fitted."""
     attentions, every_ffn = block_variants(config, params.distill_blocks, linear=True)
     ffns = tuple(ffn for ffn in every_ffn if ffn.kind != "linear")  # llama.cpp has none
     models: list[designs.Blocks] = [[(attentions[0], ffns[0])] * config.num_blocks]

@@ -7,7 +7,7 @@ from tasks.drawing.tables import Table
 
 
 def accuracy_table(label: str, accuracy: Accuracy) -> Table:
-    """Make a row for each benchmark and state of a child, columns in the announcement's order."""
+    """Tabulate each benchmark and state of a child, columns in the announcement's order."""
     rows = [
         (
             benchmark.name,
@@ -45,7 +45,7 @@ def accuracy_table(label: str, accuracy: Accuracy) -> Table:
 
 
 def positions_table(label: str, accuracy: Accuracy) -> Table:
-    """Make a row for each range of positions: the parent's log-loss, and by how much each child's is higher."""
+    """Tabulate by range of positions the parent's log-loss, and by how much each child's is higher."""
     states = list(accuracy.positions[0].children)
     rows = [
         (

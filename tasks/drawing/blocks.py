@@ -48,7 +48,7 @@ class ChildRuntime:
     blocks: Sequence[BlockRuntime]
 
     def total(self, component: str) -> tuple[float, float]:
-        """Milliseconds of all attentions or FFNs: child, parent."""
+        """Sum the milliseconds of all attentions or FFNs: child, parent."""
         blocks = [block for block in self.blocks if block.component == component]
         return sum(block.child_ms for block in blocks), sum(block.parent_ms for block in blocks)
 
@@ -113,7 +113,7 @@ def _word(variant: Attention | Ffn) -> str:
 
 
 def _kinds(blocks: Sequence[Replacement]) -> str:
-    """The number of each variant: `attention kv_3 ×22, no_op ×8; FFN ffn_1536 ×9, ...`."""
+    """Say how many there are of each variant: `attention kv_3 ×22, no_op ×8; FFN ffn_1536 ×9, ...`."""
     attention = _counted([block.attention.name for block in blocks])
     ffn = _counted([block.ffn.name for block in blocks])
     spans = sum(block.span > 1 for block in blocks)
@@ -121,7 +121,7 @@ def _kinds(blocks: Sequence[Replacement]) -> str:
 
 
 def _counted(names: Sequence[str]) -> str:
-    """Names with their counts, large variants first."""
+    """List names with their counts, large variants first."""
     ordered = sorted(set(names), key=lambda name: (-_size(name), name))
     return ", ".join(f"{name} ×{names.count(name)}" for name in ordered)
 

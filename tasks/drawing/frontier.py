@@ -70,6 +70,6 @@ def draw_frontier(title: str, axis: str, proven: Sequence[Proven], marked: Seque
 
 
 def _top(proven: Sequence[Proven], marked: Sequence[Marked]) -> float:
-    """Upper end of the axis: models far above the frontier are cut off, since they would flatten it."""
+    """Return the upper end of the axis: models far above the frontier are cut off, since they would flatten it."""
     highest = max(point.score for point in proven)
     return 1.05 * max([highest, *(model.score for model in marked if model.score <= 2 * highest)])

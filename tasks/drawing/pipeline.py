@@ -48,7 +48,7 @@ def pipeline(stages: Sequence[StageBox], dpi: int) -> Drawing:
 
 
 def _needed(after: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
-    """Dependencies of each stage without those that follow from others (transitive reduction)."""
+    """Return the dependencies of each stage without those that follow from others (transitive reduction)."""
 
     def all_before(name: str) -> frozenset[str]:
         return frozenset().union(after[name], *(all_before(earlier) for earlier in after[name]))
@@ -61,7 +61,7 @@ def _needed(after: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
 
 
 def _cells(after: Mapping[str, frozenset[str]]) -> dict[str, Cell]:
-    """Row (as late as what follows allows) and column (centred about 0) of each stage."""
+    """Return the row (as late as what follows allows) and column (centred about 0) of each stage."""
     followers = {name: [later for later, earlier in after.items() if name in earlier] for name in after}
 
     def depth(name: str) -> int:
@@ -83,7 +83,7 @@ def _cells(after: Mapping[str, frozenset[str]]) -> dict[str, Cell]:
 
 
 def position(cell: Cell) -> tuple[float, float]:
-    """Coordinates of the middle of a box, inches."""
+    """Return the coordinates of the middle of a box, inches."""
     row, column = cell
     return column * (BOX_WIDTH + 0.35), -row * _ROW_STEP
 
@@ -112,7 +112,7 @@ def _arrow(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
 
 
 def route(start: Cell, end: Cell, cells: Collection[Cell]) -> list[tuple[float, float]]:
-    """Corners of an arrow: straight to the next row, to a later row down a lane clear of the boxes in between."""
+    """Return an arrow's corners: straight to the next row, to a later row down a lane clear of the boxes in between."""
     (x0, y0), (x1, y1) = position(start), position(end)
     top, bottom = y0 - BOX_HEIGHT / 2, y1 + BOX_HEIGHT / 2
     below, above = top - _TURN, bottom + _TURN

@@ -44,7 +44,7 @@ def _panel(axes: Axes, label: str, blocks: Sequence[BlockRefinement]) -> None:
 
 
 def _last(blocks: Sequence[BlockRefinement]) -> str:
-    """Say in words what the errors behind the last block are."""
+    """Say how large the errors behind the last block are."""
     if not blocks:
         return "not corrected"
     return f"{blocks[-1].error_assembled:.3f} before, {blocks[-1].error_refined:.3f} after, behind the last block"

@@ -225,14 +225,14 @@ def gkd_part(run: ReportedRun) -> Part:
 def _of_children(
     run: ReportedRun, result_of: Callable[[ReportedChild], _T | None], name: str, stage: str
 ) -> tuple[dict[str, _T], tuple[str, ...]]:
-    """Return a result of the children that have it, by label, and what the run lacks where they do not."""
+    """Return a result of the children that have it, by label, and a line of `missing` for each of the others."""
     results = {child.label: result for child in run.children if (result := result_of(child)) is not None}
-    lacked_by = [child for child in run.children if child.label not in results]
-    return results, tuple(lacking(f"{name} of {child.label}", f"{stage}@{child.target}") for child in lacked_by)
+    others = [child for child in run.children if child.label not in results]
+    return results, tuple(lacking(f"{name} of {child.label}", f"{stage}@{child.target}") for child in others)
 
 
 def _longer_training(curves: Mapping[str, GkdCurve]) -> str:
-    """Say what the fitted curves say of more tokens."""
+    """Say what the fitted curves predict for more tokens."""
     modelled = [
         f"{label}: KL {curve.modelled.kl:.3f} after {curve.modelled.tokens:,} tokens, {curve.best.kl:.3f} measured "
         f"after {curve.best.tokens:,} (the fit's error is {curve.modelled.rms_error:.3f})"

@@ -10,7 +10,7 @@ from tasks.drawing.throughput_text import SCENARIO_NAMES, parent_first, rank, sc
 
 
 def load_table(rows: Sequence[ServingRow]) -> str:
-    """A line for each concurrency of one server and scenario; at most 100 columns."""
+    """Format a line for each concurrency of one server and scenario; at most 100 columns."""
     first = rows[0]
     devices = f"{first.devices} device" + "s" * (first.devices > 1)
     lines = [
@@ -34,7 +34,7 @@ def _line(row: ServingRow) -> str:
 
 
 def comparison_table(rows: Sequence[ServingRow]) -> str:
-    """A table in the published layout: the most tokens/s per device of each server, and its ratio to the first's."""
+    """Format a table in the published layout: the most tokens/s per device of each server, its ratio to the first's."""
     names = parent_first(row.name for row in rows)
     lines = [
         f"generated tokens/s per device at the best concurrency, MEASURED; ratio: over {names[0]}'s",
@@ -58,7 +58,7 @@ def comparison_table(rows: Sequence[ServingRow]) -> str:
 
 
 def per_device(row: ServingRow) -> float:
-    """Generated tokens/s for each device behind the server; 0 where no answer came whole."""
+    """Return the generated tokens/s for each device behind the server; 0 where no answer came whole."""
     return (row.measured_tokens_per_s or 0.0) / row.devices
 
 
@@ -67,7 +67,7 @@ def _title(row: ServingRow) -> str:
 
 
 def _lengths(row: ServingRow) -> str:
-    """The lengths that were sent, and the input length that the server counts where it differs."""
+    """Say which lengths were sent, and the input length that the server counts where it differs."""
     text = f"{_title(row)}: {row.input_tokens} tokens in, {row.output_tokens} out"
     if f"{row.input_tokens}/{row.output_tokens}" != row.scenario:
         text += " (SCALED)"

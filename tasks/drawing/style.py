@@ -61,7 +61,7 @@ class Drawing:
 
     @property
     def inline(self) -> str:
-        """The SVG as an element of an HTML page."""
+        """Return the SVG as an element of an HTML page."""
         return self.svg[self.svg.index("<svg") :]
 
 
@@ -100,12 +100,12 @@ def _take_literally(figure: Figure) -> None:
 
 
 def printable(text: str) -> str:
-    """Text that XML can hold: a mark takes the place of control characters, line ends aside."""
+    """Return text that XML can hold: a mark takes the place of control characters, line ends aside."""
     return "".join("\ufffd" if category(sign) in ("Cc", "Cs") and sign != "\n" else sign for sign in text)
 
 
 def legend_name(name: str) -> str:
-    """A name as a label of a legend, which leaves out those that begin with an underscore."""
+    """Return a name as a label of a legend, which leaves out those that begin with an underscore."""
     return f" {name}" if name.startswith("_") else name
 
 

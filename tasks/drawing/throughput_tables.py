@@ -10,7 +10,7 @@ from tasks.puzzle.costs.pairs import Pair, parent_child_pairs, ratio
 
 
 def measured_throughput(child: ReportedChild) -> list[Table]:
-    """Tokens/s of parent and child on one machine, as measured and as the cost table predicts; a table per engine."""
+    """Tabulate tokens/s of parent and child on one machine, as measured and as the cost table predicts, per engine."""
     pairs = parent_child_pairs(row for row in child.throughput if row.modelled_tokens_per_s is None)
     by_engine: dict[str, list[Pair]] = {}
     for pair in pairs:
@@ -47,7 +47,7 @@ def _measured_table(label: str, pairs: Sequence[Pair]) -> Table:
 
 
 def modelled_throughput(child: ReportedChild) -> Table | None:
-    """Tokens/s of parent and child on hardware that was modelled, none of it measured; None without any."""
+    """Tabulate tokens/s of parent and child on hardware that was modelled, none of it measured; None without any."""
     pairs = parent_child_pairs(row for row in child.throughput if row.modelled_tokens_per_s is not None)
     if not pairs:
         return None

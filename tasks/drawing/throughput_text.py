@@ -23,7 +23,7 @@ SCENARIO_NAMES = {
 
 
 def throughput_tables(label: str, rows: Sequence[ThroughputRow], scenarios: Mapping[str, str]) -> str:
-    """Tables of measured beside predicted speeds, and of whole requests in the published layout.
+    """Format tables of measured beside predicted speeds, and of whole requests in the published layout.
 
     Args:
         label: name of the target for people.
@@ -82,7 +82,7 @@ def _modelled_table(label: str, rows: Sequence[ThroughputRow]) -> list[str]:
 
 
 def _requests_table(label: str, rows: Sequence[ThroughputRow], scenarios: Mapping[str, str]) -> list[str]:
-    """Lines of whole requests, from the measured phases; parent and child each at the best batch that was measured."""
+    """Return lines of whole requests, from the measured phases; parent and child each at the best batch measured."""
     first = rows[0]
     lines = [
         f"{label}: generated tokens/s of whole requests per device, MEASURED ({first.engine}, {first.precision})",
@@ -109,7 +109,7 @@ def _requests_table(label: str, rows: Sequence[ThroughputRow], scenarios: Mappin
 
 
 def scaled_lengths(names: Mapping[str, str]) -> list[str]:
-    """Lines that say which lengths stand for which scenario; none where no length was scaled."""
+    """Return lines that say which lengths stand for which scenario; none where no length was scaled."""
     scaled = [f"{name} as {scenario}" for scenario, name in names.items() if name != scenario]
     if not scaled:
         return []
@@ -117,13 +117,13 @@ def scaled_lengths(names: Mapping[str, str]) -> list[str]:
 
 
 def _of_one_request(prefill: ThroughputRow, decode: ThroughputRow) -> bool:
-    """Whether two rows are the prefill and the decoding of the same requests."""
+    """Tell whether two rows are the prefill and the decoding of the same requests."""
     same = (prefill.model, Setting.from_row(prefill)) == (decode.model, Setting.from_row(decode))
     return same and (prefill.phase, decode.phase) == ("prefill", "decode")
 
 
 def _heading(kind: str) -> list[str]:
-    """Heading of a table in the published layout."""
+    """Return the heading of a table in the published layout."""
     return [
         f"{'':<28} {'parent':>25} {'child':>25} {'child / parent':>15}",
         f"{'scenario':<28} {kind:>11} {'batch':>6} {'TP':>6} {kind:>11} {'batch':>6} {'TP':>6} {kind:>15}",
@@ -131,7 +131,7 @@ def _heading(kind: str) -> list[str]:
 
 
 def _published_line(scenario: str, name: str, parent: tuple[float, int, int], child: tuple[float, int, int]) -> str:
-    """Line with tokens/s, batch and devices of parent and child; `name` is the scenario before scaling."""
+    """Format a line with tokens/s, batch and devices of parent and child; `name` is the scenario before scaling."""
     title = f"{SCENARIO_NAMES.get(name, '')} {scenario}".strip()
     speeds = (
         f"{speed:>11,.{1 if speed < 100 else 0}f} {batch:>6} {degree:>6}" for speed, batch, degree in (parent, child)
@@ -140,18 +140,18 @@ def _published_line(scenario: str, name: str, parent: tuple[float, int, int], ch
 
 
 def parent_first(names: Iterable[str]) -> list[str]:
-    """Each name once, sorted, with the parent first: the others are compared with it."""
+    """List each name once, sorted, with the parent first: the others are compared with it."""
     return sorted(set(names), key=lambda name: (name != "parent", name))
 
 
 def rank(scenario: str) -> int:
-    """Position of a scenario in the published table; other scenarios come after it."""
+    """Return the position of a scenario in the published table; other scenarios come after it."""
     order = list(SCENARIO_NAMES)
     return order.index(scenario) if scenario in order else len(order)
 
 
 def _notes(rows: Sequence[ThroughputRow]) -> list[str]:
-    """Notes on how the rows were measured or modelled, each once."""
+    """List notes on how the rows were measured or modelled, each once."""
     notes = dict.fromkeys(row.how for row in rows)
     return [line for how in notes for line in wrap(how, 100, initial_indent="  ", subsequent_indent="    ")]
 

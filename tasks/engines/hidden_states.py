@@ -5,6 +5,7 @@ pooling, which gives the hidden state behind the final norm at each token.
 """
 
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,14 +39,18 @@ def hidden_states(path: Path, texts: Sequence[Sequence[int]], threads: int) -> I
     Raises:
         InputError: xllamacpp is not installed, llama.cpp does not load the file, or computes no finite numbers.
     """
-    engine = LlamaCpp(path, threads, 1, max(map(len, texts)), embeddings=True)
+    engine = LlamaCpp(path, threads, 1, max(map(len, texts)), embeddings=True, chats=False)
     url = engine.url.removesuffix("/v1") + "/embedding"
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {engine.key}"}
     for text in texts:
         body = json.dumps({"content": list(text), "embd_normalize": -1}).encode()
         request = urllib.request.Request(url, body, headers)
-        with urllib.request.urlopen(request, timeout=_SECONDS) as response:
-            states = np.array(json.load(response)[0]["embedding"], np.float32)
+        try:
+            with urllib.request.urlopen(request, timeout=_SECONDS) as response:
+                states = np.array(json.load(response)[0]["embedding"], np.float32)
+        except urllib.error.HTTPError as error:
+            reason = error.read(500).decode(errors="replace")
+            raise InputError(f"llama.cpp reads no such text with {path}: {reason}") from error
         if not np.isfinite(states).all():  # llama.cpp writes null for them
             raise InputError(f"the hidden states of {path} in llama.cpp are not finite; export it as gguf-bf16 instead")
         yield states

@@ -95,6 +95,7 @@ class LlamaCpp:
         embeddings: bool = False,
         name: str | None = None,
         quiet: bool = False,
+        chats: bool = True,
     ) -> None:
         """Load a model.
 
@@ -107,6 +108,7 @@ class LlamaCpp:
             embeddings: the server gives the hidden state of each token of a text instead of answers.
             name: the model's name in the HTTP API; None: the file's name.
             quiet: llama.cpp does not write its errors to stderr; requests and exceptions have them.
+            chats: conversations come, so llama.cpp has to take the file's chat template.
 
         Raises:
             InputError: xllamacpp is not installed, or llama.cpp does not load the file.
@@ -124,6 +126,8 @@ class LlamaCpp:
             params.embedding, params.embd_normalize = True, -1
             params.pooling_type = library.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
             params.n_batch = params.n_ubatch = context
+        if not chats:
+            params.chat_template = "chatml"
         params.n_gpu_layers = 0  # rows say that the processor computes
         params.fit_params = params.warmup = False
         params.cache_ram_mib = 0
@@ -136,7 +140,8 @@ class LlamaCpp:
         try:
             self._server = library.Server(params)
         except Exception as error:  # the binding has no types of its own
-            raise InputError(f"llama.cpp does not load {path} ({error}); write it anew") from error
+            way_out = "write it anew, or with another chat template where it has one that raises"
+            raise InputError(f"llama.cpp does not load {path} ({error}); {way_out}") from error
         self.complete([1], 1)  # a server that is let go of before its first request hangs
 
     @property
@@ -273,7 +278,7 @@ def time_files(files: Mapping[str, Path], workload: Workload, repeats: int, thre
         InputError: llama.cpp refuses a file, as for :class:`LlamaCpp`.
     """
     context, steps = _needed_context(workload), _decode_steps(workload)
-    engines = {name: LlamaCpp(path, threads, workload.batch, context) for name, path in files.items()}
+    engines = {name: LlamaCpp(path, threads, workload.batch, context, chats=False) for name, path in files.items()}
     prompts = _prompts(workload.batch, workload.input_tokens)
     contexts = _prompts(workload.batch, max(1, workload.context_at_midpoint - steps // 2))
     rounds: dict[str, Rounds] = {name: {"prefill": [], "decode": []} for name in files}

@@ -17,29 +17,29 @@ class SpaceSettings(Protocol):
 
     @property
     def ffn_ratios(self) -> Sequence[float]:
-        """Widths relative to the parent's."""
+        """Return widths relative to the parent's."""
 
     @property
     def width_multiple(self) -> int:
-        """The multiple that widths are rounded to."""
+        """Return the multiple that widths are rounded to."""
 
     @property
     def linear(self) -> bool:
-        """Whether one linear layer is among the variants."""
+        """Tell whether one linear layer is among the variants."""
 
 
 def parent_attention(config: ModelConfig) -> Attention:
-    """The attention variant that the parent's blocks have."""
+    """Return the attention variant that the parent's blocks have."""
     return Attention("gqa", config.num_kv_heads)
 
 
 def parent_ffn(config: ModelConfig) -> Ffn:
-    """The FFN variant that the parent's blocks have."""
+    """Return the FFN variant that the parent's blocks have."""
     return Ffn("gated", config.intermediate_size)
 
 
 def parent_blocks(config: ModelConfig) -> tuple[Replacement, ...]:
-    """The parent itself as a sequence of replacements."""
+    """Return the parent itself as a sequence of replacements."""
     attention, ffn = parent_attention(config), parent_ffn(config)
     return tuple(Replacement(index, 1, attention, ffn) for index in range(config.num_blocks))
 
@@ -47,7 +47,7 @@ def parent_blocks(config: ModelConfig) -> tuple[Replacement, ...]:
 def block_variants(
     config: ModelConfig, settings: SpaceSettings, *, linear: bool = False
 ) -> tuple[tuple[Attention, ...], tuple[Ffn, ...]]:
-    """Attention and FFN variants of a block, the parent's own first.
+    """List attention and FFN variants of a block, the parent's own first.
 
     Args:
         config: the parent.
@@ -60,7 +60,7 @@ def block_variants(
 
 
 def attention_variants(config: ModelConfig, linear: bool) -> tuple[Attention, ...]:
-    """Attention variants of a block: the parent's kv heads, their proper divisors (descending), linear, no-op.
+    """List attention variants of a block: the parent's kv heads, their proper divisors (descending), linear, no-op.
 
     Args:
         config: the parent.
@@ -72,7 +72,7 @@ def attention_variants(config: ModelConfig, linear: bool) -> tuple[Attention, ..
 
 
 def ffn_variants(config: ModelConfig, ratios: Sequence[float], width_multiple: int, linear: bool) -> tuple[Ffn, ...]:
-    """FFN variants of a block: the parent's width, narrower ones (descending), linear, no-op.
+    """List FFN variants of a block: the parent's width, narrower ones (descending), linear, no-op.
 
     Args:
         config: the parent.

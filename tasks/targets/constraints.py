@@ -42,7 +42,7 @@ class TargetLimits:
 
     @cached_property
     def points(self) -> tuple[OperatingPoint, ...]:
-        """The operating points that the constraints leave open.
+        """List the operating points that the constraints leave open.
 
         Raises:
             InputError: the cost table has no setting for one that is to be chosen.
@@ -56,7 +56,7 @@ class TargetLimits:
         return operating_points(open_settings, self.costs) if open_settings else (NOTHING_OPEN,)
 
     def point_with(self, settings: Sequence[Setting]) -> OperatingPoint:
-        """The operating point that architecture.json names.
+        """Find the operating point that architecture.json names.
 
         Raises:
             InputError: the constraints no longer leave it open.
@@ -70,7 +70,7 @@ class TargetLimits:
         )
 
     def bounds(self, point: OperatingPoint) -> tuple[Bound, ...]:
-        """All limits at an operating point: the constraints, then the memory of each device that was chosen for.
+        """Return all limits at an operating point: the constraints, then the memory of each device that was chosen for.
 
         Raises:
             InputError: the cost table lacks a row that a constraint needs.
@@ -91,7 +91,7 @@ class TargetLimits:
         )
 
     def _device_bounds(self, point: OperatingPoint) -> Iterator[Bound]:
-        """Bounds that make weights, KV cache at the requests' end and workspace fit into devices with a data sheet."""
+        """Yield bounds that fit weights, KV cache at the requests' end and workspace into devices with a data sheet."""
         for setting in point.settings:
             if device := DEVICES.get(setting.hardware):
                 workspace = workspace_bytes(self.parent.config, setting) if self.parent.config else 0.0
@@ -100,7 +100,7 @@ class TargetLimits:
 
     @cached_property
     def _parent_values(self) -> dict[str, float | None]:
-        """Each constraint's metric of the parent: where the batch is open, at the parent's own best point.
+        """Return each constraint's metric of the parent: where the batch is open, at the parent's own best point.
 
         None where the parent fits at no operating point and the limit is absolute.
         """
@@ -116,7 +116,7 @@ class TargetLimits:
         return values
 
     def best_value(self, name: str, blocks: Sequence[Replacement]) -> float | None:
-        """A constraint's metric of a model at the operating point that suits it best; None if it fits at none."""
+        """Return a constraint's metric of a model at the operating point that suits it best; None if it fits none."""
         constraint = self.constraints[name]
         values = [
             measure(self.costs, blocks, quantity_at(constraint, point))
@@ -127,12 +127,12 @@ class TargetLimits:
         return best(values, default=None)
 
     def _fits(self, blocks: Sequence[Replacement], point: OperatingPoint) -> bool:
-        """Whether a model fits into the devices of an operating point."""
+        """Tell whether a model fits into the devices of an operating point."""
         return all(bound.value(self.costs, blocks) <= bound.limit for bound in self._device_bounds(point))
 
 
 def quantity_at(constraint: Constraint, point: OperatingPoint) -> Quantity:
-    """A constraint's metric at an operating point."""
+    """Return a constraint's metric at an operating point."""
     metric = METRICS[constraint.metric]
     settings = [_setting(constraint, place, point) for place in _places(constraint)]
     if metric.speed:
@@ -159,7 +159,7 @@ def quantity_at(constraint: Constraint, point: OperatingPoint) -> Quantity:
 
 
 def _places(constraint: Constraint) -> list[Place]:
-    """The places of a constraint, one for each of its scenarios."""
+    """List the places of a constraint, one for each of its scenarios."""
     return [
         Place(str(constraint.hardware), constraint.engine, constraint.precision, scenario)
         for scenario in constraint.scenarios
@@ -167,7 +167,7 @@ def _places(constraint: Constraint) -> list[Place]:
 
 
 def _setting(constraint: Constraint, place: Place, point: OperatingPoint) -> Setting:
-    """The setting at a place: the constraint's own, or the operating point's where the constraint leaves it open."""
+    """Return the setting at a place: the constraint's own, or the operating point's where the constraint is open."""
     if constraint.batch == "best" or constraint.tensor_parallel == "best":
         return point.setting(place)
     return Setting(

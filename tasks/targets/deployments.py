@@ -23,12 +23,12 @@ class Deployment:
 
     @property
     def text(self) -> str:
-        """The deployment as text for people: `xeon-icelake-2t, llama.cpp, float16 (measured)`."""
+        """Return the deployment as text for people: `xeon-icelake-2t, llama.cpp, float16 (measured)`."""
         return f"{self.hardware}, {self.engine}, {self.precision} ({self.origin})"
 
 
 def deployments(params: Params, paths: Paths) -> tuple[Deployment, ...]:
-    """The deployments of costs.parquet, measured ones first; before it exists, those that measure_costs will give it.
+    """Read the deployments of costs.parquet, measured ones first; before it exists, those measure_costs will give it.
 
     Raises:
         InputError: a table is missing or damaged.
@@ -39,7 +39,7 @@ def deployments(params: Params, paths: Paths) -> tuple[Deployment, ...]:
 
 
 def planned_deployments(params: Params) -> tuple[Deployment, ...]:
-    """The deployments that measure_costs gives costs.parquet: those of the named timings, and the modelled ones.
+    """Return the deployments that measure_costs gives costs.parquet: those of the named timings, and the modelled ones.
 
     Raises:
         InputError: a table of timings is missing or damaged.

@@ -51,7 +51,7 @@ def count(checkpoint: Checkpoint, config: ModelConfig, attention: Sequence[Atten
 
 
 def speed_ratios(rows: Sequence[ThroughputRow], counted: Mapping[str, Counted]) -> Iterator[SpeedRatio]:
-    """Speed of the child over the parent's at every setting that benchmark_throughput measured.
+    """Yield the speed of the child over the parent's at every setting that benchmark_throughput measured.
 
     Beside it what the cost table predicts, and for decode what the bytes that a step reads would allow (weights with
     the head, KV cache at the mean context). `drift` is the parent's speed as measured here over what the timings in git
@@ -80,13 +80,13 @@ def speed_ratios(rows: Sequence[ThroughputRow], counted: Mapping[str, Counted]) 
 
 
 def _read_bytes(row: ThroughputRow, counted: Counted) -> float:
-    """Bytes that a decode step reads at the mean context, in the checkpoint's precision."""
+    """Count the bytes that a decode step reads at the mean context, in the checkpoint's precision."""
     cached = row.batch * Scenario.parse(row.scenario).mean_context * counted.sizes.kv_bytes_per_token
     return counted.sizes.weight_bytes - counted.looked_up_bytes + cached
 
 
 def measured_speed(limit: ReachedLimit, rows: Sequence[ThroughputRow]) -> MeasuredSpeed | None:
-    """Speeds of parent and child that benchmark_throughput measured where a limit on a speed holds.
+    """Return the speeds of parent and child that benchmark_throughput measured where a limit on a speed holds.
 
     Returns:
         None where none were measured: another engine, several devices, or a mix of scenarios.
@@ -116,7 +116,7 @@ def measured_speed(limit: ReachedLimit, rows: Sequence[ThroughputRow]) -> Measur
 
 
 def _speeds(prefill: ThroughputRow, decode: ThroughputRow) -> dict[str, float]:
-    """Milliseconds of the phases, and every speed metric in its unit."""
+    """Return the milliseconds of the phases, and every speed metric in its unit."""
     assert prefill.measured_ms is not None
     assert decode.measured_ms is not None
     output_tokens = Scenario.parse(decode.scenario).output_tokens
@@ -130,7 +130,7 @@ def _speeds(prefill: ThroughputRow, decode: ThroughputRow) -> dict[str, float]:
 
 
 def measured_value(limit: ReachedLimit, counted: Mapping[str, Counted], rows: Sequence[ThroughputRow]) -> float | None:
-    """The assembled child's value in a limit's unit, None where this machine cannot measure it.
+    """Return the assembled child's value in a limit's unit, None where this machine cannot measure it.
 
     A limit that counts a workspace has none: the workspace is modelled.
 
@@ -152,7 +152,7 @@ def measured_value(limit: ReachedLimit, counted: Mapping[str, Counted], rows: Se
 
 
 def _size(limit: ReachedLimit, counted: Counted) -> float:
-    """A size of a checkpoint, in the metric's unit."""
+    """Return a size of a checkpoint, in the metric's unit."""
     parts = METRICS[limit.metric].parts
     if isinstance(parts, BlockCount):
         return parts.count(variant.kind for variant in counted.attention)

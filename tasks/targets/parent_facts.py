@@ -36,7 +36,7 @@ class ParentFacts:
 
     @classmethod
     def from_tables(cls, scores: Sequence[ScoreRow], costs: Sequence[CostRow], config: ModelConfig | None) -> Self:
-        """The parent that a user's tables belong to; without a config, its variants are the largest in the costs.
+        """Make the parent that a user's tables belong to; without a config, its variants are the largest in the costs.
 
         Raises:
             InputError: the costs have no attention or no FFN.

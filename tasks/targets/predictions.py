@@ -19,7 +19,7 @@ from tasks.targets.parent_facts import ParentFacts
 def predict(
     blocks: Sequence[Replacement], score: Score, bounds: Sequence[Bound], parent: ParentFacts, costs: CostTable
 ) -> Predicted:
-    """Sizes and speed of a child, absolute and relative to the parent.
+    """Predict the sizes and speed of a child, absolute and relative to the parent.
 
     Args:
         blocks: the child's blocks.
@@ -58,7 +58,7 @@ def predict(
 
 
 def _reported_memory(bounds: Sequence[Bound], parent: ParentFacts) -> Quantity:
-    """The reported memory: the memory constraint's, else at the speed constraint's place, else of one full context."""
+    """Pick reported memory: the memory constraint's, else at the speed constraint's place, else of one full context."""
     quantities = [bound.quantity for bound in bounds]
     for quantity in quantities:
         if quantity.metric.needs_context:
@@ -71,7 +71,7 @@ def _reported_memory(bounds: Sequence[Bound], parent: ParentFacts) -> Quantity:
 
 
 def _speed(bound: Bound, costs: CostTable, blocks: Sequence[Replacement]) -> PredictedSpeed:
-    """Speeds of child and parent where a limit on a speed holds."""
+    """Predict the speeds of child and parent where a limit on a speed holds."""
     setting = bound.quantity.setting
     assert setting is not None, bound
     return PredictedSpeed(
@@ -85,7 +85,7 @@ def _speed(bound: Bound, costs: CostTable, blocks: Sequence[Replacement]) -> Pre
 
 
 def reached_limit(bound: Bound, costs: CostTable, blocks: Sequence[Replacement]) -> ReachedLimit:
-    """A limit with where it holds and what the tables predict of a child."""
+    """Return a limit with where it holds and what the tables predict of a child."""
     limit = ReachedLimit(
         name=bound.name,
         metric=bound.quantity.metric.name,

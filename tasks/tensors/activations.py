@@ -46,7 +46,7 @@ class Activations:
 
     @property
     def how(self) -> str:
-        """Digest of all inputs to hidden states except tokens and the parent's blocks."""
+        """Return the digest of all inputs to hidden states except tokens and the parent's blocks."""
         return str(next(iter(self._facts.values()))["how"])
 
     def key(self, split: SplitName, boundary: int, start: int, stop: int) -> str:
@@ -103,7 +103,7 @@ class Activations:
         return all(self._is_finished(boundary, split, shard) for split, shard in self._facts)
 
     def _is_finished(self, boundary: int, split: SplitName, shard: int) -> bool:
-        """Whether a shard is finished; its bytes are compared with their checksum when they are read."""
+        """Tell whether a shard is finished; its bytes are compared with their checksum when they are read."""
         folder = self._folder(boundary)
         record = Pieces(folder, self._rebuild).record(shard_name(split, shard))
         is_ours = record is not None and record["key"] == self._key(split, shard, boundary)

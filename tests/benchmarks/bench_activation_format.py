@@ -27,7 +27,7 @@ Data = NDArray[np.uint16]
 
 
 def hidden_states() -> tuple[Data, str]:
-    """[sequences, tokens * hidden] uint16 (bf16 bits) of a middle boundary, and where they are from."""
+    """Return [sequences, tokens * hidden] uint16 (bf16 bits) of a middle boundary, and where they are from."""
     paths = Paths()
     if (paths.activations / "train").is_dir():
         hidden = BoundaryReader(paths.activations, "train", 15).read(range(32))
@@ -36,17 +36,17 @@ def hidden_states() -> tuple[Data, str]:
 
 
 def as_column(data: Data) -> pa.FixedSizeListArray:
-    """A row per sequence."""
+    """Return a row per sequence."""
     return pa.FixedSizeListArray.from_arrays(pa.array(data.reshape(-1)), data.shape[1])
 
 
 def as_halves(data: Data) -> pa.FixedSizeListArray:
-    """The same as two-byte values, which Parquet can split by byte."""
+    """Return the same as two-byte values, which Parquet can split by byte."""
     return pa.FixedSizeListArray.from_arrays(pa.array(data.reshape(-1).view(np.float16)), data.shape[1])
 
 
 def ipc_writer(compression: str | None) -> Callable[[Path, Data], None]:
-    """Arrow IPC file."""
+    """Return what writes an Arrow IPC file."""
 
     def write(path: Path, data: Data) -> None:
         batch = pa.record_batch([as_column(data)], names=["hidden"])
@@ -65,7 +65,7 @@ def read_ipc(path: Path) -> int:
 
 
 def parquet_writer(compression: str, split: bool) -> Callable[[Path, Data], None]:
-    """Parquet, plain or byte-stream-split."""
+    """Return what writes Parquet, plain or byte-stream-split."""
 
     def write(path: Path, data: Data) -> None:
         table = pa.table({"hidden": as_halves(data)})
@@ -81,12 +81,12 @@ def read_parquet(path: Path) -> int:
 
 
 def write_raw(path: Path, data: Data) -> None:
-    """The baseline: the bytes as they are."""
+    """Write the baseline: the bytes as they are."""
     data.tofile(path)
 
 
 def read_raw(path: Path) -> int:
-    """The baseline: map the bytes and touch every value once."""
+    """Read the baseline: map the bytes and touch every value once."""
     return int(np.memmap(path, dtype=np.uint16, mode="r").max())
 
 
@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def _ratio(baseline: list[float], other: list[float]) -> float:
-    """Median of the paired ratios of rates."""
+    """Return the median of the paired ratios of rates."""
     return statistics.median(base / seconds for base, seconds in zip(baseline, other, strict=True))
 
 

@@ -38,7 +38,7 @@ RATIOS = (0.75, 0.5, 0.25, 0.1)
 
 
 def random_model(config: ModelConfig, blocks: Blocks, compute: Compute) -> DeciLMForCausalLM:
-    """A model whose weights are noise."""
+    """Make a model whose weights are noise."""
     dtype = str(compute.dtype).removeprefix("torch.")
     with torch.device(compute.device):
         model = DeciLMForCausalLM(NemotronNasConfig(**to_nemotron_nas(config, blocks, {}, dtype)))
@@ -48,7 +48,7 @@ def random_model(config: ModelConfig, blocks: Blocks, compute: Compute) -> DeciL
 
 
 def counted(blocks: Blocks) -> Counter[Part]:
-    """How often a model has each component."""
+    """Count how often a model has each component."""
     names: list[Part] = ["embedding", "head"]
     for block in blocks:
         names += block
@@ -58,7 +58,7 @@ def counted(blocks: Blocks) -> Counter[Part]:
 def graph_gain(
     config: ModelConfig, model: DeciLMForCausalLM, workload: Workload, compute: Compute, repeats: int
 ) -> float | None:
-    """Ratio of the time of a decode step called from Python to that of its CUDA graph; None without a GPU."""
+    """Return the time of a decode step called from Python over that of its CUDA graph; None without a GPU."""
     if compute.device.type != "cuda":
         return None
     with torch.inference_mode():
@@ -71,7 +71,7 @@ def graph_gain(
 def draw_models(
     config: ModelConfig, attentions: Sequence[Attention], ffns: Sequence[Ffn], children: int
 ) -> dict[str, Blocks]:
-    """The parent, and random children that keep 20 to 80 % of its blocks."""
+    """Draw the parent, and random children that keep 20 to 80 % of its blocks."""
     parent_block = (parent_attention(config), parent_ffn(config))
     draw = random.Random(0)
     models: dict[str, Blocks] = {"parent": [parent_block] * config.num_blocks}

@@ -66,12 +66,12 @@ FIELDS = ("compute", "memory", "sharpness", "launch_ms", "reduce_ms")
 
 
 def modelled(model: Model, engine: Engine, scenario: Scenario, degrees: Sequence[int] = DEGREES) -> Estimate:
-    """The best setting in FP8 on H100s."""
+    """Return the best setting in FP8 on H100s."""
     return best_estimate(model, Platform(H100, engine, "fp8"), scenario, degrees)
 
 
 def fit(rows: Sequence[Row]) -> Engine:
-    """Constants with the least sum of squared log ratios."""
+    """Return constants with the least sum of squared log ratios."""
 
     def engine(values: Sequence[float]) -> Engine:
         compute, memory, sharpness, launch_ms, reduce_ms = values

@@ -35,7 +35,7 @@ VOCABULARY = 512
 
 
 def params_of(folder: Path) -> Params:
-    """A few sequences of everything."""
+    """Return params of a few sequences of everything."""
     return tiny_params(
         prepare_parent={"source": str(folder / "source")},
         cache_activations={"sequences_per_shard": 48},
@@ -45,7 +45,7 @@ def params_of(folder: Path) -> Params:
 
 
 def write_parent(folder: Path, width: int, blocks: int) -> None:
-    """A random Llama, prepared, and a corpus of random tokens; in a process of its own, which may hold all of it."""
+    """Write a random Llama, prepared, and a corpus of random tokens; in a process of its own, which may hold it all."""
     sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 4 * width, "vocab_size": VOCABULARY}
     heads: dict[str, Any] = {"num_attention_heads": width // 64, "num_key_value_heads": max(2, width // 128)}
     config = LlamaConfig(**sizes, **heads, num_hidden_layers=blocks, tie_word_embeddings=True)
@@ -57,7 +57,7 @@ def write_parent(folder: Path, width: int, blocks: int) -> None:
 
 
 def peak_mib(*arguments: str, limit: int | None = None) -> float:
-    """Peak resident memory of this module run with arguments; `limit` in bytes of data."""
+    """Return the peak resident memory of this module run with arguments; `limit` in bytes of data."""
 
     def restrict() -> None:
         if limit is not None:
@@ -70,7 +70,7 @@ def peak_mib(*arguments: str, limit: int | None = None) -> float:
 
 
 def export(_: Params, paths: Paths) -> None:
-    """The parent in every kind of form, in shards of 10 MiB."""
+    """Export the parent in every kind of form, in shards of 10 MiB."""
     formats: tuple[FormatName, ...] = ("nemotron-nas", "padded-llama", "gguf-f32", "gguf-q8_0")
     source, shard = read_checkpoint("parent", paths.parent, "the benchmark"), 0.01
     for piece in exports.begin(source, formats, paths.parent_exports, shard):

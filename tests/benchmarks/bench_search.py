@@ -36,7 +36,7 @@ Instance = tuple[Problem[PublishedVariant], list[PointLimits]]
 
 
 def joint(seed: int, blocks: int = 80, attentions: int = 6, ffns: int = 9) -> Instance:
-    """Scores that rise towards smaller variants, each block of another importance; two limits.
+    """Make scores that rise towards smaller variants, each block of another importance; two limits.
 
     The points are batches: memory holds weights and the KV cache of the batch, time is per sequence of it.
     """
@@ -71,26 +71,26 @@ def joint(seed: int, blocks: int = 80, attentions: int = 6, ffns: int = 9) -> In
 
 
 def one_batch(seed: int) -> Instance:
-    """The joint problem at a single batch."""
+    """Return the joint problem at a single batch."""
     problem, points = joint(seed)
     return problem, [points[BATCHES.index(ONE_BATCH)]]
 
 
 def library(seed: int) -> Instance:
-    """80 blocks x 16 choices at a single batch."""
+    """Make 80 blocks x 16 choices at a single batch."""
     problem, points = joint(seed, attentions=2, ffns=8)
     return problem, [points[BATCHES.index(ONE_BATCH)]]
 
 
 def ours(instance: Instance) -> tuple[float, float, int]:
-    """Objective, proven gap and number of limits that bind, by this project's search."""
+    """Return objective, proven gap and number of limits that bind, by this project's search."""
     problem, points = instance
     solution = best_child(problem, SolverSettings(relative_gap=GAP), points).solution
     return solution.objective, solution.gap, sum(use.binds for use in solution.uses)
 
 
 def cbc(instance: Instance) -> tuple[float]:
-    """The best objective over all operating points by CBC, which solves each of them to the gap."""
+    """Return the best objective over all operating points by CBC, which solves each of them to the gap."""
     problem, points = instance
     return (min(_cbc(problem, point) for point in points),)
 
@@ -109,14 +109,14 @@ def _cbc(problem: Problem[PublishedVariant], point: PointLimits) -> float:
 
 
 def timed(solve: Callable[[Instance], tuple[float, ...]], instance: Instance) -> tuple[float, ...]:
-    """Seconds that `solve` takes, and what it returns."""
+    """Return the seconds that `solve` takes, and what it returns."""
     start = time.perf_counter()
     results = solve(instance)
     return time.perf_counter() - start, *results
 
 
 def compare(make: Callable[[int], Instance]) -> dict[str, float]:
-    """Medians over the seeds of seconds, their ratio and that of the scores; the largest gap, the least that bind."""
+    """Return medians over seeds of seconds, their ratio, that of the scores; the largest gap, the least that bind."""
     seconds, cbc_seconds, ratios, score_ratios, gaps, binding = [], [], [], [], [], []
     for seed in SEEDS:
         our_seconds, our_score, gap, num_binding = timed(ours, make(seed))

@@ -75,7 +75,7 @@ _URL_FORM = "form application/x-www-form-urlencoded"
 
 @contextmanager
 def _foreign_site(prefect: str, results: list[dict[str, str]]) -> Iterator[int]:
-    """A server on a port of its own with the page; its port."""
+    """Serve the page on a port of its own; yield the port."""
 
     class Site(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -126,7 +126,7 @@ class _Browser:
         self._process.wait()
 
     def until(self, url: str, condition: str) -> str:
-        """Open a page, wait until a JavaScript condition holds; the text of the page."""
+        """Open a page, wait until a JavaScript condition holds; return the text of the page."""
         request = urllib.request.Request(f"http://127.0.0.1:{self._port}/json/new?{quote(url, safe='')}", method="PUT")
         with urllib.request.urlopen(request) as reply:
             tab = json.load(reply)["webSocketDebuggerUrl"]

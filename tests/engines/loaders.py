@@ -29,12 +29,12 @@ class RefusedError(Exception):
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
-    """A linear layer's weight, and its bias if it has one."""
+    """Return a linear layer's weight, and its bias if it has one."""
     return {f"{name}.weight": (rows, columns)} | ({f"{name}.bias": (rows,)} if bias else {})
 
 
 def _fused(prefix: str, parts: Mapping[str, int], columns: int, bias: bool) -> Shapes:
-    """The tensors that fill one parameter, a block of rows each."""
+    """Return the tensors that fill one parameter, a block of rows each."""
     filled: Shapes = {}
     for name, rows in parts.items():
         filled |= _linear(f"{prefix}.{name}", rows, columns, bias)
@@ -54,19 +54,19 @@ def _ffn(prefix: str, hidden: int, width: int, bias: bool) -> Shapes:
 
 
 def _around(vocabulary: int, hidden: int, tied: bool) -> Shapes:
-    """All but the blocks; a head that is tied is not looked for."""
+    """Return all but the blocks; a head that is tied is not looked for."""
     head = {} if tied else {"lm_head.weight": (vocabulary, hidden)}
     return {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)} | head
 
 
 def _width(ffn_mult: float, hidden: int) -> int:
-    """DeciLM's rule, the same in all four: two thirds of a multiple of hidden, up to the next multiple of 256."""
+    """Apply DeciLM's rule, the same in all four: two thirds of a multiple of hidden, up to the next multiple of 256."""
     base = int(2 * ffn_mult * hidden / 3)
     return base + -base % 256
 
 
 def _attention_comes_first(config: NemotronNasConfig) -> None:
-    """vLLM and SGLang: attention starts the residual; a norm without one gives one value where two are taken."""
+    """Refuse as vLLM and SGLang: attention starts the residual; a norm without one gives one value, two are taken."""
     for block in config.block_configs:
         if not block.attention.no_op:
             return
@@ -76,7 +76,7 @@ def _attention_comes_first(config: NemotronNasConfig) -> None:
 
 
 def vllm(config_json: Mapping[str, Any]) -> Shapes:
-    """vLLM: `ffn_mult` if there is such an attribute, else `intermediate_size`; both biases; no linear layers."""
+    """Load as vLLM: `ffn_mult` if there is such an attribute, else `intermediate_size`; both biases, nothing linear."""
     config = NemotronNasConfig(**config_json)
     hidden, heads = config.hidden_size, config.num_attention_heads
     _attention_comes_first(config)
@@ -102,7 +102,7 @@ def vllm(config_json: Mapping[str, Any]) -> Shapes:
 
 
 def sglang(config_json: Mapping[str, Any]) -> Shapes:
-    """SGLang: `ffn_mult` alone, one number of kv heads in the whole model, o_proj's bias is qkv's, FFNs have none."""
+    """Load as SGLang: `ffn_mult` alone, one number of kv heads in all, o_proj's bias is qkv's, FFNs have none."""
     config = NemotronNasConfig(**config_json)
     hidden, heads = config.hidden_size, config.num_attention_heads
     _attention_comes_first(config)
@@ -128,7 +128,7 @@ def sglang(config_json: Mapping[str, Any]) -> Shapes:
 
 
 def tensorrt_llm(config_json: Mapping[str, Any]) -> Shapes:
-    """TensorRT-LLM, PyTorch backend: `ffn_mult` alone, SiLU whatever the config says, no biases, linear layers."""
+    """Load as TensorRT-LLM, PyTorch backend: `ffn_mult` alone, SiLU whatever config says, no biases, linear layers."""
     config = NemotronNasConfig(**config_json)
     hidden, heads = config.hidden_size, config.num_attention_heads
     shapes = _around(config.vocab_size, hidden, config.tie_word_embeddings)
@@ -163,7 +163,7 @@ _MLX_ACTIVATIONS = {"silu", "relu", "gelu", "gelu_new", "gelu_fast"}
 
 
 def mlx_lm(config_json: Mapping[str, Any]) -> Shapes:
-    """mlx-lm: fixed fields a block, `ffn_mult` alone, heads share hidden, one switch for attention's biases."""
+    """Load as mlx-lm: fixed fields a block, `ffn_mult` alone, heads share hidden, one switch for attention's biases."""
     hidden, heads = config_json["hidden_size"], config_json["num_attention_heads"]
     scaling = config_json["rope_scaling"]
     if scaling and not {"factor", "rope_type"} <= scaling.keys():
@@ -201,7 +201,7 @@ def mlx_lm(config_json: Mapping[str, Any]) -> Shapes:
 
 
 def _head_dim(config: NemotronNasConfig) -> int:
-    """As in the config, which our class always sets."""
+    """Return the head dimension of the config, which our class always sets."""
     return int(config.head_dim)
 
 

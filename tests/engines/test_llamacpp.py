@@ -1,6 +1,7 @@
 """The real llama.cpp: children that it computes as torch does, and the client against its server."""
 
 import asyncio
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFWriter, TokenType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +22,7 @@ from storage.scenario import Scenario
 from storage.variants import Attention, Ffn
 from tasks.commands.benchmark_server import API_KEY_VARIABLE, LoadSweep, Server, benchmark_servers, serving_text
 from tasks.engines.client import Endpoint, load, models
+from tasks.engines.hidden_states import hidden_states
 from tasks.engines.llamacpp import LlamaCpp, time_files
 from tasks.engines.timings import Workload
 from tasks.puzzle.runtimes.rules import refusals
@@ -143,3 +146,37 @@ def test_the_client_against_its_server(tmp_path: Path, monkeypatch: pytest.Monke
     assert [(row.concurrency, row.requests, row.errors) for row in rows] == [(1, 2, 0), (2, 4, 0)]
     assert all(row.counted_input_tokens == row.input_tokens == row.output_tokens == 8 for row in rows)
     assert "SCALED: 128/128 as 8/8" in serving_text(rows, ["parent"])
+
+
+def _add_letters(writer: GGUFWriter, count: int, template: str) -> None:
+    """Add a tokenizer of single letters."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([chr(0x100 + index) for index in range(count)])
+    writer.add_token_types([TokenType.NORMAL] * count)
+    writer.add_token_merges([f"{chr(0x100)} {chr(0x101)}"])
+    writer.add_chat_template(template)
+
+
+@pytest.mark.parametrize("excess", [-3, 2])
+def test_a_vocabulary_that_is_not_the_embeddings_is_one_error(excess: int, tmp_path: Path) -> None:
+    _, config = save_tiny("llama", tmp_path / "parent")
+    add = functools.partial(_add_letters, count=config.vocab_size + excess, template="{{ messages }}")
+    write_gguf(tmp_path / "a.gguf", config, CHILDREN["alike"], None, "F32", tokenizer=add)
+    with pytest.raises(InputError, match=r"llama.cpp does not load .*a.gguf"):
+        LlamaCpp(tmp_path / "a.gguf", threads=1, sequences=1, context=16)
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no system turn') }}", "{% for %}"])
+def test_a_chat_template_that_raises_stops_chats_and_nothing_else(template: str, tmp_path: Path) -> None:
+    """It stopped the timing and the evaluation of files, too."""
+    _, config = save_tiny("llama", tmp_path / "parent")
+    path, blocks = tmp_path / "a.gguf", CHILDREN["alike"]
+    add = functools.partial(_add_letters, count=config.vocab_size, template=template)
+    write_gguf(path, config, blocks, None, "F32", tokenizer=add)
+    with pytest.raises(InputError, match=r"does not load .*a.gguf .*another chat template"):
+        LlamaCpp(path, threads=1, sequences=1, context=16)
+    engine = LlamaCpp(path, threads=1, sequences=1, context=16, chats=False)
+    assert engine.complete([1], 1)["usage"]["total_tokens"] == 2
+    [states] = hidden_states(path, [[1, 2, 3]], threads=1)
+    assert states.shape == (3, config.hidden_size)

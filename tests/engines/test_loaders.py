@@ -67,7 +67,7 @@ blocks = st.lists(
 
 
 def checkpoint(config: ModelConfig, variants: Blocks) -> tuple[dict[str, Any], Shapes]:
-    """A child's config.json, through JSON, and its tensors."""
+    """Return a child's config.json, through JSON, and its tensors."""
     written = json.dumps(to_nemotron_nas(config, variants, {}, "bfloat16"))
     with torch.device("meta"):
         model = DeciLMForCausalLM(NemotronNasConfig(**json.loads(written)))
@@ -77,7 +77,7 @@ def checkpoint(config: ModelConfig, variants: Blocks) -> tuple[dict[str, Any], S
 
 
 def what_is_wrong(runtime: Runtime, config: ModelConfig, variants: Blocks) -> str:
-    """The error of a loader, or the tensors that it takes wrong; empty if it takes the checkpoint as it is."""
+    """Return the error of a loader, or the tensors that it takes wrong; empty if it takes the checkpoint as it is."""
     written, tensors = checkpoint(config, variants)
     try:
         taken = LOADERS[runtime](written)

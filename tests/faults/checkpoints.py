@@ -180,7 +180,7 @@ def _json_file(chance: random.Random, folder: Path) -> str:
 
 
 def _tensor(chance: random.Random, folder: Path) -> str:
-    """Another type, shape, value or name of a tensor, a tensor less, or one more."""
+    """Plant another type, shape, value or name of a tensor, a tensor less, or one more."""
     file = chance.choice(sorted(folder.glob("*.safetensors")))
     tensors = load_file(file)
     name = chance.choice(sorted(tensors))
@@ -227,7 +227,7 @@ def _index_anew(folder: Path) -> None:
 
 
 def _shards(chance: random.Random, folder: Path) -> str:
-    """Files and index of the tensors."""
+    """Damage files and index of the tensors."""
     index, files = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
     file = chance.choice(files)
     everything = {name: tensor for shard in files for name, tensor in load_file(shard).items()}
@@ -278,7 +278,7 @@ def _shards(chance: random.Random, folder: Path) -> str:
 
 
 def _link(chance: random.Random, folder: Path) -> str:
-    """A link, a folder or a pipe in place of a file."""
+    """Put a link, a folder or a pipe in place of a file."""
     name = chance.choice(
         ("tokenizer_secret.json", "LICENSE", "README.md", "generation_config.json", "config.json", "tokenizer.json")
     )
@@ -302,7 +302,7 @@ def _link(chance: random.Random, folder: Path) -> str:
 
 
 def _side_file(chance: random.Random, folder: Path) -> str:
-    """Tokenizer, card and licence in forms that people have."""
+    """Write tokenizer, card and licence in forms that people have."""
     name = chance.choice(
         (
             "README.md",

@@ -195,9 +195,9 @@ def _advice(ended: Ended | None, maker: str) -> tuple[str, ...]:
 
 def _forget_index(clone: Clone) -> None:
     """Delete DVC's index, which remembers what a rotten list of a folder said, as docs/architecture.md tells people."""
-    facts = clone.must("dvc", "doctor").out
-    folder = re.search(r"^Repo.site_cache_dir: (.+)$", facts, re.MULTILINE)
-    assert folder, facts
+    settings = clone.must("dvc", "doctor").out
+    folder = re.search(r"^Repo.site_cache_dir: (.+)$", settings, re.MULTILINE)
+    assert folder, settings
     shutil.rmtree(folder[1])
 
 

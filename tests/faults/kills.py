@@ -110,7 +110,7 @@ class _Fault:
         return {name for name in self.outs if f"artifacts/{name}" in self.built.outs(self.stage)}
 
     def _written(self) -> set[str]:
-        """List files under artifacts/, also unfinished, that the finished clone without this stage does not have."""
+        """Return files under artifacts/, also unfinished, that the finished clone without this stage does not have."""
         root = self.clone.artifacts  # walked, since a folder may go meanwhile
         paths = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
         return {str(path.relative_to(root)) for path in paths} - self.others

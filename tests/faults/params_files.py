@@ -94,7 +94,7 @@ def _dump(values: Any) -> bytes:
 
 
 def _names(where: _Where) -> tuple[str, ...]:
-    """What an error may call a place by: the last two keys on the way to it."""
+    """Return what an error may call a place by: the last two keys on the way to it."""
     return tuple(key for key in where if isinstance(key, str))[-2:]
 
 
@@ -107,7 +107,7 @@ def _another_value(chance: random.Random, values: Any) -> _Change:
 
 
 def _dump_big(values: Any) -> bytes:
-    """YAML of values, among which may be numbers that Python refuses to print."""
+    """Return YAML of values, among which may be numbers that Python refuses to print."""
     big = 10**4400
     text = _dump(_replaced(values, big, "BIG_NUMBER")).decode("utf-8", "surrogatepass")
     return text.replace("BIG_NUMBER", "1" + "0" * 4400).encode("utf-8", "surrogatepass")
@@ -152,7 +152,7 @@ def _removed_section(chance: random.Random, values: Any) -> _Change:
 
 
 def _contradiction(chance: random.Random, values: Any) -> _Change:
-    """Two limits in one constraint, none, a budget above its split, or two targets with one label."""
+    """Make two limits in one constraint, none, a budget above its split, or two targets with one label."""
     target = chance.choice(list(values["targets"]))
     constraints = values["targets"][target]["constraints"]
     name = chance.choice(list(constraints))
@@ -368,13 +368,13 @@ def _too_long(_signal: int, _frame: object) -> None:
 
 
 def _is_clear(message: str, path: Path, change: _Change) -> bool:
-    """Whether a message is short, and names the file and the place."""
+    """Tell whether a message is short, and names the file and the place."""
     names_place = not change.places or any(word in message for word in change.places)
     return path.name in message and names_place and len(message) < _LONGEST_MESSAGE
 
 
 def _compared(path: Path, params: Params) -> tuple[Verdict, str]:
-    """Whether DVC reads the same in a file that was taken."""
+    """Tell whether DVC reads the same in a file that was taken."""
     try:
         read_by_dvc = load_yaml(str(path))
         Context.load_from(LocalFileSystem(), str(path))

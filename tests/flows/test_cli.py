@@ -100,3 +100,29 @@ def test_what_python_starts_finds_the_same_python() -> None:
     code = "import subprocess; subprocess.run(['python', '-c', 'import sys; print(sys.prefix)'], check=True)"
     ended = _run(VENV / "bin/python", "-c", code)
     assert (ended.returncode, ended.stdout.strip()) == (0, str(VENV)), ended.stderr
+
+
+def test_a_closed_stream_is_no_file_that_libraries_print_into(tmp_path: Path) -> None:
+    """A file that is opened next would get its number; and sys.stdout would be None."""
+    code = "import flows, os; file = open('artifact', 'w'); print('a line'); os.write(2, b'of a C library')"
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} <&- >&- 2>&-"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, check=False).returncode == 0
+    assert (tmp_path / "artifact").read_bytes() == b""
+
+
+def test_variables_for_other_programs_end_no_command() -> None:
+    """Jupyter hands its backend down to `!dvc repro`; conda leaves SSL_CERT_FILE behind of environments that went."""
+    code = "import flows, matplotlib, os; print(os.environ.get('SSL_CERT_FILE'), matplotlib.get_backend())"
+    others = {"MPLBACKEND": "module://matplotlib_inline.none_such", "SSL_CERT_FILE": "/none/such"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **others},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "None agg\n"), ended.stderr
+    assert ended.stderr.startswith("warning: SSL_CERT_FILE is left aside: '/none/such'")
+    assert ended.stderr.count("\n") == 1

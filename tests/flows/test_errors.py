@@ -1,9 +1,14 @@
 """What people see of an error: one message, whatever files of others bring into it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from flows.errors import run_cleanly
 from storage.files import DamagedFileError, InputError
+from tests.clone import ROOT
 
 
 def ended(error: Exception) -> int | str | None:
@@ -34,3 +39,17 @@ def test_a_mistake_of_ours_keeps_its_traceback() -> None:
 
     with pytest.raises(OSError, match="without a file"):
         run_cleanly(fail)
+
+
+@pytest.mark.parametrize("length", [10, 1_000_000])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_nobody_reads_to_its_end_is_no_error(length: int, unbuffered: str) -> None:
+    """As in `puzzle plan | head`: less than a buffer, which Python writes when it ends, and more than a pipe holds."""
+    code = f"import sys; from flows.errors import run_cleanly; run_cleanly(lambda: sys.stdout.write('x' * {length}))"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing) as out:
+        command = [sys.executable, "-c", code]
+        ended = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, cwd=ROOT, env=environment, check=False)
+    assert (ended.returncode, ended.stderr) == (141, b"")

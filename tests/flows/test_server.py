@@ -18,12 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
+from flows.server import _checked
+from storage.files import InputError
 from tests.clone import ROOT, Clone, Ended
 
 
@@ -68,8 +72,9 @@ OTHERS = {
     "ALL_PROXY": "http://127.0.0.1:1",
     "NO_PROXY": ".corp.example",
     "WEB_CONCURRENCY": "4",
+    "SSL_CERT_FILE": "/nonexistent",
 }
-"""What users have in their environments for other servers of Prefect, and a proxy that is not there."""
+"""What users have in their environments for other servers of Prefect; a proxy and certificates that are not there."""
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +135,8 @@ def test_it_is_this_clones_own_whatever_the_user_has_set_for_prefect(running: Ru
 
 
 def test_a_server_named_in_the_environment_is_used(running: Running, tmp_path: Path) -> None:
-    for given in (running.api, f"{running.api}/"):
-        elsewhere = _at(tmp_path, PREFECT_API_URL=given)
+    for address in (running.api, f"{running.api}/"):
+        elsewhere = _at(tmp_path, PREFECT_API_URL=address)
         assert _address(elsewhere.must("flows.server", "start")) == running.api.removesuffix("/api")
     assert not (tmp_path / ".prefect").exists()
 
@@ -144,6 +149,24 @@ def test_an_address_where_no_server_answers_is_one_error(url: str, running: Runn
     given = url.replace("HERE", running.api.removesuffix("/api"))
     ended = _at(tmp_path, PREFECT_API_URL=given).run("flows.server", "start")
     _one_error(ended, "PREFECT_API_URL", given, "http://HOST:PORT/api", "unset it")
+
+
+@given(
+    st.text()
+    | st.text(max_size=5).map(lambda text: f"http://127.0.0.1:1{text}")
+    | st.text(max_size=5).map(lambda text: f"{text}http://127.0.0.1:1/api")
+    | st.text(alphabet="-.:@[]#?%\\/ \t0x\x00é", max_size=8).map(lambda text: f"http://{text}/api")
+)
+def test_any_text_as_the_address_is_one_error(url: str) -> None:
+    """Also `xn--a`, which is no name, though it looks like one."""
+    for address in (url, "http://xn--a/api"):
+        with pytest.raises(InputError, match="PREFECT_API_URL"):
+            _checked(address)
+
+
+def test_blanks_around_the_address_are_none_of_it(running: Running) -> None:
+    """Prefect's client refuses them, once the stage has begun."""
+    assert _checked(f" {running.api}/\n") == running.api
 
 
 def _status(port: int, method: str, path: str, headers: dict[str, str], body: bytes | None) -> int:
@@ -253,9 +276,9 @@ def test_a_port_in_use_is_one_error(tmp_path: Path) -> None:
     assert not (tmp_path / ".prefect/server.json").exists()
 
 
-@pytest.mark.parametrize("port", ["many", "-1", "65536", ""])
+@pytest.mark.parametrize("port", ["many", "-1", "65536", "", "1" * 5000])
 def test_what_is_no_port_is_one_error(port: str, tmp_path: Path) -> None:
-    _one_error(_at(tmp_path, PUZZLE_PORT=port).run("flows.server", "start"), repr(port), "1 to 65535")
+    _one_error(_at(tmp_path, PUZZLE_PORT=port).run("flows.server", "start"), repr(port)[:40], "1 to 65535")
 
 
 def test_another_program_with_the_servers_number_is_left_alone(tmp_path: Path) -> None:

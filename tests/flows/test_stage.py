@@ -1,5 +1,6 @@
 """What every stage's main() shares: pieces on workers, results in order, quiet progress, errors as one line."""
 
+import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -102,6 +103,20 @@ def test_a_wrong_input_in_a_piece_is_one_error_and_finished_pieces_stay(tmp_path
     assert {"0", "1"} <= {path.name for path in (tmp_path / "artifacts").iterdir()} <= {"0", "1", "3"}
 
 
+def test_a_stage_that_runs_already_is_left_alone(tmp_path: Path, address: str) -> None:
+    """A second one deletes whatever is no finished piece, also what the first has under way."""
+    lock = tmp_path / ".prefect/pieces@works.stage"
+    lock.parent.mkdir()
+    with lock.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        ended = _run(tmp_path, address, "works")
+        error = f"error: pieces@works runs in {tmp_path} already; wait for its end, or stop it\n"
+        assert (ended.code, ended.out, ended.err) == (2, "", error)
+        assert not (tmp_path / "artifacts").exists()
+        assert _run(tmp_path, address, "ordered").code == 0
+    assert _run(tmp_path, address, "works").code == 0
+
+
 @pytest.mark.parametrize("is_temporary", [False, True])
 def test_a_run_that_was_killed_is_marked_when_the_next_stage_starts(
     is_temporary: bool, tmp_path: Path, address: str
@@ -116,6 +131,7 @@ def test_a_run_that_was_killed_is_marked_when_the_next_stage_starts(
     killed_in.kill_when(killed_in.artifacts.exists, "pieces", "--target", "ordered")
     shutil.rmtree(killed_in.folder if is_temporary else killed_in.artifacts)
     killed = UUID(next(running.glob("*.lock")).stem)
+    (running / "no run.lock").touch()
     with temporary_settings({PREFECT_API_URL: address}), get_client(sync_client=True) as client:
         before = client.read_flow_run(killed).state
         clone.must("pieces", "--target", "works")
@@ -124,7 +140,7 @@ def test_a_run_that_was_killed_is_marked_when_the_next_stage_starts(
     assert before.is_running()
     assert after is not None
     assert after.is_crashed()
-    assert list(running.iterdir()) == []
+    assert list(running.iterdir()) == [running / "no run.lock"]
 
 
 def test_a_stage_whose_server_dies_gets_another_one_and_does_its_work(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ class Comparison(NamedTuple):
 
 
 def difference(ours: dict[int, float], theirs: dict[int, float]) -> float:
-    """The largest difference of a log-probability; a token that a list lacks is at most as likely as its least one."""
+    """Return the largest difference of a log-probability; what a list lacks is at most as likely as its least one."""
     pairs = [(value, theirs.get(token, min(value, *theirs.values()))) for token, value in ours.items()]
     pairs += [(value, min(value, *ours.values())) for token, value in theirs.items() if token not in ours]
     return max(abs(mine - theirs) for mine, theirs in pairs)
@@ -75,7 +75,7 @@ def compare(ours: Answer, theirs: Answer, tolerance: float) -> Comparison:
 
 
 def own_answers(checkpoint: Path, prompts: list[list[int]], precision: str) -> list[Answer]:
-    """Answers of this project's class, without a cache, so that nothing but the model itself is compared."""
+    """Return answers of this project's class, without a cache, so that nothing but the model itself is compared."""
     compute, answers = prepare_compute(*resolve("auto", precision), torch.get_num_threads()), []
     model: Any = nn.Module.to(DeciLMForCausalLM.from_pretrained(checkpoint, dtype=compute.dtype), compute.device)
     for ids in prompts:
@@ -91,7 +91,7 @@ def own_answers(checkpoint: Path, prompts: list[list[int]], precision: str) -> l
 
 
 def vllm_answers(python: Path, checkpoint: Path, prompts: list[list[int]], precision: str) -> list[Answer]:
-    """Answers of vLLM, in a process of its own, with the code that is in the export."""
+    """Return answers of vLLM, in a process of its own, with the code that is in the export."""
     engine = {"model": str(checkpoint), "dtype": precision, "max_model_len": 256, "enforce_eager": True}
     engine |= {"gpu_memory_utilization": 0.7, "trust_remote_code": True}
     sampling = {"temperature": 0.0, "max_tokens": NEW_TOKENS, "logprobs": TOP, "ignore_eos": True}

@@ -42,7 +42,7 @@ class LLM:
 
 
 def answer(*steps: dict[int, float]) -> Answer:
-    """An answer of greedy steps."""
+    """Make an answer of greedy steps."""
     return [max(step, key=lambda token: step[token]) for step in steps], list(steps)
 
 

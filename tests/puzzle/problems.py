@@ -13,7 +13,7 @@ eighths = st.integers(0, 80).map(lambda value: value / 8)
 
 @st.composite
 def problems(draw: st.DrawFn, num_limits: int = 2) -> Small:
-    """3 or 4 blocks, 1 to 4 choices each, some spans of 2 or 3, limits that are loose, tight, or too tight.
+    """Draw 3 or 4 blocks, 1 to 4 choices each, some spans of 2 or 3, limits that are loose, tight, or too tight.
 
     Scores and coefficients are eighths, so that ties and sums that meet a limit exactly are common.
     """
@@ -36,13 +36,13 @@ def problems(draw: st.DrawFn, num_limits: int = 2) -> Small:
 
 @st.composite
 def limits_of(draw: st.DrawFn, num_choices: int, name: str) -> Limit:
-    """A limit whose coefficients are eighths."""
+    """Draw a limit whose coefficients are eighths."""
     coefficients = tuple(draw(eighths) for _ in range(num_choices))
     return Limit(name, name, coefficients, constant=draw(eighths), upper=draw(st.integers(1, 400)) / 8)
 
 
 def covers(problem: Small, block: int = 0) -> Iterator[tuple[int, ...]]:
-    """Every exact cover of the blocks from `block` on, as indices of choices."""
+    """Yield every exact cover of the blocks from `block` on, as indices of choices."""
     if block == problem.num_blocks:
         yield ()
     for index, choice in enumerate(problem.choices):
@@ -52,7 +52,7 @@ def covers(problem: Small, block: int = 0) -> Iterator[tuple[int, ...]]:
 
 
 def keeps(problem: Small, cover: tuple[int, ...], without: Limit | None = None) -> bool:
-    """Whether a cover keeps all limits but one; eighths add up exactly, so no tolerance is needed."""
+    """Tell whether a cover keeps all limits but one; eighths add up exactly, so no tolerance is needed."""
     return all(
         limit.constant + sum(limit.coefficients[index] for index in cover) <= limit.upper
         for limit in problem.limits
@@ -61,7 +61,7 @@ def keeps(problem: Small, cover: tuple[int, ...], without: Limit | None = None) 
 
 
 def brute_force(problem: Small) -> float | None:
-    """The smallest sum of scores over covers that keep every limit."""
+    """Return the smallest sum of scores over covers that keep every limit."""
     scores = [
         sum(problem.choices[index].score for index in cover) for cover in covers(problem) if keeps(problem, cover)
     ]

@@ -17,7 +17,7 @@ SHARD, TOKENS, HIDDEN = 4, 3, 5  # odd sizes: Arrow pads its buffers to 8 bytes
 
 
 def make(folder: Path, dtype: torch.dtype, sequences: int = 10, boundaries: int = 2) -> list[Tensor]:
-    """A split `train` in shards of 4 sequences; its hidden states at each boundary."""
+    """Make a split `train` in shards of 4 sequences; return its hidden states at each boundary."""
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(sequences, TOKENS, HIDDEN, generator=generator).to(dtype) for _ in range(boundaries)]
     for shard, start in enumerate(range(0, sequences, SHARD)):

@@ -25,7 +25,7 @@ LIMITS: dict[str, Any] = {
 
 @pytest.fixture
 def paths(tmp_path: Path) -> Paths:
-    """Artifacts with a searched child that has a limit of each kind, and its baselines."""
+    """Make artifacts with a searched child that has a limit of each kind, and its baselines."""
     paths = Paths(tmp_path / "artifacts")
     write_tables(paths)
     write_costs(paths.costs, [*costs(), *costs("256/16")])

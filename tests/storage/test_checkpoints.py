@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from storage import checkpoints
 from storage.checkpoints import CHECKSUMS, Checkpoint, CheckpointWriter, tensor_sha256
 from storage.files import DamagedFileError, InputError
+from tests.clone import ROOT
 from tests.tiny import FAMILIES, flip_byte, save_tiny, tiny_model
 
 CPU = torch.device("cpu")
@@ -220,3 +223,15 @@ def test_later_changes_of_an_added_tensor_do_not_reach_the_file(tmp_path: Path) 
     writer.finish()
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], torch.ones(4))
     assert Checkpoint(tmp_path, REBUILD).checksums == {"a": tensor_sha256(torch.ones(4))}
+
+
+def test_files_are_compared_where_python_takes_assertions_out(tmp_path: Path) -> None:
+    """With PYTHONOPTIMIZE set, an assert compares nothing."""
+    writer = CheckpointWriter(tmp_path, 1 << 20)
+    writer.add({"a": torch.ones(1)})
+    (tmp_path / "tokenizer.json").write_text("{}")
+    writer.finish()
+    flip_byte(tmp_path / "tokenizer.json")
+    code = f"from storage.checkpoints import *; Checkpoint(Path({str(tmp_path)!r}), 'dvc repro it').verify_files()"
+    ended = subprocess.run([sys.executable, "-O", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "DamagedFileError" in ended.stderr and "tokenizer.json is damaged" in ended.stderr

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -9,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from storage import files
 from storage.files import (
@@ -170,6 +175,27 @@ def test_a_full_disk_is_one_error_and_keeps_the_old_file(write: Callable[[Any], 
         write(full)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_text("new" * 100_000),
+        lambda path: pq.write_table(pa.table({"a": np.random.default_rng(0).random(100_000)}), path),
+        lambda path: save_file({"a": torch.ones(100_000)}, path),
+    ],
+)
+def test_a_file_that_is_too_large_for_its_disk_is_one_error(write: Callable[[Path], object], tmp_path: Path) -> None:
+    """A limit of the process has the system's error of a FAT disk beyond 4 GiB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    too_large = pytest.raises(DiskFullError, match=r"file\.bin could not be written; .* a file's size")
+    with too_large, write_whole(tmp_path / "file.bin") as temporary:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            write(temporary)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unfinished_folder_of_a_killed_run_goes_and_that_of_a_living_one_stays(tmp_path: Path) -> None:

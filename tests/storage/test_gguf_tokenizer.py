@@ -115,7 +115,7 @@ class Both:
 
 
 def save(tokenizer: Tokenizer, folder: Path, **config: Any) -> Path:
-    """Return a checkpoint's folder, as far as tokenizers go."""
+    """Save what a checkpoint's folder holds of a tokenizer; return the folder."""
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -188,7 +188,7 @@ def sentencepiece(
     pre_tokenizer: pre_tokenizers.PreTokenizer | None = None,
     newer: bool = False,
 ) -> Tokenizer:
-    """Make it as transformers converts it from SentencePiece: merges of any two tokens that make a third, by its score.
+    """Return what transformers makes of SentencePiece: merges of any two tokens that make a third, by its score.
 
     `newer`: where scores are alike, longer tokens merge first, as in transformers today; else by the third's id.
     """
@@ -253,7 +253,7 @@ def load(name: str, folder: Path, path: Path) -> Both:
 
 @pytest.fixture(scope="module")
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Both]:
-    """Return every kind by name, each made once."""
+    """Return what loads a kind by its name, each once."""
 
     @functools.cache
     def load_once(name: str) -> Both:
@@ -470,7 +470,7 @@ def lowered(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def trained_with_byte_fallback() -> Tokenizer:
-    """Train it as the library trains it: one merge into each token, not all that lead to it."""
+    """Return what the library trains: one merge into each token, not all that lead to it."""
     tokenizer = sentencepiece(LEGACY)
     first = {"".join(merge): merge for merge in reversed(merges_of(tokenizer))}
     return changed(tokenizer, model={"merges": list(first.values())[::-1]})

@@ -328,7 +328,7 @@ def test_a_length_scale_that_makes_two_scenarios_one_is_refused() -> None:
 
 
 def test_what_is_measured_in_llama_cpp_is_exported_for_it() -> None:
-    """The child and the parent beside it, whether an engine or a limit asks."""
+    """The child is, and the parent beside it, whether an engine or a limit asks."""
     exports = {"export_child": {"formats": ["nemotron-nas"]}, "export_parent": {"formats": ["gguf-f32"]}}
     problem = "measures in llama.cpp, which runs gguf-f16; add it to"
     assert problems(tiny_values(benchmark_throughput={"engines": ["llama.cpp"]}, **exports)) == [

@@ -13,7 +13,7 @@ REBUILD = "dvc repro stage"
 
 
 def make(folder: Path, name: str, key: str = "key", files: int = 1) -> list[Path]:
-    """A finished piece with files in a folder of its own."""
+    """Make a finished piece with files in a folder of its own."""
     paths = [folder / name / f"{index}.bin" for index in range(files)]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +92,15 @@ def test_a_piece_that_is_not_there_names_the_command(tmp_path: Path) -> None:
     assert Pieces(tmp_path, REBUILD).record("shard_1") is None
     with pytest.raises(InputError, match=r"no piece 'shard_1' \(has 1: shard_0…\); run `dvc repro stage`"):
         Pieces(tmp_path, REBUILD).get("shard_1")
+
+
+def test_a_fact_that_another_version_wrote_otherwise_names_the_command(tmp_path: Path) -> None:
+    pieces = Pieces(tmp_path, "dvc repro stage")
+    pieces.finish("one", "key", [], {"old_name": 1})
+    facts = pieces.get("one")["facts"]
+    assert (facts["old_name"], facts.get("new_name")) == (1, None)
+    with pytest.raises(InputError, match=r"one\.json has no new_name: .*; run `dvc repro stage`$"):
+        facts["new_name"]
 
 
 def test_keep_only_deletes_strangers_and_keeps_what_is_finished(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from storage.remote import expand, fetch, fingerprint
 
 @pytest.fixture
 def store(bucket: str) -> s3fs.S3FileSystem:
-    """The server through s3fs, with a few files in it."""
+    """Return the server through s3fs, with a few files in it."""
     store = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
     for name, data in {"a.txt": b"first", "b.txt": b"second", "c.json": b"{}", "deep/d.txt": b"x" * 70_000}.items():
         store.pipe(f"{bucket}/folder/{name}", data)
@@ -164,7 +164,7 @@ class OldStore(BaseHTTPRequestHandler):
             self._answer(404, b"")
 
     def log_message(self, *_: object) -> None:
-        """Nothing to the terminal."""
+        """Write nothing to the terminal."""
 
     def _answer(self, status: int, body: bytes) -> None:
         self.send_response(status)

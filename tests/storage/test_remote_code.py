@@ -43,14 +43,14 @@ class Loaded:
 
 @pytest.fixture(scope="module", autouse=True)
 def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies a checkpoint's code into a folder of this test."""
+    """Have transformers copy a checkpoint's code into a folder of this test."""
     with code_copied_to(tmp_path_factory.mktemp("modules")):
         yield
 
 
 @pytest.fixture(scope="module", params=[(family, name) for family in FAMILIES for name in CHILDREN], ids=" of ".join)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """Every child of every family, with random weights."""
+    """Load every child of every family, with random weights."""
     family, name = request.param
     folder = tmp_path_factory.mktemp("child")
     _, geometry = save_tiny(family, tmp_path_factory.mktemp("parent"))
@@ -59,7 +59,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def tokens(rows: int, length: int) -> Tensor:
-    """Random ids, no special one among them."""
+    """Draw random ids, no special one among them."""
     return torch.randint(3, 160, (rows, length), generator=torch.Generator().manual_seed(2))
 
 

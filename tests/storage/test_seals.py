@@ -1,5 +1,6 @@
 """Every table and every JSON record that stages write: damage is found and named, never read as other values."""
 
+import json
 import os
 import random
 import shutil
@@ -16,14 +17,23 @@ import pytest
 import torch
 from dvc.exceptions import CheckoutError
 from dvc.repo import Repo
+from gguf import GGUFWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from flows.prefect_app import ServerState
 from storage.accuracy import read_accuracy
+from storage.activations import BoundaryReader, shard_name, shard_path, write_shard
 from storage.architecture import read_architecture, read_baselines
 from storage.checkpoints import CHECKSUMS, Checkpoint, CheckpointWriter
 from storage.corpus import read_manifest, read_sequences, split_path
 from storage.evaluation import read_evaluation
-from storage.files import DamagedFileError, InputError, read_sealed, write_json, write_sealed
+from storage.files import SEAL, DamagedFileError, InputError, digest_of, read_sealed, sha256, write_json, write_sealed
+from storage.formats import FORMATS
+from storage.gguf import GgufModel
+from storage.gguf_child import write_gguf
 from storage.gkd import read_gkd
+from storage.json_records import read_record
 from storage.parent_info import INFO, read_parent_info
 from storage.parquet_files import read_table, write_table
 from storage.paths import EXPORTS_OVERVIEW, Paths
@@ -38,9 +48,12 @@ from storage.tables import (
     write_serving,
     write_timings,
 )
+from storage.variants import Attention, Ffn
+from tasks.checkpoints.gguf_files import exported_ggufs
+from tasks.engines.hidden_states import head_of
 from tests.report_run import write_run
 from tests.settings import SEQ_LEN
-from tests.tiny import tiny_corpus
+from tests.tiny import save_tiny, tiny_corpus
 
 REBUILD = "dvc repro it"
 FLIPS = 200
@@ -94,7 +107,14 @@ SEALED = {
     "gkd.json": Sealed(lambda paths: paths.gkd(CHILD), lambda paths: read_gkd(CHILD, paths)),
     "search.json": _record(lambda paths: paths.search(CHILD)),
     "accuracy.json": Sealed(lambda paths: paths.accuracy(CHILD), lambda paths: read_accuracy(CHILD, paths)),
-    "exports.json": _record(lambda paths: paths.exports(CHILD) / EXPORTS_OVERVIEW),
+    "exports.json": Sealed(
+        lambda paths: paths.exports(CHILD) / EXPORTS_OVERVIEW,
+        lambda paths: exported_ggufs(CHILD, paths.exports(CHILD)),
+    ),
+    "server.json": Sealed(
+        lambda paths: paths.root / "server.json",
+        lambda paths: read_record(paths.root / "server.json", ServerState, REBUILD),
+    ),
     "record of a piece": Sealed(
         lambda paths: paths.library / ".pieces/block_000.kv_1.json",
         lambda paths: Pieces(paths.library, REBUILD).get("block_000.kv_1"),
@@ -127,12 +147,47 @@ SEALED = {
 }
 
 
+def _gguf(paths: Paths) -> Path:
+    return paths.exports(CHILD) / "gguf-f16" / FORMATS["gguf-f16"].gguf_name(CHILD)
+
+
+def _add_ids(writer: GGUFWriter) -> None:
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
+        add(0)
+
+
+def _shard(paths: Paths) -> Path:
+    return shard_path(paths.activations, "train", 0, 0)
+
+
+def _read_recorded_shard(paths: Paths) -> Any:
+    """Read a shard that is recorded as it is, damaged or not."""
+    pieces = Pieces(paths.activations, REBUILD)
+    pieces.finish(shard_name("train", 0), "key", [_shard(paths)], {"sequences_per_shard": 2})
+    return BoundaryReader(paths.activations, "train", 0).read([0, 1])
+
+
+UNSEALED = {
+    "shard.arrow": Sealed(_shard, _read_recorded_shard),
+    "LM head of a GGUF": Sealed(_gguf, lambda paths: head_of(_gguf(paths))),
+    "model in GGUF": Sealed(
+        _gguf, lambda paths: (GgufModel(_gguf(paths)).config(), list(GgufModel(_gguf(paths)).tensors()))
+    ),
+}
+"""Files that their readers take as they are: what is damaged is another value, or an error."""
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Paths:
     """Return a run with every table and record; tests put back what they change."""
     paths = Paths(tmp_path_factory.mktemp("run") / "artifacts")
     write_run(paths)
-    write_sealed(paths.exports(CHILD) / EXPORTS_OVERVIEW, {"formats": {"gguf-f16": {"files": {"a": {"bytes": 1}}}}})
+    write_sealed(paths.root / "server.json", {"pid": 4321, "port": 4200})
+    _, config = save_tiny("llama", paths.root / "tiny")
+    write_gguf(_gguf(paths), config, [(Attention("gqa", 2), Ffn("gated", 96))], None, "F16", tokenizer=_add_ids)
+    listed = {"gguf-f16": {"files": {f"gguf-f16/{_gguf(paths).name}": {"sha256": sha256(_gguf(paths))}}}}
+    write_sealed(paths.exports(CHILD) / EXPORTS_OVERVIEW, {"formats": listed})
+    write_shard(_shard(paths), torch.arange(24.0).view(2, 3, 4), {})
     weights = paths.library / "block_000/kv_1.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"weights")
@@ -176,6 +231,61 @@ def test_a_flipped_bit_is_found_or_changes_no_value(name: str, finished: Paths) 
     finally:
         path.write_bytes(whole)
     assert num_found > FLIPS / 2
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def _flipped(whole: bytes, bits: list[int]) -> bytes:
+    data = bytearray(whole)
+    for bit in bits:
+        data[bit // 8] ^= 1 << bit % 8
+    return bytes(data)
+
+
+def _damages(whole: bytes) -> st.SearchStrategy[bytes]:
+    """Return what may stand in a file's place: any bytes, a part of it, some bits flipped, JSON of any shape."""
+    bits = st.integers(0, 8 * len(whole) - 1) | st.integers(0, 8 * min(len(whole), 400) - 1)
+    return st.one_of(
+        st.binary(max_size=300),
+        st.integers(0, len(whole)).map(lambda size: whole[:size]),
+        st.lists(bits, min_size=1, max_size=3).map(lambda flips: _flipped(whole, flips)),
+        JSON.map(lambda value: json.dumps(value).encode()),
+    )
+
+
+def _sealed_otherwise(whole: bytes) -> st.SearchStrategy[bytes]:
+    """Return records in the shape of other versions: a field is another value, or gone, and the seal is theirs."""
+    record = {name: value for name, value in json.loads(whole).items() if name != SEAL}
+
+    def sealed(name: str, value: Any) -> bytes:
+        other = {key: record[key] for key in record if key != name} | ({} if value is None else {name: value})
+        return json.dumps({**other, SEAL: digest_of(other)}).encode()
+
+    return st.builds(sealed, st.sampled_from(sorted(record)), JSON)
+
+
+@pytest.mark.parametrize("name", [*SEALED, *UNSEALED])
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_whatever_a_file_holds_is_its_value_or_one_sentence(name: str, data: st.DataObject, finished: Paths) -> None:
+    sealed = {**SEALED, **UNSEALED}[name]
+    path = sealed.path(finished)
+    whole, expected = path.read_bytes(), sealed.read(finished)
+    has_seal = path.suffix == ".json" and SEAL in json.loads(whole)
+    is_other_version = has_seal and data.draw(st.booleans())
+    path.write_bytes(data.draw(_sealed_otherwise(whole) if is_other_version else _damages(whole)))
+    try:
+        value = sealed.read(finished)
+        assert name in UNSEALED or is_other_version or value == expected
+    except InputError as error:
+        assert "\n" not in str(error) and path.name in str(error)
+    finally:
+        path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("name", SEALED)

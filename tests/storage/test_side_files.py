@@ -62,7 +62,7 @@ def test_all_templates_and_files_travel_to_the_exports(place: Callable[[Path], N
 
 
 def exported(child: Path, out: Path) -> list[Path]:
-    """Folders of the exports with a tokenizer."""
+    """Return folders of the exports with a tokenizer."""
     checkpoint = read_checkpoint("tiny", child, "again")
     for piece in exports.begin(checkpoint, ("nemotron-nas", "padded-llama"), out, 4.0):
         exports.export.fn(piece, checkpoint, out, 4.0)

@@ -150,7 +150,7 @@ def test_what_is_harmless_is_left_out(reader: Reader, tmp_path: Path) -> None:
 
 
 def test_the_file_that_transformers_reads_counts(tmp_path: Path) -> None:
-    """A new model.safetensors beside an older index and its shards."""
+    """A new model.safetensors stands beside an older index and its shards."""
     source = tmp_path / "source"
     save_tiny("llama", source)
     save_tokenizer(source)

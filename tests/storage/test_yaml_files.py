@@ -123,7 +123,7 @@ def test_an_empty_file_is_null_and_a_byte_order_mark_nothing(file: Path) -> None
 
 
 def test_yaml_of_strangers_may_hold_more_but_is_no_deeper(file: Path) -> None:
-    """The front matter of a model card; a deep one ended the process with a segmentation fault."""
+    """They write the front matter of model cards; a deep one ended the process with a segmentation fault."""
     assert parse_foreign_yaml("date: 2024-01-01\n1: !!str 2", file)[1] == "2"
     for text in ("[" * 100_000 + "]" * 100_000, "a: !!bool x", "a: !!timestamp x", "!!omap x", "a: 2024-99-99"):
         with pytest.raises(InputError, match=r"a\.yaml"):
@@ -132,7 +132,7 @@ def test_yaml_of_strangers_may_hold_more_but_is_no_deeper(file: Path) -> None:
 
 @st.composite
 def damaged(draw: Callable[[st.SearchStrategy[Any]], Any], whole: bytes) -> bytes:
-    """A file with some places overwritten by what a slip, or somebody who means harm, leaves there."""
+    """Draw a file with some places overwritten by what a slip, or somebody who means harm, leaves there."""
     data = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
         start, length = draw(st.integers(0, len(data))), draw(st.sampled_from([0, 0, 1, 3, 30, 400]))

@@ -32,7 +32,7 @@ N = 8
 
 
 def stacks(attentions: Sequence[Attention], ffns: Sequence[Ffn]) -> dict[str, Blocks]:
-    """Stacks with 2N and N copies of every variant; a parent block in front of those without any kv heads."""
+    """Return stacks with 2N and N copies of every variant; a parent block in front of those without any kv heads."""
     parent_block, models = (attentions[0], ffns[0]), dict[str, Blocks]()
     for attention in attentions[:-1]:
         front = [] if attention.kind == "gqa" else [parent_block]
@@ -45,7 +45,7 @@ def stacks(attentions: Sequence[Attention], ffns: Sequence[Ffn]) -> dict[str, Bl
 
 
 def by_stacks(ms: Mapping[str, float], attentions: Sequence[Attention], ffns: Sequence[Ffn], num_blocks: int) -> Costs:
-    """Differences of the stacks; a line through the FFNs' widths; the rest is the parent's beyond its parts."""
+    """Return the stacks' differences; a line through the FFNs' widths; the rest is the parent's beyond its parts."""
 
     def variant_ms(variant: Attention | Ffn) -> float:
         return (ms[f"2N {variant.name}"] - ms[f"N {variant.name}"]) / N

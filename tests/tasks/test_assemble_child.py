@@ -33,7 +33,7 @@ FFNS = (Ffn("gated", 96), Ffn("gated", 48), Ffn("gated", 24), Ffn("linear"), Ffn
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
-    """Three blocks, every kind of variant, spans of two."""
+    """Make three blocks, every kind of variant, spans of two."""
     params, paths = prepare("qwen2", tmp_path_factory.mktemp("library"), distill_blocks={"linear": True, "spans": [2]})
     cache(params, paths)
     distill(params, paths)
@@ -42,7 +42,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
 
 @st.composite
 def architectures(draw: st.DrawFn) -> list[Replacement]:
-    """An exact cover of three blocks by blocks and spans of two, any variants."""
+    """Draw an exact cover of three blocks by blocks and spans of two, any variants."""
     spans = draw(st.sampled_from([(1, 1, 1), (1, 2), (2, 1)]))
     starts = [sum(spans[:position]) for position in range(len(spans))]
     halves = st.tuples(st.sampled_from(ATTENTIONS), st.sampled_from(FFNS))
@@ -50,7 +50,7 @@ def architectures(draw: st.DrawFn) -> list[Replacement]:
 
 
 def trained_outputs(blocks: list[Replacement], tokens: Tensor, paths: Paths) -> Tensor:
-    """Logits of the subblocks as BLD ran them: a variant's attention, then its FFN, each in the parent's block."""
+    """Return logits of the subblocks as BLD ran them: a variant's attention, then its FFN, in the parent's block."""
     parent, library = Parent(paths.parent), Library(paths.library)
     config = parent.config
     parents = parent_attention(config), parent_ffn(config)
@@ -75,7 +75,7 @@ def trained_outputs(blocks: list[Replacement], tokens: Tensor, paths: Paths) -> 
 
 
 def read_variant(library: Library, variant: Attention | Ffn, replacement: Replacement) -> Tensors:
-    """Trained tensors of a variant; none of a no-op."""
+    """Return trained tensors of a variant; none of a no-op."""
     if variant.kind == "no_op":
         return {}
     return library.read(entry_name(replacement.first_block, variant, replacement.span))

@@ -42,7 +42,7 @@ PUBLISHED = {"128/128", "128/1024", "128/2048", "128/4096", "2048/128", "2048/20
 
 
 def _params(**section: Any) -> Params:
-    """Two targets: `small` limits no speed, `fast` names timings called unit."""
+    """Make params of two targets: `small` limits no speed, `fast` names timings called unit."""
     limits = {"size": {"metric": "block_params", "at_most_ratio": 0.7}}
     return tiny_params(
         measure_costs={"hardware": ["h100-sxm"], "scenarios": ["8/4"], "threads": 1},
@@ -53,7 +53,7 @@ def _params(**section: Any) -> Params:
 
 @pytest.fixture
 def built(finished: tuple[Params, Paths]) -> Paths:
-    """Artifacts with a child of both targets."""
+    """Make artifacts with a child of both targets."""
     _, paths = finished
     write_cost_table.fn(_params(), paths)
     assemble(_params(), paths, [("kv_2", "ffn_96"), ("kv_1", "ffn_48"), ("no_op", "ffn_24")])
@@ -75,7 +75,7 @@ def _blocks(paths: Paths) -> dict[str, tuple[Replacement, ...]]:
 
 
 def _parts(paths: Paths, model: str) -> list[tuple[Component, str]]:
-    """Component and variant of everything in a model."""
+    """Return component and variant of everything in a model."""
     parts: list[tuple[Component, str]] = [(component, ANY_VARIANT) for component in FIXED_COMPONENTS]
     for block in _blocks(paths)[model]:
         parts += [("attention", block.attention.name), ("ffn", block.ffn.name)]
@@ -240,7 +240,7 @@ def test_rows_go_through_the_table(built: Paths) -> None:
 
 
 def _export(paths: Paths) -> None:
-    """Parent and child of `fast` as GGUF, of noise: what they say plays no part."""
+    """Export parent and child of `fast` as GGUF, of noise: what they say plays no part."""
     config, blocks = Parent(paths.parent).config, _blocks(paths)
     for name, folder in (("parent", paths.parent_exports), ("fast", paths.exports("fast"))):
         variants = [(block.attention, block.ffn) for block in blocks["parent" if name == "parent" else "child"]]

@@ -58,7 +58,7 @@ def make_child(params: Params, paths: Paths) -> list[str]:
 
 
 def run(params: Params, paths: Paths) -> tuple[dict[str, Any], dict[str, str]]:
-    """Distil; gkd.json and the checksums of the child."""
+    """Distil; return gkd.json and the checksums of the child."""
     distill_child.distill.fn("small", params, paths)
     assert not paths.gkd_state("small").exists()
     return json.loads(paths.gkd("small").read_text(encoding="utf-8")), checksums(paths.distilled("small"))

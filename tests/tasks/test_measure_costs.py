@@ -28,7 +28,7 @@ from tests.settings import tiny_params
 
 
 def timings(params: Params, paths: Paths, *, linear: bool) -> list[TimingRow]:
-    """Made-up timings of every component of the parent at 8/8, batch 1."""
+    """Make up timings of every component of the parent at 8/8, batch 1."""
     config, bld = Parent(paths.parent).config, params.distill_blocks
     names: list[tuple[Component, str]] = [("attention", kind.name) for kind in attention_variants(config, linear)]
     names += [("ffn", kind.name) for kind in ffn_variants(config, bld.ffn_ratios, bld.width_multiple, linear)]
@@ -68,7 +68,7 @@ def timings(params: Params, paths: Paths, *, linear: bool) -> list[TimingRow]:
 
 @pytest.fixture
 def case(finished: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch) -> tuple[Params, Paths]:
-    """Params that name the timings of `laptop`, in a folder that has no such table yet."""
+    """Return params that name the timings of `laptop`, in a folder that has no such table yet."""
     _, paths = finished
     monkeypatch.chdir(paths.root)
     return tiny_params(
@@ -155,7 +155,7 @@ def test_timings_that_are_not_there_are_named(case: tuple[Params, Paths]) -> Non
 
 
 def brought(params: Params, paths: Paths) -> list[dict[str, Any]]:
-    """What a user measured elsewhere: no machine, no repeats, and bytes of another layout."""
+    """Return what a user measured elsewhere: no machine, no repeats, and bytes of another layout."""
     names = list(CostRow.__dataclass_fields__)
     rows = [{name: getattr(row, name) for name in names} for row in timings(params, paths, linear=False)]
     return [row | {"engine": "my-engine", "weight_bytes": row["weight_bytes"] + 64} for row in rows]
@@ -210,7 +210,7 @@ def test_llama_cpp_needs_no_cost_of_what_it_does_not_run(case: tuple[Params, Pat
 
 
 def test_llama_cpp_is_timed_beside_torch(case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny parent in earnest, with few designs: every variant has a row, and torch's rows stay."""
+    """The tiny parent is timed in earnest, with few designs: every variant has a row, and torch's rows stay."""
     params, paths = case
     costs = params.measure_costs.model_copy(update={"repeats": 2, "threads": 1})
     params = params.model_copy(update={"measure_costs": costs})

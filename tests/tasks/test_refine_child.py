@@ -36,7 +36,7 @@ def case(finished: tuple[Params, Paths]) -> tuple[Params, Paths]:
 
 
 def run(params: Params, paths: Paths) -> tuple[Refinement, dict[str, str]]:
-    """Correct; refine.json and the checksums of the child."""
+    """Correct; return refine.json and the checksums of the child."""
     refine_child.refine.fn("small", params, paths)
     assert not paths.refine_state("small").exists() and not paths.rolling.exists()
     return read_refinement("small", paths), checksums(paths.refined("small"))

@@ -57,7 +57,7 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture
 def paths(tmp_path: Path) -> Paths:
-    """Return artifacts that the search reads."""
+    """Write the artifacts that the search reads."""
     paths = Paths(tmp_path / "artifacts")
     write_tables(paths)
     return paths

@@ -1,6 +1,7 @@
 """write_text end to end: what is written, its bytes, resuming, what the corpus makes of it, and bad input."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -149,9 +150,18 @@ def test_damage_and_missing_text_are_reported(source: Path, prepared: Paths) -> 
         plan_batches.fn(settings(source, WRITTEN, tokens=0), prepared)
 
 
-@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"])
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (None, "chat_template is not set"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "does not end a question with"),
+        ("{{ raise_exception('no chats here') }}", "(no chats here)"),
+        ("{{ messages[2].content }}", "has no element 2"),
+        ("{% for %}", "Expected"),
+    ],
+)
 def test_chats_need_a_template_that_says_where_a_question_ends(
-    source: Path, tmp_path: Path, template: str | None
+    source: Path, tmp_path: Path, template: str | None, reason: str
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
     assert tokenizer.chat_template == CHAT_TEMPLATE
@@ -162,5 +172,17 @@ def test_chats_need_a_template_that_says_where_a_question_ends(
     tokenizer.save_pretrained(folder)
     params, paths = settings(folder, CHATS), Paths(tmp_path / "run")
     prepare_parent.fn(params, paths)
-    with pytest.raises(InputError, match="cannot write chats"):
+    with pytest.raises(InputError, match=rf"cannot write chats.*{re.escape(reason)}"):
+        run(params, paths)
+
+
+def test_marks_beyond_the_embedding_are_refused(source: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(source, tmp_path / "source")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_start|>", "<|turn|>")
+    tokenizer.save_pretrained(folder)
+    params, paths = settings(folder, CHATS), Paths(tmp_path / "run")
+    prepare_parent.fn(params, paths)
+    with pytest.raises(InputError, match=rf"gives token {len(tokenizer) - 1}, and the embedding has 320 rows"):
         run(params, paths)

@@ -18,7 +18,7 @@ _BLANK_LINE = re.compile(r"^[^\S\n]+$", re.M)
 
 
 def paragraphs(text: str) -> list[str]:
-    """The paragraphs of a text, without the blank lines between them."""
+    """List the paragraphs of a text, without the blank lines between them."""
     groups: list[list[str]] = [[]]
     for line in text.split("\n"):
         if not line.strip():
@@ -42,7 +42,7 @@ class Repeats:
         self.left_out = 0
 
     def admit(self, document: Document) -> Document | None:
-        """The document without long paragraphs that the corpus has already.
+        """Return the document without long paragraphs that the corpus has already.
 
         Returns:
             None where more than half of its text is gone, where the rest equals an earlier document, and for a chat
@@ -76,7 +76,7 @@ class Repeats:
         return None if repeated or not chat.content.strip() else chat
 
     def _new_paragraphs(self, text: str) -> list[str]:
-        """Paragraphs that are short, or neither in the corpus nor earlier in this text."""
+        """List paragraphs that are short, or neither in the corpus nor earlier in this text."""
         seen_in_text: set[int] = set()
         kept = []
         for paragraph in paragraphs(text):
@@ -87,11 +87,11 @@ class Repeats:
         return kept
 
     def _long(self, text: str) -> list[int]:
-        """Hashes of the long paragraphs of a text."""
+        """Return the hashes of the long paragraphs of a text."""
         return [self._hash(paragraph) for paragraph in paragraphs(text) if len(paragraph) > LONG_CHARS]
 
     @staticmethod
     def _hash(text: str) -> int:
-        """Hash of a paragraph; paragraphs that differ only in white space have the same."""
+        """Return the hash of a paragraph; paragraphs that differ only in white space have the same."""
         words = " ".join(text.split()).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")

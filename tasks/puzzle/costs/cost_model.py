@@ -34,7 +34,7 @@ def modelled_rows(
     device: Device,
     setting: Setting,
 ) -> tuple[CostRow, ...]:
-    """Rows of all components; milliseconds are of each of the setting's devices, sizes of the whole.
+    """Return the rows of all components; milliseconds are of each of the setting's devices, sizes of the whole.
 
     Args:
         config: the parent.
@@ -81,7 +81,7 @@ def _modelled_row(config: ModelConfig, component: Component, variant: str, devic
 def _milliseconds(
     config: ModelConfig, component: Component, variant: str, device: Device, setting: Setting, shape: Shape
 ) -> float:
-    """Milliseconds of a component in one pass, by the model of the setting's engine."""
+    """Return the milliseconds of a component in one pass, by the model of the setting's engine."""
     if setting.engine == TENSORRT_LLM.name:
         platform = Platform(device, TENSORRT_LLM, setting.precision)
         return component_ms(config, component, variant, platform, setting.tensor_parallel, shape)
@@ -92,7 +92,7 @@ def _milliseconds(
 def _operations(
     config: ModelConfig, component: Component, variant: str, precision: Precision, shape: Shape
 ) -> tuple[float, float]:
-    """Floating-point operations of a component in a pass, and bytes of weights and KV cache read or written."""
+    """Count a component's floating-point operations in a pass, and bytes of weights and KV cache read or written."""
     sizes = component_sizes(config, component, variant, precision)
     tokens = shape.batch * shape.new_tokens
     if component == "step":
@@ -114,6 +114,6 @@ _TOKENS_IN_FLIGHT = {ENGINE: 8_192, TENSORRT_LLM.name: engine_model.TOKENS_IN_FL
 
 
 def workspace_bytes(config: ModelConfig, setting: Setting) -> float:
-    """Bytes of each device beside weights and KV cache, in a modelled engine; other engines get the roofline's."""
+    """Return bytes of each device beside weights and KV cache, in a modelled engine; others get the roofline's."""
     tokens = min(setting.batch * setting.input_tokens, _TOKENS_IN_FLIGHT.get(setting.engine, _TOKENS_IN_FLIGHT[ENGINE]))
     return engine_model.workspace_bytes(config, tokens, setting.batch, setting.tensor_parallel)

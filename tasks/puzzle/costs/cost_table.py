@@ -25,7 +25,7 @@ FIXED_COMPONENTS: tuple[Component, ...] = ("embedding", "head", "step")
 
 
 def from_table(rows: Iterable[CostRow], config: ModelConfig) -> tuple[CostRow, ...]:
-    """Cost rows of a table: our timings, or costs that a user brings, whose bytes may be of another layout.
+    """Make cost rows of a table: our timings, or costs that a user brings, whose bytes may be of another layout.
 
     Raises:
         InputError: the components have other sizes than `config`'s, so the table is another parent's.
@@ -75,7 +75,7 @@ class CostTable:
     def row(
         self, setting: Setting, component: Component, variant: str, first_block: int | None = None, span: int = 1
     ) -> CostRow:
-        """The row of a component: that of this very block, else the row of every block, else the row of span 1.
+        """Find the row of a component: that of this very block, else the row of every block, else the row of span 1.
 
         Raises:
             InputError: the table has no such row; the message says what it has instead.
@@ -93,7 +93,7 @@ class CostTable:
         hardware: str | None = None,
         engine: str | None = None,
     ) -> Sizes:
-        """Parameters and bytes of a component; None leaves a column open.
+        """Return parameters and bytes of a component; None leaves a column open.
 
         Raises:
             InputError: the table has no such row, or rows that disagree on the size.
@@ -131,11 +131,11 @@ class CostTable:
 
     @property
     def settings(self) -> list[Setting]:
-        """All settings that have a row, sorted."""
+        """List all settings that have a row, sorted."""
         return sorted({key[0] for key in self._rows})
 
     def origin(self, setting: Setting) -> Origin:
-        """Whether the milliseconds of a setting are measured; a mixture counts as modelled."""
+        """Tell whether the milliseconds of a setting are measured; a mixture counts as modelled."""
         origins = {row.origin for key, row in self._rows.items() if key[0] == setting}
         return "measured" if origins == {"measured"} else "modelled"
 
@@ -165,12 +165,12 @@ class ModelSizes:
     kv_bytes_per_token: int
 
     def memory_gib(self, batch: int, context: int, tensor_parallel: int = 1) -> float:
-        """GiB per device of weights and KV cache for `batch` sequences of `context` tokens."""
+        """Return GiB per device of weights and KV cache for `batch` sequences of `context` tokens."""
         assert isinstance(MEMORY.parts, SizeParts)
         return self.value(MEMORY.parts, batch * context, tensor_parallel)
 
     def value(self, parts: SizeParts, cached_tokens: int, tensor_parallel: int) -> float:
-        """A size metric, in its unit."""
+        """Return a size metric, in its unit."""
         params = self.block_params if parts.blocks_only else self.params
         total = parts.total(params, self.weight_bytes, self.kv_bytes_per_token, cached_tokens)
         return parts.value(total, tensor_parallel)
@@ -186,27 +186,27 @@ class ModelSpeed:
 
     @property
     def latency_ms(self) -> float:
-        """Milliseconds of a batch of requests: the input is read, then each output token takes a step."""
+        """Return the milliseconds of a batch of requests: the input is read, then each output token takes a step."""
         return self._value("latency_ms")
 
     @property
     def prefill_throughput(self) -> float:
-        """Input tokens/s that are read."""
+        """Return the input tokens/s that are read."""
         tokens = self.setting.batch * self.setting.input_tokens
         return 1e3 * tokens / self.prefill_ms if self.prefill_ms else math.inf
 
     @property
     def throughput(self) -> float:
-        """Generated tokens/s of whole requests."""
+        """Return the generated tokens/s of whole requests."""
         return self._value("throughput")
 
     @property
     def decode_throughput(self) -> float:
-        """Generated tokens/s while decoding."""
+        """Return the generated tokens/s while decoding."""
         return self._value("decode_throughput")
 
     def value(self, parts: SpeedParts) -> float:
-        """A speed metric, in its unit."""
+        """Return a speed metric, in its unit."""
         return parts.value(self.prefill_ms, self.decode_ms, self.setting.output_tokens, self.setting.batch)
 
     def _value(self, metric: MetricName) -> float:
@@ -222,7 +222,7 @@ def model_sizes(
     hardware: str | None = None,
     engine: str | None = None,
 ) -> ModelSizes:
-    """Sizes of the model with these blocks, summed over its rows; without `precision` only parameters count."""
+    """Sum the sizes of the model with these blocks over its rows; without `precision` only parameters count."""
     in_blocks = [
         table.sizes(component, variant, precision, hardware, engine)
         for block in blocks
@@ -239,7 +239,7 @@ def model_sizes(
 
 
 def model_speed(table: CostTable, blocks: Sequence[Replacement], setting: Setting) -> ModelSpeed:
-    """Speed of the model with these blocks, summed over its rows."""
+    """Return the speed of the model with these blocks, summed over its rows."""
     rows = [
         table.row(setting, component, variant, block.first_block, block.span)
         for block in blocks
@@ -250,5 +250,5 @@ def model_speed(table: CostTable, blocks: Sequence[Replacement], setting: Settin
 
 
 def subblocks(block: Replacement) -> tuple[tuple[Component, str], tuple[Component, str]]:
-    """The components of a child block, with their variants."""
+    """Return the components of a child block, with their variants."""
     return ("attention", block.attention.name), ("ffn", block.ffn.name)

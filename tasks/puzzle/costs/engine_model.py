@@ -68,7 +68,7 @@ class Platform:
 
     @property
     def peak_flops(self) -> float:
-        """FLOP/s that the device's data sheet has for the precision."""
+        """Return the FLOP/s that the device's data sheet has for the precision."""
         return self.device.peak_flops[self.precision]
 
 
@@ -98,7 +98,7 @@ class Model:
 
     @property
     def components(self) -> Counter[tuple[Component, str]]:
-        """The number of each component in a model."""
+        """Count each component in a model."""
         names: list[tuple[Component, str]] = [("embedding", ANY_VARIANT), ("head", ANY_VARIANT)]
         for attention, ffn in self.blocks:
             names += [("attention", attention.name), ("ffn", ffn.name)]
@@ -125,7 +125,7 @@ class Estimate:
 def component_ms(
     config: ModelConfig, component: Component, variant: str, platform: Platform, degree: int, shape: Shape
 ) -> float:
-    """Milliseconds of one component in one pass, on each of `degree` devices that share its matrices."""
+    """Return the milliseconds of one component in one pass, on each of `degree` devices that share its matrices."""
     device, engine = platform.device, platform.engine
     elements = component_elements(config, component, variant)
     tokens, hidden = shape.batch * shape.new_tokens, config.hidden_size
@@ -155,7 +155,7 @@ def component_ms(
 
 
 def _smooth(first: float, second: float, sharpness: float) -> float:
-    """A maximum without a corner."""
+    """Return a maximum without a corner."""
     larger = max(first, second)
     if not larger:
         return 0.0
@@ -163,7 +163,7 @@ def _smooth(first: float, second: float, sharpness: float) -> float:
 
 
 def estimate(model: Model, platform: Platform, scenario: Scenario, degree: int, batch: int) -> Estimate:
-    """Speed at one batch and tensor-parallel degree, whether it fits into memory or not.
+    """Estimate the speed at one batch and tensor-parallel degree, whether it fits into memory or not.
 
     Args:
         model: geometry and blocks.
@@ -197,7 +197,7 @@ def estimate(model: Model, platform: Platform, scenario: Scenario, degree: int, 
 
 
 def _bytes(model: Model, precision: Precision, degree: int) -> tuple[float, float]:
-    """Bytes of weights on each device (the embedding is on all of them), and of KV per token of context."""
+    """Count the bytes of weights on each device (the embedding is on all of them), and of KV per token of context."""
     weights = per_token = 0.0
     for (component, variant), count in model.components.items():
         sizes = component_sizes(model.config, component, variant, precision)
@@ -207,14 +207,14 @@ def _bytes(model: Model, precision: Precision, degree: int) -> tuple[float, floa
 
 
 def fits(estimated: Estimate, model: Model, device: Device, scenario: Scenario) -> bool:
-    """Whether weights, the KV cache at the requests' end and the workspace fit into each device."""
+    """Tell whether weights, the KV cache at the requests' end and the workspace fit into each device."""
     tokens = min(estimated.batch * scenario.input_tokens, TOKENS_IN_FLIGHT)
     workspace = workspace_bytes(model.config, tokens, estimated.batch, estimated.tensor_parallel)
     return (estimated.weights_gib + estimated.kv_gib) * GIB + workspace <= device.memory_bytes
 
 
 def workspace_bytes(config: ModelConfig, tokens: int, batch: int, degree: int) -> float:
-    """Memory per device beside weights and KV cache: activations of one block for the tokens in flight, and logits.
+    """Return memory per device beside weights and KV cache: a block's activations for the tokens in flight, and logits.
 
     The parent's block is the largest that a child can have, so this holds for every child. Activations are 16 bit, the
     logits of each sequence's last token float32; what a device shares with others is divided by their number.
@@ -230,7 +230,7 @@ def best_estimate(
     degrees: Sequence[int] = DEGREES,
     batches: Sequence[int] = BATCHES,
 ) -> Estimate:
-    """The estimate with the most tokens/s per GPU, over all degrees and batches that fit into memory.
+    """Find the estimate with the most tokens/s per GPU, over all degrees and batches that fit into memory.
 
     Raises:
         InputError: none of them fits.

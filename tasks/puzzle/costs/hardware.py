@@ -131,7 +131,7 @@ DEVICES: Mapping[str, Device] = {device.name: device for device in _DEVICES}
 
 
 def device_named(name: str) -> Device:
-    """The data sheet of `name`.
+    """Return the data sheet of `name`.
 
     Raises:
         InputError: there is no data sheet of that name; the message lists those that exist.

@@ -21,11 +21,11 @@ def parent_child_pairs(rows: Iterable[ThroughputRow]) -> list[Pair]:
 
 
 def _position(row: ThroughputRow) -> tuple[object, ...]:
-    """The columns in which the rows of a pair are equal."""
+    """Return the columns in which the rows of a pair are equal."""
     operation = (row.batch, row.tensor_parallel) if row.modelled_tokens_per_s is None else None
     return row.hardware, row.engine, row.precision, row.phase, row.scenario, operation
 
 
 def ratio(value: float | None, divisor: float | None) -> float | None:
-    """A value over another; None where one of them is missing or the divisor is 0."""
+    """Divide a value by another; None where one of them is missing or the divisor is 0."""
     return value / divisor if value is not None and divisor else None

@@ -40,7 +40,7 @@ class Sizes:
 
 
 def attention_elements(config: ModelConfig, attention: Attention) -> Elements:
-    """Elements of an attention variant with its norm; a no-op has neither, a linear one is one H x H matrix."""
+    """Count elements of an attention variant with its norm; a no-op has neither, a linear one is one H x H matrix."""
     if attention.kind == "no_op":
         return Elements()
     hidden = config.hidden_size
@@ -56,7 +56,7 @@ def attention_elements(config: ModelConfig, attention: Attention) -> Elements:
 
 
 def ffn_elements(config: ModelConfig, ffn: Ffn) -> Elements:
-    """Elements of an FFN variant with its norm; a no-op has neither, a linear one is one H x H matrix."""
+    """Count elements of an FFN variant with its norm; a no-op has neither, a linear one is one H x H matrix."""
     if ffn.kind == "no_op":
         return Elements()
     hidden = config.hidden_size
@@ -67,12 +67,12 @@ def ffn_elements(config: ModelConfig, ffn: Ffn) -> Elements:
 
 
 def embedding_elements(config: ModelConfig) -> Elements:
-    """Elements of the token embedding."""
+    """Count the elements of the token embedding."""
     return Elements(sensitive=config.vocab_size * config.hidden_size)
 
 
 def head_elements(config: ModelConfig) -> Elements:
-    """Elements of the final norm and the head's own matrix.
+    """Count the elements of the final norm and the head's own matrix.
 
     A tied head has no matrix of its own (it is counted once, as the embedding); it is read at every decode step all
     the same, which is time, not size.
@@ -82,7 +82,7 @@ def head_elements(config: ModelConfig) -> Elements:
 
 
 def component_elements(config: ModelConfig, component: Component, variant: str) -> Elements:
-    """Elements of a component by the names that cost tables use.
+    """Count the elements of a component by the names that cost tables use.
 
     Raises:
         InputError: `variant` names no attention or FFN variant.
@@ -98,7 +98,7 @@ def component_elements(config: ModelConfig, component: Component, variant: str) 
 
 
 def component_sizes(config: ModelConfig, component: Component, variant: str, precision: Precision) -> Sizes:
-    """Parameters and bytes of a component by the names that cost tables use.
+    """Count the parameters and bytes of a component by the names that cost tables use.
 
     Args:
         config: the parent.

@@ -16,7 +16,7 @@ from tasks.puzzle.costs.hardware import Device
 
 
 def predict(costs: Iterable[CostRow], blocks: Sequence[Replacement], setting: Setting) -> ModelSpeed | None:
-    """Speed of a model by the measured rows of a cost table; None where they lack one of its components."""
+    """Predict the speed of a model by the measured rows of a cost table; None where they lack one of its components."""
     try:
         return model_speed(CostTable(row for row in costs if row.origin == "measured"), blocks, setting)
     except InputError:
@@ -26,7 +26,7 @@ def predict(costs: Iterable[CostRow], blocks: Sequence[Replacement], setting: Se
 def best_modelled(
     config: ModelConfig, blocks: Sequence[Replacement], device: Device, precision: Precision, scenario: str
 ) -> tuple[Estimate, str]:
-    """Modelled speed of TensorRT-LLM at the batch and number of devices with the most tokens/s per device.
+    """Model the speed of TensorRT-LLM at the batch and number of devices with the most tokens/s per device.
 
     Args:
         config: the parent.

@@ -126,7 +126,7 @@ class DeciLMModel(DeciLMPreTrainedModel):
 
 
 def _in_dtype(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """A mask of four dimensions as attention takes it: boolean, or numbers of the dtype of `hidden`, none infinite."""
+    """Cast a mask of four dimensions as attention takes it: boolean, or numbers of `hidden`'s dtype, none infinite."""
     if mask is None or mask.dim() < 4:
         return mask
     if not mask.is_floating_point():
@@ -135,7 +135,7 @@ def _in_dtype(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
 
 
 def _as_dict(config: PreTrainedConfig, return_dict: bool | None) -> bool:
-    """Whether an output is an object with names, not a tuple."""
+    """Tell whether an output is an object with names, not a tuple."""
     return bool(config.return_dict if return_dict is None else return_dict)
 
 

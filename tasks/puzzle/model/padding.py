@@ -19,13 +19,13 @@ Blocks = Sequence[tuple[Attention, Ffn]]
 
 
 def padded_config(config: ModelConfig) -> ModelConfig:
-    """Geometry with the biases of a Llama, whose q, k, v and output projections have them all or none."""
+    """Return the geometry with the biases of a Llama, whose q, k, v and output projections have them all or none."""
     bias = config.output_bias or config.qkv_bias
     return replace(config, architecture="LlamaForCausalLM", output_bias=bias, qkv_bias=bias)
 
 
 def padded_variants(blocks: Blocks) -> tuple[Attention, Ffn]:
-    """The variants of every padded block: kv heads that those of all blocks divide, and the widest FFN."""
+    """Choose the variants of every padded block: kv heads that those of all blocks divide, and the widest FFN."""
     heads = math.lcm(*(attention.num_kv_heads for attention, _ in blocks if attention.kind == "gqa"), 1)
     return Attention("gqa", heads), Ffn("gated", max((ffn.intermediate_size for _, ffn in blocks), default=0) or 1)
 
@@ -37,7 +37,7 @@ def padded_block(
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Tensors of a padded block, which computes the same as the block.
+    """Make the tensors of a padded block, which computes the same as the block.
 
     Args:
         config: geometry of the child.
@@ -66,7 +66,7 @@ def padded_block(
 
 
 def _with_zeros(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The tensor with zero rows and columns at the end, up to `shape`."""
+    """Return the tensor with zero rows and columns at the end, up to `shape`."""
     if tensor.shape == shape:
         return tensor
     grown = tensor.new_zeros(shape)

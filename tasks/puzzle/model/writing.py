@@ -91,7 +91,7 @@ def write(
         cut.
 
     Raises:
-        InputError: hidden states are NaN or infinite.
+        InputError: logits are NaN or infinite.
     """
     rows = [_Row(script) for script in scripts]
     weight = model.model.embed_tokens.weight
@@ -108,13 +108,14 @@ def write(
             if all(row.given for row in rows):
                 drawn = [-1] * len(rows)
             else:
-                drawn = draw(model.lm_head(model.model.norm(hidden[:, 0])), drawing, chances).tolist()
+                logits = model.lm_head(model.model.norm(hidden[:, 0]))
+                if not logits.isfinite().all():
+                    raise InputError(
+                        f"the parent's logits are not finite: its weights overflow in {weight.dtype}; set run.dtype to "
+                        "float32, or take another revision of it"
+                    )
+                drawn = draw(logits, drawing, chances).tolist()
             ids = torch.tensor([row.take(token) for row, token in zip(rows, drawn, strict=True)], device=weight.device)
-    if not hidden.isfinite().all():
-        raise InputError(
-            f"the parent's hidden states are not finite: its weights overflow in {weight.dtype}; set run.dtype to "
-            "float32, or take another revision of it"
-        )
     return [row.texts for row in rows]
 
 

@@ -119,7 +119,7 @@ def local_tasks(
 
 
 def _function_named(name: Any, key: str, functions: Mapping[str, Any], place: str) -> Any:
-    """Return the function that a form names."""
+    """Return what a form names: a function of this module, or lm-eval's own name of a metric."""
     if not isinstance(name, str) or name not in functions:
         raise InputError(f"{place}: expected as {key} of its form one of {', '.join(functions)}, found {name!r:.40}")
     return functions[name]

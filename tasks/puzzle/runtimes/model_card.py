@@ -12,7 +12,7 @@ from storage.variants import Architecture
 
 
 def architecture_table(architecture: Architecture) -> list[str]:
-    """Lines of text, one for each row of equal blocks: `3-7   kv_1      ffn_768`."""
+    """Return lines of text, one for each row of equal blocks: `3-7   kv_1      ffn_768`."""
     rows = [(block.parent_blocks, block.attention.name, block.ffn.name) for block in architecture.blocks]
     lines = [f"{'parent blocks':<14} {'attention':<10} ffn"]
     for (attention, ffn), run in groupby(rows, key=lambda row: row[1:]):
@@ -27,13 +27,13 @@ _WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 
 
 def _scalar(text: str) -> str:
-    """A text as a scalar of YAML: as it is where YAML reads it as this text, else in quotes."""
+    """Write a text as a scalar of YAML: as it is where YAML reads it as this text, else in quotes."""
     is_plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9._/-]*( [A-Za-z0-9._/-]+)*", text) and text.lower() not in _WORDS
     return text if is_plain else json.dumps(text)
 
 
 def _plain(text: str) -> str:
-    """A text in a line of Markdown, without a meaning there."""
+    """Write a text in a line of Markdown, without a meaning there."""
     return re.sub(r"([\\`*<>\[\]|$#&])|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
 
 
@@ -90,7 +90,7 @@ def _front_matter(parent: ParentInfo) -> list[str]:
 
 
 def _loading(refusals: Mapping[Runtime, Iterable[str]]) -> list[str]:
-    """Instructions for loading the child, and the runtimes that do."""
+    """Return instructions for loading the child, and the runtimes that do."""
     loads = {"llama.cpp": "loads it once it is exported to GGUF"}
     runtimes = [
         f"- {name}: {'no: ' + '; '.join(reasons) if reasons else loads.get(name, 'loads it')}"

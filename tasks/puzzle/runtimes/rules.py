@@ -265,7 +265,7 @@ class ChildRule:
 
 
 def child_rules(runtimes: Sequence[Runtime], choices: Sequence[tuple[int, Attention, Ffn]]) -> Iterator[ChildRule]:
-    """Return what no single block shows: a child that keeps these rules is not empty, and no runtime refuses it whole.
+    """Yield what no single block shows: a child that keeps these rules is not empty, and no runtime refuses it whole.
 
     Args:
         runtimes: the runtimes that the child must run in.
@@ -296,7 +296,7 @@ def _preceded(
     before: Sequence[int],
     anywhere: Sequence[int],
 ) -> Iterator[ChildRule]:
-    """Return rules that a block with a 1 in `needs` has one of `before` before it, or the child one of `anywhere`."""
+    """Yield rules that a block with a 1 in `needs` has one of `before` before it, or the child one of `anywhere`."""
     places = [place for place, _, _ in choices]
     for here in sorted({place for place, is_needy in zip(places, needs, strict=True) if is_needy}):
         weights = [

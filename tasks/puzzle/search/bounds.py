@@ -36,7 +36,7 @@ class Bound:
 
     @property
     def per_unit(self) -> float:
-        """The metric's value that the user's number 1 stands for."""
+        """Return the metric's value that the user's number 1 stands for."""
         if not self.relative:
             return 1.0
         assert self.parent_value is not None, self.name
@@ -44,20 +44,20 @@ class Bound:
 
     @property
     def unit(self) -> str:
-        """The unit of the user's number, in words."""
+        """Return the unit of the user's number, in words."""
         return "x the parent's" if self.relative else self.quantity.metric.unit
 
     @property
     def tightening(self) -> float:
-        """The factor by which the search multiplies the limit, for its safety margin."""
+        """Return the factor by which the search multiplies the limit, for its safety margin."""
         return 1 + self.margin if self.lower else 1 - self.margin
 
     def value(self, table: CostTable, blocks: Sequence[Replacement]) -> float:
-        """The child's value by the cost table, in the user's unit."""
+        """Return the child's value by the cost table, in the user's unit."""
         return measure(table, blocks, self.quantity) / self.per_unit
 
     def as_limit(self, table: CostTable, replacements: Sequence[Replacement]) -> Limit:
-        """The limit for the solver: an upper limit on a linear sum (throughput >= X is milliseconds <= tokens / X)."""
+        """Return the solver's limit: an upper limit on a linear sum (throughput >= X is milliseconds <= tokens / X)."""
         sign = -1.0 if self.lower and not self.quantity.inverse else 1.0
         total = self.quantity.total_at(self.limit * self.per_unit * self.tightening)
         return Limit(
@@ -74,7 +74,7 @@ class Bound:
 
     @property
     def text(self) -> str:
-        """The limit in words."""
+        """Return the limit in words."""
         quantity = self.quantity
         where = f" ({' + '.join(setting.text for setting, _ in quantity.mix)})" if quantity.mix else ""
         if quantity.metric.needs_context:

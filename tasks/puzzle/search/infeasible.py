@@ -114,7 +114,7 @@ def _best(problems: Problems, name: str, settings: SolverSettings) -> float | No
 
 
 def _excess(limit: Limit, cover: ProvenCover) -> float:
-    """Return the share of the limit by which a cover exceeds it, negative below; `upper` is negative for lower ones."""
+    """Return the share of a limit by which a cover exceeds it, negative below; a lower limit's `upper` is negative."""
     return (limit.total(cover.chosen) - limit.upper) / abs(limit.upper)
 
 

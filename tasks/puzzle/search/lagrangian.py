@@ -65,7 +65,7 @@ class Relaxation:
         self._ceiling = float(largest.sum()) + 1.0  # above the score of any cover
 
     def bounds(self, problem: Problem[Any]) -> LagrangianBounds:
-        """The bounds of `problem`, which has the choices that this relaxation was made of."""
+        """Compute the bounds of `problem`, which has the choices that this relaxation was made of."""
         assert problem.choices is self._problem.choices
         rows, room, scales = _scaled(problem)
         master = _Master(len(scales), _STEEPEST * self._ceiling)
@@ -94,7 +94,7 @@ class Relaxation:
         return LagrangianBounds(bound, chosen, objective, through)
 
     def _shortest(self, weights: Floats) -> tuple[tuple[int, ...], float]:
-        """The cover of least weight, as indices of choices, and its weight; empty where no cover exists."""
+        """Find the cover of least weight, as indices of choices, and its weight; empty where no cover exists."""
         least = np.minimum.reduceat(weights, self._starts).tolist()
         lengths, arrivals = self._forward(least)
         if math.isinf(lengths[-1]):
@@ -108,7 +108,7 @@ class Relaxation:
         return tuple(reversed(path)), lengths[-1]
 
     def _forward(self, least: Sequence[float]) -> tuple[list[float], list[int]]:
-        """Length of the shortest path to each block, and the edge by which it arrives.
+        """Return the length of the shortest path to each block, and the edge by which it arrives.
 
         `least` is the weight of each edge: that of its lightest choice.
         """
@@ -120,7 +120,7 @@ class Relaxation:
         return lengths, arrivals
 
     def _through(self, weights: Floats) -> Floats:
-        """Weight of the lightest cover that holds each choice."""
+        """Return the weight of the lightest cover that holds each choice."""
         count = self._problem.num_blocks
         least = np.minimum.reduceat(weights, self._starts).tolist()
         before, _ = self._forward(least)
@@ -133,7 +133,7 @@ class Relaxation:
 
 
 def _scaled(problem: Problem[Any]) -> tuple[Floats, Floats, Floats]:
-    """Rows [limits, choices] and room of the limits, each divided by its scale, and the scales.
+    """Return rows [limits, choices] and room of the limits, each divided by its scale, and the scales.
 
     So multipliers of different limits are of one size.
     """

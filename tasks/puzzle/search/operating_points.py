@@ -26,7 +26,7 @@ class OpenSetting:
     tensor_parallel: int | None
 
     def admits(self, setting: Setting) -> bool:
-        """Whether a setting is at this place and has what the constraint names."""
+        """Tell whether a setting is at this place and has what the constraint names."""
         has_batch = self.batch in (None, setting.batch)
         has_degree = self.tensor_parallel in (None, setting.tensor_parallel)
         return setting.place == self.place and has_batch and has_degree
@@ -39,12 +39,12 @@ class OperatingPoint:
     settings: tuple[Setting, ...]
 
     def setting(self, place: Place) -> Setting:
-        """The setting at a place that was left open."""
+        """Return the setting at a place that was left open."""
         return next(setting for setting in self.settings if setting.place == place)
 
     @property
     def text(self) -> str:
-        """The settings in words, for messages."""
+        """Return the settings in words, for messages."""
         parts = []
         for setting in self.settings:
             devices = f" on {setting.tensor_parallel} devices" if setting.tensor_parallel > 1 else ""
@@ -57,7 +57,7 @@ NOTHING_OPEN = OperatingPoint(())
 
 
 def operating_points(open_settings: Iterable[OpenSetting], table: CostTable) -> tuple[OperatingPoint, ...]:
-    """All operating points, small batches first; constraints on the same place share its setting.
+    """List all operating points, small batches first; constraints on the same place share its setting.
 
     Raises:
         InputError: the table has no setting for a place, or there are too many combinations.
@@ -84,7 +84,7 @@ def _batch_first(setting: Setting) -> tuple[int, int]:
 
 
 def _has_one_degree_each(settings: Iterable[Setting]) -> bool:
-    """Whether the settings of each deployment have one tensor-parallel degree."""
+    """Tell whether the settings of each deployment have one tensor-parallel degree."""
     degrees: dict[tuple[str, str, str], int] = {}
     for setting in settings:
         deployment = (setting.hardware, setting.engine, setting.precision)

@@ -51,17 +51,17 @@ class Quantity:
 
     @property
     def setting(self) -> Setting | None:
-        """The setting where milliseconds are looked up (the first of a mix); None for sizes."""
+        """Return the setting where milliseconds are looked up (the first of a mix); None for sizes."""
         return self.mix[0][0] if self.mix else None
 
     @property
     def inverse(self) -> bool:
-        """Whether more is better, so that the sum over components (milliseconds) divides."""
+        """Tell whether more is better, so that the sum over components (milliseconds) divides."""
         return self.metric.more_is_better
 
     @property
     def scale(self) -> float:
-        """The factor from a sum to the metric: total * scale, or scale / total for the throughputs."""
+        """Return the factor from a sum to the metric: total * scale, or scale / total for the throughputs."""
         if self.inverse:
             return 1e3 * math.fsum(share * setting.output_tokens for setting, share in self.mix)
         parts = self.metric.parts
@@ -69,15 +69,15 @@ class Quantity:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens that the KV cache holds, of all sequences of the batch."""
+        """Count the tokens that the KV cache holds, of all sequences of the batch."""
         return self.batch * (self.context or 0)
 
     def total_at(self, value: float) -> float:
-        """The sum over components at which the metric has this value, in its unit."""
+        """Return the sum over components at which the metric has this value, in its unit."""
         return self.scale / value if self.inverse else value / self.scale
 
     def parts_of_blocks(self, table: CostTable, blocks: Iterable[Replacement]) -> tuple[float, ...]:
-        """Summands of the replacements, in their order."""
+        """Return the summands of the replacements, in their order."""
         parts = self.metric.parts
         if isinstance(parts, BlockCount):
             return tuple(float(parts.count([block.attention.kind])) for block in blocks)
@@ -93,7 +93,7 @@ class Quantity:
         return tuple(summands)
 
     def fixed_part(self, table: CostTable) -> float:
-        """Summand that every child has: embedding, head, step, workspace."""
+        """Return the summand that every child has: embedding, head, step, workspace."""
         parts = self.metric.parts
         if isinstance(parts, BlockCount) or (isinstance(parts, SizeParts) and parts.blocks_only):
             return 0.0
@@ -102,7 +102,7 @@ class Quantity:
         return math.fsum([*fixed, workspace])
 
     def _part(self, table: CostTable, component: Component, variant: str, first_block: int | None, span: int) -> float:
-        """Summand of a component: milliseconds, mixed by the shares of requests, or a size."""
+        """Return the summand of a component: milliseconds, mixed by the shares of requests, or a size."""
         parts = self.metric.parts
         if isinstance(parts, SizeParts):
             precision = self.precision if parts.depends_on_precision else None
@@ -120,7 +120,7 @@ class Quantity:
 
 
 def memory_in(setting: Setting, workspace_bytes: float = 0.0) -> Quantity:
-    """Memory of each device in a setting, at the end of its requests."""
+    """Return the memory of each device in a setting, at the end of its requests."""
     return Quantity(
         MEMORY,
         setting.precision,
@@ -134,7 +134,7 @@ def memory_in(setting: Setting, workspace_bytes: float = 0.0) -> Quantity:
 
 
 def measure(table: CostTable, blocks: Sequence[Replacement], quantity: Quantity) -> float:
-    """The metric of a child in its unit, from the table's rows and not from the search's coefficients."""
+    """Compute the metric of a child in its unit, from the table's rows and not from the search's coefficients."""
     parts = quantity.metric.parts
     if isinstance(parts, BlockCount):
         return parts.count(block.attention.kind for block in blocks)
@@ -147,7 +147,7 @@ def measure(table: CostTable, blocks: Sequence[Replacement], quantity: Quantity)
 
 
 def _speed(table: CostTable, blocks: Sequence[Replacement], quantity: Quantity, parts: SpeedParts) -> float:
-    """A speed of requests mixed by their shares: tokens and seconds are added up before they are divided."""
+    """Compute a speed of requests mixed by their shares: tokens and seconds are added up before they are divided."""
     values = []
     for setting, share in quantity.mix:
         speed = model_speed(table, blocks, setting)

@@ -28,7 +28,7 @@ def sweep(
     uppers: Sequence[float],
     settings: SolverSettings,
 ) -> Iterator[FrontierPoint[P] | None]:
-    """The best child at each value of one limit; None where there is none.
+    """Yield the best child at each value of one limit; None where there is none.
 
     Args:
         problem: the choices, and the limits that hold everywhere.
@@ -55,7 +55,7 @@ def _with_upper(limits: Sequence[Limit], name: str, upper: float) -> tuple[Limit
 
 
 def undominated(points: Sequence[FrontierPoint[P]]) -> list[FrontierPoint[P]]:
-    """The points that no other beats in score and total, by rising total; the first of equal ones."""
+    """Keep the points that no other beats in score and total, by rising total; the first of equal ones."""
     kept: list[FrontierPoint[P]] = []
     for point in sorted(points, key=lambda point: (point.total, point.best.solution.objective)):
         if not kept or point.best.solution.objective < kept[-1].best.solution.objective:

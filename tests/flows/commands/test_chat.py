@@ -56,7 +56,7 @@ Messages = Sequence[tuple[str, str]]
 
 
 def add_byte_tokenizer(writer: GGUFWriter) -> None:
-    """A token for each byte, as GPT-2 spells them, then the control tokens."""
+    """Add a token for each byte, as GPT-2 spells them, then the control tokens."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     spelt = {byte: chr(byte) for byte in plain} | {byte: chr(256 + number) for number, byte in enumerate(others)}
@@ -72,7 +72,7 @@ def add_byte_tokenizer(writer: GGUFWriter) -> None:
 
 
 def _write(path: Path, blocks: Sequence[tuple[Attention, Ffn]], seed: int) -> None:
-    """Random weights. Only printable ASCII has an embedding, so nothing else is ever the likeliest."""
+    """Write random weights. Only printable ASCII has an embedding, so nothing else is ever the likeliest."""
     rng = np.random.default_rng(seed)
     shapes = {
         "q_proj": (32, 32),
@@ -103,7 +103,7 @@ def _write(path: Path, blocks: Sequence[tuple[Attention, Ffn]], seed: int) -> No
 
 
 def write_run(folder: Path) -> None:
-    """A folder as a run leaves it: params.yaml, and the exports of the parent and of the target `small`."""
+    """Write a folder as a run leaves it: params.yaml, and the exports of the parent and of the target `small`."""
     paths = Paths(folder / "artifacts")
     _write(paths.exports("small") / "gguf-f32/small-F32.gguf", CHILD_BLOCKS, 0)
     _write(paths.parent_exports / "gguf-f16/parent-F16.gguf", PARENT_BLOCKS, 1)
@@ -112,7 +112,7 @@ def write_run(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run."""
+    """Return the folder of a run."""
     folder = tmp_path_factory.mktemp("run")
     write_run(folder)
     return folder
@@ -120,7 +120,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engines(run: Path) -> dict[str, LlamaCpp]:
-    """Child and parent, loaded."""
+    """Return child and parent, loaded."""
     files = {
         "small": "children/small/exports/gguf-f32/small-F32.gguf",
         "parent": "parent_exports/gguf-f16/parent-F16.gguf",
@@ -129,7 +129,7 @@ def engines(run: Path) -> dict[str, LlamaCpp]:
 
 
 def prompt_of(messages: Messages) -> list[int]:
-    """Token ids of a conversation up to where an answer begins."""
+    """Return token ids of a conversation up to where an answer begins."""
     start, end = (256 + CONTROLS.index(name) for name in ("<|im_start|>", "<|im_end|>"))
     tokens: list[int] = []
     for role, content in messages:
@@ -138,12 +138,12 @@ def prompt_of(messages: Messages) -> list[int]:
 
 
 def completed(engine: LlamaCpp, messages: Messages, tokens: int = TOKENS) -> str:
-    """The greedy answer, without the chat endpoint: from token ids, in one piece."""
+    """Return the greedy answer, without the chat endpoint: from token ids, in one piece."""
     return str(engine.complete(prompt_of(messages), tokens)["choices"][0]["text"])
 
 
 def talk(engines: dict[str, LlamaCpp], *lines: str) -> tuple[str, str]:
-    """Answers and notes of a conversation."""
+    """Return answers and notes of a conversation."""
     out, notes = io.StringIO(), io.StringIO()
     screen = Screen(out, notes, is_interactive=False)
     converse([Speaker(name, engine) for name, engine in engines.items()], lines, OPTIONS, screen)
@@ -234,7 +234,7 @@ def test_what_would_drive_the_terminal_is_not_shown() -> None:
 
 
 def command(*arguments: str) -> list[str]:
-    """The command line."""
+    """Return the command line."""
     return [sys.executable, "-m", "flows.cli", "chat", *arguments]
 
 
@@ -283,7 +283,7 @@ class _Terminal:
         self.process.stdin.write(keys)
 
     def until(self, text: bytes) -> bytes:
-        """What is shown up to a text, from where the last call ended."""
+        """Return what is shown up to a text, from where the last call ended."""
         assert self.process.stdout is not None
         end = time.monotonic() + 60
         while text not in self._unread and time.monotonic() < end:
@@ -321,7 +321,7 @@ def test_a_person_at_a_terminal(run: Path) -> None:
 
 @pytest.fixture
 def in_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A command in this process, in the folder of a run, with Ctrl-C as it was afterwards."""
+    """Let a command run in this process, in the folder of a run, with Ctrl-C as it was afterwards."""
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.chdir(run)
     monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 300))

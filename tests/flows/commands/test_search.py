@@ -20,7 +20,7 @@ LAYERS, VARIANTS = 4, 4
 
 
 def library(seed: int = 0) -> dict[str, Any]:
-    """Made-up layers: the first variant is the parent's."""
+    """Make up layers: the first variant is the parent's."""
     rng = random.Random(seed)
     return {
         f"layer_{layer}": {
@@ -45,7 +45,7 @@ def run(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def best(content: dict[str, Any], runtime: float, memory: float) -> float | None:
-    """The least sum of kl_div within both limits."""
+    """Return the least sum of kl_div within both limits."""
     sums = []
     for names in itertools.product(range(VARIANTS), repeat=LAYERS):
         chosen = [content[f"layer_{layer}"][f"variant_{number}"] for layer, number in enumerate(names)]

@@ -84,7 +84,7 @@ def _reply(url: str, body: dict[str, Any] | None = None, **headers: str) -> http
 
 
 def test_the_lines_to_paste_ask_child_and_parent(printed: list[str], run: Path) -> None:
-    """A curl line each, whose answer is the greedy one of that model's file."""
+    """Each has a curl line, whose answer is the greedy one of that model's file."""
     urls = _urls(printed)
     assert list(urls) == ["small", "parent"]
     for name, line in zip(urls, (line for line in printed if line.startswith("curl ")), strict=True):

@@ -40,7 +40,7 @@ def test_the_whole_group_ends_when_the_pipe_closes(deaf: str, tmp_path: Path) ->
 
 
 def _alive(group: int) -> int:
-    """Processes of a group that run."""
+    """Return processes of a group that run."""
     listed = subprocess.run(["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True, check=True)
     rows = [line.split() for line in listed.stdout.splitlines()]
     return sum(row[0] == str(group) and not row[1].startswith("Z") for row in rows)

@@ -50,7 +50,7 @@ LABEL = 'Größer {1}: $\\foo$ ${x} \\${y} "q" \\"r\\'
 
 @pytest.fixture
 def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
-    """params.yaml of a folder, and one profile beside it."""
+    """Write params.yaml of a folder, and one profile beside it."""
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(yaml.safe_dump(VALUES, sort_keys=False), encoding="utf-8")
     Path("params").mkdir()
@@ -64,7 +64,7 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
 
 
 def _as_dvc_changes(changes: dict[str, Any]) -> Params:
-    """params.yaml after DVC itself has applied the arguments."""
+    """Return params.yaml after DVC itself has applied the arguments."""
     apply_overrides("params.yaml", [argument for argument in as_arguments(changes) if argument != "--set-param"])
     return parse(yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8")), "changed")
 
@@ -100,7 +100,7 @@ def test_a_limit_that_the_target_lacks_is_added_with_its_conditions(params: Para
 
 
 def _write_measured_costs(path: Path) -> None:
-    """Costs of a machine called desk in two engines, as `puzzle time-machine` measures them."""
+    """Write costs of a machine called desk in two engines, as `puzzle time-machine` measures them."""
     engines: tuple[tuple[str, Precision], ...] = (("llama.cpp", "float16"), ("torch", "float32"))
     write_costs(
         path,

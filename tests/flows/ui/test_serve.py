@@ -126,7 +126,7 @@ class Served:
         return {deployment["name"] for deployment in deployments if not deployment["paused"]}
 
     def create(self, **parameters: Any) -> str:
-        """Create a run of `compress`, as the form's Submit creates it: its id."""
+        """Create a run of `compress`, as the form's Submit creates it; return its id."""
         deployment = self.ask("/deployments/name/compress/compress")["id"]
         run: str = self.ask(f"/deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"]
         return run

@@ -22,7 +22,7 @@ def chat(*contents: str, system: str = "") -> Document:
 
 
 def long_blocks(text: str) -> list[str]:
-    """An outsider's paragraphs: what stands between blank lines, longer than 80 characters."""
+    """Return an outsider's paragraphs: what stands between blank lines, longer than 80 characters."""
     return [block for block in re.split(r"\n\s*\n", text) if len(block.strip()) > 80]
 
 

@@ -98,7 +98,7 @@ def test_the_70b_steps_in_25_ms_whatever_the_scenario() -> None:
 
 
 def test_the_51b_is_predicted_by_constants_of_the_70b() -> None:
-    """The aim: 5 % on average and 12 % each, ratios to the 70B on one GPU within 15 %, the right tensor parallelism."""
+    """The aim is 5 % on average, 12 % each, ratios to the 70B on one GPU within 15 %, the right tensor parallelism."""
     errors = []
     for scenario, (tokens, degree) in CHILD_BEST.items():
         best = modelled(CHILD, TENSORRT_LLM, scenario)

@@ -17,7 +17,7 @@ FIXED: tuple[Component, ...] = ("embedding", "head", "step")
 
 
 def _total(config: ModelConfig, blocks: tuple[Replacement, ...], precision: Precision) -> tuple[int, int, int]:
-    """Parameters, weight bytes and KV bytes per token of a model."""
+    """Return parameters, weight bytes and KV bytes per token of a model."""
     sizes = [component_sizes(config, component, ANY_VARIANT, precision) for component in FIXED]
     for block in blocks:
         sizes.append(component_sizes(config, "attention", block.attention.name, precision))

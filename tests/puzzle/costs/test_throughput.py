@@ -35,7 +35,7 @@ def _best(
 
 
 def test_the_published_table_is_what_is_modelled() -> None:
-    """The 70B where four H100s are best, as published: tokens/s per H100 (docs/costs.md has the other rows)."""
+    """It is the 70B where four H100s are best, as published: tokens/s per H100 (docs/costs.md has the other rows)."""
     for scenario, published in (("128/2048", 2786), ("128/4096", 1828), ("2048/2048", 1336)):
         best = _best(parent_blocks(LLAMA_70B), scenario, LLAMA_70B, "fp8")
         assert best.tokens_per_s_per_gpu == pytest.approx(published, rel=0.02)
@@ -73,7 +73,7 @@ def test_what_does_not_fit_says_what_to_do() -> None:
 
 
 def _measured() -> list[CostRow]:
-    """Made-up timings of batch 2, a different number in every row."""
+    """Make up timings of batch 2, a different number in every row."""
     attentions, ffns = [Attention("gqa", 3), Attention("no_op")], [Ffn("gated", 1536), Ffn("gated", 768)]
     modelled = Setting("h100-sxm", ENGINE, "bfloat16", 1, "8/4", 2)
     rows = modelled_rows(SMOLLM2, attentions, ffns, device_named("h100-sxm"), modelled)

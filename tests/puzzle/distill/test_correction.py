@@ -237,6 +237,6 @@ def test_states_in_bfloat16_are_compared_in_float32() -> None:
 
 
 def test_an_input_that_is_always_0_gets_no_weight() -> None:
-    """A channel that never fires; the other one's moment is 4, so 2 / 4 shrinks by 1 / 1.5."""
+    """One channel never fires; the other one's moment is 4, so 2 / 4 shrinks by 1 / 1.5."""
     gram, cross = torch.tensor([[4.0, 0.0], [0.0, 0.0]]), torch.tensor([[2.0], [0.0]])
     assert solve_ridge(gram, cross, 0.5).flatten().tolist() == pytest.approx([1 / 3, 0])

@@ -34,13 +34,13 @@ CHILDREN = {
 
 @pytest.fixture(scope="module", autouse=True)
 def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies a checkpoint's code into a folder of this test."""
+    """Have transformers copy a checkpoint's code into a folder of this test."""
     with code_copied_to(tmp_path_factory.mktemp("modules")):
         yield
 
 
 def ids(rows: int = 2, length: int = 12, seed: int = 3) -> Tensor:
-    """Token ids, none of them special."""
+    """Draw token ids, none of them special."""
     return torch.randint(3, 160, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -51,7 +51,7 @@ class Kind:
         self.is_ours = name == "our class"
 
     def load(self, folder: Path, auto_class: str = "AutoModelForCausalLM", **options: Any) -> Any:
-        """The checkpoint in a folder."""
+        """Load the checkpoint in a folder."""
         if self.is_ours:
             loader: Any = {"AutoModel": AutoModel, "AutoModelForCausalLM": AutoModelForCausalLM}[auto_class]
             return loader.from_pretrained(folder, dtype="auto", **options).train(False)
@@ -60,19 +60,19 @@ class Kind:
 
 @pytest.fixture(params=["our class", "the export's class"])
 def kind(request: pytest.FixtureRequest) -> Kind:
-    """Both classes."""
+    """Return both classes in turn."""
     return Kind(request.param)
 
 
 @pytest.fixture(scope="module")
 def geometry(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    """A tiny Llama's."""
+    """Make a tiny Llama's geometry."""
     return save_tiny("llama", tmp_path_factory.mktemp("parent"))[1]
 
 
 @pytest.fixture(scope="module")
 def plain(geometry: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A child whose blocks are its parent's."""
+    """Make a child whose blocks are its parent's."""
     folder = tmp_path_factory.mktemp("plain")
     block = (Attention("gqa", geometry.num_kv_heads), Ffn("gated", geometry.intermediate_size))
     save_child(folder, to_nemotron_nas(geometry, [block] * geometry.num_blocks, SPECIAL_TOKENS, "float32"))
@@ -81,14 +81,14 @@ def plain(geometry: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def mixed(geometry: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A child with every kind of block, the first without attention."""
+    """Make a child with every kind of block, the first without attention."""
     folder = tmp_path_factory.mktemp("mixed")
     save_child(folder, to_nemotron_nas(geometry, CHILDREN["first without attention"], SPECIAL_TOKENS, "float32"))
     return folder
 
 
 def llama_of(model: Any, geometry: ModelConfig, tmp_path: Path) -> Any:
-    """transformers' Llama with the weights of a plain child."""
+    """Return transformers' Llama with the weights of a plain child."""
     llama, _ = save_tiny("llama", tmp_path / "llama")
     llama.load_state_dict(model.state_dict(), strict=True)
     assert isinstance(llama, LlamaForCausalLM)
@@ -230,7 +230,7 @@ def test_the_model_without_its_head(kind: Kind, mixed: Path) -> None:
 
 
 def one_step(model: nn.Module, folder: Path) -> None:
-    """A step of transformers' Trainer, with checkpointing and two accumulated batches."""
+    """Take a step of transformers' Trainer, with checkpointing and two accumulated batches."""
     rows = [{"input_ids": row, "labels": row} for row in ids(rows=4)]
     settings = TrainingArguments(
         output_dir=str(folder),
@@ -250,7 +250,7 @@ def one_step(model: nn.Module, folder: Path) -> None:
 
 
 def moved(model: Any, before: dict[str, Tensor]) -> set[str]:
-    """Names of the tensors that a step changed."""
+    """Return names of the tensors that a step changed."""
     return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
 
 

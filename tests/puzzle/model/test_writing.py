@@ -4,8 +4,10 @@ import itertools
 import math
 from pathlib import Path
 
+import pytest
 import torch
 
+from storage.files import InputError
 from tasks.puzzle.model.writing import Drawing, Turn, draw, write
 from tasks.puzzle.search_space import parent_attention, parent_ffn
 from tests.tiny import random_child, save_tiny
@@ -68,3 +70,14 @@ def test_rows_are_what_the_model_draws_behind_all_that_is_before(tmp_path: Path)
     assert len(rows[1]) > 2  # texts that ended are followed by others
     assert [len(text) for text in rows[2]] == [1]  # nothing ends it
     assert len(rows[2][0][0]) == TOKENS - 3
+
+
+@pytest.mark.parametrize("place", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_weights_that_overflow_are_one_error(place: str, tmp_path: Path) -> None:
+    """A draw from NaN is a token beyond the vocabulary, which the embedding has no row for."""
+    _, config = save_tiny("llama", tmp_path)
+    model = random_child(config, [(parent_attention(config), parent_ffn(config))] * config.num_blocks)
+    torch.nn.init.constant_(model.get_parameter(place), 3e38)
+    script = itertools.repeat([Turn((3, 4), ENDS)])
+    with pytest.raises(InputError, match=r"logits are not finite: its weights overflow in torch.float32"):
+        write(config, model, [script], TOKENS, Drawing(1.0, 1.0), torch.Generator().manual_seed(1))

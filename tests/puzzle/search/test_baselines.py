@@ -24,7 +24,7 @@ BASELINES: tuple[Baseline, ...] = (uniform, greedy, depth)
 
 
 def problem(kv: float, width: float, seed: int = 0) -> Problem[Replacement]:
-    """Pose 4 blocks, all pairs of variants; limits on kv heads and on FFN channels as shares of the parent's."""
+    """Return 4 blocks, all pairs of variants; limits on kv heads and on FFN channels as shares of the parent's."""
     rng = random.Random(seed)
     replacements = []
     scores: dict[tuple[int, Attention | Ffn], float] = {}
@@ -72,7 +72,7 @@ def test_limits_that_the_parent_keeps_change_nothing(baseline: Baseline) -> None
 
 
 def test_uniform_takes_adjacent_widths() -> None:
-    """The narrower one in evenly spaced blocks."""
+    """The narrower one stands in evenly spaced blocks."""
     assert channels(uniform(problem(1, 0.4), PARENT)) == [48, 24, 48, 24]  # 153.6 channels
     assert channels(uniform(problem(1, 0.5), PARENT)) == [48] * 4
 

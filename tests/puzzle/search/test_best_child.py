@@ -185,7 +185,7 @@ def test_a_point_that_cannot_win_is_not_solved() -> None:
 
 
 def test_what_leaves_no_cover_is_infeasible_and_not_searched_for_ever() -> None:
-    """A choice whose neighbours no other choice covers."""
+    """A choice has neighbours that no other choice covers."""
     nothing = Attention("no_op"), Ffn("no_op")
     places = ((0, 1), (0, 2), (2, 1))
     problem = Problem("t", 3, tuple(Choice(Replacement(*place, *nothing), 1.0) for place in places), ())

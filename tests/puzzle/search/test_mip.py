@@ -25,12 +25,12 @@ def solve(problem: Small, settings: SolverSettings) -> Solution[Replacement]:
 
 
 def optimum(value: float | None) -> object:
-    """An object that equals `value` within `SolverSettings.relative_gap`, 1e-6."""
+    """Return an object that equals `value` within `SolverSettings.relative_gap`, 1e-6."""
     return None if value is None else pytest.approx(value, rel=1e-6, abs=1e-9)
 
 
 def solved(problem: Small) -> float | None:
-    """The search's objective, after checks of the solution that need no solver; None when infeasible."""
+    """Return the search's objective, after checks of the solution that need no solver; None when infeasible."""
     try:
         solution = solve(problem, SolverSettings())
     except InfeasibleError:
@@ -78,7 +78,7 @@ def test_infeasible_names_a_minimal_conflict_and_the_best_values(problem: Small)
 
 
 def _demo(rng: random.Random, blocks: int, per_block: int) -> Small:
-    """A problem with two binding knapsacks whose coefficients have all digits."""
+    """Make a problem with two binding knapsacks whose coefficients have all digits."""
     choices, costs = [], []
     for block, width in itertools.product(range(blocks), range(per_block)):
         kept = (per_block - width) / per_block
@@ -93,7 +93,7 @@ def _demo(rng: random.Random, blocks: int, per_block: int) -> Small:
 
 
 def _cbc(problem: Small) -> float:
-    """The optimum by PuLP's CBC, which shares no code with HiGHS, with the relaxation or with our model."""
+    """Return the optimum by PuLP's CBC, which shares no code with HiGHS, with the relaxation or with our model."""
     model = pulp.LpProblem("search", pulp.LpMinimize)
     variables = [pulp.LpVariable(f"x{index}", cat="Binary") for index in range(len(problem.choices))]
     model += pulp.lpDot([choice.score for choice in problem.choices], variables)
@@ -181,7 +181,7 @@ def test_the_message_speaks_the_users_units_and_gives_a_value_that_can_be_met() 
 
 
 def _attentions(kept: tuple[float, ...], at_least: float, scale: float, unit: str) -> Small:
-    """A problem with one choice per block and a lower limit: what is asked for is negative, as is what a block adds."""
+    """Make a problem of a choice per block and a lower limit: what is asked for is negative, like what a block adds."""
     choices = tuple(Choice(Replacement(block, 1, Attention("gqa", 1), Ffn("no_op")), 0.0) for block in range(len(kept)))
     coefficients = tuple(-count for count in kept)
     limit = Limit("heads", "heads >= ...", coefficients, 0.0, -at_least / scale, -scale, unit=unit)

@@ -13,7 +13,7 @@ CHAT, RAG = (Place("gpu", "engine", "fp8", scenario) for scenario in ("128/128",
 
 
 def row(place: Place, batch: int, degree: int) -> CostRow:
-    """An empty row of a setting."""
+    """Make an empty row of a setting."""
     return CostRow(
         component="step",
         variant="parent",

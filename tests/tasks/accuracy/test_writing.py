@@ -10,6 +10,8 @@ import torch
 from tokenizers import decoders
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from storage.files import InputError
+from tasks.accuracy.models import refuse_overflow
 from tasks.accuracy.writing import batches, continuations
 from tasks.puzzle.model.writing import Drawing
 from tests.clone import tiny_parent
@@ -93,3 +95,13 @@ def test_drawn_texts_follow_the_seed(loaded: tuple[Any, Any]) -> None:
 
 def test_batches_hold_all_texts() -> None:
     assert (batches(5, 2), batches(4, 8), batches(8, 8)) == ([2, 2, 1], [4], [8])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_overflow_are_one_error(temperature: float, loaded: tuple[Any, Any]) -> None:
+    """Greedy texts of such a model were of token 0, without a word."""
+    model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
+    torch.nn.init.constant_(model.model.norm.weight, 3e38)
+    refuse_overflow(model)
+    with pytest.raises(InputError, match=r"logits of .* are not finite: its weights overflow in torch.float32"):
+        list(continuations(model, tokenizer, tokenizer("block").input_ids, Drawing(temperature, 1.0), 8, [1], 0))

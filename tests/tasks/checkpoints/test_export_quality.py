@@ -19,7 +19,7 @@ from storage.model_config import ModelConfig
 from storage.sections import Run
 from storage.variants import Attention, Ffn
 from tasks.checkpoints.export_quality import compare_files, export_quality
-from tasks.engines.hidden_states import as_multiplied
+from tasks.engines.hidden_states import as_multiplied, hidden_states
 from tasks.engines.llamacpp import LlamaCpp
 from tasks.puzzle.model.child import DeciLMForCausalLM
 from tests.tiny import save_child, save_tiny
@@ -102,3 +102,19 @@ def test_a_head_of_another_type_is_refused() -> None:
     """llama.cpp multiplies Q4_0 by Q8_0, not by itself."""
     with pytest.raises(InputError, match="stored as Q4_0, expected one of F32, F16, BF16, Q8_0"):
         as_multiplied(np.zeros((1, 64), np.float32), GGMLQuantizationType.Q4_0)
+
+
+def test_what_llama_cpp_cannot_read_or_compute_is_one_error(
+    child: tuple[DeciLMForCausalLM, ModelConfig], tmp_path: Path
+) -> None:
+    """Tokens that the embedding has no row for; and states that overflow, which its server writes as null."""
+    model, config = child
+    tensors = model.state_dict()
+    path = tmp_path / "child.gguf"
+    write_gguf(path, config, BLOCKS, lambda name: iter([tensors[name].numpy()]), "F32")
+    with pytest.raises(InputError, match=r"reads no such text with .*child.gguf: Prompt contains invalid tokens"):
+        list(hidden_states(path, [[1, VOCABULARY]], threads=1))
+    torch.nn.init.constant_(tensors["model.norm.weight"], 3.4e38)
+    write_gguf(path, config, BLOCKS, lambda name: iter([tensors[name].numpy()]), "F32")
+    with pytest.raises(InputError, match=r"hidden states of .*child.gguf in llama.cpp are not finite"):
+        list(hidden_states(path, [[1, 2, 3]], threads=1))

@@ -211,7 +211,7 @@ def test_a_foreign_checkpoint_evaluates(tmp_path: Path) -> None:
 
 
 def test_a_child_in_16_bit_is_padded_in_16_bit(tmp_path: Path) -> None:
-    """A block that was removed as well, of which the checkpoint has no tensor."""
+    """A block that was removed is padded as well, of which the checkpoint has no tensor."""
     save_child(tmp_path / "child", geometry("llama", tmp_path / "parent"), [(FULL, WIDE), (NO_ATTENTION, NO_FFN)])
     tensors = {
         name: tensor.bfloat16()

@@ -48,7 +48,7 @@ def test_every_stage_of_the_demo_is_planned(tmp_path: Path, monkeypatch: pytest.
     names = list(dict.fromkeys(estimate.stage.partition("@")[0] for estimate in demo.stages))
     assert names == [stage.name for stage in read_pipeline()]
     assert all(estimate.seconds > 0 and estimate.memory_bytes > 0 for estimate in demo.stages)
-    assert demo.materialised_bytes == 31 * (40_960 + 3_072 + 4_096) * 576 * 2
+    assert demo.materialised_bytes == 31 * (49_152 + 5_120 + 4_096) * 576 * 2
     text = plan_text(demo)
     assert max(map(len, text.splitlines())) <= 100
     (line,) = (line for line in text.splitlines() if line.startswith("score_blocks"))
@@ -109,7 +109,7 @@ def _data_bytes(folder: Path) -> int:
 
 
 def test_stages_leave_the_bytes_that_are_modelled(tmp_path: Path) -> None:
-    """A 16-bit parent with spans, a child that keeps all blocks."""
+    """The parent is in 16 bit and has spans; the child keeps all blocks."""
     tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "source")
     save_tokenizer(tmp_path / "source")
     params = _keeps_all(prepare_parent={"source": str(tmp_path / "source")}, distill_blocks={"spans": [2]})

@@ -45,7 +45,7 @@ SIZE_LIMIT = ReachedLimit(
 
 
 def rows(predicted: float | None = 90.0) -> Iterator[ThroughputRow]:
-    """Parent and child at 8/4, batch 3: the child generates 1.5 times and reads 1.25 times as many tokens/s."""
+    """Yield parent and child at 8/4, batch 3: the child generates 1.5 times and reads 1.25 times as many tokens/s."""
     rates: dict[tuple[str, Phase], float] = {
         ("parent", "prefill"): 400.0,
         ("parent", "decode"): 100.0,

@@ -56,7 +56,7 @@ OPEN = {**SPEED, "batch": "best"}
 
 @pytest.fixture
 def paths(tmp_path: Path) -> Paths:
-    """Return artifacts that the search reads, with costs of several scenarios and batches."""
+    """Write the artifacts that the search reads, with costs of several scenarios and batches."""
     paths = Paths(tmp_path / "artifacts")
     write_tables(paths)
     write_costs(paths.costs, [row for scenario in SCENARIOS for batch in BATCHES for row in costs(scenario, batch)])
@@ -210,7 +210,7 @@ def _params_of(block: Replacement) -> int:
 
 
 def _refused(block: Replacement) -> bool:
-    """vLLM and TensorRT-LLM: no linear layers, no FFN before the first attention in vLLM, widths multiples of 256."""
+    """Tell what vLLM and TensorRT-LLM refuse: linear layers, vLLM an FFN before any attention, widths not 256 * n."""
     odd = block.ffn.kind == "gated" and block.ffn.intermediate_size % 256 != 0
     linear = "linear" in (block.attention.kind, block.ffn.kind)
     return odd or linear or (block.first_block == 0 and block.attention.kind == "no_op" and block.ffn.kind != "no_op")
