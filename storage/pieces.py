@@ -18,7 +18,7 @@ from storage.json_records import as_record
 
 @dataclass(frozen=True)
 class _Record:
-    """What the record of a piece holds: its content key, checksums of its files by their paths, small JSON values."""
+    """The record of a piece: its content key, checksums of its files by their paths, small JSON values."""
 
     key: str
     files: dict[str, str]
@@ -122,11 +122,11 @@ class Pieces:
             Names of the pieces that are still to make, in the order of `keys`.
         """
         done = {name for name, key in keys.items() if self.done(name, key)}
-        kept = {self._path(name) for name in done}
-        kept |= {self.folder / file for name in done for file in self.get(name)["files"]}
+        current_files = {self._path(name) for name in done}
+        current_files |= {self.folder / file for name in done for file in self.get(name)["files"]}
         if self.folder.is_dir():
             for path in sorted(self.folder.rglob("*"), reverse=True):
-                if path.is_file() and path not in kept:
+                if path.is_file() and path not in current_files:
                     path.unlink()
                 elif path.is_dir() and not any(path.iterdir()):
                     path.rmdir()

@@ -124,7 +124,7 @@ def _kept(hidden: Tensor, positions: int | Tensor) -> Tensor:
 
 
 class DeciLMPreTrainedModel(PreTrainedModel):
-    """What transformers asks of every model class."""
+    """The facts that transformers asks of every model class."""
 
     config_class = NemotronNasConfig
     base_model_prefix = "model"

@@ -72,8 +72,9 @@ def explain(target: str, block: int, params: Params, paths: Paths) -> Explanatio
     others = sorted({*range(len(problem.choices))} - {*covering})
     options = []
     for row, (index, replacement) in enumerate(zip(covering, replacements, strict=True)):
-        kept = sorted([*others, index])
-        best = best_child_if_any(problem.restricted_to(kept), settings, [point.restricted_to(kept) for point in points])
+        indices = sorted([*others, index])
+        points_of_option = [point.restricted_to(indices) for point in points]
+        best = best_child_if_any(problem.restricted_to(indices), settings, points_of_option)
         score = tables.scores.score(replacement, WEIGHTS)
         options.append(
             Option(

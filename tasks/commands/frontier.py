@@ -104,8 +104,8 @@ def frontier(
     uppers = _grid(problem, points, swept, to, count, settings)
     children = sweep(problem, points, over, uppers, settings)
     progress = tqdm(children, total=len(uppers), desc=over, unit="child", disable=None)
-    kept = undominated([child for child in progress if child is not None])
-    rows = tuple(_row(tables, over, child) for child in kept)
+    best_children = undominated([child for child in progress if child is not None])
+    rows = tuple(_row(tables, over, child) for child in best_children)
     axis = f"{swept.quantity.metric.name}, {'x the parent' if swept.relative else swept.unit}"
     axis += f"\n({swept.quantity.setting.text})" if swept.quantity.setting else ""
     marked = _marked(tables, swept, params.targets, paths)
@@ -126,8 +126,8 @@ def _only(tables: TargetTables, names: Sequence[str]) -> TargetTables:
                 f"{tables.target_name} has no constraint {name!r}{did_you_mean(name, constraints)} "
                 f"(has: {', '.join(constraints)})"
             )
-    kept = {name: constraints[name] for name in names}
-    return replace(tables, target=tables.target.model_copy(update={"constraints": kept}))
+    named = {name: constraints[name] for name in names}
+    return replace(tables, target=tables.target.model_copy(update={"constraints": named}))
 
 
 def _bound(tables: TargetTables, point: OperatingPoint, name: str) -> Bound:

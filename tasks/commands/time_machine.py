@@ -51,7 +51,7 @@ _DESIGNS = 14
 def time_torch(params: Params, paths: Paths, name: str, path: Path) -> None:
     """Time every component in torch, in the device and dtype of `run`, and add the rows to `path`."""
     settings = params.measure_costs
-    kept = _rows_of_other_engines(path, ENGINE)
+    other_rows = _rows_of_other_engines(path, ENGINE)
     compute, parent = prepare_compute(params.run.device, params.run.dtype, settings.threads), Parent(paths.parent)
     precision: Precision = "bfloat16" if compute.dtype == torch.bfloat16 else "float32"
     columns = _TableColumns(name, ENGINE, precision, machine(compute.device), software(), settings)
@@ -61,7 +61,7 @@ def time_torch(params: Params, paths: Paths, name: str, path: Path) -> None:
         timings, fit = _component_timings(params, parent, workload, compute)
         how = {component: text + fit for component, text in _HOW.items()}
         rows += columns.rows(parent.config, workload, timings, how)
-    write_timings(path, [*kept, *rows])
+    write_timings(path, [*other_rows, *rows])
 
 
 def time_llamacpp(params: Params, paths: Paths, name: str, path: Path) -> None:
@@ -71,7 +71,7 @@ def time_llamacpp(params: Params, paths: Paths, name: str, path: Path) -> None:
         InputError: xllamacpp is not installed, or a scenario is longer than the parent was made for.
     """
     llamacpp.check_installed()
-    kept = _rows_of_other_engines(path, llamacpp.ENGINE)
+    other_rows = _rows_of_other_engines(path, llamacpp.ENGINE)
     settings, config = params.measure_costs, Parent(paths.parent).config
     scenarios = [Scenario.parse(text) for text in settings.scenarios]
     workloads = [Workload(lengths, batch) for lengths in scenarios for batch in settings.batches]
@@ -84,7 +84,7 @@ def time_llamacpp(params: Params, paths: Paths, name: str, path: Path) -> None:
     for workload in workloads:
         timings, how = _timings_of_designs(params, config, workload, paths.root)
         rows += columns.rows(config, workload, timings, dict.fromkeys(_HOW, how))
-    write_timings(path, [*kept, *rows])
+    write_timings(path, [*other_rows, *rows])
 
 
 def _rows_of_other_engines(path: Path, engine: str) -> list[TimingRow]:

@@ -49,7 +49,7 @@ os.write({writer}, ", ".join(allowed or ["nothing"]).encode())
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use: seconds, of CPU time and by the clock, and MiB of memory."""
+    """The limits of a program: seconds, of CPU time and by the clock, and MiB of memory."""
 
     seconds: int
     memory_mib: int

@@ -45,7 +45,7 @@ class Feed:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """What fills a split.
+    """A split to fill, and the feeds that fill it.
 
     Attributes:
         name: the split.

@@ -58,10 +58,10 @@ class Repeats:
 
     def _without_repeats(self, document: Document) -> Document | None:
         text = _BLANK_LINE.sub("", document.text.replace("\r\n", "\n")).strip("\n")
-        kept = self._new_paragraphs(text)
-        if sum(map(len, kept)) * 2 < sum(map(len, paragraphs(text))) or not kept:
+        new_paragraphs = self._new_paragraphs(text)
+        if sum(map(len, new_paragraphs)) * 2 < sum(map(len, paragraphs(text))) or not new_paragraphs:
             return None
-        return replace(document, text=text if kept == paragraphs(text) else "\n\n".join(kept))
+        return replace(document, text=text if new_paragraphs == paragraphs(text) else "\n\n".join(new_paragraphs))
 
     def _without_repeated_turns(self, chat: Document) -> Document | None:
         turns = []
@@ -78,13 +78,13 @@ class Repeats:
     def _new_paragraphs(self, text: str) -> list[str]:
         """List paragraphs that are short, or neither in the corpus nor earlier in this text."""
         seen_in_text: set[int] = set()
-        kept = []
+        new_paragraphs = []
         for paragraph in paragraphs(text):
             digest = self._hash(paragraph)
             if len(paragraph) <= LONG_CHARS or not (digest in self._seen or digest in seen_in_text):
-                kept.append(paragraph)
+                new_paragraphs.append(paragraph)
                 seen_in_text.add(digest)
-        return kept
+        return new_paragraphs
 
     def _long(self, text: str) -> list[int]:
         """Return the hashes of the long paragraphs of a text."""

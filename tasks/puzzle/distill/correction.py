@@ -159,7 +159,7 @@ def moments(
 
 
 def correct(
-    tensors: Tensors, variant: Attention | Ffn, fitted_on: Moments, held_out: Moments, each: Each
+    tensors: Tensors, variant: Attention | Ffn, fitted_on: Moments, held_out: Moments, compute_each: Each
 ) -> tuple[Tensors, Correction]:
     """Correct the subblock that is a `variant`.
 
@@ -169,7 +169,7 @@ def correct(
         fitted_on: sums over the tokens of the fit.
         held_out: sums over the tokens that choose the ridge. They are tried from the strongest on, until one is worse
             than the one before it.
-        each: computes what is tried, in order; it may be ahead of what is asked for.
+        compute_each: computes what is tried, in order; it may be ahead of what is asked for.
 
     Returns:
         All tensors of the block, and the correction. The held-out error never rises.
@@ -184,7 +184,7 @@ def correct(
         return ridge, changed, held_out.error_after(joined(changed, name).to(weights.device) - weights)
 
     best_tensors, best = tensors, Correction(None, before, before)
-    for ridge, changed, error in each(attempt, len(RIDGES)):
+    for ridge, changed, error in compute_each(attempt, len(RIDGES)):
         if not error < best.error_after:
             break
         best_tensors, best = changed, Correction(ridge, before, error)

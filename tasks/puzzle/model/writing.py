@@ -33,7 +33,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How a token is drawn: logits over `temperature`, of the likeliest tokens that hold `top_p` of the probability."""
+    """The drawing of a token: logits over `temperature`, the likeliest tokens with `top_p` of the probability."""
 
     temperature: float
     top_p: float

@@ -112,6 +112,6 @@ def combine(benchmarks: Sequence[BenchmarkAccuracy]) -> CombinedQuality | None:
     return CombinedQuality(_mean_of_two(bench.parent, mmlu.parent), children)
 
 
-def _mean_of_two(one: Estimate, other: Estimate) -> Estimate:
+def _mean_of_two(first: Estimate, second: Estimate) -> Estimate:
     """Average two estimates from different questions."""
-    return Estimate((one.mean + other.mean) / 2, math.hypot(one.stderr, other.stderr) / 2)
+    return Estimate((first.mean + second.mean) / 2, math.hypot(first.stderr, second.stderr) / 2)

@@ -298,9 +298,9 @@ def _preceded(
 ) -> Iterator[ChildRule]:
     """Yield rules that a block with a 1 in `needs` has one of `before` before it, or the child one of `anywhere`."""
     places = [place for place, _, _ in choices]
-    for here in sorted({place for place, is_needy in zip(places, needs, strict=True) if is_needy}):
+    for needy_place in sorted({place for place, is_needy in zip(places, needs, strict=True) if is_needy}):
         weights = [
-            at_large + earlier * (place < here) - needy * (place == here)
+            at_large + earlier * (place < needy_place) - needy * (place == needy_place)
             for place, needy, earlier, at_large in zip(places, needs, before, anywhere, strict=True)
         ]
         yield ChildRule(text, tuple(weights), 0)

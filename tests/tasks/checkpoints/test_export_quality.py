@@ -112,7 +112,7 @@ def test_what_llama_cpp_cannot_read_or_compute_is_one_error(
     tensors = model.state_dict()
     path = tmp_path / "child.gguf"
     write_gguf(path, config, BLOCKS, lambda name: iter([tensors[name].numpy()]), "F32")
-    with pytest.raises(InputError, match=r'reads no such text with .*child\.gguf: .*"Prompt contains invalid tokens"'):
+    with pytest.raises(InputError, match=r"reads no such text with .*child\.gguf: Prompt contains invalid tokens$"):
         list(hidden_states(path, [[1, VOCABULARY]], threads=1))
     torch.nn.init.constant_(tensors["model.norm.weight"], 3.4e38)
     write_gguf(path, config, BLOCKS, lambda name: iter([tensors[name].numpy()]), "F32")
