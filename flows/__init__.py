@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-HOME = Path(".prefect").resolve()
+HOME_NAME = ".prefect"
+HOME = Path(HOME_NAME).resolve()
 
 LOCAL_NAMES = ("127.0.0.1", "localhost")
 _SETTINGS = {
@@ -45,7 +46,9 @@ def _open_streams() -> None:
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r"))
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)  # programs that this one starts have them open, too
+            setattr(sys, name, os.fdopen(descriptor, "w" if number else "r"))
 
 
 def _forget_certificates() -> None:

@@ -21,7 +21,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 from tqdm import tqdm
 
-from flows import HOME
+from flows import HOME_NAME
 from flows.durations import duration_text
 from flows.errors import run_cleanly
 from flows.orphans import abandon, close_orphans, hold, release
@@ -70,7 +70,7 @@ def run_stage(stage: Flow[..., Any], target: str | None) -> None:
 @contextlib.contextmanager
 def _alone(name: str) -> Iterator[None]:
     """Keep others from running this stage here at the same time: they would delete the pieces under way."""
-    folder = Path(HOME.name)  # beside the artifacts
+    folder = Path(HOME_NAME)  # beside the artifacts
     folder.mkdir(exist_ok=True)
     with (folder / f"{name}.stage").open("a") as handle:
         try:

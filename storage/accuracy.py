@@ -70,6 +70,11 @@ class BenchmarkAccuracy:
     parent: Estimate
     children: Mapping[str, ChildAccuracy]
 
+    @property
+    def parent_guesses(self) -> bool:
+        """Tell whether the parent does no better than a guesser; where chance is 0, nobody guesses."""
+        return self.parent_at_chance and self.chance > 0
+
 
 @dataclass(frozen=True)
 class ChildLoss:

@@ -29,11 +29,11 @@ _LOCK = "lock"
 """The file in an unfinished folder that its run holds locked."""
 _CHUNK_BYTES = 1 << 20
 _TICK_NS = 2_000_000_000
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DISK_IS_FULL = re.compile(
-    r"No space left|File too large|Not enough free space to write|^\d+ requested and \d+ written$"
-)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_IS_FULL = re.compile(r"No space left|Not enough free space to write|^\d+ requested and \d+ written$")
 """What libraries write when a disk is full and they keep no errno; the last two are numpy's."""
+_IS_TOO_LARGE = re.compile(r"File too large")
+"""The same where a file is larger than its disk or a limit of the process takes."""
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IS_REFUSED = re.compile(r"Permission denied|Operation not permitted|Read-only file system")
 """The same where a file may not be written."""
@@ -135,8 +135,13 @@ def explained(error: Exception, path: Path | None = None) -> InputError | None:
     place = path or getattr(error, "filename2", None) or getattr(error, "filename", None) or "a file"
     if number in _FULL or _DISK_IS_FULL.search(text):
         return DiskFullError(
-            f"the disk is full: {place} could not be written; free some space, or raise the limit on a file's "
-            "size, and run the same command again (finished pieces are kept)"
+            f"the disk is full: {place} could not be written; free some space and run the same command again "
+            "(finished pieces are kept)"
+        )
+    if _IS_TOO_LARGE.search(text):
+        return DiskFullError(
+            f"{place} could not be written: it is larger than its disk or the limit on a file's size (ulimit -f) "
+            "takes; raise the limit or take another disk, and run the same command again (finished pieces are kept)"
         )
     if number in _REFUSED or _IS_REFUSED.search(text):
         return InputError(

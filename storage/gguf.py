@@ -86,7 +86,7 @@ class GgufModel:
         return self._reader.fields[key].contents()
 
     def config(self) -> dict[str, Any]:
-        """The geometry as a config.json of LlamaForCausalLM."""
+        """Return the geometry as a config.json of LlamaForCausalLM."""
         with gguf_errors(self.path, _REINSTALL):
             heads = self._value("llama.attention.head_count")
             return {
@@ -114,14 +114,14 @@ class GgufModel:
             }
 
     def tensors(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Every tensor, de-quantised, under its Hugging Face name, one at a time."""
+        """Yield every tensor, de-quantised, under its Hugging Face name, one at a time."""
         for tensor in self._reader.tensors:
             with gguf_errors(self.path, _REINSTALL):
                 named = self._named(tensor)
             yield named
 
     def _named(self, tensor: ReaderTensor) -> tuple[str, NDArray[np.float32]]:
-        """A tensor, de-quantised, under its Hugging Face name."""
+        """Return a tensor, de-quantised, and its Hugging Face name before it."""
         heads = {
             "attn_q": self._value("llama.attention.head_count"),
             "attn_k": self._value("llama.attention.head_count_kv"),

@@ -14,7 +14,7 @@ def accuracy_table(label: str, accuracy: Accuracy) -> Table:
             name,
             share(benchmark.parent, benchmark),
             share(child.accuracy, benchmark),
-            AT_CHANCE if benchmark.parent_at_chance and benchmark.chance else share_of_parent(child.preserved),
+            AT_CHANCE if benchmark.parent_guesses else share_of_parent(child.preserved),
             share(child.difference, benchmark, sign="+"),
             share_of_parent(child.above_chance),
             f"{100 * benchmark.chance:.1f}" if benchmark.chance else NONE,

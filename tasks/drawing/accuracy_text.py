@@ -28,11 +28,12 @@ def accuracy_text(accuracy: Accuracy) -> str:
 
 
 def _conditions(benchmark: BenchmarkAccuracy) -> str:
-    return f"{benchmark.questions:,} questions, {benchmark.metric}, chance {100 * benchmark.chance:.1f} %"
+    chance = f", chance {100 * benchmark.chance:.1f} %" if benchmark.chance else ""
+    return f"{benchmark.questions:,} questions, {benchmark.metric}{chance}"
 
 
 def _note(benchmark: BenchmarkAccuracy) -> str:
-    return f"   {AT_CHANCE}: nothing to preserve" if benchmark.parent_at_chance else ""
+    return f"   {AT_CHANCE}: nothing to preserve" if benchmark.parent_guesses else ""
 
 
 def _text_row(name: str, child: ChildAccuracy, benchmark: BenchmarkAccuracy) -> str:

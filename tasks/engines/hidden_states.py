@@ -5,7 +5,6 @@ pooling, which gives the hidden state behind the final norm at each token.
 """
 
 import json
-import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -50,9 +49,7 @@ def hidden_states(path: Path, texts: Sequence[Sequence[int]], threads: int) -> I
             with urllib.request.urlopen(request, timeout=_SECONDS) as response:
                 states = np.array(json.load(response)[0]["embedding"], np.float32)
         except urllib.error.HTTPError as error:
-            answer = error.read(500).decode(errors="replace")
-            message = re.search(r'"message":\s*"([^"]*)"', answer)
-            reason = message[1] if message else answer
+            reason = json.load(error)["error"]["message"]
             raise InputError(f"llama.cpp reads no such text with {path}: {reason}") from error
         if not np.isfinite(states).all():  # llama.cpp writes null for them
             raise InputError(f"the hidden states of {path} in llama.cpp are not finite; export it as gguf-bf16 instead")

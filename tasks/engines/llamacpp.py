@@ -140,8 +140,8 @@ class LlamaCpp:
         try:
             self._server = library.Server(params)
         except Exception as error:  # the binding has no types of its own
-            way_out = "write it anew, or with another chat template where it has one that raises"
-            raise InputError(f"llama.cpp does not load {path} ({error}); {way_out}") from error
+            template = ", or with another chat template where it has one that raises" if chats else ""
+            raise InputError(f"llama.cpp does not load {path} ({error}); write it anew{template}") from error
         self.complete([1], 1)  # a server that is let go of before its first request hangs
 
     @property

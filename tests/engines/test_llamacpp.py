@@ -180,3 +180,5 @@ def test_a_chat_template_that_raises_stops_chats_and_nothing_else(template: str,
     assert engine.complete([1], 1)["usage"]["total_tokens"] == 2
     [states] = hidden_states(path, [[1, 2, 3]], threads=1)
     assert states.shape == (3, config.hidden_size)
+    timed = time_files({"a": path}, Workload(Scenario(2, 2), batch=1), repeats=1, threads=1)
+    assert {phase: len(rounds) for phase, rounds in timed["a"].items()} == {"prefill": 1, "decode": 1}

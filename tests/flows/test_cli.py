@@ -104,7 +104,8 @@ def test_what_python_starts_finds_the_same_python() -> None:
 
 def test_a_closed_stream_is_no_file_that_libraries_print_into(tmp_path: Path) -> None:
     """A file that is opened next would get its number; and sys.stdout would be None."""
-    code = "import flows, os; file = open('artifact', 'w'); print('a line'); os.write(2, b'of a C library')"
+    code = "import flows, os; file = open('artifact', 'w'); print('a line'); os.write(2, b'of a C library'); "
+    code += "raise SystemExit(os.system('echo a line of a program that it starts'))"
     command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} <&- >&- 2>&-"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, check=False).returncode == 0

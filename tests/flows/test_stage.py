@@ -26,7 +26,8 @@ from tests.settings import tiny_params, tiny_values
 
 # The pieces that end first are the last ones; 2 is a wrong input, or our own mistake.
 STAGE = """
-import json, os, signal, time
+import fcntl, json, os, signal, time
+from contextlib import suppress
 from pathlib import Path
 from flows.stage import main, run_pieces
 from prefect import flow, task
@@ -39,6 +40,9 @@ def make(piece, target, paths):
         Path("killed").touch()
         os.kill(json.loads(Path(".prefect/server.json").read_text())["pid"], signal.SIGKILL)
     if target == "ordered":
+        with open(".prefect/pieces@ordered.stage") as lock, suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            raise AssertionError("the stage that runs does not hold its lock")
         assert {path.name for path in paths.root.iterdir()} == set(map(str, range(piece + 1, 4)))
     time.sleep(0.2 * piece)
     if piece == 2 and target in ("fails", "breaks"):

@@ -188,7 +188,7 @@ def test_a_full_disk_is_one_error_and_keeps_the_old_file(write: Callable[[Any], 
 def test_a_file_that_is_too_large_for_its_disk_is_one_error(write: Callable[[Path], object], tmp_path: Path) -> None:
     """A limit of the process has the system's error of a FAT disk beyond 4 GiB."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    too_large = pytest.raises(DiskFullError, match=r"file\.bin could not be written; .* a file's size")
+    too_large = pytest.raises(DiskFullError, match=r"file\.bin could not be written: .* a file's size")
     with too_large, write_whole(tmp_path / "file.bin") as temporary:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         try:

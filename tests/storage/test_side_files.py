@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from storage.files import InputError
 from storage.parent import Parent
 from storage.paths import Paths
-from storage.side_files import TOKENIZER_FILES, licence_of, side_files
+from storage.side_files import GENERATION_FILES, licence_of, side_files
 from storage.variants import Attention, Ffn, Replacement
 from tasks.checkpoints import exports
 from tasks.checkpoints.children import publish
@@ -153,7 +153,11 @@ def test_links_of_dvc_and_within_the_folder_are_files(tmp_path: Path) -> None:
     (folder / "tokenizer.model").write_text("vocabulary")
     (folder / "tokenizer").mkdir()
     (folder / "vocab.txt").symlink_to("tokenizer.model")
-    assert [path.name for path in side_files(folder, TOKENIZER_FILES)] == ["merges.txt", "tokenizer.model", "vocab.txt"]
+    assert [path.name for path in side_files(folder, GENERATION_FILES)] == [
+        "merges.txt",
+        "tokenizer.model",
+        "vocab.txt",
+    ]
 
 
 # --- licences --------------------------------------------------------------------------------------------------------

@@ -10,10 +10,13 @@ import torch
 from tokenizers import decoders
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from storage.checkpoints import Checkpoint
 from storage.files import InputError
-from tasks.accuracy.models import refuse_overflow
+from tasks.accuracy.models import AskedModel
 from tasks.accuracy.writing import batches, continuations
+from tasks.puzzle.model.device import prepare_compute
 from tasks.puzzle.model.writing import Drawing
+from tasks.puzzle.quality.accuracy import PARENT
 from tests.clone import tiny_parent
 
 GREEDY = Drawing(0.0, 1.0)
@@ -98,10 +101,13 @@ def test_batches_hold_all_texts() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_weights_that_overflow_are_one_error(temperature: float, loaded: tuple[Any, Any]) -> None:
+def test_weights_that_overflow_are_one_error(temperature: float, loaded: tuple[Any, Any], tmp_path: Path) -> None:
     """Greedy texts of such a model were of token 0, without a word."""
-    model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
+    model = copy.deepcopy(loaded[0])
     torch.nn.init.constant_(model.model.norm.weight, 3e38)
-    refuse_overflow(model)
+    for part in (model, loaded[1]):
+        part.save_pretrained(tmp_path)
+    asked = AskedModel(PARENT, Checkpoint(tmp_path, "rebuild", is_foreign=True))
+    model, tokenizer = asked.load(prepare_compute("cpu", "float32", 1), chat=False)
     with pytest.raises(InputError, match=r"logits of .* are not finite: its weights overflow in torch.float32"):
         list(continuations(model, tokenizer, tokenizer("block").input_ids, Drawing(temperature, 1.0), 8, [1], 0))

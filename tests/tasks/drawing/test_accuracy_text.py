@@ -48,8 +48,10 @@ def test_the_page_has_the_same_numbers() -> None:
 def test_a_parent_that_writes_nothing_right_is_not_at_chance() -> None:
     """Nobody guesses what is written: both cells are dashes."""
     benchmark = compare(Benchmark("HumanEval", "pass@1", "1", None), answers(WRONG, WRONG, 0.0))
-    (row,) = accuracy_table("51B-like", Accuracy("like-51b", "float32", (benchmark,), None, ())).rows
+    accuracy = Accuracy("like-51b", "float32", (benchmark,), None, ())
+    (row,) = accuracy_table("51B-like", accuracy).rows
     assert row[4] == "–" and row[7] == "–"
+    assert "chance:" not in accuracy_text(accuracy) and "HumanEval: 8 questions, pass@1\n" in accuracy_text(accuracy)
 
 
 def test_nothing_measured_is_said() -> None:
