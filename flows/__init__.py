@@ -4,7 +4,7 @@ Prefect reads its settings when it is first imported, so this package sets them 
 telemetry, few retries, and a console that shows our progress and errors only (the UI has the logs). Other Prefect
 settings of the user are ignored (variables, profiles, files of the folder), except the address and credentials of a
 running server. Local addresses bypass proxies. What else would end any command later is mended: closed streams, an
-SSL_CERT_FILE without certificates.
+SSL_CERT_FILE without certificates, a timeout that is no number.
 """
 
 import os
@@ -17,6 +17,8 @@ from typing import Any, cast
 HOME_NAME = ".prefect"
 HOME = Path(HOME_NAME).resolve()
 
+_NUMBERS = {"HF_HUB_ETAG_TIMEOUT": int, "HF_HUB_DOWNLOAD_TIMEOUT": int, "HF_DATASETS_IN_MEMORY_MAX_SIZE": float}
+"""Variables that libraries read as numbers while they are imported."""
 LOCAL_NAMES = ("127.0.0.1", "localhost")
 _SETTINGS = {
     "PREFECT_HOME": str(HOME),
@@ -62,6 +64,23 @@ def _forget_certificates() -> None:
         del os.environ["SSL_CERT_FILE"]
 
 
+def _forget_numbers() -> None:
+    """Take variables out of the environment that would have to be numbers and are none."""
+    for name, kind in _NUMBERS.items():
+        try:
+            kind(os.environ.get(name) or 0)
+        except ValueError as error:
+            sys.stderr.write(f"warning: {name} is left aside: {error!s:.200}\n")
+            del os.environ[name]
+    try:
+        import tqdm  # noqa: F401
+    except ValueError as error:
+        names = [name for name in os.environ if name.startswith("TQDM_")]
+        sys.stderr.write(f"warning: {', '.join(names)} left aside: {error!s:.200}\n")
+        for name in names:
+            del os.environ[name]
+
+
 def _set_environment() -> None:
     keeps_address = bool(os.environ.get("PREFECT_API_URL"))
     for name in set(os.environ) - set(without_prefect(dict(os.environ))):
@@ -101,4 +120,5 @@ def _has_settings(path: Path, pattern: str) -> bool:
 _open_streams()
 _set_environment()
 _forget_certificates()
+_forget_numbers()
 _forget_files()

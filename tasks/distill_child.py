@@ -3,18 +3,21 @@
 It trains on the train sequences behind those that BLD used, each once. The parent's hidden states come from the
 activation cache, and the cosine loss is taken at the boundaries that it keeps; or from the parent itself
 (tasks/tensors/teacher.py), at all of them. A step adds up the gradients of its sequences in their order, however many
-workers computed them. Every few steps the held-out KL is measured, and masters, moments, position and the best weights
-so far go to a checkpoint; a run that was killed goes on from it and ends with the bytes of one that was not. A loss or
-a gradient that is not finite ends the run before any weight changes.
+workers computed them; then the workers take a layer each. Every few steps the held-out KL is measured, and masters,
+moments, position and the best weights so far go to a checkpoint; a run that was killed goes on from it and ends with
+the bytes of one that was not. A loss or a gradient that is not finite ends the run before any weight changes.
 """
 
+import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import fmean
+from typing import TypeVar
 
 import torch
 from prefect import task
@@ -54,6 +57,7 @@ from tasks.puzzle.search_space import parent_attention, parent_ffn
 from tasks.tensors.activations import read_tokens
 from tasks.tensors.teacher import teacher_is_live, tokens_before_gkd
 
+T = TypeVar("T")
 _STATE = "state"
 _LONGER = 10
 """The multiple of the tokens for which gkd.json says what to expect."""
@@ -144,6 +148,50 @@ class _LiveStates:
         return [[self._parent.digest, digest_of(self._tokens.numpy().tobytes().hex())]]
 
 
+class _Layer:
+    """A layer of the child in training: its masters, and the float32 sum of a step's gradients.
+
+    Layers share nothing, so that workers take one each.
+
+    Attributes:
+        name: the layer's name in the child.
+        masters: the layer's weights.
+        parameters: the layer's share of all parameters of the child, by their numbers.
+        total: the sum of the gradients so far, in the order of the parameters.
+    """
+
+    def __init__(self, name: str, masters: MasterWeights, first: int) -> None:
+        self.name, self.masters = name, masters
+        self.parameters = slice(first, first + len(masters.narrow))
+        self.total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in masters.narrow]
+
+    def add(self, gradients_of_child: Sequence[list[Tensor]], share: float) -> None:
+        """Add a share of sequences' gradients, in their order."""
+        for of_sequence in gradients_of_child:
+            torch._foreach_add_(self.total, of_sequence[self.parameters], alpha=share)
+
+    def norm(self) -> Tensor:
+        """Return the norm of the layer's part of the gradient."""
+        return torch.nn.utils.get_total_norm(self.total)
+
+    def apply(self, scale: float) -> None:
+        """Take the step with the gradient times `scale`, and begin another sum."""
+        if scale != 1:
+            torch._foreach_mul_(self.total, scale)
+        self.masters.apply(self.total)
+        torch._foreach_zero_(self.total)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return masters and moments; `<kind>.<name>` of the layer is `<kind>.<layer>.<name>` here."""
+        return {key.replace(".", f".{self.name}.", 1): tensor for key, tensor in self.masters.state().items()}
+
+    def restore(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Continue from the layer's part of a checkpoint that was taken after `step` steps."""
+        infix = f".{self.name}."
+        own = {key.replace(infix, ".", 1): tensor for key, tensor in state.items() if infix in key}
+        self.masters.restore(own, step)
+
+
 class _Training:
     """A child in training, the curve so far, and the checkpoints of both."""
 
@@ -164,7 +212,11 @@ class _Training:
         self._head = Head(norm, lm_head, config.rms_norm_eps)
         self._groups = _steps(params)
         schedule = Schedule(len(self._groups), settings.learning_rate, settings.warmup, settings.weight_decay)
-        self._masters = MasterWeights(self._child, schedule)
+        first, self._layers = 0, list[_Layer]()
+        for name, layer in self._child.layers.named_children():
+            if [*layer.parameters()]:  # a block without both subblocks has none
+                self._layers.append(_Layer(f"layers.{name}", MasterWeights(layer, schedule), first))
+                first = self._layers[-1].parameters.stop
         self._best = self._weights()
         self._pieces = Pieces(paths.gkd_state(target), f"dvc repro distill_child@{target}")
         trained = [sequence for group in self._groups for sequence in group]
@@ -240,21 +292,23 @@ class _Training:
             yield {name.removeprefix(prefix): tensor for name, tensor in self._best.items() if name.startswith(prefix)}
 
     def _step(self, pool: Executor, group: list[int]) -> None:
-        settings, rate, number = self._params.distill_child, self._masters.rate, len(self.curve.steps) + 1
-        total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self._masters.narrow]
-        losses = []
-        for sequence_gradients, loss in pool.map(self._gradients, group):
-            torch._foreach_add_(total, sequence_gradients, alpha=1 / len(group))
-            losses.append(loss)
-        norm = float(torch.nn.utils.get_total_norm(total))
+        settings, rate, number = self._params.distill_child, self._layers[0].masters.rate, len(self.curve.steps) + 1
+        losses = list[Losses]()
+        at_once = self._params.run.workers
+        for start in range(0, len(group), at_once):
+            computed = list(pool.map(self._gradients, group[start : start + at_once]))
+            losses += [loss for _, loss in computed]
+            summed = [of_sequence for of_sequence, _ in computed]
+            self._of_layers(pool, partial(_Layer.add, gradients_of_child=summed, share=1 / len(group)))
+        norm = float(torch.nn.utils.get_total_norm(self._of_layers(pool, _Layer.norm)))
+        total = (gradient for layer in self._layers for gradient in layer.total)
         names = (name for name, _ in self._child.named_parameters())
         if sick := sick_part(losses, norm, zip(names, total, strict=True)):
             if self.curve.steps:
                 self._save()
             self._stop(number, sick)
-        if norm > settings.clip_norm:
-            torch._foreach_mul_(total, settings.clip_norm / norm)
-        self._masters.apply(total)
+        scale = settings.clip_norm / norm if norm > settings.clip_norm else 1.0
+        self._of_layers(pool, partial(_Layer.apply, scale=scale))
         step = GkdStep(
             step=number,
             tokens=number * len(group) * self._params.prepare_corpus.seq_len,
@@ -265,6 +319,16 @@ class _Training:
             gradient_norm=norm,
         )
         self.curve = replace(self.curve, steps=(*self.curve.steps, step))
+
+    def _of_layers(self, pool: Executor, work: Callable[[_Layer], T]) -> list[T]:
+        """Call `work` for every layer on the workers' threads, and return the results in the layers' order."""
+        run = self._params.run
+
+        def on_thread(layer: _Layer) -> T:
+            prepare_compute(run.device, run.dtype, run.threads)
+            return work(layer)
+
+        return list(pool.map(on_thread, self._layers))
 
     def _stop(self, step: int, sick: str) -> None:
         """End a training that is not finite.
@@ -315,7 +379,9 @@ class _Training:
         path = self._pieces.folder / f"state_{len(self.curve.steps):06d}.safetensors"
         best = {f"best.{name}": tensor for name, tensor in self._best.items()}
         with write_whole(path) as temporary:
-            save_file(self._masters.state() | best, temporary)
+            save_file(
+                dict(itertools.chain(best.items(), *(layer.state().items() for layer in self._layers))), temporary
+            )
         self._pieces.finish(_STATE, self._key, [path], asdict(self.curve))
         self._pieces.keep_only({_STATE: self._key})
 
@@ -328,7 +394,8 @@ class _Training:
         (name,) = record["files"]
         state = load_file(self._pieces.folder / name)
         self._best = {key: state[f"best.{key}"] for key in self._best}  # in the order of an uninterrupted run
-        self._masters.restore(state, len(self.curve.steps))
+        for layer in self._layers:
+            layer.restore(state, len(self.curve.steps))
 
 
 def _steps(params: Params) -> list[list[int]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from unicodedata import category
 
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParamsDefault
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -45,7 +45,9 @@ _STYLE: dict[Any, Any] = {
     "hatch.linewidth": 0.6,
     "figure.facecolor": "white",
 }
-styled = rc_context(_STYLE)
+_ALL: dict[Any, Any] = {**{name: value for name, value in rcParamsDefault.items() if name != "backend"}, **_STYLE}
+"""Every setting, so that a matplotlibrc of the user's or the machine's changes no figure."""
+styled = rc_context(_ALL)
 """Decorator of every function that draws, since matplotlib reads the style when an element is made."""
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
@@ -78,7 +80,7 @@ def panels(
 def finish(figure: Figure, name: str, description: str, dpi: int) -> Drawing:
     """Render a figure as SVG text and as PNG with `dpi` pixels per inch; people's texts are drawn as written."""
     _take_literally(figure)
-    with rc_context({"svg.hashsalt": name}):
+    with rc_context({**_ALL, "svg.hashsalt": name}):
         text, image = io.StringIO(), io.BytesIO()
         figure.savefig(text, format="svg", metadata=_NO_METADATA)
         figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})

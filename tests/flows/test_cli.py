@@ -115,7 +115,9 @@ def test_a_closed_stream_is_no_file_that_libraries_print_into(tmp_path: Path) ->
 def test_variables_for_other_programs_end_no_command() -> None:
     """Jupyter hands its backend down to `!dvc repro`; conda leaves SSL_CERT_FILE behind of environments that went."""
     code = "import flows, matplotlib, os; print(os.environ.get('SSL_CERT_FILE'), matplotlib.get_backend())"
-    others = {"MPLBACKEND": "module://matplotlib_inline.none_such", "SSL_CERT_FILE": "/none/such"}
+    code += "; import huggingface_hub, tqdm"
+    numbers = {"HF_HUB_ETAG_TIMEOUT": "5 s", "TQDM_NCOLS": "wide", "TQDM_ASCII": "1"}
+    others = {"MPLBACKEND": "module://matplotlib_inline.none_such", "SSL_CERT_FILE": "/none/such", **numbers}
     ended = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -125,5 +127,8 @@ def test_variables_for_other_programs_end_no_command() -> None:
         check=False,
     )
     assert (ended.returncode, ended.stdout) == (0, "None agg\n"), ended.stderr
-    assert ended.stderr.startswith("warning: SSL_CERT_FILE is left aside: '/none/such'")
-    assert ended.stderr.count("\n") == 1
+    assert [line.partition(" left aside: ")[0] for line in ended.stderr.splitlines()] == [
+        "warning: SSL_CERT_FILE is",
+        "warning: HF_HUB_ETAG_TIMEOUT is",
+        "warning: TQDM_NCOLS, TQDM_ASCII",
+    ]

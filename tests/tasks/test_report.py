@@ -307,14 +307,15 @@ def test_any_speed_may_be_the_first_limit(metric: str, tmp_path: Path) -> None:
 
 
 def test_same_inputs_give_same_bytes(run: tuple[Params, Paths], tmp_path: Path) -> None:
-    """In another process too, whatever the order of its sets."""
+    """In another process too, whatever the order of its sets and the taste of its user."""
     again = Paths(tmp_path / "artifacts")
     code = (
         "from pathlib import Path; from storage.paths import Paths; from tasks.report import write_report; "
         "from tests.report_run import write_run; import sys; paths = Paths(Path(sys.argv[1])); "
         "write_report.fn(write_run(paths), paths)"
     )
-    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
+    (tmp_path / "matplotlibrc").write_text("lines.linewidth: 7\naxes.grid: True\nsavefig.facecolor: pink\n")
+    environment = {**os.environ, "PYTHONHASHSEED": "12345", "MATPLOTLIBRC": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code, str(again.root)], env=environment, check=True)
     assert checksums(again.report) == checksums(run[1].report)
 
