@@ -396,7 +396,10 @@ class DistillChild(Section):
         2_048, ge=1, description="Calibration tokens of the held-out KL, from the split's end."
     )
     checkpoint_steps: int = Field(
-        8, ge=1, description="Steps from one held-out measurement and checkpoint to the next."
+        8,
+        ge=1,
+        description="Steps from one held-out measurement to the next; a checkpoint is written with it, unless that "
+        "would take more than a tenth of the time.",
     )
     patience: int = Field(
         5,

@@ -3,9 +3,9 @@
 It trains on the train sequences behind those that BLD used, each once. The parent's hidden states come from the
 activation cache, and the cosine loss is taken at the boundaries that it keeps; or from the parent itself
 (tasks/tensors/teacher.py), at all of them. A step adds up the gradients of its sequences in their order, however many
-workers computed them; then the workers take a layer each. Every few steps the held-out KL is measured, and masters,
-moments, position and the best weights so far go to a checkpoint; a run that was killed goes on from it and ends with
-the bytes of one that was not. A loss or a gradient that is not finite ends the run before any weight changes.
+workers computed them; then the workers take a layer each. Every few steps the held-out KL is measured, and where it is
+due masters, moments, position and the best weights so far go to a checkpoint; a run that was killed goes on from it and
+ends with the bytes of one that was not. A loss or a gradient that is not finite ends the run before any weight changes.
 """
 
 import itertools
@@ -59,6 +59,9 @@ from tasks.tensors.teacher import teacher_is_live, tokens_before_gkd
 
 T = TypeVar("T")
 _STATE = "state"
+_SHORT_SAVE = 1.0
+_MOST_SAVING = 0.1
+"""Share of the time that goes to checkpoints, where one takes longer than a short save."""
 _LONGER = 10
 """The multiple of the tokens for which gkd.json says what to expect."""
 
@@ -240,6 +243,7 @@ class _Training:
             }
         )
         self.curve = GkdCurve(target, (), (), 0)
+        self._saved_at, self._saving_seconds = time.monotonic(), 0.0
 
     def run(self, watch: Watch) -> None:
         """Train to the end, from the last checkpoint or from the start.
@@ -263,7 +267,8 @@ class _Training:
                 if done % every == 0 or done == total:
                     self._measure(pool)
                     progress.set_postfix(kl=f"{self.curve.held_out[-1].kl:.3f}")
-                    self._save()
+                    if _is_due(time.monotonic() - self._saved_at, self._saving_seconds):
+                        self._save()
                     watch(self._measurement((time.monotonic() - began) / (done - first)))
             progress.close()
 
@@ -376,6 +381,7 @@ class _Training:
 
     def _save(self) -> None:
         """Write a checkpoint: the tensors, then their record; the earlier checkpoint is deleted last."""
+        began = time.monotonic()
         path = self._pieces.folder / f"state_{len(self.curve.steps):06d}.safetensors"
         best = {f"best.{name}": tensor for name, tensor in self._best.items()}
         with write_whole(path) as temporary:
@@ -384,6 +390,8 @@ class _Training:
             )
         self._pieces.finish(_STATE, self._key, [path], asdict(self.curve))
         self._pieces.keep_only({_STATE: self._key})
+        self._saved_at = time.monotonic()
+        self._saving_seconds = self._saved_at - began
 
     def _resume(self) -> None:
         """Go on from the last checkpoint of this very training, if there is one; delete those of others."""
@@ -396,6 +404,11 @@ class _Training:
         self._best = {key: state[f"best.{key}"] for key in self._best}  # in the order of an uninterrupted run
         for layer in self._layers:
             layer.restore(state, len(self.curve.steps))
+
+
+def _is_due(since_last: float, saving: float) -> bool:
+    """Tell whether a checkpoint is worth its seconds: `since_last` of training would be lost, `saving` goes to it."""
+    return saving < _SHORT_SAVE or since_last >= saving / _MOST_SAVING
 
 
 def _steps(params: Params) -> list[list[int]]:

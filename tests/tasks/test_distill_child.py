@@ -6,11 +6,12 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from storage.activations import BoundaryReader
@@ -128,6 +129,28 @@ def test_a_gradient_is_clipped_and_its_norm_is_shown_as_it_was(
     assert curve["steps"][0]["gradient_norm"] == pytest.approx(norm, rel=1e-4)  # float32, sums in another order
     by_step = [math.hypot(*layers) for layers in zip(*[iter(taken)] * len(child.layers), strict=True)]
     assert by_step == pytest.approx([min(step["gradient_norm"], norm / 2) for step in curve["steps"]], rel=1e-4)
+
+
+def test_checkpoints_take_no_more_than_a_tenth_of_the_time(
+    case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which each of the four held-out sequences takes 5 s, and a checkpoint 5 s."""
+    clock, saved = SimpleNamespace(now=0.0), list[float]()
+
+    def measure(*arguments: Any) -> float:
+        clock.now += 5
+        return kl_to_parent(*arguments)
+
+    def save(*arguments: Any) -> None:
+        saved.append(clock.now)
+        clock.now += 5
+        save_file(*arguments)
+
+    monkeypatch.setattr(distill_child, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(distill_child, "kl_to_parent", measure)
+    monkeypatch.setattr(distill_child, "save_file", save)
+    run(with_settings(case[0], checkpoint_steps=1), case[1])
+    assert saved == [40, 105, 170]  # behind steps 1, 4 and 7 of 8
 
 
 def test_the_curve_is_carried_on_to_ten_times_the_tokens(case: tuple[Params, Paths]) -> None:
