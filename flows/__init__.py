@@ -7,6 +7,7 @@ running server. Local addresses bypass proxies. What else would end any command 
 SSL_CERT_FILE without certificates, a timeout that is no number.
 """
 
+import importlib
 import os
 import re
 import ssl
@@ -73,7 +74,7 @@ def _forget_numbers() -> None:
             sys.stderr.write(f"warning: {name} is left aside: {error!s:.200}\n")
             del os.environ[name]
     try:
-        import tqdm  # noqa: F401
+        importlib.import_module("tqdm")
     except ValueError as error:
         names = [name for name in os.environ if name.startswith("TQDM_")]
         sys.stderr.write(f"warning: {', '.join(names)} left aside: {error!s:.200}\n")
