@@ -71,7 +71,7 @@ def _rebuild() -> State[Any]:
 
 
 def cause_text(details: list[Any]) -> str:
-    """The answer of `dvc status` about a stage, in one line: `targets.like-51b modified, artifacts/x deleted`."""
+    """Put the answer of `dvc status` about a stage in one line: `targets.like-51b modified, artifacts/x deleted`."""
     phrases = []
     for detail in details:
         groups = detail.values() if isinstance(detail, dict) else [{str(detail): ""}]
@@ -93,7 +93,7 @@ def _label(causes: dict[str, str]) -> None:
 
 
 def cause_digest(stage: str, details: list[Any]) -> str:
-    """Content key of a cause: what DVC says, and what the changed files and params hold now."""
+    """Return the content key of a cause: what DVC says, and what the changed files and params hold now."""
     contents: dict[str, Any] = {}
     for detail in details:
         for path, change in detail.get("changed deps", {}).items() if isinstance(detail, dict) else ():
