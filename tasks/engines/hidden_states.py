@@ -53,8 +53,8 @@ def hidden_states(path: Path, texts: Sequence[Sequence[int]], threads: int) -> I
             raise InputError(f"llama.cpp reads no such text with {path}: {reason}") from error
         if not np.isfinite(states).all():  # llama.cpp writes null for them
             raise InputError(
-                f"the hidden states of {path} in llama.cpp are not finite: export it as gguf-bf16 or gguf-f32, or where "
-                "it is one of these lower distill_child.learning_rate"
+                f"the hidden states of {path} in llama.cpp are not finite: export it as gguf-bf16 or gguf-f32, or "
+                "where it is one of these lower distill_child.learning_rate"
             )
         yield states
 
