@@ -162,7 +162,7 @@ def _read(clone: Clone, built: Built, forks: Forks, chance: random.Random) -> Ou
         if not command:
             return Outcome(kind, "wrong", f"{story} -> no way out in: {last_words(ended)}")
         if command in advised:
-            _forget_index(clone)
+            _forget_index(clone, forks)
         advised.add(command)
         todo.append(command)
     return Outcome(kind, "wrong", f"{story} -> the messages lead in a circle: {last_words(ended)}")
@@ -193,11 +193,11 @@ def _advice(ended: Ended | None, maker: str) -> tuple[str, ...]:
     return tuple(commands[0].replace("puzzle ", "flows.cli ").split()) if commands else ()
 
 
-def _forget_index(clone: Clone) -> None:
+def _forget_index(clone: Clone, forks: Forks) -> None:
     """Delete DVC's index, which remembers what a rotten list of a folder said, as docs/architecture.md tells people."""
-    settings = clone.must("dvc", "doctor").out
-    folder = re.search(r"^Repo.site_cache_dir: (.+)$", settings, re.MULTILINE)
-    assert folder, settings
+    ended = forks.run(clone, "dvc", "doctor", seconds=_SECONDS)
+    folder = re.search(r"^Repo.site_cache_dir: (.+)$", ended.out if ended else "", re.MULTILINE)
+    assert folder, ended
     shutil.rmtree(folder[1])
 
 
