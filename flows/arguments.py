@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -52,8 +53,8 @@ def not_negative(text: str) -> float:
 
 def port(text: str) -> int:
     """Read a port; 0 for any that is free."""
-    if not text.isdecimal() or int(text) > LAST_PORT:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a port: a number from 1 to {LAST_PORT}, or 0 for any")
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r:.40}: expected a port: a number from 1 to {LAST_PORT}, or 0 for any")
     return int(text)
 
 

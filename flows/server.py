@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import http.client
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,8 +20,7 @@ from typing import TextIO
 
 import httpx
 
-from flows import HOME, without_prefect
-from flows.arguments import LAST_PORT
+from flows import HOME, arguments, without_prefect
 from flows.errors import run_cleanly
 from flows.gate import listening_on
 from flows.prefect_app import LIVES, STATE, ServerState
@@ -181,10 +179,10 @@ def _start(lock: TextIO) -> str:
 
 def _chosen_port() -> int:
     """Return PUZZLE_PORT, 0 (any) if it is not set."""
-    port = os.environ.get("PUZZLE_PORT", "0")
-    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > LAST_PORT:
-        raise InputError(f"PUZZLE_PORT is {port!r:.40}, expected a port: a number from 1 to {LAST_PORT}, or 0 for any")
-    return int(port)
+    try:
+        return arguments.port(os.environ.get("PUZZLE_PORT", "0"))
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"PUZZLE_PORT is {error}") from None
 
 
 def main() -> None:

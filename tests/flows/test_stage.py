@@ -250,5 +250,5 @@ def test_a_wrong_port_stops_a_stage_with_one_error(tmp_path: Path) -> None:
     clone = _folder(tmp_path)
     ended = Clone(tmp_path, {**clone.environment, "PUZZLE_PORT": "many"}).run("pieces", "--target", "works")
     assert (ended.code, ended.out) == (2, "")
-    assert ended.err == "error: PUZZLE_PORT is 'many', expected a port: a number from 1 to 65535, or 0 for any\n"
+    assert ended.err == "error: PUZZLE_PORT is 'many': expected a port: a number from 1 to 65535, or 0 for any\n"
     assert not (tmp_path / "artifacts").exists()
