@@ -4,6 +4,7 @@ At each operating point (:attr:`TargetLimits.points`) a constraint becomes a Qua
 (with the user's number), then the solver's Limit (`Bound.as_limit`). predictions.py computes what a child reached.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,6 +112,11 @@ class TargetLimits:
                 raise InputError(
                     f"{self.target_name}: {name} is relative to the parent, which fits into {constraint.hardware} at "
                     "no batch of the cost table; give an absolute limit"
+                )
+            if constraint.is_relative and value is not None and not 0 < value < math.inf:
+                raise InputError(
+                    f"{self.target_name}: {name} is relative to the parent, whose {constraint.metric} is {value:g} by "
+                    "the cost table; correct the table, or give an absolute limit"
                 )
             values[name] = value
         return values

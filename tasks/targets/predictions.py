@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from storage.architecture import Predicted, PredictedSpeed, ReachedLimit, SharedSetting
+from storage.files import InputError
 from storage.metrics import MEMORY
 from storage.variants import Replacement
 from tasks.puzzle.costs.cost_table import GIB, CostTable, model_sizes
@@ -29,13 +30,18 @@ def predict(
         costs: sizes and milliseconds.
 
     Raises:
-        InputError: the cost table lacks a row.
+        InputError: the cost table lacks a row, or the parent has nothing by it.
     """
     memory = _reported_memory(bounds, parent)
     assert memory.context is not None, memory
     child, whole = (
         model_sizes(costs, model, memory.precision, memory.hardware, memory.engine) for model in (blocks, parent.blocks)
     )
+    if not (whole.params and whole.block_params and whole.kv_bytes_per_token):
+        raise InputError(
+            f"the cost table gives the parent {whole.params} parameters, {whole.block_params} of them in blocks, and "
+            f"{whole.kv_bytes_per_token} bytes of KV cache a token, expected more than 0 of each; correct the table"
+        )
     speed = next((_speed(bound, costs, blocks) for bound in bounds if bound.quantity.metric.speed), None)
     return Predicted(
         score=score.mean,

@@ -273,6 +273,24 @@ def test_a_constraint_on_hardware_that_was_never_measured(paths: Paths) -> None:
         )
 
 
+NOTHING: dict[str, dict[str, Any]] = {
+    "decode_throughput is (inf|nan|0)": {"prefill_ms": 0.0, "decode_ms": 0.0},
+    "block_params is 0": {"params": 0},
+}
+
+
+@pytest.mark.parametrize("message", NOTHING)
+def test_a_parent_that_costs_nothing_is_a_wrong_table(message: str, paths: Paths) -> None:
+    write_costs(paths.costs, [replace(row, **NOTHING[message]) for row in costs()])
+    speed = {"metric": "decode_throughput", "at_least_ratio": 1.1, **SPEED}
+    size = {"metric": "block_params", "at_most_ratio": 0.7}
+    with pytest.raises(InputError, match=message):
+        run_search({"limit": size if "params" in message else speed}, paths)
+    if "params" in message:
+        with pytest.raises(InputError, match="gives the parent 0 parameters"):
+            run_search({"kv": {"metric": "kv_bytes", "at_most_ratio": 0.9}}, paths)
+
+
 def test_a_variant_that_was_scored_but_never_costed(paths: Paths) -> None:
     write_scores(paths.scores, [*scores(random.Random(0)), replace(scores(random.Random(0))[0], ffn="ffn_192")])
     with pytest.raises(InputError, match="no ffn 'ffn_192'"):

@@ -60,7 +60,10 @@ class Relaxation:
         self._starts = np.array(starts)
         self._stops = np.array([*starts[1:], len(ranges)])
         self._edge_of_choice = np.repeat(np.arange(len(starts)), self._stops - self._starts)
-        self._scores = np.array([choice.score for choice in problem.choices])
+        scores = np.array([choice.score for choice in problem.choices])
+        # Scores are divided by a power of two near the largest, since the master's solver has absolute tolerances.
+        self._unit = float(np.exp2(np.floor(np.log2(np.abs(scores).max(initial=0.0) or 1.0))))
+        self._scores = scores / self._unit
         largest = np.maximum.reduceat(np.abs(self._scores), self._starts)
         self._ceiling = float(largest.sum()) + 1.0  # above the score of any cover
 
@@ -81,7 +84,7 @@ class Relaxation:
                 best, best_multipliers = value, multipliers
             if best > self._ceiling:
                 break
-            score = problem.score(cover)
+            score = problem.score(cover) / self._unit
             if score < objective and problem.kept_by(cover):
                 chosen, objective = cover, score
             upper, proposed = master.add(score, rows[:, list(cover)].sum(axis=1) - room)
@@ -90,8 +93,10 @@ class Relaxation:
             multipliers = (best_multipliers + proposed) / 2
         rounding = TOLERANCE * (abs(best) + float(best_multipliers @ np.abs(room)))
         bound = best - rounding if best - rounding <= self._ceiling else math.inf
-        through = self._through(self._scores + best_multipliers @ rows) - float(best_multipliers @ room) - rounding
-        return LagrangianBounds(bound, chosen, objective, through)
+        through = (
+            self.lightest_through(self._scores + best_multipliers @ rows) - float(best_multipliers @ room) - rounding
+        )
+        return LagrangianBounds(bound * self._unit, chosen, objective * self._unit, through * self._unit)
 
     def _shortest(self, weights: Floats) -> tuple[tuple[int, ...], float]:
         """Find the cover of least weight, as indices of choices, and its weight; empty where no cover exists."""
@@ -119,8 +124,8 @@ class Relaxation:
                 lengths[stop], arrivals[stop] = lengths[first] + least[edge], edge
         return lengths, arrivals
 
-    def _through(self, weights: Floats) -> Floats:
-        """Return the weight of the lightest cover that holds each choice."""
+    def lightest_through(self, weights: Floats) -> Floats:
+        """Return the weight of the lightest cover that holds each choice, inf where none does."""
         count = self._problem.num_blocks
         least = np.minimum.reduceat(weights, self._starts).tolist()
         before, _ = self._forward(least)

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal
 
+import numpy as np
 from ortools.math_opt.python import mathopt
 
 from storage.files import InputError
-from tasks.puzzle.search.lagrangian import LagrangianBounds
+from tasks.puzzle.search.lagrangian import LagrangianBounds, Relaxation
 from tasks.puzzle.search.mip_model import MipModel
 from tasks.puzzle.search.problem import TOLERANCE, Choice, Limit, P, Problem
 
@@ -24,6 +25,7 @@ SOLVER_NAME = "highs"
 Status = Literal["optimal", "node_limit"]
 
 _MAX_REPAIRS = 1_000
+_BEYOND_MEASURE = 1e3
 _NO_SOLUTION = (
     mathopt.TerminationReason.INFEASIBLE,
     mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED,  # every variable is bounded
@@ -94,7 +96,7 @@ class ProvenCover:
 def solution(problem: Problem[P], cover: ProvenCover, bound: float, seconds: float) -> Solution[P]:
     """Return the cover as a solution that says what it uses of each limit; `bound` may be below the cover's own."""
     objective = problem.score(cover.chosen)
-    prices = _prices(problem)
+    prices = _prices(problem, objective)
     return Solution(
         chosen=tuple(problem.choices[index] for index in cover.chosen),
         objective=objective,
@@ -168,11 +170,45 @@ def minimise(
     Raises:
         InputError: the solver failed.
     """
+    indices = _possible(problem)
+    if not indices:
+        return None, False
+    cover, limit_hit = _minimise(problem.restricted_to(indices), [objective[index] for index in indices], settings)
+    if cover is None:
+        return None, limit_hit
+    return replace(cover, chosen=tuple(indices[index] for index in cover.chosen)), limit_hit
+
+
+def _possible(problem: Problem[Any], excess: float = 2 * TOLERANCE) -> list[int]:
+    """Return the choices (indices) that some cover holds which exceeds a limit by so much at most, for each limit.
+
+    A number that stands for "never" goes here, before it spoils the solver's arithmetic.
+
+    Args:
+        problem: the problem.
+        excess: share of a limit.
+    """
+    relaxation, possible = Relaxation(problem), np.ones(len(problem.choices), bool)
+    for limit in problem.limits:
+        totals = limit.constant + relaxation.lightest_through(np.array(limit.coefficients, np.float64))
+        possible &= totals <= limit.upper + excess * (abs(limit.upper) + abs(limit.constant))
+    return [int(index) for index in np.flatnonzero(possible)]
+
+
+def _minimise(
+    problem: Problem[Any], objective: Sequence[float], settings: SolverSettings
+) -> tuple[ProvenCover | None, bool]:
+    """Minimise over what :func:`_possible` leaves."""
     model = MipModel(problem, objective)
     parameters = _parameters(settings)
     nodes = 0
     for _ in range(_MAX_REPAIRS):
         result = model.solve(parameters)
+        if result is None:
+            raise InputError(
+                f"{problem.name}: HiGHS refuses its scores and costs, which lie too far from each other; leave out a "
+                f"variant rather than give it a huge number, and check the limits ({problem.where})"
+            )
         nodes += result.solve_stats.node_count
         reason = result.termination.reason
         if reason in _NO_SOLUTION:
@@ -189,7 +225,8 @@ def minimise(
         assert sorted(covered) == list(range(problem.num_blocks)), chosen
         if problem.kept_by(chosen):
             limit_hit = reason == mathopt.TerminationReason.FEASIBLE
-            return ProvenCover(chosen, result.termination.objective_bounds.dual_bound, nodes, limit_hit), limit_hit
+            bound = result.termination.objective_bounds.dual_bound * model.unit
+            return ProvenCover(chosen, bound, nodes, limit_hit), limit_hit
         model.exclude(chosen)
     raise InputError(
         f"{problem.name}: HiGHS returned {_MAX_REPAIRS} solutions that exceed a limit by rounding; move the limit a "
@@ -204,7 +241,7 @@ def minimise_excess(problem: Problem[Any], settings: SolverSettings) -> ProvenCo
     """
     model = MipModel(problem, [0.0] * len(problem.choices), soft=True)
     result = model.solve(_parameters(settings))
-    if not result.has_primal_feasible_solution():
+    if result is None or not result.has_primal_feasible_solution():
         return None
     limit_hit = result.termination.reason == mathopt.TerminationReason.FEASIBLE
     return ProvenCover(model.chosen(result), result.termination.objective_bounds.dual_bound, 0, limit_hit)
@@ -222,13 +259,23 @@ def _parameters(settings: SolverSettings) -> mathopt.SolveParameters:
     return parameters
 
 
-def _prices(problem: Problem[Any]) -> dict[str, float]:
-    """Return the duals of the LP relaxation: nats/token per whole upper limit, 0 or more, by the limit's name."""
+def _prices(problem: Problem[Any], objective: float) -> dict[str, float]:
+    """Return the duals of the LP relaxation: nats/token per whole upper limit, 0 or more, by the limit's name.
+
+    A choice that alone exceeds a limit, or the best sum, `objective`, beyond all measure has no part in it.
+    """
+    most = _BEYOND_MEASURE * objective if objective > 0 else math.inf
+    possible = [index for index in _possible(problem, _BEYOND_MEASURE) if problem.choices[index].score <= most]
+    problem = problem.restricted_to(possible)
     model = MipModel(problem, [choice.score for choice in problem.choices], integer=False)
     result = model.solve_relaxed()
-    assert result.termination.reason == mathopt.TerminationReason.OPTIMAL, result.termination
+    if result is None or not result.has_dual_feasible_solution():
+        raise InputError(
+            f"{problem.name}: its limits have no prices, since scores and costs lie too far from each other; leave out "
+            "a variant rather than give it a huge number"
+        )
     prices = {}
     for limit in problem.limits:
         row, scale = model.rows[limit.name]
-        prices[limit.name] = abs(result.dual_values(row) * limit.upper / scale)
+        prices[limit.name] = abs(result.dual_values(row) * model.unit * limit.upper / scale)
     return prices

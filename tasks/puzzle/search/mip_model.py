@@ -8,19 +8,23 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ortools.math_opt.python import mathopt
 
 from tasks.puzzle.search.problem import TOLERANCE, Limit, Problem
 
+_LARGEST_SCORE = 1024.0
+"""The size that the objective's largest coefficient is scaled to, so that much smaller ones count."""
+
 
 class MipModel:
-    """A MathOpt model of a problem. Rows are scaled by powers of two, which changes no digit of the coefficients.
+    """A MathOpt model of a problem. Rows and objective are scaled by powers of two, which changes no digit.
 
-    With `soft` limits, the share by which each is exceeded is added to the objective; rules stay hard. `rows` holds
-    the row of each limit by name, and the factor by which it was scaled.
+    Solvers have absolute tolerances: a sum of scores of 1e-7 would be nothing to them. With `soft` limits, the share by
+    which each is exceeded is added to the objective; rules stay hard. `rows` holds the row of each limit by name, and
+    the factor by which it was divided; the objective was divided by `unit`.
     """
 
     def __init__(
@@ -41,7 +45,9 @@ class MipModel:
                 allowance = self._model.add_variable(lb=0.0)
                 excesses.append(allowance)
             self.rows[limit.name] = self._add_limit(limit, allowance)
-        self._model.minimize(self._weighted(objective) + mathopt.fast_sum(excesses))
+        self.unit = _power_of_two_near(max(map(abs, objective), default=0.0)) / _LARGEST_SCORE
+        scaled = [coefficient / self.unit for coefficient in objective]
+        self._model.minimize(self._weighted(scaled) + mathopt.fast_sum(excesses))
 
     def _add_cover(self, problem: Problem[Any]) -> None:
         """Cover every block exactly once."""
@@ -70,14 +76,17 @@ class MipModel:
             mathopt.fast_sum(self._variables[index] for index in chosen) <= len(chosen) - 1
         )
 
-    def solve(self, parameters: mathopt.SolveParameters) -> mathopt.SolveResult:
-        """Run HiGHS."""
-        with _no_output():
+    def solve(self, parameters: mathopt.SolveParameters) -> mathopt.SolveResult | None:
+        """Run HiGHS; None where it refuses the numbers, which lie too far from each other."""
+        with _no_output(), suppress(AttributeError):  # MathOpt's own error fails over the solver's
             return mathopt.solve(self._model, mathopt.SolverType.HIGHS, params=parameters)
+        return None
 
-    def solve_relaxed(self) -> mathopt.SolveResult:
-        """Solve as an LP (the model was built with integer=False)."""
-        return mathopt.solve(self._model, mathopt.SolverType.GLOP)
+    def solve_relaxed(self) -> mathopt.SolveResult | None:
+        """Solve as an LP (the model was built with integer=False); None as above."""
+        with suppress(AttributeError):
+            return mathopt.solve(self._model, mathopt.SolverType.GLOP)
+        return None
 
     def chosen(self, result: mathopt.SolveResult) -> tuple[int, ...]:
         """Return the indices of the chosen choices, in order."""
@@ -101,4 +110,4 @@ def _no_output() -> Iterator[None]:
 
 
 def _power_of_two_near(value: float) -> float:
-    return math.ldexp(1.0, math.frexp(value)[1]) if value else 1.0
+    return math.ldexp(1.0, math.frexp(value)[1] - 1) if value else 1.0

@@ -49,6 +49,43 @@ def test_the_search_equals_brute_force(problem: Small) -> None:
     assert solved(problem) == optimum(brute_force(problem))
 
 
+@pytest.mark.parametrize("unit", [2.0**-17, 2.0**-23, 2.0**-40, 2.0**40])
+def test_the_unit_of_scores_and_costs_decides_nothing(unit: float) -> None:
+    """HiGHS has absolute tolerances: of sums of 1e-7 a quarter came back "optimal", and up to 20 % off."""
+    for seed in range(40):
+        rng = random.Random(seed)
+        replacements = [
+            Replacement(block, 1, Attention("gqa", width), Ffn("no_op")) for block in range(4) for width in (1, 2, 3, 4)
+        ]
+        choices = tuple(Choice(replacement, unit * rng.random()) for replacement in replacements)
+        costs = [tuple(rng.randrange(11) / unit for _ in choices) for _ in range(2)]
+        limits = tuple(Limit(str(row), "", cost, 0.0, rng.randrange(12, 24) / unit) for row, cost in enumerate(costs))
+        problem = Problem("t", 4, choices, limits)
+        allowed = [
+            sum(choices[index].score for index in cover)
+            for cover in covers(problem)
+            if all(limit.met_by(limit.total(cover)) for limit in limits)
+        ]
+        best = min(allowed, default=None)
+        assert solved(problem) == (None if best is None else pytest.approx(best, rel=1e-6, abs=0)), seed
+
+
+@given(problems(), st.integers(0, 20), st.integers(9, 30), st.booleans())
+@settings(deadline=None, max_examples=100)
+def test_a_huge_number_stands_for_never(problem: Small, position: int, power: int, is_score: bool) -> None:
+    index = position % len(problem.choices)
+    if is_score:
+        choices = list(problem.choices)
+        choices[index] = replace(choices[index], score=10.0**power)
+        problem = replace(problem, choices=tuple(choices))
+    else:
+        coefficients = list(problem.limits[0].coefficients)
+        coefficients[index] = 10.0**power
+        first = replace(problem.limits[0], coefficients=tuple(coefficients))
+        problem = replace(problem, limits=(first, *problem.limits[1:]))
+    assert solved(problem) == optimum(brute_force(problem))
+
+
 @given(problems(), st.integers(0, 1), st.integers(1, 80))
 @settings(deadline=None, max_examples=40)
 def test_loosening_a_limit_never_worsens_the_optimum(problem: Small, index: int, eighths: int) -> None:
