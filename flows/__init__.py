@@ -4,7 +4,7 @@ Prefect reads its settings when it is first imported, so this package sets them 
 telemetry, few retries, and a console that shows our progress and errors only (the UI has the logs). Other Prefect
 settings of the user are ignored (variables, profiles, files of the folder), except the address and credentials of a
 running server. Local addresses bypass proxies. What else would end any command later is mended: closed streams, an
-SSL_CERT_FILE without certificates, a timeout that is no number.
+SSL_CERT_FILE without certificates, a proxy that httpx cannot take, a timeout that is no number.
 """
 
 import importlib
@@ -12,15 +12,22 @@ import os
 import re
 import ssl
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 HOME_NAME = ".prefect"
 HOME = Path(HOME_NAME).resolve()
 
-_NUMBERS = {"HF_HUB_ETAG_TIMEOUT": int, "HF_HUB_DOWNLOAD_TIMEOUT": int, "HF_DATASETS_IN_MEMORY_MAX_SIZE": float}
-"""Variables that libraries read as numbers while they are imported."""
+_READ_EARLY: dict[str, Callable[[str], object]] = {
+    **dict.fromkeys(("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"), int),
+    "HF_DATASETS_IN_MEMORY_MAX_SIZE": float,
+    "HF_ENDPOINT": lambda url: urlsplit(url).port,
+}
+"""Variables that libraries read while they are imported, and as what."""
 LOCAL_NAMES = ("127.0.0.1", "localhost")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 _SETTINGS = {
     "PREFECT_HOME": str(HOME),
     "PREFECT_PROFILES_PATH": str(HOME / "profiles.toml"),
@@ -65,14 +72,54 @@ def _forget_certificates() -> None:
         del os.environ["SSL_CERT_FILE"]
 
 
-def _forget_numbers() -> None:
-    """Take variables out of the environment that would have to be numbers and are none."""
-    for name, kind in _NUMBERS.items():
+def _is_taken(name: str, value: str) -> bool:
+    """Tell whether httpx makes a client, as Prefect does, where this is the environment's only variable on proxies."""
+    import httpx  # most environments have no such variable
+
+    os.environ[name] = value
+    try:
+        httpx.Client(verify=False).close()
+    except (ImportError, ValueError, httpx.InvalidURL):  # ImportError: SOCKS takes another package
+        return False
+    finally:
+        del os.environ[name]
+    return True
+
+
+def _set_proxies() -> None:
+    """Take what httpx refuses out of the environment's variables on proxies; have local addresses bypass them."""
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    names = [name for name in os.environ if name.lower() in ("no_proxy", *_PROXIES)]
+    proxies = {name: value for name in names if (value := os.environ.pop(name)) and name.lower() in _PROXIES}
+    taken = {name: value for name, value in proxies.items() if _is_taken(name, value)}
+    for name in [name for name in proxies if name not in taken]:
+        scheme = re.match(r"(?a)[\w+.-]{1,20}://", proxies[name])  # what follows may hold a password
+        found = f"{scheme[0]}..., which Prefect's client refuses" if scheme else "a text without a scheme"
+        sys.stderr.write(f"warning: {name} is left aside: expected http://HOST:PORT, found {found}\n")
+    entries = []
+    for entry in filter(None, map(str.strip, direct.split(","))):
+        bare = entry[1:-1] if entry.startswith("[") and entry.endswith("]") else entry
+        if bare in LOCAL_NAMES or _is_taken("no_proxy", bare):
+            entries.append(bare)
+        else:
+            sys.stderr.write(f"warning: {entry!r:.100} in NO_PROXY is left aside: expected a name or an address\n")
+    if entries != ["*"]:
+        entries += [name for name in LOCAL_NAMES if name not in entries]
+    os.environ.update(taken)
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(entries)
+
+
+def _forget_unreadable() -> None:
+    """Take variables out of the environment over which the import of a library ends."""
+    for name, read in _READ_EARLY.items():
         try:
-            kind(os.environ.get(name) or 0)
+            if value := os.environ.get(name):
+                read(value)
         except ValueError as error:
             sys.stderr.write(f"warning: {name} is left aside: {error!s:.200}\n")
             del os.environ[name]
+            if name == "HF_ENDPOINT":  # a token for another hub than the one that is asked then
+                os.environ.pop("HF_TOKEN", None)
     try:
         importlib.import_module("tqdm")
     except ValueError as error:
@@ -92,10 +139,6 @@ def _set_environment() -> None:
     os.environ["MPLBACKEND"] = "agg"  # figures are files; Jupyter hands its own one down, which need not be installed
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    missing = [name for name in LOCAL_NAMES if name not in direct.split(",")]
-    if direct.strip() != "*":
-        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join([*filter(None, [direct]), *missing])
 
 
 def _forget_files() -> None:
@@ -121,5 +164,6 @@ def _has_settings(path: Path, pattern: str) -> bool:
 _open_streams()
 _set_environment()
 _forget_certificates()
-_forget_numbers()
+_set_proxies()
+_forget_unreadable()
 _forget_files()

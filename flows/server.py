@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import http.client
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +133,11 @@ def _checked(url: str) -> str:
     """Return PREFECT_API_URL, where a Prefect server answers there."""
     way_out = "expected http://HOST:PORT/api of a server that runs; unset it, and this clone starts a server of its own"
     address = url.strip().rstrip("/")
+    if re.search("[@?#]", address):  # whose message shows nothing of it
+        raise InputError(
+            "PREFECT_API_URL holds more than http://HOST:PORT/api (a user, a password, a query); take that out, and "
+            "give credentials by PREFECT_API_AUTH_STRING or PREFECT_API_KEY"
+        )
     try:
         parts = httpx.URL(address)  # as Prefect's client reads it
         is_address = parts.scheme in ("http", "https") and bool(parts.host) and parts.port != 0

@@ -156,6 +156,8 @@ class Checkpoint:
         checksums = read_record(path, Checksums, self.rebuild)
         if not self.is_foreign:
             for name, checksum in checksums.files.items():
+                if not (parts := Path(name).parts) or parts[0] == "/" or ".." in parts:
+                    raise damaged(path, f"lists {name!r:.100}, which is no file of its folder", self.rebuild)
                 verify(self.folder / name, checksum, self.rebuild)
         return checksums
 

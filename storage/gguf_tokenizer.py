@@ -130,9 +130,10 @@ def _add(writer: GGUFWriter, tokenizer: Tokenizer, folder: Path, vocab_size: int
 
 def _chat_templates(folder: Path, config: _Json) -> dict[str, str]:
     """Return chat templates by name, sorted: those of files, else tokenizer_config.json's, as transformers does."""
-    files = {path.stem: path for path in folder.glob("additional_chat_templates/*.jinja")}
-    if (default := folder / "chat_template.jinja").is_file():
-        files["default"] = default
+    default = folder / "chat_template.jinja"
+    files = {"default": default} if default.is_file() else {}
+    for path in folder.glob("additional_chat_templates/*.jinja"):  # `default.jinja` is the default then
+        files[path.name.removesuffix(".jinja")] = path
     templates: Any = {name: read_text(path, _REBUILD) for name, path in files.items()} or config.get("chat_template")
     if isinstance(templates, list):
         templates = {named.get("name"): named.get("template") for named in templates if isinstance(named, dict)}
@@ -143,7 +144,13 @@ def _chat_templates(folder: Path, config: _Json) -> dict[str, str]:
             f"{folder / 'tokenizer_config.json'}: chat_template is neither a text nor a list of templates with their "
             "names; save the tokenizer anew with transformers"
         )
-    return {"".join(c if c.isalnum() else "_" for c in name): templates[name] for name in sorted(templates)}
+    keys = {name: "".join(c if c.isalnum() else "_" for c in name) for name in sorted(templates)}
+    if len(set(keys.values())) < len(keys):
+        raise InputError(
+            f"{folder} has chat templates {list(keys)!s:.300}, some of which have one name in a GGUF file, where all "
+            "but letters and digits becomes _; rename one, or leave the gguf formats out of export_child.formats"
+        )
+    return {key: templates[name] for name, key in keys.items()}
 
 
 def _check_added(tokenizer: Tokenizer) -> None:

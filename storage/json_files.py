@@ -29,23 +29,32 @@ def read_object(path: Path, rebuild: str, max_bytes: int = MAX_BYTES) -> dict[st
         InputError: the file is missing, cannot be read, or is too large.
         DamagedFileError: it does not hold such an object.
     """
+    text = read_text(path, rebuild, max_bytes)
     try:
-        value = json.loads(
-            read_text(path, rebuild, max_bytes),
+        value = parse(text)
+    except ValueError as error:
+        raise damaged(path, f"is not valid JSON ({error})", rebuild) from None
+    if not isinstance(value, dict):
+        raise damaged(path, f"is {_KINDS[type(value)]}, expected a JSON object", rebuild)
+    return value
+
+
+def parse(text: str) -> Any:
+    """Return the value of a JSON text, with finite numbers and every key once.
+
+    Raises:
+        ValueError: it is no such text; the message says why.
+    """
+    try:
+        return json.loads(
+            text,
             object_pairs_hook=_with_every_key_once,
             parse_constant=_refuse_constant,
             parse_int=_integer,
             parse_float=_finite,
         )
     except RecursionError:
-        raise damaged(path, "is not valid JSON (its values lie too deep in each other)", rebuild) from None
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise damaged(path, f"is not valid JSON ({error})", rebuild) from None
-    if not isinstance(value, dict):
-        raise damaged(path, f"is {_KINDS[type(value)]}, expected a JSON object", rebuild)
-    return value
+        raise ValueError("its values lie too deep in each other") from None
 
 
 _KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
@@ -61,7 +70,8 @@ def read_text(path: Path, rebuild: str, max_bytes: int = MAX_BYTES) -> str:
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
-            raise InputError(f"{path} is a {'folder' if stat.S_ISDIR(mode) else 'device'}, expected a file")
+            kind = "folder" if stat.S_ISDIR(mode) else "device"
+            raise InputError(f"{path} is a {kind}, expected a file; check the path")
         with path.open("rb") as handle:
             data = handle.read(max_bytes + 1)
     except FileNotFoundError:
@@ -76,7 +86,7 @@ def read_text(path: Path, rebuild: str, max_bytes: int = MAX_BYTES) -> str:
         problem = f"byte {error.start} is 0x{data[error.start]:02x}"
         raise damaged(path, f"is not UTF-8 ({problem})", rebuild) from None
     if text.startswith("\ufeff"):
-        raise InputError(f"{path} begins with a byte order mark, which transformers refuses; save it without")
+        raise InputError(f"{path} begins with a byte order mark, which readers of JSON refuse; save it without")
     return text
 
 

@@ -232,7 +232,9 @@ def special_token_ids(config: Mapping[str, Any], where: str) -> dict[str, int | 
     ids = {key: config[key] for key in _SPECIAL_TOKENS if key in config}
     for key, value in ids.items():
         listed = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(index, int) and -1 <= index <= MAX_TOKENS and index is not True for index in listed):
+        if not all(
+            isinstance(index, int) and -1 <= index <= MAX_TOKENS and not isinstance(index, bool) for index in listed
+        ):
             raise InputError(f"{where}: {key} is no token id, nor a list of them or null")
     return ids
 

@@ -40,12 +40,13 @@ def read_table(path: Path, rebuild: str, takes_foreign: bool = False) -> pa.Tabl
         with pq.ParquetFile(path, page_checksum_verification=True) as file:  # read_table imports pandas, a second
             table = file.read()
             table.validate(full=True)
-        metadata = {str(key, "utf-8"): str(value, "utf-8") for key, value in (table.schema.metadata or {}).items()}
-        is_foreign = takes_foreign and not {SEAL, _SEALED_BY} & metadata.keys()
-        is_whole = is_foreign or metadata.get(SEAL) == _digest(table)
+        marks = table.schema.metadata or {}
+        is_foreign = takes_foreign and not {SEAL.encode(), _SEALED_BY.encode()} & marks.keys()
+        is_whole = is_foreign or marks.get(SEAL.encode()) == _digest(table).encode()
     except (pa.ArrowException, OSError, ValueError, OverflowError, TypeError) as error:  # TypeError: texts become bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise damaged(path, f"is not a whole Parquet file ({reason})", rebuild) from error
+        yours = "; correct it if it is yours" if takes_foreign else ""
+        raise damaged(path, f"is not a whole Parquet file ({reason}{yours})", rebuild) from error
     if not is_whole:
         way_out = ", or take the seal out of its metadata if you changed it yourself" if takes_foreign else ""
         raise damaged(path, f"is damaged (its values are not those that were sealed{way_out})", rebuild)

@@ -7,15 +7,23 @@ In: such a file, from anyone. Out: its variants, checked. `stats` add up over la
 with weights, is storage/library.py.
 """
 
-import json
-import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from storage.files import InputError
+from storage.config_fields import MAX_BLOCKS, is_number
+from storage.files import InputError, to_run
+from storage.json_files import read_object
+
+MAX_NUMBER = 1e30
+"""No stat, metric or limit is larger: sums and products of such numbers stay finite."""
+_MAX_BYTES = 1 << 28
+_WAY_OUT = "the download again, or correct --block-library"
+_MAX_SHOWN = 9
+"""Missing layers that a message names."""
 
 
 @dataclass(frozen=True, order=True)
@@ -38,21 +46,17 @@ def read_published_library(path: Path) -> tuple[PublishedVariant, ...]:
 
     Raises:
         InputError: the file is missing or not JSON, a name comes twice, layers are not layer_0, layer_1, ... without a
-            gap, a layer has no variant, variants differ in their stats or metrics, or a number is none, negative or not
-            finite. The message says where.
+            gap, a layer has no variant, variants differ in their stats or metrics, or a number is none, negative or
+            beyond MAX_NUMBER. The message says where.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or not content:
-        raise InputError(f'{path}: expected {{"layer_0": {{...}}, ...}}, found {_shown(content)}')
+    content = read_object(path, _WAY_OUT, _MAX_BYTES)
+    if not content:
+        raise InputError(f'{path}: expected {{"layer_0": {{...}}, ...}}, found an empty object; {to_run(_WAY_OUT)}')
     layers = {_layer_number(name, path): variants for name, variants in content.items()}
     if sorted(layers) != list(range(len(layers))):
         missing = sorted({*range(max(layers) + 1)} - {*layers})
-        raise InputError(f"{path}: layers {', '.join(map(str, missing))} are missing between 0 and {max(layers)}")
+        shown = [*map(str, missing[:_MAX_SHOWN]), *["..."] * (len(missing) > _MAX_SHOWN)]
+        raise InputError(f"{path}: layers {', '.join(shown)} are missing between 0 and {max(layers)}; add them")
     result = []
     for layer, variants in sorted(layers.items()):
         where = f"{path}: layer_{layer}"
@@ -62,40 +66,33 @@ def read_published_library(path: Path) -> tuple[PublishedVariant, ...]:
     return tuple(result)
 
 
-def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    """Return the object of these pairs of name and value; InputError where a name comes twice."""
-    names = [name for name, _ in pairs]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise InputError(f"{path}: {', '.join(sorted(repeated))} comes twice in one object; keep one")
-    return dict(pairs)
-
-
 def _layer_number(name: str, path: Path) -> int:
-    match = re.fullmatch(r"layer_(0|[1-9]\d*)", name)
-    if not match:
-        raise InputError(f"{path}: expected names layer_0, layer_1, ..., found {name!r}")
+    match = re.fullmatch(r"layer_(0|[1-9][0-9]{0,8})", name)
+    if not match or int(match[1]) >= MAX_BLOCKS:
+        most = f"layer_{MAX_BLOCKS - 1} at most"
+        raise InputError(f"{path}: expected names layer_0, layer_1, ..., {most}, found {_shown(name)}; correct it")
     return int(match[1])
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
-        raise InputError(f"{where}: expected an object that is not empty, found {_shown(value)}")
+        raise InputError(f"{where}: expected an object that is not empty, found {_shown(value)}; correct it")
     return value
 
 
 def _variant(layer: int, name: str, content: Any, where: str) -> PublishedVariant:
     parts = _object(content, where)
     stats = _numbers(parts.get("stats"), f"{where}.stats", least=0)
-    metrics = _numbers(parts.get("metrics"), f"{where}.metrics", least=-math.inf)
+    metrics = _numbers(parts.get("metrics"), f"{where}.metrics", least=-MAX_NUMBER)
     return PublishedVariant(layer, name, stats, metrics)
 
 
 def _numbers(value: Any, where: str, least: float) -> dict[str, float]:
     numbers = _object(value, where)
     for name, number in numbers.items():
-        is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not is_number or not math.isfinite(number) or number < least:
-            raise InputError(f"{where}.{name}: expected a finite number, stats at least 0, found {_shown(number)}")
+        if not is_number(number) or not least <= number <= MAX_NUMBER:
+            bounds = f"at least {least:g} and at most {MAX_NUMBER:g}"
+            raise InputError(f"{where}.{name}: expected a number {bounds}, found {_shown(number)}; correct it")
     return {name: float(number) for name, number in numbers.items()}
 
 
@@ -113,6 +110,5 @@ def _check_alike(variants: list[PublishedVariant], path: Path) -> None:
 
 
 def _shown(value: Any) -> str:
-    """Return the value as JSON has it, cut off where it is long."""
-    text = json.dumps(value) if not isinstance(value, float) else repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    """Return the value for people: short, however large or deep it is."""
+    return "nothing" if value is None else reprlib.repr(value)

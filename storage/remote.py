@@ -21,6 +21,7 @@ from storage.files import InputError, digest_of, sha256, write_whole
 
 _S3 = "s3://"
 _SETTINGS = "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
+HUB_SETTINGS = "HF_TOKEN, HF_ENDPOINT and HTTPS_PROXY in the environment"
 _MAGIC = re.compile(r"[*?[]")
 _OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -44,7 +45,7 @@ def fetch(url: str, into: Path) -> Path:
             if not path.exists():
                 raise InputError(f"{url} does not exist (looked from {Path.cwd()}); check the path")
         return path
-    store = _store()
+    store = _store(url)
     key = url.removeprefix(_S3).rstrip("/")
     with _explained(url):
         sizes = {info["name"]: int(info["size"]) for info in store.find(key, detail=True).values()}
@@ -72,7 +73,7 @@ def expand(pattern: str) -> list[str]:
     """
     if _is_s3(pattern):
         with _looked_up(pattern), _explained(pattern):
-            infos = _s3_matches(_store(), pattern.removeprefix(_S3))
+            infos = _s3_matches(_store(pattern), pattern.removeprefix(_S3))
         addresses = [_S3 + info["name"] for info in infos if info["type"] == "file"]
     else:
         with _looked_up(pattern):
@@ -117,8 +118,9 @@ def fingerprint(url: str) -> str:
     """
     if not _is_s3(url):
         return sha256(fetch(url, Path()))
+    store = _store(url)
     with _explained(url):
-        info = _store().info(url)
+        info = store.info(url)
     return digest_of({"etag": info.get("ETag"), "size": info["size"]})
 
 
@@ -133,14 +135,28 @@ def _is_s3(url: str) -> bool:
     return False
 
 
-def _store() -> Any:
+def _store(url: str) -> Any:
     """Return a file system of its own for every call: s3fs otherwise keeps listings and settings of earlier ones.
 
     Checksums only where an operation needs them: stores that know S3 as it was refuse a request that names one.
+
+    Raises:
+        InputError: the settings for the store of `url` cannot be used.
     """
     config: dict[str, Any] = {"connect_timeout": 10, "retries": {"max_attempts": 3}}
     config |= dict.fromkeys(("request_checksum_calculation", "response_checksum_validation"), "when_required")
-    return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
+    store = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
+    with _explained(url):
+        try:
+            store.connect()
+        except BotoCoreError:  # some are ValueErrors, too
+            raise
+        except ValueError:
+            raise InputError(
+                f"{url} cannot be reached: the store's address is no URL, expected http://HOST:PORT or "
+                f"https://HOST; check {_SETTINGS}"
+            ) from None
+    return store
 
 
 def _download(store: Any, name: str, size: int, target: Path) -> None:

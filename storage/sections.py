@@ -7,9 +7,10 @@ also a field of Params in storage/params.py, which checks what several sections 
 """
 
 import math
+import reprlib
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from storage.documents import TRAINING_MIX
 from storage.fields import Section
@@ -17,6 +18,13 @@ from storage.formats import FormatName
 from storage.records import Precision
 from storage.scenario import Scenario, ScenarioText
 from storage.written_text import WrittenKind
+
+
+def _each_once(values: tuple[object, ...]) -> tuple[object, ...]:
+    """Refuse a list in which an item stands twice: its rows or files would be made twice."""
+    if twice := [value for index, value in enumerate(values) if value in values[:index]]:
+        raise ValueError(f"{reprlib.repr(twice[0])} stands twice; keep one")
+    return values
 
 
 class Run(Section):
@@ -234,6 +242,7 @@ class DistillBlocks(Section):
     spans: tuple[Annotated[int, Field(ge=2)], ...] = Field(
         (), description="Numbers of consecutive parent blocks that one child block may stand for."
     )
+    _listed_once = field_validator("spans")(_each_once)
 
     @model_validator(mode="after")
     def _reads_tokens(self) -> Self:
@@ -309,6 +318,10 @@ class MeasureCosts(Section):
     )
     repeats: int = Field(4, ge=2, description="Rounds of `puzzle time-machine`; the median counts.")
 
+    _listed_once = field_validator("timings", "hardware", "engines", "tensor_parallel", "scenarios", "batches")(
+        _each_once
+    )
+
     def degrees(self, engine: str) -> tuple[int, ...]:
         """Return the tensor-parallel degrees of a modelled engine."""
         return (1,) if engine == "roofline" else self.tensor_parallel
@@ -365,12 +378,14 @@ class ExportChild(Section):
         "padded-llama; plain is refused unless all blocks are alike.",
     )
     max_shard_gib: float = Field(2.0, gt=0, description="Largest safetensors file, GiB; memory holds one.")
+    _listed_once = field_validator("formats")(_each_once)
 
 
 class ExportParent(Section):
     """The parent in the formats that stock runtimes load, to compare children with."""
 
     formats: tuple[FormatName, ...] = Field(("gguf-f16",), min_length=1, description="Formats, as for the child.")
+    _listed_once = field_validator("formats")(_each_once)
 
 
 class DistillChild(Section):
@@ -438,9 +453,11 @@ class BenchmarkThroughput(Section):
         description="Input/output lengths on the modelled hardware; the default is the published table's.",
     )
 
+    _listed_once = field_validator("engines", "scenarios", "batches", "modelled_scenarios")(_each_once)
+
     @model_validator(mode="after")
     def _differ(self) -> Self:
-        if len(self.measured_scenarios) < len(set(self.scenarios)):
+        if len(self.measured_scenarios) < len(self.scenarios):
             raise ValueError(f"length_scale {self.length_scale} makes two of the scenarios the same")
         return self
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from storage.files import InputError
-from storage.json_files import read_text
 from storage.yaml_files import parse_foreign_yaml
 
 _log = logging.getLogger(__name__)
@@ -54,11 +53,16 @@ def side_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     """Return files of a folder that match one of the patterns, sorted.
 
     Raises:
-        InputError: one of them is a link that leads out of the folder, or no regular file.
+        InputError: one of them is a link that leads out of the folder, no regular file, or has a name that is not
+            UTF-8.
     """
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     files = [path for path in paths if path.is_symlink() or not path.is_dir()]
     for file in files:
+        try:
+            str(file.relative_to(folder)).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{file.name!r} in {folder} is no name in UTF-8; rename the file, or remove it") from None
         check_inside(file, folder)
     return files
 
@@ -78,10 +82,17 @@ def card_text(folder: Path) -> str | None:
         return None
     try:
         check_inside(card, folder)
-        return read_text(card, "the download of this checkpoint again", _MAX_CARD_BYTES)
-    except InputError as error:
+        with card.open("rb") as handle:
+            data = handle.read(_MAX_CARD_BYTES + 1)
+        if len(data) > _MAX_CARD_BYTES:
+            raise InputError(f"{card} is larger than {_MAX_CARD_BYTES >> 20} MiB, which no card is")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        _log.warning("%s is not UTF-8 (byte %d is 0x%02x); it is left out", card, error.start, byte)
+    except (InputError, OSError) as error:
         _log.warning("%s; it is left out", error)
-        return None
+    return None
 
 
 def licence_of(folder: Path) -> str:

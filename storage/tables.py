@@ -8,10 +8,9 @@ says which. Tables of this project carry a seal (storage/parquet_files.py), thos
 
 import difflib
 import itertools
-import json
 import logging
-import math
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,10 @@ from typing import Any, Generic, TypeVar, get_args
 import pyarrow as pa
 from pyarrow import csv
 
-from storage.files import DamagedFileError, InputError
+from storage.config_fields import MAX_BLOCKS
+from storage.fields import MAX_NUMBER
+from storage.files import DamagedFileError, InputError, to_run
+from storage.json_files import parse
 from storage.parquet_files import read_table, write_table
 from storage.paths import TIMINGS
 from storage.records import (
@@ -44,6 +46,9 @@ _LARGEST_COSINE = 1 + 1e-4
 """Largest cosine of two float32 vectors: 1 and its rounding."""
 _SMALLEST_KL = -1e-3
 """KL is never negative in exact arithmetic; rounding of a replacement that changes nothing stays far above this."""
+_LARGEST_NATS = 1e6
+_LARGEST_RATE = 1e12
+"""Largest number of milliseconds, seconds, or tokens/s: 1e12 ms are thirty years."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class _Column:
     name: str
     type: pa.DataType
     unit: str
-    minimum: float | None = None
-    maximum: float | None = None
+    minimum: float = 0
+    maximum: float = 0
     allowed: tuple[str, ...] = ()
     pattern: str = ""
     nullable: bool = False
@@ -70,10 +75,10 @@ class _Column:
             return f"one of {', '.join(self.allowed)}"
         if self.pattern:
             return f"text like {self.unit}"
-        bounds = [f"at least {self.minimum:g}" if self.minimum is not None else ""]
-        bounds += [f"at most {self.maximum:g}" if self.maximum is not None else ""]
-        kind = {"int64": "a whole number", "double": "a finite number"}.get(str(self.type), "a text")
-        return " ".join([kind, " and ".join(filter(None, bounds))]).strip()
+        if self.type == pa.string():
+            return "a text"
+        kind = "a whole number" if self.type == pa.int64() else "a finite number"
+        return f"{kind} at least {self.minimum:g} and at most {self.maximum:g}"
 
     def accepts(self, value: Any) -> bool:
         """Tell whether `value` (of the column's type) is allowed."""
@@ -81,9 +86,12 @@ class _Column:
             return self.nullable
         if isinstance(value, str):
             return (not self.allowed or value in self.allowed) and (not self.pattern or bool(self._matches(value)))
-        low = -math.inf if self.minimum is None else self.minimum
-        high = math.inf if self.maximum is None else self.maximum
-        return math.isfinite(value) and low <= value <= high
+        return bool(self.minimum <= value <= self.maximum)
+
+    def takes(self, found: pa.DataType) -> bool:
+        """Tell whether a file may hold the column as `found`: truth values and times are no numbers."""
+        inner = found.value_type if pa.types.is_dictionary(found) else found
+        return self.type == pa.string() or not (pa.types.is_boolean(inner) or pa.types.is_temporal(inner))
 
     def _matches(self, value: str) -> re.Match[str] | None:
         return re.fullmatch(self.pattern, value)
@@ -117,11 +125,11 @@ class _Table(Generic[_Row]):
         return pa.schema([column.field for column in self.columns])
 
 
-def _count(name: str, unit: str, minimum: int, nullable: bool = False) -> _Column:
-    return _Column(name, pa.int64(), unit, minimum=minimum, nullable=nullable)
+def _count(name: str, unit: str, minimum: int, maximum: int = MAX_NUMBER, nullable: bool = False) -> _Column:
+    return _Column(name, pa.int64(), unit, minimum=minimum, maximum=maximum, nullable=nullable)
 
 
-def _number(name: str, unit: str, minimum: float, maximum: float | None = None, nullable: bool = False) -> _Column:
+def _number(name: str, unit: str, minimum: float, maximum: float = _LARGEST_RATE, nullable: bool = False) -> _Column:
     return _Column(name, pa.float64(), unit, minimum=minimum, maximum=maximum, nullable=nullable)
 
 
@@ -167,9 +175,10 @@ def _check_hashes(rows: Sequence[ScoreRow], path: Path) -> None:
             )
 
 
+_SPAN = _count("span", "blocks", 1, MAX_BLOCKS)
 _SCORE_COLUMNS = (
-    _count("first_block", "block index", 0),
-    _count("span", "blocks", 1),
+    _count("first_block", "block index", 0, MAX_BLOCKS - 1),
+    _SPAN,
     _text("attention", "variant name"),
     _text("ffn", "variant name"),
     _text("weights", "name", get_args(Weights)),
@@ -178,12 +187,12 @@ _SCORE_COLUMNS = (
     _count("sequence_shard", "shard index", 0),
     _count("document", "document number", 0),
     _count("tokens", "tokens", 1),
-    _number("kl", "nats/token", _SMALLEST_KL),
-    _number("lm_loss", "nats/token", 0),
+    _number("kl", "nats/token", _SMALLEST_KL, _LARGEST_NATS),
+    _number("lm_loss", "nats/token", 0, _LARGEST_NATS),
     _number("top1_agreement", "share of tokens", 0, 1),
     _number("cosine", "cosine", -_LARGEST_COSINE, _LARGEST_COSINE),
 )
-_SCENARIO = _text("scenario", "'128/128' (tokens in/tokens out)", pattern=r"[1-9]\d*/[1-9]\d*")
+_SCENARIO = _text("scenario", "'128/128' (tokens in/tokens out)", pattern=r"[1-9][0-9]{0,8}/[1-9][0-9]{0,8}")
 _SETTING_COLUMNS = (
     _text("hardware", "name"),
     _text("engine", "name"),
@@ -195,8 +204,8 @@ _SETTING_COLUMNS = (
 _COST_COLUMNS = (
     _text("component", "name", get_args(Component)),
     _text("variant", "variant name"),
-    _count("first_block", "block index", 0, nullable=True),
-    _count("span", "blocks", 1),
+    _count("first_block", "block index", 0, MAX_BLOCKS - 1, nullable=True),
+    _SPAN,
     *_SETTING_COLUMNS,
     _number("prefill_ms", "ms/batch", 0),
     _number("decode_ms", "ms/step", 0),
@@ -279,8 +288,8 @@ def read_scores(path: Path, takes_foreign: bool = False) -> tuple[ScoreRow, ...]
     """Read and check a table of scores; `takes_foreign`: a user may have made it, so that it needs no seal.
 
     Raises:
-        InputError: the file is missing or empty, a column is missing or has another type or unit, a value is null,
-            NaN, out of range or no known name, two rows describe the same measurement, or the shards of one
+        InputError: the file is missing or empty, a column is missing, stands twice or has another type or unit, a value
+            is null, NaN, out of range or no known name, two rows describe the same measurement, or the shards of one
             replacement were measured with different weights.
         DamagedFileError: the file is not Parquet (nor CSV, JSON, if its suffix says so), or not what was sealed.
     """
@@ -331,10 +340,10 @@ def timings_named(name: str) -> Path:
 
 def read_timings_or_costs(path: Path) -> tuple[TimingRow, ...] | tuple[CostRow, ...]:
     """Read a table of timings, or one of costs that a user brings, which has fewer columns; errors as above."""
-    loaded = _load(path, _TIMINGS.columns, _TIMINGS.rebuild, takes_foreign=True)
+    loaded = _load(path, _TIMINGS, takes_foreign=True)
     if {column.name for column in _TIMINGS.columns} <= set(loaded.column_names):
-        return _rows(loaded, path, _TIMINGS)
-    return _rows(loaded, path, _COSTS)
+        return _rows(loaded, path, _TIMINGS, takes_foreign=True)
+    return _rows(loaded, path, _COSTS, takes_foreign=True)
 
 
 def write_timings(path: Path, rows: Iterable[TimingRow]) -> None:
@@ -363,34 +372,44 @@ def write_serving(path: Path, rows: Iterable[ServingRow]) -> None:
 
 
 def _read(path: Path, table: _Table[_Row], takes_foreign: bool = False) -> tuple[_Row, ...]:
-    if not path.is_file():
-        raise InputError(f"{path} is missing; run `{table.rebuild}`")
-    return _rows(_load(path, table.columns, table.rebuild, takes_foreign), path, table)
+    return _rows(_load(path, table, takes_foreign), path, table, takes_foreign)
 
 
-def _load(path: Path, columns: Sequence[_Column], rebuild: str, takes_foreign: bool) -> pa.Table:
+def _way_out(table: _Table[_Row], takes_foreign: bool) -> str:
+    if not takes_foreign:
+        return to_run(table.rebuild)
+    yours = "expected a Parquet, CSV or JSON file with a row for every measurement; correct your file or its path"
+    return f"{yours}, or {to_run(table.rebuild)} for this project's"
+
+
+def _load(path: Path, table: _Table[_Row], takes_foreign: bool) -> pa.Table:
     """Read columns of a Parquet file, or of what users write: CSV with a header line, JSON as a list of objects."""
+    if not path.is_file():
+        problem = "is no file" if path.exists() else "is missing"
+        raise InputError(f"{path} {problem}; {_way_out(table, takes_foreign)}")
     kind = {".csv": "CSV", ".json": "JSON"}.get(path.suffix)
     if kind is None:
-        return read_table(path, rebuild, takes_foreign)
+        return read_table(path, table.rebuild, takes_foreign)
     try:
         if kind == "CSV":
-            types = {column.name: column.type for column in columns}
+            types = {column.name: column.type for column in table.columns}
             return csv.read_csv(path, convert_options=csv.ConvertOptions(column_types=types))
-        rows = [dict(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        rows = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("it holds other values")
         names = dict.fromkeys(itertools.chain.from_iterable(rows))
         return pa.table({name: [row.get(name) for row in rows] for name in names})
-    except (pa.ArrowException, OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         form = f"{kind} file" + (": a list of objects" if kind == "JSON" else "")
-        raise DamagedFileError(f"{path} is not a {form} ({error}); correct it, or run `{rebuild}`") from error
+        raise DamagedFileError(f"{path} is not a {form} ({error}); correct it") from error
 
 
-def _rows(loaded: pa.Table, path: Path, table: _Table[_Row]) -> tuple[_Row, ...]:
+def _rows(loaded: pa.Table, path: Path, table: _Table[_Row], takes_foreign: bool) -> tuple[_Row, ...]:
     values = {column.name: _values(loaded, column, path) for column in table.columns}
     if unknown := [name for name in loaded.column_names if name not in values]:
         _log.info("%s: ignoring the columns %s", path, ", ".join(unknown))
     if not loaded.num_rows:
-        raise InputError(f"{path} has no rows; run `{table.rebuild}`")
+        raise InputError(f"{path} has no rows; {_way_out(table, takes_foreign)}")
     rows = tuple(table.record(**dict(zip(values, row, strict=True))) for row in zip(*values.values(), strict=True))
     _check_rows(rows, table, path)
     return rows
@@ -411,9 +430,14 @@ def _values(loaded: pa.Table, column: _Column, path: Path) -> list[Any]:
         close = difflib.get_close_matches(column.name, loaded.column_names, n=1)
         hint = f" (is it {close[0]}?)" if close else ""
         raise InputError(f"{path} has no column {column.name!r} [{column.unit}]{hint}; has: {_names(loaded)}")
-    unit = (loaded.schema.field(column.name).metadata or {}).get(b"unit", column.unit.encode()).decode()
+    if (times := loaded.column_names.count(column.name)) > 1:
+        raise InputError(f"{path} has the column {column.name!r} {times} times; keep one")
+    field = loaded.schema.field(column.name)
+    unit = (field.metadata or {}).get(b"unit", column.unit.encode()).decode(errors="replace")
     if unit != column.unit:
         raise InputError(f"{path}: column {column.name} is in {unit!r}, expected {column.unit!r}; convert it")
+    if not column.takes(field.type):
+        raise InputError(f"{path}: column {column.name}: expected {column.expected}, found {field.type}; convert it")
     try:
         values: list[Any] = loaded.column(column.name).cast(column.type).to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -431,7 +455,7 @@ def _check_values(values: Sequence[Any], column: _Column, path: Path) -> None:
         if not column.accepts(value):
             raise InputError(
                 f"{path}, row {index}, column {column.name} [{column.unit}]: expected {column.expected}, "
-                f"found {'nothing' if value is None else repr(value)}"
+                f"found {'nothing' if value is None else reprlib.repr(value)}"
             )
 
 

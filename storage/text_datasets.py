@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from storage.chats import NoChatError, messages_of
 from storage.documents import Document, Source, pages
 from storage.files import InputError
+from storage.remote import HUB_SETTINGS
 
 LOST_SHARE = 0.5
 """A source of which more than this share of rows cannot be used is an error; fewer are skipped, with a line for each
@@ -397,10 +398,14 @@ def _explained_hub(address: str) -> Iterator[None]:
 
     try:
         with _explained(address):
-            yield
+            try:
+                yield
+            except (UnicodeEncodeError, httpx2.InvalidURL) as error:  # of a header, whose token is not shown
+                kind = type(error).__name__
+                raise InputError(f"{address} cannot be reached ({kind}); check {HUB_SETTINGS}") from None
     except httpx2.HTTPError as error:
         raise _unreachable(address, error) from error
-    except (TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (TypeError, KeyError, ImportError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{address} cannot be read ({type(error).__name__}: {_one_line(error)})") from error
 
 

@@ -1,8 +1,8 @@
 """The tokenizer files of a checkpoint, checked before anything else reads them. No torch, no transformers.
 
-What is checked: small JSON files are objects, chat templates are texts, no file asks for code of its own, and the
-tokenizers library reads tokenizer.json, and jinja2 renders the templates, within seconds and a gigabyte, tried in a
-process of its own.
+What is checked: small JSON files are objects, ids of special tokens are numbers, chat templates are texts, no file asks
+for code of its own, and the tokenizers library reads tokenizer.json, and jinja2 renders the templates, within seconds
+and a gigabyte, tried in a process of its own.
 """
 
 import functools
@@ -17,6 +17,7 @@ from typing import Any
 from storage import tokenizer_probe
 from storage.files import InputError
 from storage.json_files import read_object, read_text
+from storage.model_config import special_token_ids
 from storage.side_files import GENERATION_FILES, side_files
 
 SETTINGS = ("tokenizer_config", "special_tokens_map", "generation_config", "config")
@@ -43,6 +44,8 @@ def check_tokenizer(folder: Path, rebuild: str) -> None:
     for name in _OBJECTS:
         file = folder / f"{name}.json"
         values = read_object(file, rebuild) if file.exists() else {}
+        if name in ("generation_config", "config"):
+            special_token_ids(values, str(file))
         code = values.get("auto_map")
         if (isinstance(code, Mapping) and "AutoTokenizer" in code) or (code and name == "tokenizer_config"):
             raise InputError(

@@ -6,6 +6,7 @@ blocks exactly once, in order.
 """
 
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -34,11 +35,11 @@ class Attention:
     @classmethod
     def parse(cls, name: str) -> Self:
         """Return the variant that `name` names."""
-        if match := re.fullmatch(r"kv_([1-9]\d*)", name):
+        if match := re.fullmatch(r"kv_([1-9][0-9]{0,8})", name):
             return cls("gqa", int(match[1]))
         if name == "linear" or name == "no_op":
             return cls("linear" if name == "linear" else "no_op")
-        raise InputError(f"unknown attention variant {name!r}: expected kv_<heads>, linear or no_op")
+        raise InputError(f"unknown attention variant {reprlib.repr(name)}: expected kv_<heads>, linear or no_op")
 
 
 @dataclass(frozen=True, order=True)
@@ -59,11 +60,11 @@ class Ffn:
     @classmethod
     def parse(cls, name: str) -> Self:
         """Return the variant that `name` names."""
-        if match := re.fullmatch(r"ffn_([1-9]\d*)", name):
+        if match := re.fullmatch(r"ffn_([1-9][0-9]{0,8})", name):
             return cls("gated", int(match[1]))
         if name == "linear" or name == "no_op":
             return cls("linear" if name == "linear" else "no_op")
-        raise InputError(f"unknown FFN variant {name!r}: expected ffn_<channels>, linear or no_op")
+        raise InputError(f"unknown FFN variant {reprlib.repr(name)}: expected ffn_<channels>, linear or no_op")
 
 
 @dataclass(frozen=True, order=True)

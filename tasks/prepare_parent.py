@@ -66,6 +66,11 @@ def _locate(source: str, scratch: Path) -> Path:
         except (httpx2.HTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"prepare_parent.source {source} cannot be fetched from the hub: {reason}") from error
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:  # of headers and proxies; no value is shown
+            raise InputError(
+                f"prepare_parent.source {source} cannot be fetched from the hub ({type(error).__name__}); "
+                f"check {remote.HUB_SETTINGS}"
+            ) from None
     if source.startswith("package:"):
         raise InputError(
             f"prepare_parent.source {source}: expected package:{gguf.PACKAGE}, the only package with a parent"

@@ -26,6 +26,9 @@ Manner = Literal[
     "error",
     "short",
     "endless line",
+    "deep",
+    "huge usage",
+    "half a pair",  # an error event with half a surrogate pair
 ]
 
 
@@ -37,12 +40,13 @@ class Scripted:
     url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    listed: str = '{"data": [{"id": "scripted"}]}'
     open: int = 0
     most_open: int = 0
 
     async def models(self, _: web.Request) -> web.Response:
         """Answer GET /v1/models."""
-        return web.json_response({"data": [{"id": "scripted"}]})
+        return web.json_response(text=self.listed)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """Answer POST /v1/completions: a token of text an event, in the manner of this request."""
@@ -73,6 +77,8 @@ class Scripted:
         usage: dict[str, Any] = {"prompt_tokens": len(body["prompt"]), "completion_tokens": count}
         if manner == "odd usage":
             usage = {"prompt_tokens": "many", "completion_tokens": None}
+        if manner == "huge usage":
+            usage["prompt_tokens"] = 10**400
         closing = [_event({"choices": [{"text": "", "finish_reason": "length"}]})]
         closing += [_event({"choices": [], "usage": usage})] if manner != "no usage" else []
         closing += [b"data: [DONE]\n\n"] if manner != "no done" else []
@@ -98,6 +104,10 @@ class Scripted:
                         event = b'data: {"choices": [3]}\n\n'
                     case "error":
                         event = _event({"error": {"message": "out of memory"}})
+                    case "half a pair":
+                        event = _event({"error": "\ud800"})
+                    case "deep":
+                        event = b"data: " + b"[" * 200_000 + b"\n\n"
                     case "endless line":
                         event = b"data: " + b"x" * (5 << 20)
             await response.write(event)

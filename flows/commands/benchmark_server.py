@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from flows.arguments import count, counts, positive, scenario
+from flows.errors import printable
 from storage.files import InputError
 from storage.paths import Paths
 from tasks.commands.benchmark_server import PUBLISHED_SCENARIOS, LoadSweep, Server, benchmark_servers, serving_text
@@ -45,14 +46,14 @@ def run(args: argparse.Namespace) -> None:
         args.vocabulary,
     )
     rows = benchmark_servers(args.servers, requests, args.out)
-    sys.stdout.write(serving_text(rows, [server.name for server in args.servers]))
+    sys.stdout.write(printable(serving_text(rows, [server.name for server in args.servers])))
     sys.stdout.write(f"wrote {args.out}, {args.out.with_suffix('.svg').name}, {args.out.with_suffix('.png').name}\n")
 
 
 def _server(text: str) -> Server:
     name, equals, address = text.partition("=")
     url, _, model = address.partition("#")
-    if not name or not equals or not url.startswith(("http://", "https://")):
+    if not name or not equals or not url.startswith(("http://", "https://")) or not text.isprintable():
         raise argparse.ArgumentTypeError(f"{text!r} is no server; expected NAME=http://HOST:PORT/v1[#MODEL]")
     if "@" in url or "?" in url:
         raise argparse.ArgumentTypeError(f"{name}: no password or key in the URL, which is kept; set OPENAI_API_KEY")

@@ -10,8 +10,10 @@ import json
 import sys
 from pathlib import Path
 
+from flows.errors import printable
 from storage.files import InputError
 from storage.params import parse_section
+from storage.published_library import MAX_NUMBER
 from storage.sections import SearchArchitecture
 from tasks.commands.published_library import (
     PublishedLibraryAnswer,
@@ -96,7 +98,7 @@ def _search_published_library(args: argparse.Namespace) -> None:
         if args.json:
             sys.stdout.write(json.dumps(infeasible_answer(error)) + "\n")
         raise
-    sys.stdout.write(json.dumps(answer) + "\n" if args.json else _answer_text(answer))
+    sys.stdout.write(json.dumps(answer) + "\n" if args.json else printable(_answer_text(answer)))
 
 
 def _section(args: argparse.Namespace) -> SearchArchitecture:
@@ -112,8 +114,9 @@ def _limit(text: str) -> tuple[str, float]:
         number = float(value)
     except ValueError:
         number = -1.0
-    if not sign or not name or not 0 < number < float("inf"):
-        raise InputError(f"--limit {text}: expected STAT=N with a number above 0, such as runtime_ms=25")
+    if not sign or not name or not 0 < number <= MAX_NUMBER:
+        expected = f"expected STAT=N with a number above 0, at most {MAX_NUMBER:g}, such as runtime_ms=25"
+        raise InputError(f"--limit {text}: {expected}")
     return name, number
 
 

@@ -18,6 +18,9 @@ from storage.files import InputError
 
 _LONGEST_LINE = 1 << 20
 """Bytes of one streamed event; a longer one is malformed."""
+_COUNTS = ("prompt_tokens", "completion_tokens")
+_MOST_TOKENS = (1 << 31) - 1
+"""No request has more, in or out; an event that counts more is malformed."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,12 @@ class Endpoint:
     url: str
     model: str
     key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.key and not (self.key.isascii() and self.key.isprintable()):
+            raise InputError(
+                "OPENAI_API_KEY holds a line end or another mark that no header takes; set it to the key alone"
+            )
 
     @property
     def headers(self) -> dict[str, str]:
@@ -80,14 +89,13 @@ class _Stream:
             return True
         try:
             event = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _FailedError("malformed event", data[:80].decode(errors="replace")) from error
         if isinstance(event, dict) and event.get("error"):
             raise _FailedError("error event", str(event["error"])[:80])
         try:
-            self.usage = {
-                name: int(count) for name, count in (event.get("usage") or self.usage).items() if _is_count(count)
-            }
+            usage = event.get("usage") or self.usage
+            self.usage = {name: usage[name] for name in _COUNTS if _is_count(usage.get(name))}
             choices = [(choice.get("text"), choice.get("finish_reason")) for choice in event.get("choices", [])]
         except (AttributeError, TypeError, ValueError) as error:
             raise _FailedError("malformed event", data[:80].decode(errors="replace")) from error
@@ -97,7 +105,12 @@ class _Stream:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and value >= 0
+    """Tell whether a server counted; ValueError where it counts more than any request has."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False
+    if value > _MOST_TOKENS:
+        raise ValueError("too large a count")
+    return value >= 0
 
 
 async def models(endpoint_url: str, key: str | None, seconds: float) -> list[str]:
@@ -116,13 +129,20 @@ async def models(endpoint_url: str, key: str | None, seconds: float) -> list[str
             if response.status != 200:
                 hint = "; set OPENAI_API_KEY" if response.status in (401, 403) else ""
                 raise InputError(f"{url} answered HTTP {response.status}, expected a list of models{hint}")
-            return [str(model["id"]) for model in (await response.json(content_type=None))["data"]]
+            return [_name(model["id"], url) for model in (await response.json(content_type=None))["data"]]
     except InputError:
         raise
     except (aiohttp.ClientError, TimeoutError) as error:
         raise InputError(f"no server answers at {url} ({error or 'timeout'}); start it, or correct the URL") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{url} is no list of models; the URL must be the API's base, ending in /v1") from error
+
+
+def _name(model: object, url: str) -> str:
+    name = str(model)
+    if not name.isprintable():
+        raise InputError(f"{url} names a model {name[:80]!a}, expected printable text; serve it under another name")
+    return name
 
 
 async def load(
@@ -202,7 +222,7 @@ async def _ask(
         stream.usage.get("prompt_tokens"),
         stream.usage.get("completion_tokens", len(stream.arrivals)),
         error,
-        detail.replace(endpoint.key, "***") if endpoint.key else detail,
+        (detail.replace(endpoint.key, "***") if endpoint.key else detail).encode(errors="replace").decode(),
     )
 
 

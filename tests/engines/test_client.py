@@ -46,6 +46,9 @@ def test_a_whole_answer_has_all_its_tokens_however_they_are_cut(manner: Manner) 
         ("list", "malformed event", 2),
         ("error", "error event", 2),
         ("endless line", "malformed event", 2),
+        ("deep", "malformed event", 2),
+        ("huge usage", "malformed event", TOKENS),
+        ("half a pair", "error event", 2),
         ("short", "too few tokens", TOKENS - 1),
     ],
 )
@@ -54,6 +57,7 @@ def test_what_goes_wrong_is_an_error_of_that_request_alone(manner: Manner, error
         before, wrong, after = ask(server, 3, stall_s=1.0 if error == "timeout" else 20.0)
     assert (before.error, after.error) == (None, None)
     assert (wrong.error, len(wrong.arrivals)) == (error, arrived)
+    assert "\ud800" not in wrong.detail
 
 
 def test_nothing_listens() -> None:
@@ -92,3 +96,24 @@ def test_a_key_that_a_server_repeats_is_not_kept() -> None:
 def test_what_is_no_list_of_models() -> None:
     with scripted("whole") as server, pytest.raises(InputError, match="answered HTTP 404"):
         asyncio.run(models(server.url.removesuffix("/v1"), None, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        ("[" * 200_000, "is no list of models; the URL must be"),
+        ('{"data": [{"id": "a\\ud800"}]}', r"names a model 'a\\ud800', expected printable text"),
+        ('{"data": [{"id": "a\\u001b[2J"}]}', r"names a model 'a\\x1b\[2J', expected printable text"),
+    ],
+)
+def test_an_odd_list_of_models_is_refused(listed: str, words: str) -> None:
+    with scripted("whole") as server, pytest.raises(InputError, match=words):
+        server.listed = listed
+        asyncio.run(models(server.url, None, 2.0))
+
+
+@pytest.mark.parametrize("key", ["secret\n", "secret\udcff"])
+def test_a_key_that_no_header_takes_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(InputError, match=r"^OPENAI_API_KEY holds a line end") as caught:
+        Endpoint("http://127.0.0.1:1/v1", "scripted", key)
+    assert "secret" not in str(caught.value)

@@ -112,12 +112,23 @@ def test_a_closed_stream_is_no_file_that_libraries_print_into(tmp_path: Path) ->
     assert (tmp_path / "artifact").read_bytes() == b""
 
 
+PROXIES = {
+    "ALL_PROXY": "socks5h://127.0.0.1:1080",
+    "all_proxy": "socks://127.0.0.1:1080/",
+    "HTTP_PROXY": "htp://me:s3cret@127.0.0.1:1",
+    "http_proxy": "http://me:pw@h:1",
+    "no_proxy": "10.1.0.0/16, [::1],fe80::/10,.corp",
+}
+"""Proxies of curl, of GNOME, mistyped; one that works; and exceptions from them, two as httpx cannot take them."""
+
+
 def test_variables_for_other_programs_end_no_command() -> None:
     """Jupyter hands its backend down to `!dvc repro`; conda leaves SSL_CERT_FILE behind of environments that went."""
     code = "import flows, matplotlib, os; print(os.environ.get('SSL_CERT_FILE'), matplotlib.get_backend())"
-    code += "; import huggingface_hub, tqdm"
-    numbers = {"HF_HUB_ETAG_TIMEOUT": "5 s", "TQDM_NCOLS": "wide", "TQDM_ASCII": "1"}
-    others = {"MPLBACKEND": "module://matplotlib_inline.none_such", "SSL_CERT_FILE": "/none/such", **numbers}
+    code += "; import huggingface_hub, tqdm, httpx; httpx.Client().close()"
+    code += "; print(*map(os.environ.get, ('http_proxy', 'no_proxy', 'NO_PROXY')))"
+    early = {"HF_HUB_ETAG_TIMEOUT": "5 s", "HF_ENDPOINT": "http://[::1", "TQDM_NCOLS": "wide", "TQDM_ASCII": "1"}
+    others = {"MPLBACKEND": "module://matplotlib_inline.none_such", "SSL_CERT_FILE": "/none/such", **early, **PROXIES}
     ended = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -126,9 +137,17 @@ def test_variables_for_other_programs_end_no_command() -> None:
         text=True,
         check=False,
     )
-    assert (ended.returncode, ended.stdout) == (0, "None agg\n"), ended.stderr
+    direct = "10.1.0.0/16,::1,.corp,127.0.0.1,localhost"
+    taken = f"None agg\nhttp://me:pw@h:1 {direct} {direct}\n"
+    assert (ended.returncode, ended.stdout) == (0, taken), ended.stderr
+    assert "s3cret" not in ended.stderr
     assert [line.partition(" left aside: ")[0] for line in ended.stderr.splitlines()] == [
         "warning: SSL_CERT_FILE is",
+        "warning: ALL_PROXY is",
+        "warning: all_proxy is",
+        "warning: HTTP_PROXY is",
+        "warning: 'fe80::/10' in NO_PROXY is",
         "warning: HF_HUB_ETAG_TIMEOUT is",
+        "warning: HF_ENDPOINT is",
         "warning: TQDM_NCOLS, TQDM_ASCII",
     ]

@@ -151,6 +151,13 @@ def test_an_address_where_no_server_answers_is_one_error(url: str, running: Runn
     _one_error(ended, "PREFECT_API_URL", given, "http://HOST:PORT/api", "unset it")
 
 
+@pytest.mark.parametrize("url", ["http://me:s3cret@127.0.0.1:1/api", "http://127.0.0.1:1/api?key=s3cret", "a:s3cret@b"])
+def test_credentials_in_the_address_are_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(InputError, match=r"give credentials by PREFECT_API_AUTH_STRING or PREFECT_API_KEY") as caught:
+        _checked(url)
+    assert "s3cret" not in str(caught.value)
+
+
 @given(
     st.text()
     | st.text(max_size=5).map(lambda text: f"http://127.0.0.1:1{text}")

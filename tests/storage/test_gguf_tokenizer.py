@@ -556,6 +556,12 @@ def test_further_chat_templates_are_there_by_name(tmp_path: Path) -> None:
     assert metadata["tokenizer.chat_template"] == "default"
     assert metadata["tokenizer.chat_templates"] == ["a", "rag_1"]
     assert [metadata[f"tokenizer.chat_template.{name}"] for name in ("a", "rag_1")] == ["tools", "texts"]
+    (folder / "additional_chat_templates/default.jinja").write_text("further", encoding="utf-8")
+    assert AutoTokenizer.from_pretrained(folder).chat_template["default"] == "further"
+    assert fields(folder, 262)["tokenizer.chat_template"] == "further"
+    (folder / "additional_chat_templates/rag_1.jinja").write_text("lost", encoding="utf-8")
+    with pytest.raises(InputError, match=r"'default', 'rag-1', 'rag_1'\], some of which have one name"):
+        fields(folder, 262)
 
 
 def test_more_tokens_than_rows_and_other_files_are_refused(tmp_path: Path) -> None:

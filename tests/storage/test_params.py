@@ -327,6 +327,26 @@ def test_a_length_scale_that_makes_two_scenarios_one_is_refused() -> None:
         parse_section({"scenarios": scenarios, "length_scale": 0.001}, "test", BenchmarkThroughput)
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "item"),
+    [
+        *(("measure_costs", field, "roofline") for field in ("timings", "hardware", "engines")),
+        *(("measure_costs", field, 1) for field in ("tensor_parallel", "batches")),
+        ("measure_costs", "scenarios", "128/128"),
+        ("benchmark_throughput", "engines", "torch"),
+        *(("benchmark_throughput", field, "128/128") for field in ("scenarios", "modelled_scenarios")),
+        ("benchmark_throughput", "batches", 1),
+        ("distill_blocks", "spans", 2),
+        *((section, "formats", "gguf-f16") for section in ("export_child", "export_parent")),
+    ],
+)
+def test_what_stands_in_a_list_twice_is_refused(section: str, field: str, item: object) -> None:
+    """Twice the same batch ended in a table of costs with rows that say the same."""
+    assert problems(tiny_values(**{section: {field: [item, item]}})) == [
+        f"{section}.{field}: {item!r} stands twice; keep one"
+    ]
+
+
 def test_what_is_measured_in_llama_cpp_is_exported_for_it() -> None:
     """The child is, and the parent beside it, whether an engine or a limit asks."""
     exports = {"export_child": {"formats": ["nemotron-nas"]}, "export_parent": {"formats": ["gguf-f32"]}}

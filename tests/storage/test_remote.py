@@ -143,6 +143,15 @@ def test_no_keys_are_an_error(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_
         expand(f"{bucket}/*")
 
 
+@pytest.mark.parametrize("address", ["s3cret:9000", "http://[::1", "http://"])
+def test_an_endpoint_that_is_no_url_is_an_error(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    for read in (expand, fingerprint, lambda url: fetch(url, tmp_path)):
+        with pytest.raises(InputError, match="the store's address is no URL, expected http://HOST:PORT") as caught:
+            read("s3://bucket/a.txt")
+        assert "s3cret" not in str(caught.value)
+
+
 class OldStore(BaseHTTPRequestHandler):
     """A store with one object that knows no checksums: it refuses a request with a header that it has not heard of."""
 

@@ -91,6 +91,15 @@ def templates_elsewhere(folder: Path) -> None:
     (folder / "additional_chat_templates").symlink_to(folder.parent / "elsewhere")
 
 
+def of_latin_1(folder: Path) -> None:
+    (folder / os.fsdecode(b"LICENSE-\xe9")).write_text("terms")
+
+
+def a_template_of_latin_1(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / os.fsdecode(b"additional_chat_templates/\xe9.jinja")).write_text("{{ 1 }}")
+
+
 def a_pipe(folder: Path) -> None:
     os.mkfifo(folder / "tokenizer_x")
 
@@ -111,6 +120,8 @@ def like_an_object(folder: Path) -> None:
         (to_nothing, r"NOTICE is a link that leads nowhere"),
         (templates_elsewhere, r"a.jinja leads out of"),
         (a_pipe, r"tokenizer_x is no regular file"),
+        (of_latin_1, r"'LICENSE-\\udce9' in .*source is no name in UTF-8; rename the file"),
+        (a_template_of_latin_1, r"'\\udce9.jinja' in .*source is no name in UTF-8"),
     ],
 )
 def test_no_file_from_elsewhere_travels(
@@ -167,6 +178,7 @@ def test_links_of_dvc_and_within_the_folder_are_files(tmp_path: Path) -> None:
     ("card", "licence"),
     [
         ("---\nlanguage: en\nlicense: llama3.1\n---\n# A card\n", "llama3.1"),
+        ("\ufeff---\nlicense: mit\n---\n", "mit"),
         ('---\r\nlicense: "apache-2.0" # a comment\r\n---\r\n', "apache-2.0"),
         ("---\nlicense:\n  - mit\n  - apache-2.0\n---\n", "mit, apache-2.0"),
         ("---\nlicense: [mit]\n---\n", "mit"),
@@ -207,15 +219,25 @@ def test_a_card_that_is_no_text_costs_a_warning(tmp_path: Path, caplog: pytest.L
     assert not (tmp_path / "exports/plain/README.md").exists()
 
 
-def test_a_wrong_side_file_ends_the_stage_before_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("tokenizer_config.json", b'{"chat_template": "\xff"}', r"tokenizer_config.json is not UTF-8 \(byte 19 is"),
+        ("generation_config.json", b'{"eos_token_id": [true, 257]}', "generation_config.json: eos_token_id is no"),
+        (os.fsdecode(b"tokenizer-\xe9.json"), b"{}", "is no name in UTF-8"),
+    ],
+)
+def test_a_wrong_side_file_ends_the_stage_before_the_copy(
+    name: str, content: bytes, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tmp_path / "source"
     save_tiny("llama", source)
     save_tokenizer(source)
-    (source / "tokenizer_config.json").write_bytes(b'{"chat_template": "\xff"}')
+    (source / name).write_bytes(content)
 
     def no_copy(*_: Any) -> None:
         raise AssertionError("the copy began")
 
     monkeypatch.setattr("tasks.prepare_parent._write_tensors", no_copy)
-    with pytest.raises(InputError, match=r"tokenizer_config.json is not UTF-8 \(byte 19 is 0xff\)"):
+    with pytest.raises(InputError, match=reason):
         prepare_parent.fn(tiny_params(prepare_parent={"source": str(source)}), Paths(tmp_path / "artifacts"))

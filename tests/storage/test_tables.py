@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -159,10 +160,25 @@ def _set(column: str, value: Any, type_: pa.DataType | None = None) -> Callable[
     return edit
 
 
-def _in_seconds(table: pa.Table) -> pa.Table:
-    index = table.column_names.index("prefill_ms")
-    field = pa.field("prefill_ms", pa.float64(), metadata={"unit": "s/batch"})
-    return table.set_column(index, field, table.column("prefill_ms"))
+def _in_unit(unit: bytes) -> Callable[[pa.Table], pa.Table]:
+    """Return an edit of a table: a column gets another unit."""
+
+    def edit(table: pa.Table) -> pa.Table:
+        index = table.column_names.index("prefill_ms")
+        field = pa.field("prefill_ms", pa.float64(), metadata={b"unit": unit})
+        return table.set_column(index, field, table.column("prefill_ms"))
+
+    return edit
+
+
+def _of_type(column: str, type_: pa.DataType) -> Callable[[pa.Table], pa.Table]:
+    """Return an edit of a table: a column holds ones of another type."""
+
+    def edit(table: pa.Table) -> pa.Table:
+        ones = pa.array([1] * len(table)).cast(type_)
+        return table.set_column(table.column_names.index(column), column, ones)
+
+    return edit
 
 
 @pytest.mark.parametrize(
@@ -180,11 +196,22 @@ def _in_seconds(table: pa.Table) -> pa.Table:
         (_set("component", "mlp"), ["row 1", "mlp", "attention, ffn"]),
         (_set("precision", "bf16"), ["row 1", "bf16", "bfloat16"]),
         (_set("scenario", "128:128"), ["row 1", "128:128", "128/128"]),
+        (_set("scenario", "9" * 5000 + "/1"), ["row 1", "scenario", "128/128"]),
+        (_set("variant", "ffn_" + "9" * 5000), ["row 1", "ffn_9", "ffn_<channels>"]),
+        (_set("first_block", 10**9), ["row 1", "first_block", "at most 9999", "1000000000"]),
+        (_set("span", 2**62), ["row 1", "span", "at most 10000", str(2**62)]),
+        (_set("params", 2**62), ["row 1", "params", "at most 1e+15"]),
+        (_set("decode_ms", 1e308), ["row 1", "decode_ms", "at most 1e+12", "1e+308"]),
+        (_of_type("batch", pa.bool_()), ["batch", "whole number", "bool"]),
+        (_of_type("batch", pa.timestamp("ms")), ["batch", "whole number", "timestamp"]),
+        (_of_type("decode_ms", pa.duration("s")), ["decode_ms", "finite number", "duration"]),
+        (lambda table: table.append_column("batch", table["batch"]), ["the column 'batch' 2 times"]),
         (_set("origin", "guessed"), ["row 1", "guessed", "measured"]),
         (lambda table: table.drop_columns(["decode_ms"]), ["no column", "decode_ms", "ms/step"]),
         (lambda table: table.rename_columns({"kv_bytes_per_token": "kv_bytes"}), ["kv_bytes_per_token", "is it kv_b"]),
-        (_in_seconds, ["prefill_ms", "'s/batch'", "'ms/batch'"]),
-        (lambda table: table.slice(0, 0), ["no rows"]),
+        (_in_unit(b"s/batch"), ["prefill_ms", "'s/batch'", "'ms/batch'"]),
+        (_in_unit(b"\xff"), ["prefill_ms", "'\ufffd'", "'ms/batch'"]),
+        (lambda table: table.slice(0, 0), ["no rows", "a row for every measurement; correct your file"]),
         (lambda table: pa.concat_tables([table, table.slice(0, 1)]), ["rows 0 and 4", "both", "batch="]),
     ],
 )
@@ -204,6 +231,8 @@ def test_a_fault_in_a_cost_table_is_one_clear_error(
     [
         ([replace(SCORE, kl=float("nan"))], ["row 0", "kl", "nats/token"]),
         ([replace(SCORE, kl=-0.5)], ["row 0", "kl", "-0.5"]),
+        ([replace(SCORE, kl=1e100)], ["row 0", "kl", "at most 1e+06", "1e+100"]),
+        ([replace(SCORE, attention="kv_" + "9" * 5000)], ["row 0", "kv_9", "kv_<heads>"]),
         ([replace(SCORE, top1_agreement=1.5)], ["row 0", "top1_agreement", "at most 1"]),
         ([replace(SCORE, cosine=-1.5)], ["row 0", "cosine", "-1.5"]),
         ([replace(SCORE, tokens=0)], ["row 0", "tokens"]),
@@ -250,6 +279,14 @@ def test_a_missing_table_names_the_command_that_makes_it(tmp_path: Path) -> None
         read_scores(tmp_path / "scores.parquet")
 
 
+@pytest.mark.parametrize("name", [".", "fifo.parquet", "none.csv", "header.csv"])
+def test_of_a_table_of_ones_own_the_file_itself_is_the_way_out(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "fifo.parquet")
+    (tmp_path / "header.csv").write_text(",".join(ScoreRow.__dataclass_fields__) + "\n")
+    with pytest.raises(InputError, match="JSON file with a row for every measurement; correct your file or its path"):
+        read_scores(tmp_path / name, takes_foreign=True)
+
+
 def test_a_damaged_table(tmp_path: Path) -> None:
     path = tmp_path / "costs.parquet"
     write_costs(path, _costs())
@@ -278,6 +315,9 @@ def test_csv_and_json_hold_what_parquet_holds(tmp_path: Path, suffix: str) -> No
         ("costs.json", "[{", "not a JSON file"),
         ("costs.json", "[]", "no column 'component'"),
         ("costs.json", '[{"params": 123456789012345678901234567890}]', "not a JSON file"),
+        ("costs.json", "[[]]", "not a JSON file: a list of objects"),
+        ("costs.json", '[{"params": 1, "params": 7}]', "the key 'params' stands in an object twice"),
+        ("costs.json", '[{"params": 1}, {"params": true}]', "not a JSON file"),
         ("costs.csv", "", "not a CSV file"),
         ("costs.csv", "component,variant\nattention,kv_3,7\n", "not a CSV file"),
         ("costs.csv", "component,variant\nattention,kv_3\n", "no column 'first_block'"),

@@ -283,6 +283,12 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     assert "HF_HUB_OFFLINE" in result.stdout
 
 
+def test_a_token_that_no_header_can_hold_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "s3crét")
+    with pytest.raises(InputError, match=r"cannot be reached \(UnicodeEncodeError\); check HF_TOKEN, HF_ENDP"):
+        read_hub(HubDataset("some/set", "main", "train"), tmp_path)
+
+
 def test_a_hub_that_hangs_up_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def hang_up(*_: Any, **__: Any) -> None:
         raise httpx2.RemoteProtocolError("peer closed connection")

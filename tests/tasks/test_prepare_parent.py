@@ -13,6 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from huggingface_hub import close_session
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -230,6 +231,21 @@ def test_a_hub_that_hangs_up_in_the_middle_is_an_error(tmp_path: Path, monkeypat
     monkeypatch.setattr("tasks.prepare_parent.snapshot_download", hang_up)
     with pytest.raises(InputError, match="cannot be fetched from the hub: peer closed connection"):
         bring("hub:org/model@main", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("HF_TOKEN", "s3crét"), *(("HTTPS_PROXY", text) for text in ("htp://s3cret@h", "http://[::1", "socks5://h"))],
+)
+def test_what_the_hubs_client_cannot_take_is_an_error_that_shows_no_value(
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a proxy comes so far where the environment changes after `flows` was imported."""
+    monkeypatch.setenv(name, value)
+    close_session()  # the next one reads the environment anew
+    with pytest.raises(InputError, match=r"hub \(.*\); check HF_TOKEN, HF_ENDPOINT and HTTPS_PROXY") as caught:
+        bring("hub:org/model@main", tmp_path)
+    assert "s3cr" not in str(caught.value)
 
 
 def test_a_parent_from_the_hub_brings_its_card_and_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,14 @@ def test_a_published_library_is_searched_in_an_empty_folder(tmp_path: Path) -> N
     assert f"optimal: kl_div {answer['objective']:.6g}" in text.stdout
 
 
+def test_odd_names_of_variants_reach_no_terminal_raw(tmp_path: Path) -> None:
+    variant = {"stats": {"runtime_ms": 1}, "metrics": {"kl_div": 0}}
+    (tmp_path / "lib.json").write_text(json.dumps({"layer_0": {"\x1b[2Jodd\ud800": variant}}), encoding="utf-8")
+    ended = run(tmp_path, "--block-library", "lib.json", "--metric", "kl_div")
+    assert ended.returncode == 0, ended.stderr
+    assert r"\x1b[2Jodd\ud800" in ended.stdout and "\x1b" not in ended.stdout
+
+
 def test_a_published_library_without_a_choice_says_what_can_be_reached(tmp_path: Path) -> None:
     (tmp_path / "lib.json").write_text(json.dumps(library()), encoding="utf-8")
     ended = run(tmp_path, "--block-library", "lib.json", "--limit", "runtime_ms=1", "--metric", "kl_div", "--json")
@@ -98,6 +106,7 @@ def test_a_published_library_without_a_choice_says_what_can_be_reached(tmp_path:
         (("--limit", "runtime=1", "--metric", "kl_div"), "no stat 'runtime', did you mean runtime_ms?"),
         (("--limit", "runtime_ms", "--metric", "kl_div"), "expected STAT=N"),
         (("--limit", "runtime_ms=-1", "--metric", "kl_div"), "expected STAT=N"),
+        (("--limit", "runtime_ms=1e308", "--metric", "kl_div"), "above 0, at most 1e+30"),
         (("--metric", "kl"), "no metric 'kl'"),
         (("--metric", "kl_div", "--min-distance", "0"), "min_distance: Input should be greater than 0"),
     ],
