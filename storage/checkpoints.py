@@ -34,12 +34,13 @@ from storage.files import (
 )
 from storage.json_files import read_object
 from storage.json_records import read_record
-from storage.model_config import ModelConfig
+from storage.model_config import EMBEDDING, ModelConfig
 from storage.nemotron_nas import from_nemotron_nas
 from storage.side_files import check_inside
 from storage.variants import Attention, Ffn
 
 CHECKSUMS = "checksums.json"
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -135,6 +136,16 @@ class Checkpoint:
             raise damaged(file, f"lacks tensors that {_INDEX} names: {lacking}", self.rebuild)
         if unnamed:
             raise damaged(file, f"holds tensors that {_INDEX} lacks or has in another file: {unnamed}", self.rebuild)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type that the checkpoint is written in anew: the embedding's, as config.json has it.
+
+        Where that is float16 and another tensor is not, it is float32, since float16 ends at 65,504.
+        """
+        held = {header.dtype for header in self.headers.values()}
+        of_embedding = self.headers[EMBEDDING].dtype
+        return _DTYPES["F32" if of_embedding == "F16" and held != {"F16"} else of_embedding]
 
     @functools.cached_property
     def files(self) -> dict[str, Path]:

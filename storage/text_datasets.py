@@ -386,7 +386,7 @@ def _explained(address: str) -> Iterator[None]:
     except (OSError, ValueError, EOFError, OverflowError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        advice = "; save it as UTF-8" if isinstance(error, UnicodeError) else ""
+        advice = "; save it as UTF-8" if isinstance(error, UnicodeError) else "; fetch it or write it again"
         raise InputError(f"{address} cannot be read ({type(error).__name__}: {_one_line(error)}){advice}") from error
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from storage.library import Library
-from storage.model_config import EMBEDDING
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
@@ -39,6 +38,6 @@ def assemble(target: str, params: Params, paths: Paths) -> None:
 
 def _blocks(blocks: Sequence[Replacement], parent: Parent, library: Library) -> Iterator[dict[str, Tensor]]:
     """Yield the tensors of each block, from the parent and the library."""
-    dtype, cpu = parent.checkpoint.tensor(EMBEDDING).dtype, torch.device("cpu")
+    dtype, cpu = parent.checkpoint.dtype, torch.device("cpu")
     for replacement in tqdm(blocks, desc="assemble", unit="block", disable=None):
         yield ReplacementWeights(parent, library, cpu, dtype).tensors(replacement, "decoupled")

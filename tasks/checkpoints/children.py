@@ -61,16 +61,16 @@ def publish(
     with unfinished_folder(final) as scratch:
         folder = scratch / "child"
         folder.mkdir()
-        embedding = parent.checkpoint.tensor(EMBEDDING)
+        dtype = parent.checkpoint.dtype
         writer = CheckpointWriter(folder, int(max_shard_gib * 2**30))
-        writer.add({EMBEDDING: embedding})
+        writer.add({EMBEDDING: parent.checkpoint.tensor(EMBEDDING)})
         for index, block in enumerate(blocks):
-            writer.add({f"model.layers.{index}.{name}": tensor.to(embedding.dtype) for name, tensor in block.items()})
+            writer.add({f"model.layers.{index}.{name}": tensor.to(dtype) for name, tensor in block.items()})
         writer.add({NORM: parent.checkpoint.tensor(NORM)})
         if not parent.config.tie_embeddings:
             writer.add({LM_HEAD: parent.checkpoint.tensor(LM_HEAD)})
-        dtype = str(embedding.dtype).removeprefix("torch.")
-        _write_rest(folder, chosen, parent, training, dtype, digest_of(writer.checksums))
+        name = str(dtype).removeprefix("torch.")
+        _write_rest(folder, chosen, parent, training, name, digest_of(writer.checksums))
         writer.finish()
         replace_folder(folder, final)
 

@@ -49,8 +49,6 @@ _AUTO_MAP = {
     "AutoModel": "modeling_nemotron_nas.DeciLMModel",
     "AutoModelForCausalLM": f"modeling_nemotron_nas.{CHILD_ARCHITECTURE}",
 }
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""config.json's names of the types of weights, by those of safetensors."""
 _FLOAT32_ELEMENTS = 2**24
 """Elements of a tensor that are float32 at once."""
 
@@ -125,7 +123,7 @@ def read_checkpoint(name: str, folder: Path, rebuild: str, is_foreign: bool = Fa
     check_weights(checkpoint, raw, config, blocks)
     side_files(folder, _COPIED)
     special_tokens = special_token_ids(raw, str(config_json))
-    dtype = _DTYPES[checkpoint.headers[EMBEDDING].dtype]
+    dtype = str(checkpoint.dtype).removeprefix("torch.")
     return CheckpointToExport(name, checkpoint, config, tuple(blocks), special_tokens, dtype)
 
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from storage.files import DamagedFileError, InputError, read_json, read_sealed, write_json
 from storage.formats import FORMATS, FormatName
-from storage.model_config import ModelConfig
+from storage.model_config import EMBEDDING, ModelConfig
 from storage.nemotron_nas import to_nemotron_nas
 from storage.pieces import Pieces
 from storage.sections import Run
@@ -227,6 +227,22 @@ def test_a_child_in_16_bit_is_padded_in_16_bit(tmp_path: Path) -> None:
     padded = load_file(tmp_path / "exports/padded-llama/model.safetensors")
     assert {tensor.dtype for tensor in padded.values()} == {torch.bfloat16}
     assert not any("rotary" in name for name in padded)
+
+
+def test_weights_beside_a_float16_embedding_are_not_said_to_be_float16(tmp_path: Path) -> None:
+    """A weight of 1e6 became infinite, as transformers loads a checkpoint in config.json's dtype."""
+    save_child(tmp_path / "child", geometry("llama", tmp_path / "parent"), [(FULL, WIDE), (FULL, WIDE)])
+    files = (tmp_path / "child").glob("*.safetensors")
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    tensors[EMBEDDING] = tensors[EMBEDDING].half()
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    save_file(tensors, theirs / "model.safetensors")
+    shutil.copyfile(tmp_path / "child/config.json", theirs / "config.json")
+    write(read_checkpoint("theirs", theirs, "again", is_foreign=True), tmp_path / "exports", "plain")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exports/plain", trust_remote_code=False)
+    assert model.model.layers[1].mlp.up_proj.weight[0, 0].item() == 1e6
 
 
 def test_an_output_bias_alone_is_a_llama_only_with_zero_ones_beside_it(tmp_path: Path) -> None:
