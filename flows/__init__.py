@@ -90,12 +90,13 @@ def _set_proxies() -> None:
     """Take what httpx refuses out of the environment's variables on proxies; have local addresses bypass them."""
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     names = [name for name in os.environ if name.lower() in ("no_proxy", *_PROXIES)]
-    proxies = {name: value for name in names if (value := os.environ.pop(name)) and name.lower() in _PROXIES}
-    taken = {name: value for name, value in proxies.items() if _is_taken(name, value)}
+    values = {name: os.environ.pop(name) for name in names}
+    proxies = {name: value for name, value in values.items() if name.lower() in _PROXIES}
+    taken = {name: value for name, value in proxies.items() if not value or _is_taken(name, value)}  # "": none
     for name in [name for name in proxies if name not in taken]:
         scheme = re.match(r"(?a)[\w+.-]{1,20}://", proxies[name])  # what follows may hold a password
-        found = f"{scheme[0]}..., which Prefect's client refuses" if scheme else "a text without a scheme"
-        sys.stderr.write(f"warning: {name} is left aside: expected http://HOST:PORT, found {found}\n")
+        shown = f"{scheme[0]}..., which Prefect's client refuses" if scheme else "a text without a scheme"
+        sys.stderr.write(f"warning: {name} is left aside: expected http://HOST:PORT, found {shown}\n")
     entries = []
     for entry in filter(None, map(str.strip, direct.split(","))):
         bare = entry[1:-1] if entry.startswith("[") and entry.endswith("]") else entry

@@ -88,9 +88,9 @@ class _Column:
             return (not self.allowed or value in self.allowed) and (not self.pattern or bool(self._matches(value)))
         return bool(self.minimum <= value <= self.maximum)
 
-    def takes(self, found: pa.DataType) -> bool:
-        """Tell whether a file may hold the column as `found`: truth values and times are no numbers."""
-        inner = found.value_type if pa.types.is_dictionary(found) else found
+    def takes(self, stored: pa.DataType) -> bool:
+        """Tell whether a file may hold the column as a type: truth values and times are no numbers."""
+        inner = stored.value_type if pa.types.is_dictionary(stored) else stored
         return self.type == pa.string() or not (pa.types.is_boolean(inner) or pa.types.is_temporal(inner))
 
     def _matches(self, value: str) -> re.Match[str] | None:

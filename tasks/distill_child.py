@@ -3,7 +3,7 @@
 It trains on the train sequences behind those that BLD used, each once. The parent's hidden states come from the
 activation cache, and the cosine loss is taken at the boundaries that it keeps; or from the parent itself
 (tasks/tensors/teacher.py), at all of them. A step adds up the gradients of its sequences in their order, however many
-workers computed them; then the workers take a layer each. Every few steps the held-out KL is measured, and where it is
+workers computed them; then the workers take a block each. Every few steps the held-out KL is measured, and where it is
 due masters, moments, position and the best weights so far go to a checkpoint; a run that was killed goes on from it and
 ends with the bytes of one that was not. A loss or a gradient that is not finite ends the run before any weight changes.
 """
@@ -151,15 +151,15 @@ class _LiveStates:
         return [[self._parent.digest, digest_of(self._tokens.numpy().tobytes().hex())]]
 
 
-class _Layer:
-    """A layer of the child in training: its masters, and the float32 sum of a step's gradients.
+class _BlockInTraining:
+    """A block of the child in training: its masters, and the float32 sum of a step's gradients.
 
-    Layers share nothing, so that workers take one each.
+    Blocks share nothing, so that workers take one each.
 
     Attributes:
-        name: the layer's name in the child.
-        masters: the layer's weights.
-        parameters: the layer's share of all parameters of the child, by their numbers.
+        name: the block's name in the child.
+        masters: the block's weights.
+        parameters: the block's share of all parameters of the child, by their numbers.
         total: the sum of the gradients so far, in the order of the parameters.
     """
 
@@ -174,7 +174,7 @@ class _Layer:
             torch._foreach_add_(self.total, of_sequence[self.parameters], alpha=share)
 
     def norm(self) -> Tensor:
-        """Return the norm of the layer's part of the gradient."""
+        """Return the norm of the block's part of the gradient."""
         return torch.nn.utils.get_total_norm(self.total)
 
     def apply(self, scale: float) -> None:
@@ -185,14 +185,14 @@ class _Layer:
         torch._foreach_zero_(self.total)
 
     def state(self) -> dict[str, Tensor]:
-        """Return masters and moments; `<kind>.<name>` of the layer is `<kind>.<layer>.<name>` here."""
+        """Return masters and moments; `<kind>.<name>` of the block is `<kind>.<block>.<name>` here."""
         return {key.replace(".", f".{self.name}.", 1): tensor for key, tensor in self.masters.state().items()}
 
     def restore(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Continue from the layer's part of a checkpoint that was taken after `step` steps."""
+        """Continue from the block's part of a checkpoint that was taken after `step` steps."""
         infix = f".{self.name}."
-        own = {key.replace(infix, ".", 1): tensor for key, tensor in state.items() if infix in key}
-        self.masters.restore(own, step)
+        block_state = {key.replace(infix, ".", 1): tensor for key, tensor in state.items() if infix in key}
+        self.masters.restore(block_state, step)
 
 
 class _Training:
@@ -215,11 +215,11 @@ class _Training:
         self._head = Head(norm, lm_head, config.rms_norm_eps)
         self._groups = _steps(params)
         schedule = Schedule(len(self._groups), settings.learning_rate, settings.warmup, settings.weight_decay)
-        first, self._layers = 0, list[_Layer]()
-        for name, layer in self._child.layers.named_children():
-            if [*layer.parameters()]:  # a block without both subblocks has none
-                self._layers.append(_Layer(f"layers.{name}", MasterWeights(layer, schedule), first))
-                first = self._layers[-1].parameters.stop
+        first, self._blocks = 0, list[_BlockInTraining]()
+        for name, block in self._child.layers.named_children():
+            if [*block.parameters()]:  # a block without both subblocks has none
+                self._blocks.append(_BlockInTraining(f"layers.{name}", MasterWeights(block, schedule), first))
+                first = self._blocks[-1].parameters.stop
         self._best = self._weights()
         self._pieces = Pieces(paths.gkd_state(target), f"dvc repro distill_child@{target}")
         trained = [sequence for group in self._groups for sequence in group]
@@ -297,23 +297,23 @@ class _Training:
             yield {name.removeprefix(prefix): tensor for name, tensor in self._best.items() if name.startswith(prefix)}
 
     def _step(self, pool: Executor, group: list[int]) -> None:
-        settings, rate, number = self._params.distill_child, self._layers[0].masters.rate, len(self.curve.steps) + 1
+        settings, rate, number = self._params.distill_child, self._blocks[0].masters.rate, len(self.curve.steps) + 1
         losses = list[Losses]()
         at_once = self._params.run.workers
         for start in range(0, len(group), at_once):
             computed = list(pool.map(self._gradients, group[start : start + at_once]))
             losses += [loss for _, loss in computed]
             summed = [of_sequence for of_sequence, _ in computed]
-            self._of_layers(pool, partial(_Layer.add, gradients_of_child=summed, share=1 / len(group)))
-        norm = float(torch.nn.utils.get_total_norm(self._of_layers(pool, _Layer.norm)))
-        total = (gradient for layer in self._layers for gradient in layer.total)
+            self._of_blocks(pool, partial(_BlockInTraining.add, gradients_of_child=summed, share=1 / len(group)))
+        norm = float(torch.nn.utils.get_total_norm(self._of_blocks(pool, _BlockInTraining.norm)))
+        total = (gradient for block in self._blocks for gradient in block.total)
         names = (name for name, _ in self._child.named_parameters())
         if sick := sick_part(losses, norm, zip(names, total, strict=True)):
             if self.curve.steps:
                 self._save()
             self._stop(number, sick)
         scale = settings.clip_norm / norm if norm > settings.clip_norm else 1.0
-        self._of_layers(pool, partial(_Layer.apply, scale=scale))
+        self._of_blocks(pool, partial(_BlockInTraining.apply, scale=scale))
         step = GkdStep(
             step=number,
             tokens=number * len(group) * self._params.prepare_corpus.seq_len,
@@ -325,15 +325,15 @@ class _Training:
         )
         self.curve = replace(self.curve, steps=(*self.curve.steps, step))
 
-    def _of_layers(self, pool: Executor, work: Callable[[_Layer], T]) -> list[T]:
-        """Call `work` for every layer on the workers' threads, and return the results in the layers' order."""
+    def _of_blocks(self, pool: Executor, work: Callable[[_BlockInTraining], T]) -> list[T]:
+        """Call `work` for every block on the workers' threads, and return the results in the blocks' order."""
         run = self._params.run
 
-        def on_thread(layer: _Layer) -> T:
+        def on_thread(block: _BlockInTraining) -> T:
             prepare_compute(run.device, run.dtype, run.threads)
-            return work(layer)
+            return work(block)
 
-        return list(pool.map(on_thread, self._layers))
+        return list(pool.map(on_thread, self._blocks))
 
     def _stop(self, step: int, sick: str) -> None:
         """End a training that is not finite.
@@ -386,7 +386,7 @@ class _Training:
         best = {f"best.{name}": tensor for name, tensor in self._best.items()}
         with write_whole(path) as temporary:
             save_file(
-                dict(itertools.chain(best.items(), *(layer.state().items() for layer in self._layers))), temporary
+                dict(itertools.chain(best.items(), *(block.state().items() for block in self._blocks))), temporary
             )
         self._pieces.finish(_STATE, self._key, [path], asdict(self.curve))
         self._pieces.keep_only({_STATE: self._key})
@@ -402,8 +402,8 @@ class _Training:
         (name,) = record["files"]
         state = load_file(self._pieces.folder / name)
         self._best = {key: state[f"best.{key}"] for key in self._best}  # in the order of an uninterrupted run
-        for layer in self._layers:
-            layer.restore(state, len(self.curve.steps))
+        for block in self._blocks:
+            block.restore(state, len(self.curve.steps))
 
 
 def _is_due(since_last: float, saving: float) -> bool:

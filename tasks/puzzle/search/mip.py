@@ -25,7 +25,8 @@ SOLVER_NAME = "highs"
 Status = Literal["optimal", "node_limit"]
 
 _MAX_REPAIRS = 1_000
-_BEYOND_MEASURE = 1e3
+_BEYOND_MEASURE = 1e6
+"""A multiple of a limit, or of the best sum of scores, beyond which a number stands for "never"."""
 _NO_SOLUTION = (
     mathopt.TerminationReason.INFEASIBLE,
     mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED,  # every variable is bounded
@@ -237,7 +238,7 @@ def _minimise(
 def minimise_excess(problem: Problem[Any], settings: SolverSettings) -> ProvenCover | None:
     """Find the cover that exceeds the limits by least, summed over shares of each limit; None if no cover was found.
 
-    Its `bound` is that of the excess.
+    Its `bound` is that of the excess. Where the solver refuses the numbers none is found: it only serves a message.
     """
     model = MipModel(problem, [0.0] * len(problem.choices), soft=True)
     result = model.solve(_parameters(settings))

@@ -8,7 +8,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from ortools.math_opt.python import mathopt
@@ -78,13 +78,13 @@ class MipModel:
 
     def solve(self, parameters: mathopt.SolveParameters) -> mathopt.SolveResult | None:
         """Run HiGHS; None where it refuses the numbers, which lie too far from each other."""
-        with _no_output(), suppress(AttributeError):  # MathOpt's own error fails over the solver's
+        with _no_output(), _refused_numbers():
             return mathopt.solve(self._model, mathopt.SolverType.HIGHS, params=parameters)
         return None
 
     def solve_relaxed(self) -> mathopt.SolveResult | None:
         """Solve as an LP (the model was built with integer=False); None as above."""
-        with suppress(AttributeError):
+        with _refused_numbers():
             return mathopt.solve(self._model, mathopt.SolverType.GLOP)
         return None
 
@@ -92,6 +92,16 @@ class MipModel:
         """Return the indices of the chosen choices, in order."""
         values = result.variable_values(self._variables)
         return tuple(index for index, value in enumerate(values) if value > 0.5)
+
+
+@contextmanager
+def _refused_numbers() -> Iterator[None]:
+    """Go on behind a model that a solver refuses: MathOpt means to raise its error and fails over it."""
+    try:
+        yield
+    except AttributeError as error:
+        if type(error.__context__).__name__ != "StatusNotOk":
+            raise
 
 
 @contextmanager
