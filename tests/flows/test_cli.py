@@ -126,8 +126,15 @@ def test_variables_for_other_programs_end_no_command() -> None:
     """Jupyter hands its backend down to `!dvc repro`; conda leaves SSL_CERT_FILE behind of environments that went."""
     code = "import flows, matplotlib, os; print(os.environ.get('SSL_CERT_FILE'), matplotlib.get_backend())"
     code += "; import huggingface_hub, tqdm, httpx; httpx.Client().close()"
-    code += "; print(*map(os.environ.get, ('http_proxy', 'no_proxy', 'NO_PROXY')))"
-    early = {"HF_HUB_ETAG_TIMEOUT": "5 s", "HF_ENDPOINT": "http://[::1", "TQDM_NCOLS": "wide", "TQDM_ASCII": "1"}
+    code += "; print(*map(os.environ.get, ('http_proxy', 'no_proxy', 'NO_PROXY', 'HF_TOKEN', 'https_proxy')))"
+    early = {
+        "HF_TOKEN": "of another hub",
+        "https_proxy": "",
+        "HF_HUB_ETAG_TIMEOUT": "5 s",
+        "HF_ENDPOINT": "http://[::1",
+        "TQDM_NCOLS": "wide",
+        "TQDM_ASCII": "1",
+    }
     others = {"MPLBACKEND": "module://matplotlib_inline.none_such", "SSL_CERT_FILE": "/none/such", **early, **PROXIES}
     ended = subprocess.run(
         [sys.executable, "-c", code],
@@ -138,7 +145,7 @@ def test_variables_for_other_programs_end_no_command() -> None:
         check=False,
     )
     direct = "10.1.0.0/16,::1,.corp,127.0.0.1,localhost"
-    taken = f"None agg\nhttp://me:pw@h:1 {direct} {direct}\n"
+    taken = f"None agg\nhttp://me:pw@h:1 {direct} {direct} None \n"
     assert (ended.returncode, ended.stdout) == (0, taken), ended.stderr
     assert "s3cret" not in ended.stderr
     assert [line.partition(" left aside: ")[0] for line in ended.stderr.splitlines()] == [

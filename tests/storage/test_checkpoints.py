@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from storage import checkpoints
 from storage.checkpoints import CHECKSUMS, Checkpoint, CheckpointWriter, tensor_sha256
-from storage.files import DamagedFileError, InputError
+from storage.files import DamagedFileError, InputError, write_sealed
 from tests.clone import ROOT
 from tests.tiny import FAMILIES, flip_byte, save_tiny, tiny_model
 
@@ -207,6 +207,14 @@ def test_a_foreign_checkpoint_has_no_checksums(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path, REBUILD, is_foreign=True)
     assert checkpoint.checksums == {}
     assert torch.equal(checkpoint.tensor("a"), torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["", ".", "../other", "/etc/hostname"])
+def test_a_list_of_files_elsewhere_is_damaged(name: str, tmp_path: Path) -> None:
+    """The message is about the list; such a name once was a file that "is missing"."""
+    write_sealed(tmp_path / CHECKSUMS, {"tensors": {}, "files": {name: "0"}})
+    with pytest.raises(DamagedFileError, match=f"{CHECKSUMS} lists .*, which is no file of its folder; run"):
+        Checkpoint(tmp_path, REBUILD).verify_files()
 
 
 def test_two_writes_give_the_same_bytes(tmp_path: Path) -> None:

@@ -224,6 +224,7 @@ def test_a_card_that_is_no_text_costs_a_warning(tmp_path: Path, caplog: pytest.L
     [
         ("tokenizer_config.json", b'{"chat_template": "\xff"}', r"tokenizer_config.json is not UTF-8 \(byte 19 is"),
         ("generation_config.json", b'{"eos_token_id": [true, 257]}', "generation_config.json: eos_token_id is no"),
+        ("generation_config.json", b'{"pad_token_id": false}', "generation_config.json: pad_token_id is no"),
         (os.fsdecode(b"tokenizer-\xe9.json"), b"{}", "is no name in UTF-8"),
     ],
 )

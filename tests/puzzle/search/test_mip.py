@@ -5,17 +5,20 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import pulp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ortools.math_opt.python import mathopt
 
 from storage.files import InputError
 from storage.variants import Attention, Ffn, Replacement
 from tasks.puzzle.search.best_child import best_child
 from tasks.puzzle.search.infeasible import InfeasibleError, infeasible
 from tasks.puzzle.search.mip import Solution, SolverSettings
+from tasks.puzzle.search.mip_model import MipModel
 from tasks.puzzle.search.problem import Choice, Limit, Problem
 from tests.puzzle.problems import Small, brute_force, covers, keeps, problems
 
@@ -84,6 +87,22 @@ def test_a_huge_number_stands_for_never(problem: Small, position: int, power: in
         first = replace(problem.limits[0], coefficients=tuple(coefficients))
         problem = replace(problem, limits=(first, *problem.limits[1:]))
     assert solved(problem) == optimum(brute_force(problem))
+
+
+def test_what_the_solver_refuses_is_told_from_a_fault_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    replacements = [
+        Replacement(block, 1, Attention("gqa", width), Ffn("no_op")) for block in (0, 1) for width in (1, 2)
+    ]
+    choices = tuple(Choice(replacement, 1.0) for replacement in replacements)
+    model = MipModel(Problem("t", 2, choices, (Limit("a", "a", (1.0, 1e20, 1.0, 2.0), 0.0, 3.0),)), [1.0] * 4)
+    assert model.solve(mathopt.SolveParameters()) is None
+
+    def ours(*_: Any, **__: Any) -> None:
+        raise AttributeError("ours")
+
+    monkeypatch.setattr(mathopt, "solve", ours)
+    with pytest.raises(AttributeError, match="ours"):
+        model.solve(mathopt.SolveParameters())
 
 
 @given(problems(), st.integers(0, 1), st.integers(1, 80))
