@@ -176,14 +176,19 @@ def test_the_same_problem_gives_the_same_answer() -> None:
     assert (first.chosen, first.bound, first.nodes) == (second.chosen, second.bound, second.nodes)
 
 
-def test_a_limit_that_binds_has_its_price_and_one_that_does_not_has_none() -> None:
-    """One block mixed at cost 0 (score 1) or 1 (score 0): the relaxation trades 1 nat per unit of cost."""
-    replacements = [Replacement(0, 1, Attention("gqa", heads), Ffn("no_op")) for heads in (1, 2)]
+@pytest.mark.parametrize("never", [(2.0, 2.0), (1e20, 0.0), (0.0, 1e12)])
+def test_a_limit_that_binds_has_its_price_and_one_that_does_not_has_none(never: tuple[float, float]) -> None:
+    """One block mixed at cost 0 (score 1) or 1 (score 0): the relaxation trades 1 nat per unit of cost.
+
+    A third choice, whose score or cost is `never`'s, has no part in it.
+    """
+    replacements = [Replacement(0, 1, Attention("gqa", heads), Ffn("no_op")) for heads in (1, 2, 3)]
+    score, cost = never
     problem = Problem(
         "t",
         1,
-        (Choice(replacements[0], 1.0), Choice(replacements[1], 0.0)),
-        (Limit("tight", "tight", (0.0, 1.0), 0.0, 0.5), Limit("loose", "loose", (0.0, 1.0), 0.0, 8.0)),
+        (Choice(replacements[0], 1.0), Choice(replacements[1], 0.0), Choice(replacements[2], score)),
+        (Limit("tight", "tight", (0.0, 1.0, cost), 0.0, 0.5), Limit("loose", "loose", (0.0, 1.0, cost), 0.0, 8.0)),
     )
     tight, loose = solve(problem, SolverSettings()).uses
     assert tight.price == pytest.approx(0.5) and tight.binds  # 100 % of the limit is half a unit of cost
