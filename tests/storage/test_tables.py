@@ -232,6 +232,7 @@ def test_a_fault_in_a_cost_table_is_one_clear_error(
         ([replace(SCORE, kl=float("nan"))], ["row 0", "kl", "nats/token"]),
         ([replace(SCORE, kl=-0.5)], ["row 0", "kl", "-0.5"]),
         ([replace(SCORE, kl=1e100)], ["row 0", "kl", "at most 1e+06", "1e+100"]),
+        ([replace(SCORE, first_block=10**9)], ["row 0", "first_block", "at most 9999", "1000000000"]),
         ([replace(SCORE, attention="kv_" + "9" * 5000)], ["row 0", "kv_9", "kv_<heads>"]),
         ([replace(SCORE, top1_agreement=1.5)], ["row 0", "top1_agreement", "at most 1"]),
         ([replace(SCORE, cosine=-1.5)], ["row 0", "cosine", "-1.5"]),
