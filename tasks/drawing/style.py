@@ -80,7 +80,7 @@ def panels(
 def finish(figure: Figure, name: str, description: str, dpi: int) -> Drawing:
     """Render a figure as SVG text and as PNG with `dpi` pixels per inch; people's texts are drawn as written."""
     _take_literally(figure)
-    with rc_context({**_ALL, "svg.hashsalt": name}):
+    with rc_context({"svg.hashsalt": name}):
         text, image = io.StringIO(), io.BytesIO()
         figure.savefig(text, format="svg", metadata=_NO_METADATA)
         figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})
