@@ -151,7 +151,9 @@ def _kl_and_gradient(rows: Tensor, parent: Tensor, weight: Tensor, *, with_gradi
     """Compute the mean KL over tokens and its gradient with respect to the child's normalised hidden states.
 
     The gradient with respect to the child's logits is softmax(child) - softmax(parent), so it is carried to `rows` at
-    once, chunk by chunk: no logits wait for a backward pass, and nothing is computed twice.
+    once, chunk by chunk: no logits wait for a backward pass, and nothing is computed twice. The child's logits are the
+    parent's plus the product of the head with the difference of the states, so that what the parent's are rounded to
+    is the same on both sides and adds nothing to the KL (tasks/puzzle/model/head.py).
 
     Args:
         rows: the child's hidden states behind the final norm, [tokens, hidden].
@@ -162,15 +164,17 @@ def _kl_and_gradient(rows: Tensor, parent: Tensor, weight: Tensor, *, with_gradi
     Returns:
         The KL, nats per token, and its gradient, [tokens, hidden], empty if it is not computed.
     """
+    difference = (rows.float() - parent.float()).to(weight.dtype)
     total = torch.zeros((), device=rows.device)
     gradient = torch.empty_like(rows) if with_gradient else rows.new_empty(0)
     for start in range(0, len(rows), _CHUNK_TOKENS):
         chunk = slice(start, start + _CHUNK_TOKENS)
-        theirs = functional.linear(parent[chunk], weight).float().log_softmax(-1)
-        ours = functional.linear(rows[chunk], weight).float().log_softmax(-1)
+        logits = functional.linear(parent[chunk], weight).float()
+        theirs = logits.log_softmax(-1)
+        ours = logits.add_(functional.linear(difference[chunk], weight)).log_softmax(-1)
         probability = theirs.exp()
         total += torch.linalg.vecdot(probability, theirs - ours).sum()
         if with_gradient:
-            difference = ours.exp_().sub_(probability).to(weight.dtype)
-            gradient[chunk] = (difference @ weight) / len(rows)
+            excess = ours.exp_().sub_(probability).to(weight.dtype)
+            gradient[chunk] = (excess @ weight) / len(rows)
     return total / len(rows), gradient
