@@ -216,11 +216,15 @@ class Checkpoint:
             InputError: the checkpoint has no such tensor, or it holds NaN or an infinite value.
             DamagedFileError: its bytes differ from those that were written.
         """
+        return self._mapped(name).clone()
+
+    def _mapped(self, name: str) -> Tensor:
+        """Return a verified tensor over the mapped file, which stays mapped as long as the tensor lives."""
         if name not in self.files:
             raise InputError(f"{self.folder} has no tensor {name}; {to_run(self.rebuild)}")
         state = FileState.of(self._present(self.files[name]))
         with self._open(self.files[name]) as handle:
-            tensor: Tensor = handle.get_tensor(name).clone()  # else it keeps the whole file mapped
+            tensor: Tensor = handle.get_tensor(name)
         expected = self.checksums.get(name) if self.checksums else ""
         if (state, name, expected) not in _VERIFIED:
             self._verify(name, tensor, expected)
@@ -246,7 +250,7 @@ class Checkpoint:
     def block(self, block_index: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return all tensors of one block, named as within a Llama layer."""
         names = self.block_names(block_index)
-        return {short: self.tensor(name).to(device, dtype) for short, name in names.items()}
+        return {short: self._mapped(name).to(device, dtype, copy=True) for short, name in names.items()}
 
     def block_digest(self, block_index: int) -> str:
         """Return the content digest of one block, from the checksums."""
