@@ -55,6 +55,16 @@ def tensor_sha256(tensor: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
+def placed(tensor: Tensor, device: torch.device, dtype: torch.dtype, *, copy: bool = False) -> Tensor:
+    """Bring a CPU tensor to a device and a dtype, to a GPU from pinned memory without waiting for the copy.
+
+    On a CPU the result may share the tensor's memory, unless `copy` forbids it.
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True).to(dtype)
+    return tensor.to(device, dtype, copy=copy)
+
+
 @dataclass(frozen=True)
 class Checksums:
     """The content of checksums.json: sha256 of tensors by name, and of the other files of the folder by theirs."""
@@ -250,7 +260,7 @@ class Checkpoint:
     def block(self, block_index: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return all tensors of one block, named as within a Llama layer."""
         names = self.block_names(block_index)
-        return {short: self._mapped(name).to(device, dtype, copy=True) for short, name in names.items()}
+        return {short: placed(self._mapped(name), device, dtype, copy=True) for short, name in names.items()}
 
     def block_digest(self, block_index: int) -> str:
         """Return the content digest of one block, from the checksums."""
