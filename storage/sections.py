@@ -19,6 +19,9 @@ from storage.records import Precision
 from storage.scenario import Scenario, ScenarioText
 from storage.written_text import WrittenKind
 
+MeasuredEngine = Literal["torch", "llama.cpp"]
+"""Engines whose speed is measured on this machine."""
+
 
 def _each_once(values: tuple[object, ...]) -> tuple[object, ...]:
     """Refuse a list in which an item stands twice: its rows or files would be made twice."""
@@ -426,8 +429,10 @@ class DistillChild(Section):
 class BenchmarkThroughput(Section):
     """Speed of parent and child: measured on this machine (at speed limits too), modelled for a GPU."""
 
-    engines: tuple[Literal["torch", "llama.cpp"], ...] = Field(
-        ("torch",), min_length=1, description="Engines to measure on this machine; llama.cpp needs the extra llamacpp."
+    engines: tuple[MeasuredEngine, ...] = Field(
+        ("torch",),
+        description="Engines to measure on this machine; llama.cpp needs the extra llamacpp. None: only speeds that a "
+        "target limits are measured.",
     )
     scenarios: tuple[ScenarioText, ...] = Field(
         ("128/128",), min_length=1, description="Input/output lengths measured on this machine, in tokens."

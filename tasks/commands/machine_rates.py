@@ -1,6 +1,6 @@
 """Rates of this machine, timed in about a minute: blocks, head, float32 products, memory, disk, start of a stage.
 
-In: a parent's geometry and the params of `run`. Out: rates for tasks/commands/stage_estimates.py.
+In: a parent's geometry and the params of `run`. Out: rates for tasks/estimates/stage_estimates.py.
 """
 
 import os
@@ -18,8 +18,8 @@ import torch
 from storage.files import sha256
 from storage.model_config import ModelConfig
 from storage.params import Params
-from tasks.commands.stage_estimates import Rates
 from tasks.engines.machine import machine
+from tasks.estimates.stage_estimates import Rates
 from tasks.puzzle.costs.hardware import device_named
 from tasks.puzzle.model.blocks import Block
 from tasks.puzzle.model.device import Compute, prepare_compute

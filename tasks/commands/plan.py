@@ -1,6 +1,6 @@
 """The demand of each stage on this machine, before any run, from the parent's config.json and a minute of timing.
 
-In: params, a config.json (no weights), this machine. Out: estimates, all modelled (tasks/commands/stage_estimates.py);
+In: params, a config.json (no weights), this machine. Out: estimates, all modelled (tasks/estimates/stage_estimates.py);
 beside them what the stages of this clone took, where they ran. Run: `puzzle plan`.
 """
 
@@ -8,16 +8,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.files import InputError
-from storage.gguf import PACKAGE, GgufModel, embedded_parent
-from storage.json_files import read_object
-from storage.model_config import ModelConfig
 from storage.params import Params
 from storage.paths import Paths
 from storage.pipeline import read_pipeline, read_seconds
 from tasks.commands.machine_rates import rates_of_machine
-from tasks.commands.stage_case import StageCase
-from tasks.commands.stage_estimates import StageEstimate, estimate_stages
+from tasks.estimates.parent_geometry import parent_geometry
+from tasks.estimates.stage_case import StageCase
+from tasks.estimates.stage_estimates import StageEstimate, estimate_stages
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
         InputError: there is no config.json without fetching the parent, or its architecture is not supported.
     """
     pipeline = read_pipeline()
-    name, config = _parent(params, config_json)
+    name, config = parent_geometry(params.prepare_parent.source, config_json)
     case = StageCase(config, params)
     paths.root.mkdir(parents=True, exist_ok=True)
     rates, machine = rates_of_machine(config, params, paths.root)
@@ -74,19 +71,4 @@ def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
         teacher_cache_bytes=case.teacher_cache_bytes,
         free_disk_bytes=float(status.f_bavail * status.f_frsize),
         num_benchmarks=case.num_benchmarks,
-    )
-
-
-def _parent(params: Params, config_json: Path | None) -> tuple[str, ModelConfig]:
-    """Return the parent's name for people, and its geometry."""
-    source = params.prepare_parent.source
-    if config_json is not None:
-        return str(config_json), ModelConfig.from_hf(read_object(config_json, "the download"), str(config_json))
-    if source == f"package:{PACKAGE}":
-        return source, ModelConfig.from_hf(GgufModel(embedded_parent()[0]).config(), source)
-    if (Path(source) / "config.json").is_file():
-        return source, ModelConfig.from_hf(read_object(Path(source) / "config.json", "the download"), source)
-    raise InputError(
-        f"prepare_parent.source {source} has no config.json on this machine; give its geometry with --parent "
-        "CONFIG_JSON (its config.json alone, no weights)"
     )

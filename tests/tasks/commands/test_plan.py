@@ -19,8 +19,8 @@ from tasks import distill_child
 from tasks.checkpoints.exports import read_checkpoint
 from tasks.commands import machine_rates
 from tasks.commands.plan import Plan, plan
-from tasks.commands.stage_estimates import Rates, estimate_stages
 from tasks.engines.machine import on_this_machine
+from tasks.estimates.stage_estimates import Rates, estimate_stages
 from tasks.prepare_parent import prepare_parent
 from tests.clone import ROOT
 from tests.settings import SEQ_LEN, tiny_params

@@ -8,7 +8,7 @@ import pytest
 from storage.model_config import ModelConfig
 from storage.params import Params
 from storage.pipeline import read_pipeline
-from tasks.commands.stage_estimates import ESTIMATORS, Rates, StageEstimate, estimate_stages, kept_share
+from tasks.estimates.stage_estimates import ESTIMATORS, Rates, StageEstimate, estimate_stages, kept_share
 from tests.clone import ROOT
 from tests.settings import tiny_params
 

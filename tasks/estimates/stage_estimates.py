@@ -1,4 +1,4 @@
-"""The demand of every stage of dvc.yaml on a machine, modelled from sizes alone. No torch.
+"""The demand of every stage of dvc.yaml on a machine, modelled from sizes alone.
 
 In: the stages, a parent's geometry, params, rates of a machine. Out: seconds, peak memory and disk of each stage.
 
@@ -9,7 +9,7 @@ multiple of the machine's `start_seconds`. Tests keep it from drifting: each sta
 on disk are compared with those that a small run writes, operations with counts by hand.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from storage.formats import FORMATS, FormatName
@@ -20,7 +20,7 @@ from storage.pipeline import PipelineStage
 from storage.scenario import Scenario
 from storage.targets import Target
 from storage.variants import Attention, Ffn
-from tasks.commands.stage_case import StageCase
+from tasks.estimates.stage_case import StageCase
 from tasks.puzzle.costs.sizes import attention_elements, ffn_elements
 from tasks.puzzle.removals import CANDIDATES, MOST_REMOVED
 
@@ -80,17 +80,26 @@ def estimate_stages(
     pipeline: Sequence[PipelineStage], config: ModelConfig, params: Params, rates: Rates
 ) -> tuple[StageEstimate, ...]:
     """Estimate all stages in the order of dvc.yaml; a stage of each target has one estimate for every target."""
-    estimates = []
+    return tuple(
+        StageEstimate(name, demand.seconds(rates), demand.memory_bytes + _PROCESS_BYTES, demand.disk_bytes)
+        for name, demand in _demands(pipeline, config, params)
+    )
+
+
+def estimate_memory(pipeline: Sequence[PipelineStage], config: ModelConfig, params: Params) -> dict[str, float]:
+    """Estimate the peak memory of all stages by their names, bytes."""
+    return {name: demand.memory_bytes + _PROCESS_BYTES for name, demand in _demands(pipeline, config, params)}
+
+
+def _demands(pipeline: Sequence[PipelineStage], config: ModelConfig, params: Params) -> Iterator[tuple[str, Demand]]:
+    """Yield name and demand of each stage; a stage that runs per target has `@target` in its name."""
     for stage in pipeline:
         cases = {stage.name: StageCase(config, params)}
         if stage.per_target:
             shares = {key: kept_share(target) for key, target in params.targets.items()}
             cases = {f"{stage.name}@{key}": StageCase(config, params, share) for key, share in shares.items()}
         for name, case in cases.items():
-            demand = ESTIMATORS[stage.name](case)
-            memory = demand.memory_bytes + _PROCESS_BYTES
-            estimates.append(StageEstimate(name, demand.seconds(rates), memory, demand.disk_bytes))
-    return tuple(estimates)
+            yield name, ESTIMATORS[stage.name](case)
 
 
 def kept_share(target: Target) -> float:
@@ -140,7 +149,7 @@ def _cache_activations(case: StageCase) -> Demand:
     return Demand(
         block_flops=case.config.num_blocks * case.cached_tokens * case.block_flops,
         moved_bytes=3 * held,
-        memory_bytes=2.0 * case.outside_params + case.compute_bytes * case.block_params,
+        memory_bytes=case.workers * (2.0 * case.outside_params + 2 * case.compute_bytes * case.block_params),
         disk_bytes=held,
     )
 
@@ -298,6 +307,8 @@ def _export(case: StageCase, formats: Sequence[FormatName], checkpoint_bytes: fl
 
 def _benchmark_throughput(case: StageCase) -> Demand:
     benchmark = case.params.benchmark_throughput
+    if not benchmark.engines and not case.has_speed_limit:
+        return Demand()
     prefill_tokens = decode_steps = 0.0
     for scenario in benchmark.scenarios:
         lengths = Scenario.parse(scenario)
@@ -338,6 +349,11 @@ def _evaluate_child(case: StageCase) -> Demand:
     )
 
 
+def _measure_accuracy(case: StageCase) -> Demand:
+    """Estimate the memory alone: one model as a whole; how long a benchmark takes is not modelled."""
+    return Demand(memory_bytes=case.compute_bytes / 2 * case.parent_bytes) if case.num_benchmarks else Demand()
+
+
 ESTIMATORS: Mapping[str, Callable[[StageCase], Demand]] = {
     "prepare_parent": _prepare_parent,
     "measure_costs": _starts(1.0),
@@ -355,7 +371,7 @@ ESTIMATORS: Mapping[str, Callable[[StageCase], Demand]] = {
     "export_child": _export_child,
     "benchmark_throughput": _benchmark_throughput,
     "evaluate_child": _evaluate_child,
-    "measure_accuracy": _starts(1.0),
+    "measure_accuracy": _measure_accuracy,
     "report": _starts(2.5),
 }
 """Every stage of dvc.yaml -> its estimator."""

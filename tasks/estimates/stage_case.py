@@ -1,10 +1,13 @@
-"""Sizes and operations that the estimates of stages are made of, from a parent's geometry and params. No torch."""
+"""Sizes and operations that the estimates of stages are made of, from a parent's geometry and params."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 from storage.library import name_of
+from storage.metrics import METRICS
 from storage.model_config import ModelConfig
 from storage.params import Params
+from storage.sections import MeasuredEngine
 from storage.variants import Attention, Ffn
 from tasks.puzzle.costs.sizes import attention_elements, ffn_elements
 from tasks.puzzle.search_space import block_variants, parent_attention, parent_ffn
@@ -111,6 +114,12 @@ class StageCase:
         """Count the benchmarks that measure_accuracy asks."""
         accuracy = self.params.measure_accuracy
         return len(accuracy.tasks) + bool(accuracy.human_eval) + bool(accuracy.mt_bench)
+
+    @property
+    def has_speed_limit(self) -> bool:
+        """Tell whether a target limits a speed that benchmark_throughput measures."""
+        limits = [limit for target in self.params.targets.values() for limit in target.constraints.values()]
+        return any(METRICS[limit.metric].speed and limit.engine in get_args(MeasuredEngine) for limit in limits)
 
     @property
     def workers(self) -> int:
