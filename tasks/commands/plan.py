@@ -23,8 +23,9 @@ class Plan:
 
     `live_teacher` says whether the parent itself runs in GKD, whose tokens would take `teacher_cache_bytes` of cache.
 
-    `took` has the seconds that stages of this clone took when they last ran. Of measure_accuracy the estimate has the
-    start alone, not its `num_benchmarks`.
+    `reading_seconds` and `hashing_seconds` are parts of the estimates: what stages read while they compute, and what
+    they compare with its checksums. `took` has the seconds that stages of this clone took when they last ran. Of
+    measure_accuracy the estimate has the start alone, not its `num_benchmarks`.
     """
 
     parent: str
@@ -32,6 +33,8 @@ class Plan:
     device: str
     stages: tuple[StageEstimate, ...]
     took: dict[str, float]
+    reading_seconds: float
+    hashing_seconds: float
     materialised_bytes: float
     rolling_bytes: float
     rolling: bool
@@ -58,11 +61,14 @@ def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
     paths.root.mkdir(parents=True, exist_ok=True)
     rates, machine = rates_of_machine(config, params, paths.root)
     status = os.statvfs(paths.root)
+    stages = estimate_stages(pipeline, config, params, rates)
     return Plan(
         parent=name,
         machine=machine,
         device=params.run.device,
-        stages=estimate_stages(pipeline, config, params, rates),
+        stages=stages,
+        reading_seconds=sum(stage.read_bytes for stage in stages) / rates.read_bytes_per_s,
+        hashing_seconds=sum(stage.hashed_bytes for stage in stages) / rates.hash_bytes_per_s,
         took=read_seconds(paths.seconds),
         materialised_bytes=case.materialised_bytes,
         rolling_bytes=case.rolling_bytes,

@@ -32,13 +32,18 @@ _PROCESS_BYTES = 0.6e9  # memory of a process with its libraries, beside what it
 
 @dataclass(frozen=True)
 class Rates:
-    """A machine: FLOP/s of all workers together in blocks, in the head and in float32 products, bytes/s, seconds."""
+    """A machine: FLOP/s of all workers together in blocks, in the head and in float32 products, bytes/s, seconds.
+
+    `disk_bytes_per_s` counts what is written and hashed, `read_bytes_per_s` weights from mapped files to the device.
+    """
 
     block_flops: float
     head_flops: float
     float32_flops: float
     memory_bytes_per_s: float
     disk_bytes_per_s: float
+    read_bytes_per_s: float
+    hash_bytes_per_s: float
     start_seconds: float
 
 
@@ -46,7 +51,9 @@ class Rates:
 class Demand:
     """The demand of a stage on any machine: operations, bytes through memory (streamed) and disk (moved), bytes held.
 
-    `memory_bytes` come on top of the process itself; `starts` is a multiple of the machine's `start_seconds`.
+    `read_bytes` are weights and states that are read while it computes, `hashed_bytes` those that it compares with
+    their checksums, once a process. `memory_bytes` come on top of the process itself; `starts` is a multiple of the
+    machine's `start_seconds`.
     """
 
     block_flops: float = 0.0
@@ -54,6 +61,8 @@ class Demand:
     float32_flops: float = 0.0
     streamed_bytes: float = 0.0
     moved_bytes: float = 0.0
+    read_bytes: float = 0.0
+    hashed_bytes: float = 0.0
     memory_bytes: float = 0.4e9
     disk_bytes: float = 0.0
     starts: float = 1.0
@@ -63,17 +72,20 @@ class Demand:
         seconds = self.block_flops / rates.block_flops + self.head_flops / rates.head_flops
         seconds += self.float32_flops / rates.float32_flops
         seconds += self.streamed_bytes / rates.memory_bytes_per_s
+        seconds += self.read_bytes / rates.read_bytes_per_s + self.hashed_bytes / rates.hash_bytes_per_s
         return seconds + (self.moved_bytes / rates.disk_bytes_per_s + self.starts * rates.start_seconds)
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage, modelled: seconds, bytes of memory at the peak, bytes on disk that it leaves."""
+    """One stage, modelled: seconds, bytes of memory at the peak, on disk that it leaves, read and hashed."""
 
     stage: str
     seconds: float
     memory_bytes: float
     disk_bytes: float
+    read_bytes: float
+    hashed_bytes: float
 
 
 def estimate_stages(
@@ -81,7 +93,14 @@ def estimate_stages(
 ) -> tuple[StageEstimate, ...]:
     """Estimate all stages in the order of dvc.yaml; a stage of each target has one estimate for every target."""
     return tuple(
-        StageEstimate(name, demand.seconds(rates), demand.memory_bytes + _PROCESS_BYTES, demand.disk_bytes)
+        StageEstimate(
+            stage=name,
+            seconds=demand.seconds(rates),
+            memory_bytes=demand.memory_bytes + _PROCESS_BYTES,
+            disk_bytes=demand.disk_bytes,
+            read_bytes=demand.read_bytes,
+            hashed_bytes=demand.hashed_bytes,
+        )
         for name, demand in _demands(pipeline, config, params)
     )
 
@@ -149,6 +168,8 @@ def _cache_activations(case: StageCase) -> Demand:
     return Demand(
         block_flops=case.config.num_blocks * case.cached_tokens * case.block_flops,
         moved_bytes=3 * held,
+        read_bytes=case.cache_passes * case.parent_in_compute,
+        hashed_bytes=case.parent_bytes,
         memory_bytes=case.workers * (2.0 * case.outside_params + 2 * case.compute_bytes * case.block_params),
         disk_bytes=held,
     )
@@ -181,6 +202,8 @@ def _distill_blocks(case: StageCase) -> Demand:
         float32_flops=num_ranges * _fit_flops(case, attentions, ffns) * case.slowdown,
         streamed_bytes=num_ranges * steps * params * 3 * _MASTER_BYTES,
         moved_bytes=3 * library,
+        read_bytes=case.parent_in_compute + 2 * config.num_blocks * case.bld_boundary_bytes,
+        hashed_bytes=case.parent_bytes + (config.num_blocks + 1) * case.bld_boundary_bytes,
         memory_bytes=case.workers * (params * (_MASTER_BYTES + 3 * case.compute_bytes) + 3 * 8.0 * width**2),
         disk_bytes=library,
     )
@@ -207,6 +230,7 @@ def _score_blocks(case: StageCase) -> Demand:
     scored = (trained + no_ops) * score.tokens + trained * score.initial_tokens
     suffix: float = scored * sum(range(1, num_blocks + 1))
     groups = -(-num_blocks // score.blocks_per_group)
+    batches = score.tokens / (score.sequences_per_batch * score.length(case.params.prepare_corpus.seq_len))
     heads = num_blocks * scored + 2 * groups * score.tokens
     num_read = num_blocks * trained
     for span in case.params.distill_blocks.spans:
@@ -222,7 +246,8 @@ def _score_blocks(case: StageCase) -> Demand:
         block_flops=case.in_order(suffix * case.block_flops, score.tokens),
         head_flops=heads * case.head_flops * case.slowdown,
         memory_bytes=case.compute_bytes * (case.outside_params + case.workers * 4 * case.block_params),
-        moved_bytes=2 * num_read * case.block_params * case.compute_bytes,
+        read_bytes=groups * batches * case.parent_in_compute / 2,
+        hashed_bytes=case.parent_bytes + num_read * case.block_params * case.compute_bytes,
     )
 
 
@@ -258,6 +283,8 @@ def _refine_child(case: StageCase) -> Demand:
         block_flops=block_flops + 3 * held_out * case.child_flops + case.in_order(0.0, tokens),
         float32_flops=config.num_blocks * (tokens * summed + 2 * _RIDGES_TRIED * solved),  # float64 at half the rate
         moved_bytes=4 * config.num_blocks * states + 4 * case.child_bytes,
+        read_bytes=config.num_blocks * states,
+        hashed_bytes=case.parent_bytes + config.num_blocks * states,
         memory_bytes=3.0 * case.compute_bytes * case.block_params
         + (4.0 * (2 + case.workers) + 3 * 8.0) * config.intermediate_size**2,
         disk_bytes=case.child_bytes,
@@ -282,6 +309,7 @@ def _distill_child(case: StageCase) -> Demand:
         head_flops=(3 * gkd.tokens + 2 * held_out) * case.head_flops,
         streamed_bytes=steps * params * 4 * _MASTER_BYTES,
         moved_bytes=checkpoints * params * _CHECKPOINTED + 4 * case.child_bytes,
+        hashed_bytes=case.parent_bytes if case.has_live_teacher else gkd.tokens * case.token_bytes,
         memory_bytes=params * (_CHECKPOINTED + 4 + case.workers * 4 + 2 * case.compute_bytes)
         + case.compute_bytes * (case.outside_params + case.workers * saved)
         + (case.compute_bytes * case.config.num_blocks * case.block_params if case.has_live_teacher else 0),
@@ -335,6 +363,7 @@ def _evaluate_child(case: StageCase) -> Demand:
     num_baselines = 4 + case.params.search_baselines.random_seeds
     domain_tokens = sum(min(evaluate.domain_baseline_tokens, size) for size in other_tokens)
     baseline_tokens = num_baselines * (evaluate.baseline_tokens + domain_tokens)
+    batches = tokens / (evaluate.sequences_per_batch * case.params.prepare_corpus.seq_len)
     return Demand(
         block_flops=(3 * tokens + baseline_tokens) * case.child_flops
         + sum(other_tokens) * case.config.num_blocks * case.block_flops,
@@ -345,7 +374,8 @@ def _evaluate_child(case: StageCase) -> Demand:
             case.compute_bytes * (case.outside_params + case.workers * 3 * case.block_params),
             case.workers * 2 * exported_head if evaluate.export_tokens else 0.0,
         ),
-        moved_bytes=5 * case.child_bytes,
+        read_bytes=batches * (3 * case.child_bytes + case.parent_bytes),
+        hashed_bytes=3 * case.child_bytes + case.parent_bytes,
     )
 
 

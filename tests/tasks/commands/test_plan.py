@@ -30,7 +30,7 @@ from tests.tasks.checkpoints.test_exports import write as export
 from tests.tiny import SIZES, save_child, save_tokenizer, tiny_corpus, tiny_model
 
 CONFIG_70B = ROOT / "params/llama-3.1-70b.config.json"
-RATES = Rates(1e11, 1e11, 1e11, 1e10, 1e9, 5.0)
+RATES = Rates(1e11, 1e11, 1e11, 1e10, 1e9, 1e10, 1e9, 5.0)
 
 
 def _plan(params: Params, config_json: Path | None, folder: Path) -> Plan:
