@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -36,7 +35,6 @@ from tasks.engines.machine import machine, on_this_machine
 from tasks.prepare_parent import prepare_parent
 from tasks.puzzle.distill.bld import Batch, Recipe, distill_block
 from tasks.puzzle.distill.optimizer import Schedule
-from tasks.puzzle.model.ahead import Ahead
 from tasks.puzzle.model.assembly import compose, initial_weights
 from tasks.puzzle.model.blocks import Block
 from tasks.puzzle.model.boundaries import boundaries
@@ -49,6 +47,7 @@ from tasks.puzzle.search_space import attention_variants, ffn_variants, parent_a
 from tests.reference import replace_block
 from tests.settings import tiny_params
 from tests.tiny import tiny_corpus
+from tests.waiting import waiting_counted
 
 ROUNDS, SEQ_LEN, SCORED, GROUP = 3, 256, 1, 3
 RATIOS = (0.875, 0.75, 0.5, 0.25, 0.2, 0.1)
@@ -256,16 +255,7 @@ def caching(paths: Paths, case: Case) -> Iterator[dict[str, Any]]:
 
 def _waiting(work: Callable[[], object]) -> float:
     """Measure the share of a computation's time in which it waits for its input."""
-    waited, read = [0.0], Ahead.__next__
-
-    def timed(ahead: Ahead[Any]) -> Any:
-        start = time.perf_counter()
-        try:
-            return read(ahead)
-        finally:
-            waited[0] += time.perf_counter() - start
-
-    with mock.patch.object(Ahead, "__next__", timed):
+    with waiting_counted() as waited:
         total = seconds(work)
     return waited[0] / total
 
