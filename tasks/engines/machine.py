@@ -4,7 +4,6 @@ import platform
 from pathlib import Path
 
 import torch
-import transformers
 
 from storage.params import Params
 from tasks.puzzle.model.device import resolve
@@ -18,6 +17,8 @@ def on_this_machine(params: Params) -> Params:
 
 def software() -> str:
     """Versions of torch and transformers, as tables have them."""
+    import transformers  # a second that stages without tables save
+
     return f"torch {torch.__version__}, transformers {transformers.__version__}"
 
 

@@ -18,17 +18,18 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Never
 
 import torch
 from torch import Tensor
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 from tqdm import tqdm
 
 from storage.files import DamagedFileError, DiskFullError, InputError, read_json
 from storage.gkd import GkdCurve
 from storage.params import Params
 from storage.paths import Paths
+from storage.sources import SOURCES
 from storage.variants import Replacement
 from tasks.gkd import ranks as rank_module
 from tasks.gkd.course import Course, Measurement, Watch
@@ -108,7 +109,7 @@ def _start(rank: int, ranks: int, port: int, target: str, scratch: Path, paths: 
         **{"MASTER_ADDR": _LOOPBACK, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
         **{"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback, "TORCHELASTIC_RUN_ID": "gkd"},
         "TORCHELASTIC_ERROR_FILE": str(_error_file(scratch, rank)),
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(SOURCES), os.environ.get("PYTHONPATH")))),
     }
     arguments = ("--target", target, "--params", scratch / "params.json", "--artifacts", paths.root)
     with _stderr_file(scratch, rank).open("w", encoding="utf-8") as stderr:
@@ -141,7 +142,8 @@ def _follow(
     assert processes[0].stdout is not None
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_forward, args=(processes[0].stdout, lines), daemon=True).start()
-    with tqdm(total=num_steps, desc="distill", unit="step", disable=None) as progress:
+    progress: tqdm[Never] = tqdm(total=num_steps, desc="distill", unit="step", disable=None)
+    with progress:
         while any(process.poll() is None for process in processes) or not lines.empty():
             if any(process.poll() for process in processes):
                 raise _failure(target, processes, scratch)
@@ -156,7 +158,7 @@ def _forward(source: IO[str], lines: "queue.SimpleQueue[str]") -> None:
         lines.put(line)
 
 
-def _show(line: str, progress: "tqdm[None]", watch: Watch) -> None:
+def _show(line: str, progress: "tqdm[Never]", watch: Watch) -> None:
     """Take up a line of rank 0: steps that were done, or a measurement; what libraries print is left out."""
     if not line.startswith("{"):
         return

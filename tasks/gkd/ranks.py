@@ -46,7 +46,7 @@ from tasks.gkd.sharded_checkpoint import ShardedCheckpoint
 from tasks.gkd.teachers import ShardedStates, StreamedStates
 from tasks.puzzle.distill.gkd import Losses, LossWeights, sick_part
 from tasks.puzzle.distill.sharded import MOMENTS, ShardedAdam, ShardedChild, Sharding, backward, sharded_kl
-from tasks.puzzle.model.device import Compute, prepare_compute
+from tasks.puzzle.model.device import prepare_compute
 
 _WATCH_SECONDS = 0.5
 

@@ -6,6 +6,7 @@ folder gets its name when all files are whole, its record (storage/pieces.py) fo
 Ranks share the file system. Where a checkpoint is read, each rank verifies some of the files.
 """
 
+import contextlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -14,9 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from storage.files import DamagedFileError, explained, sha256, verify
 from storage.gkd import GkdCurve
@@ -87,7 +90,7 @@ class ShardedCheckpoint:
 
     def read(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
         """Read a kind of tensor into `tensors`, shards on whatever device; every rank calls it."""
-        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(self._folder / kind)))
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(self._folder / kind)))
 
     def save(self, curve: GkdCurve, kinds: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
         """Write a checkpoint, kind after kind; every rank calls it.
@@ -106,7 +109,7 @@ class ShardedCheckpoint:
         try:
             for kind, tensors in kinds:
                 writer = HuggingFaceStorageWriter(str(unfinished / kind), save_distributed=True)
-                dcp.save(dict(tensors), storage_writer=writer)
+                save(dict(tensors), storage_writer=writer)
         except Exception as error:  # raised again below: torch wraps the system's errors of all ranks in one of its own
             if readable := explained(error, unfinished):
                 raise readable from error
@@ -114,7 +117,8 @@ class ShardedCheckpoint:
         checksums = _gathered(_checksums_of_rank(unfinished))
         if dist.get_rank() == 0:
             unfinished.rename(folder)
-            self._pieces.finish(_STATE, self._key, {folder / name: checksums[name] for name in checksums}, asdict(curve))
+            files = {folder / name: checksum for name, checksum in checksums.items()}
+            self._pieces.finish(_STATE, self._key, files, asdict(curve))
             self._delete_others(folder.name)
         dist.barrier()
         self._saved = curve
@@ -125,21 +129,23 @@ class ShardedCheckpoint:
         Raises:
             DamagedFileError: a file is not as it was written.
         """
-        for file, checksum in self._pieces.get(_STATE)["files"].items():
-            if Path(file).parts[1] == _BEST:
-                verify(self._pieces.folder / file, checksum, self._pieces.rebuild)
-        reader = HuggingFaceStorageReader(str(self._folder / _BEST))
-        stored = reader.read_metadata().state_dict_metadata
-        for index in range(num_blocks):
-            prefix = f"layers.{index}."
-            block = {
-                name: torch.empty(found.size, dtype=found.properties.dtype)
-                for name, found in stored.items()
-                if name.startswith(prefix)
-            }
-            if block:
-                dcp.load(block, storage_reader=reader, no_dist=True)
-            yield {name.removeprefix(prefix): tensor for name, tensor in block.items()}
+        best = sorted((self._folder / _BEST).glob("*.safetensors"))
+        checksums = self._pieces.get(_STATE)["files"]
+        for path in best:
+            verify(path, checksums[str(path.relative_to(self._pieces.folder))], self._pieces.rebuild)
+        with contextlib.ExitStack() as stack:
+            rows: dict[str, list[Any]] = {}  # by name: the open files with rows of it, in the ranks' order
+            for path in best:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                for name in list(file.keys()):
+                    rows.setdefault(name, []).append(file)
+            for index in range(num_blocks):
+                prefix = f"layers.{index}."
+                names = [name for name in rows if name.startswith(prefix)]
+                yield {
+                    name.removeprefix(prefix): torch.cat([file.get_tensor(name) for file in rows[name]])
+                    for name in names
+                }
 
 
 def _checksums_of_rank(folder: Path) -> dict[str, str]:

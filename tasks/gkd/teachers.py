@@ -13,7 +13,7 @@ from torch import Tensor
 from storage.parent import Parent
 from tasks.gkd.material import Material
 from tasks.puzzle.distill.gkd import States
-from tasks.puzzle.distill.sharded import Sharding, ShardedTeacher, embedded
+from tasks.puzzle.distill.sharded import ShardedTeacher, Sharding, embedded
 from tasks.puzzle.model.blocks import Block
 from tasks.puzzle.model.device import Compute
 from tasks.puzzle.model.rotary import rotary_for

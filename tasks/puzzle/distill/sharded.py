@@ -1,6 +1,6 @@
 """GKD's child and its teacher in shards (FSDP2): every rank keeps some rows of each weight, none keeps a whole model.
 
-A block's whole weights exist while the block computes, in the compute dtype. What training keeps lies in shards: float32
+A block's whole weights exist while it computes, in the compute dtype. What training keeps lies in shards: float32
 masters, their gradients summed in float32, AdamW's moments. Blocks are made without memory (meta), split, and then
 filled one at a time from the checkpoint. In the backward pass a block is computed a second time, with its cosine
 distance, so that memory holds the states at boundaries and what one block needs.
@@ -234,6 +234,6 @@ class ShardedTeacher(nn.Module):
 
 
 def embedded(embedding: Tensor, tokens: Tensor) -> Tensor:
-    """Look up boundary 0, [sequences, tokens, hidden], of tokens [sequences, tokens] int64; training may start there."""
+    """Look up boundary 0, [sequences, tokens, hidden], of tokens [sequences, tokens] int64; a child may start there."""
     with torch.no_grad():
         return functional.embedding(tokens.to(embedding.device), embedding)
