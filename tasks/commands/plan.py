@@ -16,8 +16,9 @@ from storage.params import Params
 from storage.paths import Paths
 from storage.pipeline import read_pipeline, read_seconds
 from tasks.commands.machine_rates import rates_of_machine
+from tasks.commands.rank_memory import rank_bytes
 from tasks.commands.stage_case import StageCase
-from tasks.commands.stage_estimates import StageEstimate, estimate_stages
+from tasks.commands.stage_estimates import StageEstimate, estimate_stages, kept_share
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Plan:
     `live_teacher` says whether the parent itself runs in GKD, whose tokens would take `teacher_cache_bytes` of cache.
 
     `took` has the seconds that stages of this clone took when they last ran. Of measure_accuracy the estimate has the
-    start alone, not its `num_benchmarks`.
+    start alone, not its `num_benchmarks`. `rank_bytes` is what each of GKD's ranks holds for the largest child, 0 where
+    it has none.
     """
 
     parent: str
@@ -42,6 +44,7 @@ class Plan:
     teacher_cache_bytes: float
     free_disk_bytes: float
     num_benchmarks: int
+    rank_bytes: float = 0.0
 
 
 def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
@@ -74,6 +77,7 @@ def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
         teacher_cache_bytes=case.teacher_cache_bytes,
         free_disk_bytes=float(status.f_bavail * status.f_frsize),
         num_benchmarks=case.num_benchmarks,
+        rank_bytes=rank_bytes(StageCase(config, params, max(map(kept_share, params.targets.values())))),
     )
 
 
