@@ -71,7 +71,10 @@ class Params(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         """Check what one section alone cannot check; all problems are in one error."""
-        checks = (_too_short_splits, _broken_sequences, _parts_above_their_whole, _target_names, _formats_for_llamacpp)
+        checks = (
+            *(_too_short_splits, _broken_sequences, _parts_above_their_whole, _target_names, _formats_for_llamacpp),
+            _one_device_for_ranks,
+        )
         problems = [problem for check in checks for problem in check(self)]
         if problems:
             raise ValueError("\n  ".join(problems))
@@ -188,6 +191,13 @@ def _formats_for_llamacpp(params: Params) -> Iterator[str]:
         for section, formats in exports:
             if LLAMACPP_FORMAT not in formats:
                 yield f"{needing} measures in llama.cpp, which runs {LLAMACPP_FORMAT}; add it to {section}.formats"
+
+
+def _one_device_for_ranks(params: Params) -> Iterator[str]:
+    """Yield a device that all ranks would share."""
+    ranks, device = params.distill_child.ranks, params.run.device
+    if ranks > 1 and ":" in device:
+        yield f"distill_child.ranks is {ranks}, a device each, and run.device is {device}; set run.device to cuda"
 
 
 def load(path: Path = PARAMS_FILE) -> Params:

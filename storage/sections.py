@@ -395,15 +395,29 @@ class DistillChild(Section):
     """Global knowledge distillation (GKD) of the corrected child."""
 
     tokens: int = Field(
-        32_768, ge=1, description="Fresh train tokens (behind those of BLD and of the correction), each used once."
+        32_768,
+        ge=0,
+        description="Fresh train tokens (behind those of BLD and of the correction), each used once; 0 leaves the "
+        "child as corrected.",
     )
-    teacher: Literal["auto", "cache", "live"] = Field(
+    ranks: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="Processes that train together, a device and a share of the child each (torch's FSDP2); 0: the "
+        "threads of one process (`run.workers`) on one device.",
+    )
+    teacher: Literal["auto", "cache", "live", "streamed"] = Field(
         "auto",
-        description="Where the parent's hidden states come from: cache, or live, the whole parent in memory, which "
-        "needs no cache of these tokens and about a quarter more time. auto: live where all boundaries of the tokens "
-        "would take more than 4 GiB, or where a rolling cache keeps none for the cosine loss.",
+        description="Where the parent's hidden states come from: cache, or live, the whole parent in memory (with "
+        "ranks, a share on each), which needs no cache of these tokens and about a quarter more time; or streamed, "
+        "live with one block in memory, read anew for every step (ranks only). auto: live where all boundaries of the "
+        "tokens would take more than 4 GiB, or where a rolling cache keeps none for the cosine loss.",
     )
     sequences_per_step: int = Field(4, ge=1, description="Sequences in an optimizer step.")
+    sequences_per_batch: int = Field(
+        1, ge=1, description="Sequences in one forward pass of a rank; without ranks it is always one."
+    )
     learning_rate: float = Field(3e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising learning rate; then cosine to 0.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
@@ -424,6 +438,14 @@ class DistillChild(Section):
         ge=0,
         description="The training ends after so many held-out measurements in a row without a new lowest; 0: never.",
     )
+
+    @model_validator(mode="after")
+    def _in_threads_or_ranks(self) -> Self:
+        if not self.ranks and (self.teacher == "streamed" or self.sequences_per_batch > 1):
+            raise ValueError(
+                "teacher: streamed, and more than one of sequences_per_batch, need ranks; set ranks to 1 or more"
+            )
+        return self
 
 
 class BenchmarkThroughput(Section):

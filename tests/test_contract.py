@@ -341,9 +341,9 @@ def _lookup(key: str) -> bool:
 @pytest.mark.parametrize("name", STAGES)
 def test_dvc_watches_every_section_that_a_task_reads(name: str) -> None:
     """Sections of earlier stages reach a stage through what they made; `run` and others must be named."""
-    rooms = ("tasks", "tasks/checkpoints", "tasks/targets", "tasks/tensors")
-    behind = [name for name in _project_imports(f"tasks.{name}") if _room(name) in rooms]
-    nodes = [node for module in (f"tasks.{name}", *behind) for node in ast.walk(_tree(MODULES[module]))]
+    rooms = ("tasks", "tasks/checkpoints", "tasks/gkd", "tasks/targets", "tasks/tensors")
+    behind = [module for module in _reached(f"tasks.{name}") if _room(module) in rooms]
+    nodes = [node for module in behind for node in ast.walk(_tree(MODULES[module]))]
     attributes = {
         "targets" if node.attr == "target" else node.attr
         for node in nodes

@@ -103,7 +103,8 @@ def _cache_lines(plan: "Plan") -> list[str]:
         advice = f"cache_activations.mode: {other_mode}" if other_fits else "fewer tokens or a larger disk"
         lines.append(f"  {mode} needs more than there is: set {advice}")
     teacher = "live, and not in the cache" if plan.live_teacher else "read from the cache"
-    lines.append(f"GKD's teacher: {teacher} (all boundaries of its tokens: {_gib(plan.teacher_cache_bytes)})")
+    if plan.teacher_cache_bytes:
+        lines.append(f"GKD's teacher: {teacher} (all boundaries of its tokens: {_gib(plan.teacher_cache_bytes)})")
     return lines
 
 
@@ -113,9 +114,14 @@ def _healing_lines(plan: "Plan") -> list[str]:
         max(stage.memory_bytes for stage in plan.stages if stage.stage.startswith(f"{name}@"))
         for name in ("refine_child", "distill_child")
     )
+    gkd = f"distill_child holds the whole child with its gradients and moments ({_gib(whole)})"
+    if plan.rank_bytes:
+        gkd = f"each rank of distill_child holds its share of child, gradients, moments ({_gib(plan.rank_bytes)})"
+    elif not plan.teacher_cache_bytes:
+        gkd = "distill_child trains nothing (distill_child.tokens: 0)"
     return [
         f"healing: refine_child holds one block at a time ({_gib(by_block)}), whatever the mode of the cache;",
-        f"  distill_child holds the whole child with its gradients and moments ({_gib(whole)})",
+        f"  {gkd}",
     ]
 
 

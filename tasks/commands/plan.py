@@ -13,8 +13,9 @@ from storage.paths import Paths
 from storage.pipeline import read_pipeline, read_seconds
 from tasks.commands.machine_rates import rates_of_machine
 from tasks.estimates.parent_geometry import parent_geometry
+from tasks.estimates.rank_memory import rank_bytes
 from tasks.estimates.stage_case import StageCase
-from tasks.estimates.stage_estimates import StageEstimate, estimate_stages
+from tasks.estimates.stage_estimates import StageEstimate, estimate_stages, kept_share
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Plan:
 
     `reading_seconds` and `hashing_seconds` are parts of the estimates: what stages read while they compute, and what
     they compare with its checksums. `took` has the seconds that stages of this clone took when they last ran. Of
-    measure_accuracy the estimate has the start alone, not its `num_benchmarks`.
+    measure_accuracy the estimate has the start alone, not its `num_benchmarks`. `rank_bytes` is what each of
+    GKD's ranks holds for the largest child, 0 where it has none.
     """
 
     parent: str
@@ -42,6 +44,7 @@ class Plan:
     teacher_cache_bytes: float
     free_disk_bytes: float
     num_benchmarks: int
+    rank_bytes: float = 0.0
 
 
 def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
@@ -77,4 +80,5 @@ def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
         teacher_cache_bytes=case.teacher_cache_bytes,
         free_disk_bytes=float(status.f_bavail * status.f_frsize),
         num_benchmarks=case.num_benchmarks,
+        rank_bytes=rank_bytes(StageCase(config, params, max(map(kept_share, params.targets.values())))),
     )

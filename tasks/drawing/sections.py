@@ -210,7 +210,10 @@ def refinement_part(run: ReportedRun) -> Part:
 
 def gkd_part(run: ReportedRun) -> Part:
     """Draw the curves of global distillation."""
-    curves, missing = _of_children(run, lambda child: child.gkd, "global distillation (GKD)", "distill_child")
+    found, missing = _of_children(run, lambda child: child.gkd, "global distillation (GKD)", "distill_child")
+    curves = {label: curve for label, curve in found.items() if curve.held_out}
+    untrained = [label for label in found if label not in curves]
+    missing += tuple(f"global distillation (GKD) of {label}: distill_child.tokens is 0" for label in untrained)
     if not curves:
         return Part(None, missing)
     text = (

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 
 from storage.params import Params
 from tasks.puzzle.model.device import resolve
@@ -20,6 +19,8 @@ def on_this_machine(params: Params) -> Params:
 
 def software() -> str:
     """Versions of torch and transformers, as tables have them."""
+    import transformers  # a second that stages without tables save
+
     return f"torch {torch.__version__}, transformers {transformers.__version__}"
 
 

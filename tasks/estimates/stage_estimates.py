@@ -20,6 +20,7 @@ from storage.pipeline import PipelineStage
 from storage.scenario import Scenario
 from storage.targets import Target
 from storage.variants import Attention, Ffn
+from tasks.estimates.rank_memory import rank_bytes
 from tasks.estimates.stage_case import StageCase
 from tasks.puzzle.costs.sizes import attention_elements, ffn_elements
 from tasks.puzzle.removals import CANDIDATES, MOST_REMOVED
@@ -292,28 +293,41 @@ def _refine_child(case: StageCase) -> Demand:
 
 
 def _distill_child(case: StageCase) -> Demand:
-    gkd = case.params.distill_child
-    params = case.kept_share * case.config.num_blocks * case.block_params
+    """On ranks with a GPU each, time and memory are those of one of them."""
+    gkd, config = case.params.distill_child, case.config
+    if not gkd.tokens:
+        return _assemble_child(case)
+    params = case.kept_share * config.num_blocks * case.block_params
     steps = gkd.tokens / (case.params.prepare_corpus.seq_len * gkd.sequences_per_step)
     checkpoints = steps / gkd.checkpoint_steps
     held_out = (1 + checkpoints) * gkd.held_out_tokens
     # hidden states of a sequence that the backward pass needs, in elements
     saved = (
         case.params.prepare_corpus.seq_len
-        * case.config.num_blocks
-        * (12 * case.config.hidden_size + 4 * case.config.intermediate_size)
+        * config.num_blocks
+        * (12 * config.hidden_size + 4 * config.intermediate_size)
     )
     taught = gkd.tokens if case.has_live_teacher else 0
-    return Demand(
-        block_flops=(3 * gkd.tokens + held_out) * case.child_flops + taught * case.config.num_blocks * case.block_flops,
-        head_flops=(3 * gkd.tokens + 2 * held_out) * case.head_flops,
-        streamed_bytes=steps * params * 4 * _MASTER_BYTES,
-        moved_bytes=checkpoints * params * _CHECKPOINTED + 4 * case.child_bytes,
-        hashed_bytes=case.parent_bytes if case.has_live_teacher else gkd.tokens * case.token_bytes,
-        memory_bytes=params * (_CHECKPOINTED + 4 + case.workers * 4 + 2 * case.compute_bytes)
+    devices = gkd.ranks if gkd.ranks and case.params.run.device.startswith("cuda") else 1
+    passes = 4 if gkd.ranks else 3  # ranks compute every block a second time
+    memory = (
+        params * (_CHECKPOINTED + 4 + case.workers * 4 + 2 * case.compute_bytes)
         + case.compute_bytes * (case.outside_params + case.workers * saved)
-        + (case.compute_bytes * case.config.num_blocks * case.block_params if case.has_live_teacher else 0),
+        + (case.compute_bytes * config.num_blocks * case.block_params if case.has_live_teacher else 0)
+    )
+    if gkd.ranks:
+        memory = gkd.ranks / devices * (rank_bytes(case) + _PROCESS_BYTES)
+    block_flops = (passes * gkd.tokens + held_out) * case.child_flops + taught * config.num_blocks * case.block_flops
+    return Demand(
+        block_flops=block_flops / devices,
+        head_flops=(3 * gkd.tokens + 2 * held_out) * case.head_flops / devices,
+        streamed_bytes=steps * params * 4 * _MASTER_BYTES / devices,
+        moved_bytes=checkpoints * params * _CHECKPOINTED + 4 * case.child_bytes,
+        read_bytes=steps * case.parent_in_compute if gkd.teacher == "streamed" else 0.0,
+        hashed_bytes=case.parent_bytes if case.has_live_teacher else gkd.tokens * case.token_bytes,
+        memory_bytes=memory,
         disk_bytes=case.child_bytes,
+        starts=2.0 if gkd.ranks else 1.0,
     )
 
 

@@ -17,7 +17,7 @@ def teacher_is_live(params: Params, config: ModelConfig) -> bool:
     """Tell whether the parent itself runs in GKD, so that its train tokens are not in the activation cache."""
     gkd, cache = params.distill_child, params.cache_activations
     if gkd.teacher != "auto":
-        return gkd.teacher == "live"
+        return gkd.teacher != "cache"
     lacks_boundaries = cache.rolling and gkd.cosine_weight > 0 and not cache.keep
     return lacks_boundaries or teacher_cache_bytes(params, config) > MOST_CACHED_BYTES
 

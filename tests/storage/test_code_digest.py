@@ -320,7 +320,9 @@ def test_other_words_and_names_in_every_file_change_no_key(project: Copy) -> Non
     assert _changed_by(project, rewritten) == set()
 
 
-MODEL = {"cache_activations", "distill_blocks", "score_blocks", "refine_child", "distill_child"}
+GKD = {"threads", "ranks"}
+"""Modules of tasks/gkd that train."""
+MODEL = {"cache_activations", "distill_blocks", "score_blocks", "refine_child"} | GKD
 
 BENCHMARKS = {"questions", "human_eval", "mt_bench"}
 """Modules of tasks/accuracy that name what asks a benchmark; how models compute is measure_accuracy's."""
@@ -336,9 +338,10 @@ PARENT_TOO = MODEL | {"write_text", "measure_accuracy"}
         "tasks/puzzle/distill/bld.py": {"distill_blocks"},
         "tasks/puzzle/distill/output_layers.py": {"distill_blocks", "refine_child"},
         "tasks/puzzle/distill/correction.py": {"refine_child"},
-        "tasks/puzzle/distill/optimizer.py": {"distill_blocks", "distill_child"},
-        "tasks/puzzle/distill/gkd.py": {"distill_child"},
-        "tasks/tensors/activations.py": MODEL - {"distill_child"},
+        "tasks/puzzle/distill/optimizer.py": {"distill_blocks"} | GKD,
+        "tasks/puzzle/distill/gkd.py": GKD,
+        "tasks/puzzle/distill/sharded.py": {"ranks"},
+        "tasks/tensors/activations.py": MODEL - GKD,
         "tasks/tensors/replacements.py": {"distill_blocks", "score_blocks"},
         "tasks/puzzle/corpus/packing.py": {"prepare_corpus"},
         "storage/activations.py": MODEL,
@@ -369,7 +372,7 @@ def _with_other_numbers(project: Copy, file: str) -> str:
 @pytest.mark.parametrize(
     ("file", "old", "new", "expected"),
     [
-        ("storage/activations.py", "hidden.contiguous().view(view)", "hidden.view(view)", MODEL - {"distill_child"}),
+        ("storage/activations.py", "hidden.contiguous().view(view)", "hidden.view(view)", MODEL - GKD),
         ("storage/library.py", "tensor.cpu().contiguous()", "tensor.cpu().half()", {"distill_blocks"}),
         (
             "tasks/puzzle/model/blocks.py",

@@ -21,6 +21,7 @@ from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from tasks import distill_child
+from tasks.gkd import course, threads
 from tasks.puzzle.distill.extrapolation import longer_training
 from tasks.puzzle.distill.gkd import Losses, LossWeights, States, TrainableChild, gradients, kl_to_parent
 from tasks.puzzle.distill.optimizer import MasterWeights
@@ -112,7 +113,7 @@ def test_a_gradient_is_clipped_and_its_norm_is_shown_as_it_was(
 ) -> None:
     params, paths = with_settings(case[0], kl_weight=2.0, cosine_weight=0.5), case[1]
     child, head = child_and_head(paths.refined("small"), paths)
-    sequences = distill_child._steps(params)[0]
+    sequences = course.steps(params)[0]
     weights = LossWeights(kl=2.0, cosine=0.5)
     computed = [gradients(child, states(paths, "train", sequence), head, weights)[0] for sequence in sequences]
     flat = [torch.cat([gradient.flatten() for gradient in sequence]) for sequence in computed]
@@ -146,9 +147,9 @@ def test_checkpoints_take_no_more_than_a_tenth_of_the_time(
         clock.now += 5
         save_file(*arguments)
 
-    monkeypatch.setattr(distill_child, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(distill_child, "kl_to_parent", measure)
-    monkeypatch.setattr(distill_child, "save_file", save)
+    monkeypatch.setattr(course, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(threads, "kl_to_parent", measure)
+    monkeypatch.setattr(threads, "save_file", save)
     run(with_settings(case[0], checkpoint_steps=1), case[1])
     assert saved == [40, 105, 170]  # behind steps 1, 4 and 7 of 8
 
@@ -186,11 +187,11 @@ def test_what_is_not_in_blocks_stays_the_parents(case: tuple[Params, Paths]) -> 
 )
 def test_no_token_is_used_twice_nor_was_by_bld_or_the_correction(sections: dict[str, Any]) -> None:
     params = tiny_params(**sections)
-    used = [sequence for group in distill_child._steps(params) for sequence in group]
+    used = [sequence for group in course.steps(params) for sequence in group]
     assert len(used) == len(set(used)) == params.distill_child.tokens // SEQ_LEN
     assert min(used) >= max(params.distill_blocks.used_tokens, params.refine_child.tokens) // SEQ_LEN
     assert max(used) < params.prepare_corpus.train_tokens // SEQ_LEN
-    assert distill_child._steps(tiny_params(**sections, run={"seed": 1})) != distill_child._steps(params)
+    assert course.steps(tiny_params(**sections, run={"seed": 1})) != course.steps(params)
 
 
 def test_workers_change_no_byte(case: tuple[Params, Paths]) -> None:
@@ -270,7 +271,7 @@ def test_a_step_that_is_not_finite_stops_the_training(
     message = rf"step 2 of 8: {shown.get(sick, f'the gradient of {sick} is not finite')}; lower distill_child.learning"
     for at in (4, 2):  # two sequences a step; the rerun begins with step 2
         with monkeypatch.context() as patch, pytest.raises(InputError, match=message) as stopped:
-            patch.setattr(distill_child, "gradients", sick_gradients(at, sick, names))
+            patch.setattr(threads, "gradients", sick_gradients(at, sick, names))
             distill_child.distill.fn("small", params, paths)
         assert stopped.value.exit_code == 2
         [path] = paths.gkd_state("small").glob("*.safetensors")
@@ -288,7 +289,7 @@ def test_a_held_out_kl_that_is_not_finite_stops_the_training(
     for earlier in (3, 0):
         measured = iter([0.5] * (4 * earlier))
         with monkeypatch.context() as patch:
-            patch.setattr(distill_child, "kl_to_parent", lambda *_, left=measured: next(left, math.nan))
+            patch.setattr(threads, "kl_to_parent", lambda *_, left=measured: next(left, math.nan))
             with pytest.raises(InputError, match="step 8 of 8: the held-out KL behind it is nan"):
                 distill_child.distill.fn("small", *case)
     assert not case[1].distilled("small").exists()
@@ -296,7 +297,7 @@ def test_a_held_out_kl_that_is_not_finite_stops_the_training(
 
 def interrupt(case: tuple[Params, Paths], after: int) -> None:
     """Distil until gradients were computed `after` times."""
-    with interrupted(distill_child, "gradients", after):
+    with interrupted(threads, "gradients", after):
         distill_child.distill.fn("small", *case)
 
 
@@ -307,7 +308,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     whole = run(*case)
     interrupt(case, after)
     assert checksums(case[1].distilled("small")) == whole[1]  # the earlier child stays until the new one is whole
-    computed = calls_of(distill_child, "gradients", monkeypatch)
+    computed = calls_of(threads, "gradients", monkeypatch)
     assert run(*case) == whole
     assert len(computed) == 16 - 6 * (after // 6), "what the checkpoint holds is not computed again"
 
@@ -333,8 +334,8 @@ def test_a_checkpoint_of_another_training_is_not_taken(
     elif other == "rate":
         params = with_settings(params, learning_rate=2e-3)
     else:
-        monkeypatch.setattr(distill_child, "code_digest", lambda _: "of other code")
-    computed = calls_of(distill_child, "gradients", monkeypatch)
+        monkeypatch.setattr(threads, "code_digest", lambda *_: "of other code")
+    computed = calls_of(threads, "gradients", monkeypatch)
     run(params, paths)
     assert len(computed) == 16
 
@@ -363,6 +364,6 @@ def test_a_training_that_stopped_early_stays_stopped(
     whole = run(*diverging)
     with interrupted(distill_child, "publish", 0):
         distill_child.distill.fn("small", *diverging)
-    computed = calls_of(distill_child, "gradients", monkeypatch)
+    computed = calls_of(threads, "gradients", monkeypatch)
     assert run(*diverging) == whole
     assert not computed

@@ -24,7 +24,7 @@ _CHUNK_TOKENS = 128
 """Tokens whose logits exist at once: 25 MB in float32 with a vocabulary of 49,152; above 32 MB page faults set in."""
 
 States = Callable[[int], Tensor]
-"""Returns the parent's hidden states at a boundary for one sequence, [1, tokens, hidden], in the compute dtype."""
+"""Returns the parent's hidden states at a boundary, [sequences, tokens, hidden], in the compute dtype."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Losses:
-    """Loss of one sequence: KL in nats per token, mean of 1 - cosine over blocks and tokens, and their weighted sum."""
+    """Mean loss of sequences: KL in nats/token, 1 - cosine over blocks and tokens, and their weighted sum."""
 
     kl: float
     cosine: float
@@ -76,7 +76,7 @@ class Teacher:
         self._config, self._embedding, self._blocks = config, embedding, blocks
 
     def states(self, tokens: Tensor) -> States:
-        """Compute the parent's hidden states of one sequence at every boundary; tokens [1, tokens] int64."""
+        """Compute the parent's hidden states at every boundary; tokens [sequences, tokens] int64."""
         with torch.no_grad():  # not inference mode: the child's gradients need boundary 0
             hidden = functional.embedding(tokens.to(self._embedding.device), self._embedding)
             rotary = rotary_for(self._config, hidden.shape[1], hidden)
@@ -103,21 +103,48 @@ def gradients(child: TrainableChild, states: States, head: Head, weights: LossWe
         Gradients in the order of the child's parameters, and the loss.
     """
     outputs = child.hidden_states(states(0))
-    distances = [
-        1 - functional.cosine_similarity(output.float(), states(end).float(), dim=-1).mean()
-        for output, end in zip(outputs, child.ends, strict=True)
-        if end is not None
-    ]
-    cosine = torch.stack(distances).mean()
-    rows = head.normalise(outputs[-1]).flatten(0, 1)
+    pairs = zip(outputs, child.ends, strict=True)
+    distances = [distance(output, states(end)) for output, end in pairs if end is not None]
+    loss = loss_of(outputs[-1], distances, states(child.last), head, weights)
+    computed = torch.autograd.grad(loss.parts, list(child.parameters()), loss.gradients)
+    return list(computed), loss.losses
+
+
+def distance(output: Tensor, target: Tensor) -> Tensor:
+    """Compute the mean over tokens of 1 - cosine between two states [sequences, tokens, hidden], a float32 scalar."""
+    return 1 - functional.cosine_similarity(output.float(), target.float(), dim=-1).mean()
+
+
+@dataclass(frozen=True)
+class DifferentiableLoss:
+    """A loss as autograd takes it up: tensors that it is a function of, and its gradients with respect to them."""
+
+    parts: list[Tensor]
+    gradients: list[Tensor]
+    losses: Losses
+
+
+def loss_of(
+    last: Tensor, distances: Sequence[Tensor], target: Tensor, head: Head, weights: LossWeights
+) -> DifferentiableLoss:
+    """Compute the loss of some sequences from what the child's blocks gave.
+
+    Args:
+        last: the child's last hidden states, [sequences, tokens, hidden].
+        distances: :func:`distance` behind each block that the cosine loss is taken of.
+        target: the parent's last hidden states, in the same shape.
+        head: the parent's final norm and LM head.
+        weights: weights of the loss's terms.
+    """
+    cosine = torch.stack(list(distances)).mean()
+    rows = head.normalise(last).flatten(0, 1)
     with torch.no_grad():
-        parent = head.normalise(states(child.last)).flatten(0, 1)
+        parent = head.normalise(target).flatten(0, 1)
         kl, kl_gradient = _kl_and_gradient(rows, parent, head.weight, with_gradient=True)
-    gradients_of_parameters = torch.autograd.grad(
-        [rows, cosine], list(child.parameters()), [weights.kl * kl_gradient, torch.full_like(cosine, weights.cosine)]
-    )
     terms = float(kl), float(cosine.detach())
-    return list(gradients_of_parameters), Losses(*terms, total=weights.kl * terms[0] + weights.cosine * terms[1])
+    losses = Losses(*terms, total=weights.kl * terms[0] + weights.cosine * terms[1])
+    gradients_of_parts = [weights.kl * kl_gradient, torch.full_like(cosine, weights.cosine)]
+    return DifferentiableLoss([rows, cosine], gradients_of_parts, losses)
 
 
 def sick_part(losses: Iterable[Losses], gradient_norm: float, named: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -141,9 +168,13 @@ def sick_part(losses: Iterable[Losses], gradient_norm: float, named: Iterable[tu
 def kl_to_parent(child: TrainableChild, states: States, head: Head) -> float:
     """Measure KL(parent || child) of one sequence, nats per token."""
     with torch.inference_mode():
-        rows = head.normalise(child.hidden_states(states(0))[-1]).flatten(0, 1)
-        parent = head.normalise(states(child.last)).flatten(0, 1)
-        kl, _ = _kl_and_gradient(rows, parent, head.weight, with_gradient=False)
+        return kl_of(child.hidden_states(states(0))[-1], states(child.last), head)
+
+
+def kl_of(last: Tensor, target: Tensor, head: Head) -> float:
+    """Compute KL(parent || child), nats per token, from last hidden states [sequences, tokens, hidden] of both."""
+    rows, parent = head.normalise(last).flatten(0, 1), head.normalise(target).flatten(0, 1)
+    kl, _ = _kl_and_gradient(rows, parent, head.weight, with_gradient=False)
     return float(kl)
 
 
