@@ -8,7 +8,8 @@ weights so far, the file of a checkpoint as it is written, and states that wait 
 from tasks.estimates.stage_case import StageCase
 
 _TRAINED_BYTES = 4 + 8 + 4  # a weight in float32, AdamW's two moments, its gradient
-_CHUNK_TOKENS = 128  # tokens whose logits exist at once, the parent's and the child's in float32, and what they become
+_CPU_CHUNK = 128  # tokens whose logits exist at once (tasks/puzzle/distill/gkd.py), in four tensors of float32
+_GPU_LOGITS = 2**25
 
 
 def rank_bytes(case: StageCase) -> float:
@@ -23,8 +24,10 @@ def rank_bytes(case: StageCase) -> float:
     at_boundaries = (2 * config.num_blocks + 1) * config.hidden_size
     in_block = 12 * config.hidden_size + 4 * config.intermediate_size
     states = batch_tokens * (width * (at_boundaries + in_block) + 16 * config.hidden_size)
-    outside = width * case.outside_params + 16.0 * _CHUNK_TOKENS * config.vocab_size
-    on_cpu = 0.0 if case.params.run.device.startswith("cuda") else cpu_bytes(case)
+    is_on_gpu = case.params.run.device.startswith("cuda")
+    logits = _GPU_LOGITS if is_on_gpu else _CPU_CHUNK * config.vocab_size
+    outside = width * case.outside_params + 16.0 * logits
+    on_cpu = 0.0 if is_on_gpu else cpu_bytes(case)
     return shards + blocks + states + outside + _teacher_bytes(case) + on_cpu
 
 

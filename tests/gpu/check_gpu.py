@@ -30,7 +30,6 @@ from storage.activations import BoundaryReader
 from storage.architecture import read_architecture, write_architecture
 from storage.checkpoints import placed
 from storage.corpus import read_sequences
-from storage.files import sha256
 from storage.gkd import read_gkd
 from storage.library import Library
 from storage.model_config import ModelConfig, expected_shapes
@@ -56,6 +55,8 @@ from tests.tiny import LLAMA3_ROPE, save_tokenizer, tiny_corpus
 from tests.waiting import waiting_counted
 
 TARGET, STEPS, SAVED_EVERY = "small", 20, 5
+KL_TOLERANCE = {"cpu": 0.0, "cuda": 0.02}
+"""How far the KL behind a kill may be from the one without: attention's backward pass on a GPU adds up in any order."""
 
 
 @dataclass(frozen=True)
@@ -221,12 +222,12 @@ class Check:
             process.wait()
             if self._training().wait():
                 sys.exit(f"{self.name}: GKD did not go on behind a kill")
-        resumed = sha256(self.paths.distilled(TARGET) / "checksums.json")
+        resumed = read_gkd(TARGET, self.paths)
         with self._part(f"GKD, {STEPS} steps", flops, self.planned[f"distill_child@{TARGET}"]):
             distill_child.distill.fn(TARGET, self.params, self.paths)
-        if was_killed and resumed != sha256(self.paths.distilled(TARGET) / "checksums.json"):
-            sys.exit(f"{self.name}: GKD behind a kill ended with other weights than without one")
         curve = read_gkd(TARGET, self.paths)
+        if was_killed and abs(resumed.best.kl / curve.best.kl - 1) > KL_TOLERANCE[self.compute.device.type]:
+            sys.exit(f"{self.name}: held-out KL {resumed.best.kl} behind a kill, {curve.best.kl} without one")
         if curve.best.kl > curve.held_out[0].kl:
             sys.exit(f"{self.name}: GKD raised the held-out KL from {curve.held_out[0].kl} to {curve.best.kl}")
 
@@ -300,6 +301,7 @@ def params_of(size: Size, root: Path, device: str) -> Params:
             "learning_rate": 1e-4,
             "held_out_tokens": 2 * seq_len,
             "checkpoint_steps": SAVED_EVERY,
+            "ranks": 1,  # with a float32 master and two moments a weight, and no second copy of anything
         },
         evaluate_child={"tokens": 2 * seq_len, "baseline_tokens": 0, "domain_baseline_tokens": 0, "export_tokens": 0},
     )

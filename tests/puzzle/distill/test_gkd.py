@@ -13,10 +13,10 @@ from storage.checkpoints import Checkpoint
 from storage.model_config import EMBEDDING, LM_HEAD, NORM
 from storage.variants import Attention, Ffn, Replacement
 from tasks.puzzle.distill.gkd import (
-    _CHUNK_TOKENS,
     LossWeights,
     Teacher,
     TrainableChild,
+    chunk_tokens,
     gradients,
     kl_to_parent,
     sick_part,
@@ -29,7 +29,7 @@ from tasks.puzzle.search_space import parent_attention, parent_blocks, parent_ff
 from tests.tiny import FAMILIES, save_tiny
 
 CPU = torch.device("cpu")
-TOKENS = _CHUNK_TOKENS + 10
+TOKENS = chunk_tokens(CPU, 0) + 10
 WEIGHTS = LossWeights(kl=0.7, cosine=1.9)
 
 
