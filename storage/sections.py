@@ -407,6 +407,11 @@ class DistillChild(Section):
         description="Processes that train together, a device and a share of the child each (torch's FSDP2); 0: the "
         "threads of one process (`run.workers`) on one device.",
     )
+    offload: bool = Field(
+        False,
+        description="Whether masters, gradients and moments of ranks, 16 bytes a weight, wait in the machine's memory "
+        "in place of the GPUs'; steps take longer, the less so the more sequences_per_batch.",
+    )
     teacher: Literal["auto", "cache", "live", "streamed"] = Field(
         "auto",
         description="Where the parent's hidden states come from: cache, or live, the whole parent in memory (with "
@@ -441,9 +446,10 @@ class DistillChild(Section):
 
     @model_validator(mode="after")
     def _in_threads_or_ranks(self) -> Self:
-        if not self.ranks and (self.teacher == "streamed" or self.sequences_per_batch > 1):
+        if not self.ranks and (self.teacher == "streamed" or self.sequences_per_batch > 1 or self.offload):
             raise ValueError(
-                "teacher: streamed, and more than one of sequences_per_batch, need ranks; set ranks to 1 or more"
+                "teacher: streamed, offload, and more than one of sequences_per_batch need ranks; set ranks to 1 or "
+                "more"
             )
         return self
 

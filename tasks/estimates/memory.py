@@ -20,7 +20,8 @@ _WAYS_OUT: Mapping[str, str] = {
     "cache_activations": "lower run.workers or cache_activations.sequences_per_shard",
     "distill_blocks": "lower run.workers, or train fewer variants (distill_blocks.ffn_ratios)",
     "score_blocks": "lower run.workers, score_blocks.blocks_per_group or score_blocks.sequences_per_batch",
-    "distill_child": "set distill_child.tokens to 0 (the corrected child goes on, refine_child needs one block)",
+    "distill_child": "set distill_child.ranks to your number of GPUs, distill_child.offload to true, or "
+    "distill_child.tokens to 0 (the corrected child goes on, refine_child needs one block)",
     "export_parent": "lower run.workers or export_child.max_shard_gib",
     "export_child": "lower run.workers or export_child.max_shard_gib",
     "benchmark_throughput": "set benchmark_throughput.engines to [] and take no limit on measured speed",
@@ -51,11 +52,16 @@ def check_memory(
         InputError: a stage does not fit; the message has its name, the bytes, and what lowers them.
     """
     names = [each.name for each in pipeline]
-    for name, needed in estimate_memory(pipeline[names.index(stage) :], config, params).items():
+    for name, (on_device, on_host) in estimate_memory(pipeline[names.index(stage) :], config, params).items():
         kind = name.partition("@")[0]
-        there, where = (memory.host, "this machine") if kind in _ON_HOST else (memory.device, params.run.device)
-        if needed > there:
-            raise InputError(
-                f"{name} needs {needed / _GIB:,.1f} GiB of memory (modelled), {where} has {there / _GIB:,.1f} GiB: "
-                f"{_WAYS_OUT.get(kind, _LESS_AT_ONCE)}, or take a machine with more"
-            )
+        if kind in _ON_HOST:
+            on_device, on_host = 0.0, on_device
+        for needed, there, where in (
+            (on_device, memory.device, params.run.device),
+            (on_host, memory.host, "this machine"),
+        ):
+            if needed > there:
+                raise InputError(
+                    f"{name} needs {needed / _GIB:,.1f} GiB of memory (modelled), {where} has {there / _GIB:,.1f} GiB: "
+                    f"{_WAYS_OUT.get(kind, _LESS_AT_ONCE)}, or take a machine with more"
+                )

@@ -18,7 +18,7 @@ def rank_bytes(case: StageCase) -> float:
     if not gkd.ranks or not gkd.tokens:
         return 0.0
     width, batch_tokens = case.compute_bytes, gkd.sequences_per_batch * case.params.prepare_corpus.seq_len
-    shards = case.kept_share * config.num_blocks * case.block_params / gkd.ranks * _TRAINED_BYTES
+    shards = 0.0 if gkd.offload else _trained_bytes(case)
     # a block and the next one, each as gathered and as copied out of that; gradients, and the same in float32
     blocks = case.block_params * (4 * width + width + 4)
     at_boundaries = (2 * config.num_blocks + 1) * config.hidden_size
@@ -35,11 +35,18 @@ def cpu_bytes(case: StageCase) -> float:
     """Count the bytes that each rank holds on the CPU, wherever it computes."""
     gkd, config, width = case.params.distill_child, case.config, case.compute_bytes
     shards = case.kept_share * config.num_blocks * case.block_params / gkd.ranks * (width + 4)
+    shards += _trained_bytes(case) if gkd.offload else 0.0
     if gkd.teacher != "streamed":
         return shards
     sequences = -(-gkd.sequences_per_step // gkd.ranks)
     waiting = sequences * case.params.prepare_corpus.seq_len * (config.num_blocks + 1) * config.hidden_size
     return shards + width * waiting
+
+
+def _trained_bytes(case: StageCase) -> float:
+    """Count the bytes of a rank's masters, moments and gradients."""
+    weights = case.kept_share * case.config.num_blocks * case.block_params
+    return weights / case.params.distill_child.ranks * _TRAINED_BYTES
 
 
 def _teacher_bytes(case: StageCase) -> float:

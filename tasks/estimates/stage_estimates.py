@@ -20,7 +20,7 @@ from storage.pipeline import PipelineStage
 from storage.scenario import Scenario
 from storage.targets import Target
 from storage.variants import Attention, Ffn
-from tasks.estimates.rank_memory import rank_bytes
+from tasks.estimates.rank_memory import cpu_bytes, rank_bytes
 from tasks.estimates.stage_case import StageCase
 from tasks.puzzle.costs.sizes import attention_elements, ffn_elements
 from tasks.puzzle.removals import CANDIDATES, MOST_REMOVED
@@ -28,6 +28,8 @@ from tasks.puzzle.removals import CANDIDATES, MOST_REMOVED
 _MASTER_BYTES = 12  # float32 weight and AdamW's two moments
 _CHECKPOINTED = 4 * _MASTER_BYTES // 3  # and the best weights so far
 _BACKWARD = 2.4  # of the forward's operations: gradients of weights, and of inputs where something before them trains
+_OFFLOADED_BATCH = 12  # masters to the GPU for both passes, gradients back, for every batch
+_OFFLOADED_STEP = 6  # AdamW in the machine's memory, which is about five times as fast as the link to a GPU
 _PROCESS_BYTES = 0.6e9  # memory of a process with its libraries, beside what its stage holds
 
 
@@ -53,8 +55,8 @@ class Demand:
     """The demand of a stage on any machine: operations, bytes through memory (streamed) and disk (moved), bytes held.
 
     `read_bytes` are weights and states that are read while it computes, `hashed_bytes` those that it compares with
-    their checksums, once a process. `memory_bytes` come on top of the process itself; `starts` is a multiple of the
-    machine's `start_seconds`.
+    their checksums, once a process. `memory_bytes` come on top of the process itself; `host_bytes` are those of a
+    machine with a GPU, where a stage holds much of them. `starts` is a multiple of the machine's `start_seconds`.
     """
 
     block_flops: float = 0.0
@@ -65,6 +67,7 @@ class Demand:
     read_bytes: float = 0.0
     hashed_bytes: float = 0.0
     memory_bytes: float = 0.4e9
+    host_bytes: float = 0.0
     disk_bytes: float = 0.0
     starts: float = 1.0
 
@@ -106,9 +109,14 @@ def estimate_stages(
     )
 
 
-def estimate_memory(pipeline: Sequence[PipelineStage], config: ModelConfig, params: Params) -> dict[str, float]:
-    """Estimate the peak memory of all stages by their names, bytes."""
-    return {name: demand.memory_bytes + _PROCESS_BYTES for name, demand in _demands(pipeline, config, params)}
+def estimate_memory(
+    pipeline: Sequence[PipelineStage], config: ModelConfig, params: Params
+) -> dict[str, tuple[float, float]]:
+    """Estimate the peak memory of all stages by their names, bytes: of the device, of the machine with a GPU."""
+    return {
+        name: (demand.memory_bytes + _PROCESS_BYTES, demand.host_bytes + _PROCESS_BYTES)
+        for name, demand in _demands(pipeline, config, params)
+    }
 
 
 def _demands(pipeline: Sequence[PipelineStage], config: ModelConfig, params: Params) -> Iterator[tuple[str, Demand]]:
@@ -308,6 +316,7 @@ def _distill_child(case: StageCase) -> Demand:
         * (12 * config.hidden_size + 4 * config.intermediate_size)
     )
     taught = gkd.tokens if case.has_live_teacher else 0
+    batches = -(-gkd.sequences_per_step // max(1, gkd.ranks * gkd.sequences_per_batch))  # of a rank, in a step
     devices = gkd.ranks if gkd.ranks and case.params.run.device.startswith("cuda") else 1
     passes = 4 if gkd.ranks else 3  # ranks compute every block a second time
     memory = (
@@ -323,9 +332,11 @@ def _distill_child(case: StageCase) -> Demand:
         head_flops=(3 * gkd.tokens + 2 * held_out) * case.head_flops / devices,
         streamed_bytes=steps * params * 4 * _MASTER_BYTES / devices,
         moved_bytes=checkpoints * params * _CHECKPOINTED + 4 * case.child_bytes,
-        read_bytes=steps * case.parent_in_compute if gkd.teacher == "streamed" else 0.0,
+        read_bytes=(steps * case.parent_in_compute if gkd.teacher == "streamed" else 0.0)
+        + (steps * params / devices * (_OFFLOADED_BATCH * batches + _OFFLOADED_STEP) if gkd.offload else 0.0),
         hashed_bytes=case.parent_bytes if case.has_live_teacher else gkd.tokens * case.token_bytes,
         memory_bytes=memory,
+        host_bytes=gkd.ranks * (cpu_bytes(case) + _PROCESS_BYTES) if gkd.ranks else 0.0,
         disk_bytes=case.child_bytes,
         starts=2.0 if gkd.ranks else 1.0,
     )

@@ -43,14 +43,32 @@ def test_the_demo_fits_a_laptop() -> None:
     assert "export_parent needs 1.1 GiB of memory" in refusal("prepare_parent", load(), config, Memory(GIB, GIB))
 
 
+def on_gpus(profile: str) -> tuple[Params, ModelConfig]:
+    """Return a profile's params as resolved on a machine with GPUs, and its parent's geometry."""
+    params = with_profile(load(), ROOT / f"params/{profile}.yaml")
+    run = params.run.model_copy(update={"device": "cuda", "dtype": "bfloat16"})
+    path = ROOT / f"params/{profile}.config.json"
+    config = ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")), str(path))
+    return params.model_copy(update={"run": run}), config
+
+
+@pytest.mark.parametrize(("profile", "host"), [("llama-3.1-8b", 256), ("llama-3.1-70b", 2048)])
+def test_the_profiles_fit_what_they_name(profile: str, host: int) -> None:
+    """GPUs of 80 GB: one for the 8B, eight for the 70B."""
+    params, config = on_gpus(profile)
+    assert not refusal("prepare_parent", params, config, Memory(host * GIB, 79 * GIB))
+
+
 def test_what_comes_later_and_does_not_fit_is_refused_first() -> None:
     """Hours of scores are no help where the child then does not fit."""
-    params = with_profile(load(), ROOT / "params/llama-3.1-70b.yaml")
-    server = Memory(2000 * GIB, 80 * GIB)
-    gpu = params.model_copy(update={"run": params.run.model_copy(update={"device": "cuda", "dtype": "bfloat16"})})
-    message = refusal("cache_activations", gpu, llama_70b(), server)
-    assert message.startswith("distill_child@") and "of memory (modelled), cuda has 80.0 GiB: set" in message
-    assert "distill_child.tokens to 0" in message
+    params, config = on_gpus("llama-3.1-70b")
+    gkd = params.distill_child.model_copy(update={"offload": False})
+    held = params.model_copy(update={"distill_child": gkd})
+    message = refusal("cache_activations", held, config, Memory(2000 * GIB, 80 * GIB))
+    assert message.startswith("distill_child@like-51b needs 1") and "(modelled), cuda has 80.0 GiB: set" in message
+    assert "distill_child.offload to true" in message and "distill_child.tokens to 0" in message
+    message = refusal("cache_activations", params, config, Memory(500 * GIB, 80 * GIB))
+    assert message.startswith("distill_child@like-51b needs ") and "this machine has 500.0 GiB" in message
 
 
 def test_what_a_stage_holds_on_the_host_is_compared_with_the_host() -> None:
