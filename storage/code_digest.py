@@ -1,7 +1,7 @@
 """Digest of the code behind a piece: the part of a piece's key that says how it is computed.
 
-In: the functions and classes that compute a piece, such as `tasks.gkd.threads:_ThreadTrainer`. From them every name that
-is a definition of the project is followed, through all modules; sources are parsed, none is run. Out: one digest.
+In: the functions and classes that compute a piece, such as `tasks.gkd.threads:_ThreadTrainer`. From them every name
+that is a definition of the project is followed, through all modules; sources are parsed, none is run. Out: one digest.
 
 It changes with the code that the piece's bytes come from:
 - functions, classes and constants that are reached, with every default, decorator and number in them;
