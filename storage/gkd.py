@@ -70,8 +70,8 @@ class ModelledKl:
 class GkdCurve:
     """The training of one target's child; `best_step` is the step whose weights are published.
 
-    Steps and measurements are empty where `distill_child.tokens` was 0. `modelled` is None where the measurements are too
-    few, or lie on no such curve.
+    Steps and measurements are empty where `distill_child.tokens` was 0. `modelled` is None where the measurements are
+    too few, or lie on no such curve.
     """
 
     target: str
