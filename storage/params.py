@@ -94,6 +94,7 @@ def _too_short_splits(params: Params) -> Iterator[str]:
     corpus, bld, score = params.prepare_corpus, params.distill_blocks, params.score_blocks
     refine, gkd, evaluate = params.refine_child, params.distill_child, params.evaluate_child
     scored = score.tokens // score.length(corpus.seq_len)
+    held_out_by_gkd = gkd.held_out_tokens if gkd.tokens else 0
     budgets = (
         (
             "distill_child.tokens + the most of distill_blocks.tokens, variant_tokens, fit_tokens, refine_child.tokens",
@@ -104,7 +105,7 @@ def _too_short_splits(params: Params) -> Iterator[str]:
         (
             "seq_len x the sequences of score_blocks.tokens + the most of held_out_tokens of distill_blocks, "
             "refine_child, distill_child",
-            scored * corpus.seq_len + max(bld.held_out_tokens, refine.held_out_tokens, gkd.held_out_tokens),
+            scored * corpus.seq_len + max(bld.held_out_tokens, refine.held_out_tokens, held_out_by_gkd),
             "calibration_tokens",
             corpus.calibration_tokens,
         ),

@@ -259,6 +259,25 @@ def test_scores_and_held_out_losses_share_no_sequence(section: str) -> None:
     ]
 
 
+def test_a_distillation_of_no_tokens_holds_none_out() -> None:
+    tiny_params(score_blocks={"tokens": 10 * SEQ_LEN}, distill_child={"tokens": 0, "held_out_tokens": 16 * SEQ_LEN})
+
+
+@pytest.mark.parametrize("settings", [{"teacher": "streamed"}, {"sequences_per_batch": 2}])
+def test_what_only_ranks_can_do_needs_ranks(settings: dict[str, Any]) -> None:
+    assert problems(tiny_values(distill_child=settings)) == [
+        "distill_child: teacher: streamed, and more than one of sequences_per_batch, need ranks; set ranks to 1 or more"
+    ]
+    tiny_params(distill_child={**settings, "ranks": 1})
+
+
+def test_ranks_do_not_share_a_device() -> None:
+    tiny_params(run={"device": "cuda:3"}, distill_child={"ranks": 1})
+    assert problems(tiny_values(run={"device": "cuda:3"}, distill_child={"ranks": 2})) == [
+        "distill_child.ranks is 2, a device each, and run.device is cuda:3; set run.device to cuda"
+    ]
+
+
 def test_a_domain_is_held_out_of_the_training_mix() -> None:
     training, other = {"kind": "files", "path": "a.jsonl"}, {"kind": "files", "path": "b.jsonl"}
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from storage.activations import BoundaryReader
 from storage.checkpoints import Checkpoint, read_blocks
 from storage.files import InputError
+from storage.gkd import GkdCurve, read_gkd
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
@@ -180,6 +181,22 @@ def test_what_is_not_in_blocks_stays_the_parents(case: tuple[Params, Paths]) -> 
     assert before.checksums.keys() == after.checksums.keys()
     changed = {name for name in before.checksums if before.checksums[name] != after.checksums[name]}
     assert changed == {name for name in before.checksums if name.startswith("model.layers.")}
+
+
+@pytest.mark.parametrize("refined_tokens", [0, 24 * SEQ_LEN])
+def test_without_tokens_the_child_stays_as_it_was(refined_tokens: int, case: tuple[Params, Paths]) -> None:
+    """No activation is read; an earlier training's checkpoint goes."""
+    params, paths = with_settings(case[0], tokens=0), case[1]
+    refine_child = params.refine_child.model_copy(update={"tokens": refined_tokens})
+    interrupt(case, 13)
+    shutil.rmtree(paths.activations)
+    curve, _ = run(params.model_copy(update={"refine_child": refine_child}), paths)
+    before, after = (Checkpoint(folder, "") for folder in (paths.refined("small"), paths.distilled("small")))
+    assert before.checksums == after.checksums
+    assert read_gkd("small", paths) == GkdCurve("small", (), (), 0) and curve["modelled"] is None
+    card = (paths.distilled("small") / "README.md").read_text(encoding="utf-8")
+    corrected = "corrected in closed form, " if refined_tokens else ""
+    assert f"assembled from blockwise distilled variants, {corrected}not globally distilled (no GKD)." in card
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from storage.architecture import (
 from storage.documents import TRAINING_MIX
 from storage.evaluation import BaselineQuality, read_evaluation, write_evaluation
 from storage.files import InputError
+from storage.gkd import GkdCurve, write_gkd
 from storage.metrics import METRICS
 from storage.params import Params
 from storage.paths import Paths
@@ -251,6 +252,20 @@ def test_what_is_missing_is_named(fresh: tuple[Params, Paths], pieces: list[str]
         gone = piece in pieces and not ("children/small" in pieces and "Small" in line and piece != "children/small")
         assert (line in text) == gone, piece
         assert figure not in drawn or piece not in pieces, piece
+
+
+def test_a_child_that_was_not_distilled_has_no_curve(fresh: tuple[Params, Paths]) -> None:
+    """distill_child.tokens: 0."""
+    params, paths = fresh
+    write_gkd(paths.gkd("small"), GkdCurve("small", (), (), 0))
+    write_report.fn(params, paths)
+    text = Page(html(paths)).text.partition("Not in this run:")[2].partition("Pipeline")[0]
+    assert "global distillation (GKD) of Small: distill_child.tokens is 0" in text
+    figure = (paths.report / "gkd.svg").read_text(encoding="utf-8")
+    assert "Large" in figure and "Small" not in figure
+    write_gkd(paths.gkd("large"), GkdCurve("large", (), (), 0))
+    write_report.fn(params, paths)
+    assert not (paths.report / "gkd.svg").exists()
 
 
 def change_evaluation(target: str, paths: Paths, **changes: Any) -> None:

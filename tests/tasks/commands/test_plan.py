@@ -74,6 +74,14 @@ def test_the_70b_is_planned_from_its_config_alone(tmp_path: Path, monkeypatch: p
     parent = next(estimate for estimate in profile.stages if estimate.stage == "prepare_parent")
     assert parent.disk_bytes == pytest.approx(2 * 70.55e9, rel=1e-3)  # 70.55 billion parameters in 16 bit
     assert profile.live_teacher and "GKD's teacher: live" in plan_text(profile)
+    healing = plan_text(profile).partition("healing: ")[2]
+    assert "distill_child holds the whole child" in healing
+    ranks = params.distill_child.model_copy(update={"ranks": 16})
+    text = plan_text(_plan(on_cpu.model_copy(update={"distill_child": ranks}), CONFIG_70B, tmp_path))
+    assert "each rank of distill_child holds its share of child, gradients, moments (" in text
+    nothing = params.distill_child.model_copy(update={"tokens": 0})
+    text = plan_text(_plan(on_cpu.model_copy(update={"distill_child": nothing}), CONFIG_70B, tmp_path))
+    assert "GKD's teacher" not in text and "distill_child trains nothing (distill_child.tokens: 0)" in text
     tokens = params.distill_blocks.tokens + 2 * 1_048_576  # GKD's train tokens are not cached
     assert profile.materialised_bytes == 81 * 2.0 * 8192 * tokens
     window = 2 * (params.distill_blocks.tokens + params.prepare_corpus.calibration_tokens)

@@ -158,6 +158,38 @@ def test_a_live_teacher_by_hand() -> None:
     assert changed_stages(before, after) == {child, cache}
 
 
+def test_ranks_by_hand() -> None:
+    """The child's blocks a second time; all time and one rank's memory where each rank has a GPU."""
+    params = with_fields(case_params(), "distill_child", teacher="live", ranks=2)
+    on_gpus = with_fields(params, "run", device="cuda")
+    on_cpu, of_gpu = (estimates(case)["distill_child@small"] for case in (params, on_gpus))
+    assert on_cpu.seconds == pytest.approx(5 * 8 * 3 * BLOCK)
+    assert of_gpu.seconds == pytest.approx(on_cpu.seconds / 2)
+    states = 4 * (4 * ((2 * 3 + 1) * 8 + 12 * 8 + 4 * 16) + 16 * 8)  # of 4 tokens, in float32
+    outside = 4 * 80 + 16 * 128 * 10
+    child = 3 * BLOCK_PARAMS / 2 * 16 + BLOCK_PARAMS * (4 * 4 + 4 + 4)
+    teacher = 4 * BLOCK_PARAMS * (3 / 2 + 4)
+    assert of_gpu.memory_bytes == 0.6e9 * 2 + child + teacher + states + outside
+    saved = 3 * BLOCK_PARAMS / 2 * (4 + 4)
+    assert on_cpu.memory_bytes == 0.6e9 + 2 * (0.6e9 + child + teacher + states + outside + saved)
+
+
+def test_a_streamed_teacher_by_hand() -> None:
+    """One block of the parent, and four boundaries of one sequence of four tokens that wait on the CPU."""
+    live = with_fields(case_params(), "distill_child", teacher="live", ranks=2, sequences_per_step=2)
+    streamed = with_fields(live, "distill_child", teacher="streamed")
+    before, after = (estimates(case)["distill_child@small"].memory_bytes for case in (live, streamed))
+    assert (before - after) / 2 == pytest.approx(4 * BLOCK_PARAMS * (3 / 2 + 4 - 1) - 4 * (4 * 4 * 8))
+    rates = replace(RATES, block_flops=1e30, disk_bytes_per_s=1.0)
+    read = [estimates(case, rates)["distill_child@small"].seconds for case in (live, streamed)]
+    assert read[1] - read[0] == pytest.approx(2 / 2 * 2 * (3 * BLOCK_PARAMS + 80)), "one step"
+
+
+def test_a_distillation_of_no_tokens_is_a_copy() -> None:
+    nothing = estimates(with_fields(case_params(), "distill_child", tokens=0))
+    assert replace(nothing["distill_child@small"], stage="") == replace(nothing["assemble_child@small"], stage="")
+
+
 def test_bytes_by_hand() -> None:
     disk = {stage: estimate.disk_bytes for stage, estimate in estimates().items()}
     assert disk["cache_activations"] == 4 * 24 * 8 * 2  # boundaries, tokens, hidden, bfloat16

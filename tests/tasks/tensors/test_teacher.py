@@ -21,6 +21,7 @@ ROLLING = {"mode": "rolling"}
         (ROLLING, {"cosine_weight": 0.0}, False),
         (ROLLING, {"teacher": "cache"}, False),
         ({}, {"teacher": "live"}, True),
+        ({}, {"teacher": "streamed", "ranks": 1}, True),
     ],
 )
 def test_a_rolling_cache_that_keeps_nothing_for_the_cosine_loss_has_a_live_teacher(
