@@ -150,6 +150,7 @@ def _connected(_process: int, _settings: tuple[tuple[str, str], ...]) -> Any:
     config |= {"max_pool_connections": _CONNECTIONS}
     config |= dict.fromkeys(("request_checksum_calculation", "response_checksum_validation"), "when_required")
     store = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
+    store.retries = 1  # one policy alone, ours: s3fs's waits are the same for all workers
     try:
         store.connect()
     except BotoCoreError as error:  # some are ValueErrors, too

@@ -110,7 +110,8 @@ class FileCache:
     def put_in_place(self, part: BinaryIO, path: Path, checksum: str, is_needed: bool) -> None:
         """Name a whole copy, whose checksum was taken as it was written."""
         part.flush()
-        path.with_name(f".{path.name}{PART}").rename(path)
+        with self._alone():  # else who makes room may see neither name
+            path.with_name(f".{path.name}{PART}").rename(path)
         if not is_needed:
             self._unread.add(path)
         self.add(path, checksum)
@@ -150,7 +151,7 @@ class FileCache:
         states = {}
         for folder, _, names in os.walk(self.folder):
             for path in (Path(folder) / name for name in names if name != _LOCK):
-                with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                with contextlib.suppress(FileNotFoundError):  # a writer who gave up
                     states[path] = path.stat()
         return states
 

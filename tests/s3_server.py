@@ -180,7 +180,20 @@ class FaultyProxy:
                 self.wfile.write(b"" if self.command == "HEAD" else body)
                 upstream.close()
 
-            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on
+            def do_GET(self) -> None:
+                self._pass_on()
+
+            def do_HEAD(self) -> None:
+                self._pass_on()
+
+            def do_PUT(self) -> None:
+                self._pass_on()
+
+            def do_POST(self) -> None:
+                self._pass_on()
+
+            def do_DELETE(self) -> None:
+                self._pass_on()
 
             def log_message(self, *_: object) -> None:
                 """Write nothing to the terminal."""
