@@ -32,6 +32,7 @@ from botocore.exceptions import (
 from botocore.exceptions import ClientError as RefusedError
 from botocore.exceptions import ConnectionError as NoConnectionError
 from botocore.parsers import ResponseParserError
+from fsspec.asyn import sync
 
 from storage.files import InputError
 
@@ -74,14 +75,28 @@ class Bucket:
 
         return _tried(self.address(digest), listed)
 
-    def read(self, digest: str, start: int, stop: int) -> bytes:
-        """Return bytes start .. stop-1 of an object; raises InputError as :meth:`put`, and where there is none."""
+    def read(self, digest: str, start: int, stop: int) -> tuple[bytes, int] | None:
+        """Read bytes start .. stop-1 of an object, fewer where it ends before; raises InputError as :meth:`put`.
 
-        def read() -> bytes:
-            data: bytes = _client().cat_file(self.address(digest), start=start, end=stop)
-            if len(data) != stop - start:
-                raise ConnectionError(f"{len(data)} bytes came of {stop - start}")
-            return data
+        Returns them and the bytes of the whole object, None if there is none.
+        """
+        bucket, _, key = self.address(digest).removeprefix(S3).partition("/")
+
+        def read() -> tuple[bytes, int] | None:
+            client = _client()
+            try:
+                answer = client.call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
+            except OSError as error:
+                if _code(error) == "InvalidRange":  # of an empty object
+                    return b"", start
+                if _code(error) == "NoSuchKey":
+                    return None
+                raise
+            try:
+                data: bytes = sync(client.loop, answer["Body"].read)
+            finally:
+                answer["Body"].close()
+            return data, int(answer["ContentRange"].rpartition("/")[2])
 
         return _tried(self.address(digest), read)
 

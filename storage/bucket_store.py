@@ -27,7 +27,7 @@ from storage.stores import RECORDS, keep_in
 
 _TRANSFERS = 8
 """Files that a process uploads, or fetches ahead, at the same time."""
-_READ_BYTES = 16 << 20
+_READ_BYTES = 8 << 20
 _FILES_AHEAD = 8
 _BOUNDARIES_AHEAD = 2
 _GIB = 2**30
@@ -168,25 +168,25 @@ class BucketStore:
         with self._cache.filling(path) as part:
             if self._cache.has(path, checksum):  # others were at it
                 return
-            size = self._bucket.size(checksum)
-            if size is None:
+            first = self._bucket.read(checksum, 0, _READ_BYTES)
+            if first is None:
                 raise self._damaged(checksum, path, "is missing from the bucket although its record lists it", rebuild)
-            if not self._cache.reserve(part, size, is_needed):
+            if not self._cache.reserve(part, first[1], is_needed):
                 return
-            if (digest := self._download(part, checksum, size)) != checksum:
-                digest = self._download(part, checksum, size)  # it may have been the way
+            if (digest := self._download(part, checksum, *first)) != checksum:
+                digest = self._download(part, checksum, b"", first[1])  # it may have been the way
             if digest != checksum:
                 self._refuse(checksum, digest, path, rebuild)
             self._cache.put_in_place(part, path, checksum, is_needed)
 
-    def _download(self, part: BinaryIO, checksum: str, size: int) -> str:
-        """Write an object into a file, range by range; return the sha256 of what came."""
-        digest = hashlib.sha256()
+    def _download(self, part: BinaryIO, checksum: str, first: bytes, size: int) -> str:
+        """Write an object into a file, range by range behind its first bytes; return the sha256 of all."""
+        digest = hashlib.sha256(first)
         part.seek(0)
-        for start in range(0, size, _READ_BYTES):
-            data = self._bucket.read(checksum, start, min(start + _READ_BYTES, size))
-            digest.update(data)
-            part.write(data)
+        part.write(first)
+        while part.tell() < size and (following := self._bucket.read(checksum, part.tell(), part.tell() + _READ_BYTES)):
+            digest.update(following[0])
+            part.write(following[0])
         return digest.hexdigest()
 
     def _refuse(self, checksum: str, digest: str, path: Path, rebuild: str) -> None:

@@ -179,7 +179,7 @@ def test_a_run_that_is_killed_while_it_uploads_goes_on_there(
     assert run.paths.storage.root
     arguments = (str(run.paths.root), run.paths.storage.root, run.params.prepare_parent.source)
     process = subprocess.Popen([sys.executable, "-c", PUBLISHING, *arguments], start_new_session=True)
-    assert hangs.wait(60)
+    assert hangs.wait(600)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     proxy.before = lambda _: False
