@@ -19,7 +19,7 @@ class Paths:
     """
 
     root: Path = Path("artifacts")
-    storage: Storage = field(default_factory=Storage)
+    storage: Storage = field(default_factory=lambda: Storage.model_validate({}))
 
     @property
     def parent(self) -> Path:

@@ -38,7 +38,8 @@ class S3Server:
     bucket = "puzzle"
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._process = folder, None
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
         port = _free_port()
         self._command = [*_weed_command(folder, port), f"-bucket={self.bucket}", f"-s3.config={folder / 'users.json'}"]
         users = [
@@ -55,7 +56,6 @@ class S3Server:
             }
             for name, secret in _SECRETS.items()
         )
-        self._process: subprocess.Popen[bytes] | None
 
     def __enter__(self) -> Self:
         self.start()

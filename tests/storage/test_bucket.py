@@ -59,7 +59,8 @@ def test_a_file_is_written_in_parts_and_read_again(
     part_bytes: int, objects: Bucket, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PART_BYTES", part_bytes)
-    assert objects.size(DIGEST) is objects.read(DIGEST, 0, 1) is None
+    assert objects.size(DIGEST) is None
+    assert objects.read(DIGEST, 0, 1) is None
     objects.put(file, DIGEST)
     assert objects.size(DIGEST) == len(DATA)
     assert whole(objects) == DATA
@@ -229,7 +230,12 @@ def test_wrong_keys_are_refused_and_never_shown(objects: Bucket, file: Path, mon
 
 def test_a_bucket_that_is_not_there_is_one_message(bucket: str, file: Path) -> None:
     missing = Bucket(f"{bucket}-missing/folder")
-    for action in (missing.check_writable, lambda: missing.put(file, DIGEST), lambda: missing.size(DIGEST)):
+    actions: tuple[Callable[[], object], ...] = (
+        missing.check_writable,
+        lambda: missing.put(file, DIGEST),
+        lambda: missing.size(DIGEST),
+    )
+    for action in actions:
         with pytest.raises(InputError, match=r"there is no bucket puzzle-missing; create it or correct storage\.root"):
             action()
 
@@ -244,7 +250,12 @@ def test_a_bucket_that_may_only_be_read(
         monkeypatch.setenv(name, value)
     assert whole(objects) == DATA
     objects.put(file, DIGEST)
-    for action in (objects.check_writable, lambda: objects.remove(DIGEST), lambda: objects.put(file, "0" * 64)):
+    actions: tuple[Callable[[], object], ...] = (
+        objects.check_writable,
+        lambda: objects.remove(DIGEST),
+        lambda: objects.put(file, "0" * 64),
+    )
+    for action in actions:
         with pytest.raises(InputError, match="may not be written with these S3 credentials"):
             action()
     assert objects.size("0" * 64) is None
