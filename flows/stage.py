@@ -113,7 +113,7 @@ def _run_tracked(stage: Flow[..., Any], params: Params, arguments: dict[str, str
         try:
             close_orphans()
             tracked_stage = stage.with_options(task_runner=workers(params.run.workers), on_running=[hold])
-            tracked_stage(params=params, paths=Paths(), **arguments)
+            tracked_stage(params=params, paths=Paths(storage=params.storage), **arguments)
         except TransportError:
             abandon()
             raise

@@ -30,8 +30,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from storage.files import InputError, damaged, verify, write_whole
-from storage.pieces import Pieces
+from storage.files import InputError, damaged, write_whole
+from storage.pieces import Pieces, verify
 
 FORMAT_VERSION = 1
 REBUILD = "dvc repro cache_activations"

@@ -37,7 +37,8 @@ PLUMBING = frozenset(
     f"storage.{name}"
     for name in (
         *("params", "sections", "targets", "fields", "paths", "files", "records", "json_records", "pipeline"),
-        *("accuracy_sections", "pieces", "code_digest", "bare_code", "sources"),
+        *("accuracy_sections", "pieces", "stores", "bucket", "bucket_store", "file_cache"),
+        *("code_digest", "bare_code", "sources"),
         *("json_files", "yaml_files", "config_fields", "side_files", "tokenizer_files", "tokenizer_probe", "weights"),
     )
 )

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from storage.files import DamagedFileError, InputError, verify, write_whole
+from storage.files import DamagedFileError, InputError, write_whole
 from storage.parquet_files import write_table
-from storage.pieces import Pieces
-from storage.variants import Attention, Ffn
+from storage.pieces import Pieces, verify
+from storage.variants import Attention, Ffn, Replacement
 
 FORMAT_VERSION = 4
 REBUILD = "dvc repro distill_blocks"
@@ -100,7 +100,7 @@ class Library:
     @property
     def index_path(self) -> Path:
         """Return the file of the index, which has a row per entry."""
-        return self.folder / "index.parquet"
+        return self.pieces.home / "index.parquet"
 
     def path(self, name: str) -> Path:
         """Return the file that holds the tensors of a piece."""
@@ -136,6 +136,19 @@ class Library:
         except SafetensorError as error:
             raise DamagedFileError(f"{path} is not a whole safetensors file ({error}); run `{REBUILD}`") from error
         return tensors
+
+    def prefetch(self, replacements: Iterable[Replacement]) -> None:
+        """Begin to bring the weights of replacements that will be read soon, in their order, if they are far away."""
+        places = ((replacement, replacement.first_block, replacement.span) for replacement in replacements)
+        self.pieces.prefetch(
+            name
+            for replacement, first, span in places
+            for name in (
+                whole_name(first, span),
+                entry_name(first, replacement.attention, span),
+                entry_name(first, replacement.ffn, span),
+            )
+        )
 
     def write_index(self) -> None:
         """Write index.parquet from the records of all entries, in order of block and variant."""

@@ -33,6 +33,7 @@ from storage.sections import (
     ScoreBlocks,
     SearchArchitecture,
     SearchBaselines,
+    Storage,
     WriteText,
 )
 from storage.targets import Target
@@ -45,9 +46,10 @@ S = TypeVar("S", bound=Section)
 
 
 class Params(Section):
-    """The whole of params.yaml: one section per stage, named like it."""
+    """The whole of params.yaml: one section per stage, named like it; before them what all stages share."""
 
     run: Run
+    storage: Storage
     prepare_parent: PrepareParent
     write_text: WriteText
     prepare_corpus: PrepareCorpus

@@ -1,7 +1,9 @@
 """The path of every artifact, relative to the folder that DVC runs in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from storage.sections import Storage
 
 TIMINGS = Path("storage/timings")
 EXPORTS_OVERVIEW = "exports.json"
@@ -10,9 +12,14 @@ EXPORTS_OVERVIEW = "exports.json"
 
 @dataclass(frozen=True)
 class Paths:
-    """Paths of the artifacts under `root` (`artifacts/` of the working directory unless a test says otherwise)."""
+    """Paths of the artifacts under `root` (`artifacts/` of the working directory unless a test says otherwise).
+
+    With `storage.root` the folders of activations and library are those of a cache, and what is finished in them is
+    kept in the bucket (storage/stores.py).
+    """
 
     root: Path = Path("artifacts")
+    storage: Storage = field(default_factory=lambda: Storage.model_validate({}))
 
     @property
     def parent(self) -> Path:
@@ -32,7 +39,7 @@ class Paths:
     @property
     def activations(self) -> Path:
         """Return the folder of hidden states at block boundaries."""
-        return self.root / "activations"
+        return self._kept("activations", reads_on=True)
 
     @property
     def parent_exports(self) -> Path:
@@ -47,7 +54,12 @@ class Paths:
     @property
     def library(self) -> Path:
         """Return the folder of the replacement library."""
-        return self.root / "library"
+        return self._kept("library", reads_on=False)
+
+    @property
+    def library_index(self) -> Path:
+        """Return the table of the library's entries and their losses."""
+        return self.root / "library" / "index.parquet"
 
     @property
     def scores(self) -> Path:
@@ -147,3 +159,11 @@ class Paths:
     def report(self) -> Path:
         """Return the folder of the page about all targets, and its figures."""
         return self.root / "report"
+
+    def _kept(self, name: str, reads_on: bool) -> Path:
+        """Return the folder that a stage writes and reads the files of its pieces in."""
+        if self.storage.root is None:
+            return self.root / name
+        from storage.bucket_store import keep_in_bucket  # here, since S3's client takes half a second to import
+
+        return keep_in_bucket(name, self.root, self.storage.root, self.storage.cache_gib, reads_on)

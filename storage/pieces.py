@@ -5,6 +5,9 @@ key*: a digest of its inputs, of the params that it depends on, and of the code 
 (storage/code_digest.py). When the files of a piece are written, its record `<folder>/.pieces/<name>.json` follows,
 last. When a stage starts it keeps the pieces whose key and checksums match and deletes all others, so nothing stale
 survives a change of params, parent or code.
+
+Where the folder's files are kept in a bucket (storage/stores.py), they go there before the record, which then lies at
+home, in the folder that DVC has; whether they are whole shows when they are read.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,6 +17,7 @@ from typing import Any
 
 from storage.files import DamagedFileError, InputError, read_sealed, sha256, to_run, write_sealed
 from storage.json_records import as_record
+from storage.stores import RECORDS, Store, store_of
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,27 @@ class Pieces:
     """The finished pieces in `folder`.
 
     Attributes:
-        folder: holds the files of the pieces, and their records in `.pieces`.
+        folder: holds the files of the pieces; their records are in its `.pieces`, or at home.
         rebuild: the command that makes them anew, for messages.
     """
 
     folder: Path
     rebuild: str
 
+    @property
+    def home(self) -> Path:
+        """Return the folder that DVC has: this one, or where the records are if the files are kept in a bucket."""
+        return self._store.home
+
+    @property
+    def _store(self) -> Store:
+        return store_of(self.folder)
+
     def _path(self, name: str) -> Path:
-        return self.folder / ".pieces" / f"{name}.json"
+        return self._store.record_path(name)
+
+    def _files(self, record: Mapping[str, Any]) -> dict[Path, str]:
+        return {self.folder / file: checksum for file, checksum in record["files"].items()}
 
     def record(self, name: str) -> dict[str, Any] | None:
         """Return the record of a finished piece, {key, files: {path: sha256}, facts}; None if there is none.
@@ -65,19 +81,12 @@ class Pieces:
         return {**record, "facts": _Facts(record["facts"], path, self.rebuild)}
 
     def done(self, name: str, key: str) -> bool:
-        """Tell whether the piece was finished under this key and every byte is as written."""
+        """Tell whether the piece was finished under this key and its files are kept, local ones byte by byte."""
         try:
             record = self.record(name)
         except DamagedFileError:
             return False
-        return (
-            record is not None
-            and record["key"] == key
-            and all(
-                (self.folder / file).is_file() and sha256(self.folder / file) == checksum
-                for file, checksum in record["files"].items()
-            )
-        )
+        return record is not None and record["key"] == key and self._store.holds(self._files(record))
 
     def finish(
         self, name: str, key: str, files: Iterable[Path] | Mapping[Path, str], facts: Mapping[str, Any] | None = None
@@ -93,7 +102,8 @@ class Pieces:
         checksums = files if isinstance(files, Mapping) else {file: sha256(file) for file in files}
         by_path = {str(file.relative_to(self.folder)): checksum for file, checksum in checksums.items()}
         record = {"key": key, "files": by_path, "facts": dict(facts or {})}
-        write_sealed(self._path(name), record)
+        write_sealed(self.folder / RECORDS / f"{name}.json", record)
+        self._store.publish(name)
 
     def get(self, name: str) -> dict[str, Any]:
         """Return the record of a piece that has to be finished.
@@ -110,7 +120,11 @@ class Pieces:
 
     def names(self) -> list[str]:
         """Return names of all finished pieces, sorted."""
-        return sorted(path.stem for path in (self.folder / ".pieces").glob("*.json"))
+        return self._store.names()
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begin to bring the files of pieces that will be read soon, in their order, where they are far away."""
+        self._store.prefetch(names)
 
     def keep_only(self, keys: Mapping[str, str]) -> list[str]:
         """Delete every file that belongs to no finished piece of `keys`.
@@ -121,13 +135,26 @@ class Pieces:
         Returns:
             Names of the pieces that are still to make, in the order of `keys`.
         """
+        self._store.publish_finished(keys)
         done = {name for name, key in keys.items() if self.done(name, key)}
         current_files = {self._path(name) for name in done}
         current_files |= {self.folder / file for name in done for file in self.get(name)["files"]}
-        if self.folder.is_dir():
-            for path in sorted(self.folder.rglob("*"), reverse=True):
+        if self.home.is_dir():
+            for path in sorted(self.home.rglob("*"), reverse=True):
                 if path.is_file() and path not in current_files:
                     path.unlink()
                 elif path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
-        return [name for name in keys if name not in done]
+        missing = [name for name in keys if name not in done]
+        if missing:
+            self._store.check_writable()
+        return missing
+
+
+def verify(path: Path, expected_sha256: str, rebuild: str) -> None:
+    """Have a file of a piece at its path, and compare it with the checksum recorded when it was written.
+
+    Raises:
+        DamagedFileError: it is missing or differs; the message names the command `rebuild` that makes it anew.
+    """
+    store_of(path).bring(path, expected_sha256, rebuild)

@@ -24,6 +24,7 @@ _UNWATCHED = {
     f"storage.{name}"
     for name in (
         *("params", "sections", "accuracy_sections", "paths", "files", "pieces"),
+        *("stores", "bucket", "bucket_store", "file_cache"),
         *("code_digest", "bare_code", "sources", "yaml_files"),
     )
 }

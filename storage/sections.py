@@ -48,6 +48,22 @@ class Run(Section):
     )
 
 
+class Storage(Section):
+    """Where the activation cache and the block library are kept."""
+
+    root: Annotated[str, StringConstraints(pattern=r"^s3://[a-z0-9][a-z0-9.-]+(/[\w.=-]+)*$")] | None = Field(
+        None,
+        description="s3://bucket/folder that keeps the shards of the activation cache and the library's weights, while "
+        "artifacts/ has their checksums (docs/scale.md); null: all of them are in artifacts/.",
+    )
+    cache_gib: float = Field(
+        100.0,
+        gt=0,
+        description="The most of the bucket that artifacts/cached holds on this machine, GiB; what was used longest "
+        "ago goes first. What a stage writes comes on top until it is in the bucket.",
+    )
+
+
 class PrepareParent(Section):
     """The parent's source."""
 

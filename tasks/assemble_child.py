@@ -31,6 +31,7 @@ def assemble(target: str, params: Params, paths: Paths) -> None:
     """
     parent, library = Parent(paths.parent), Library(paths.library)
     chosen = architecture_for(parent, target, paths)
+    library.prefetch(chosen.blocks)
     blocks = _blocks(chosen.blocks, parent, library)
     max_shard_gib = params.assemble_child.max_shard_gib
     publish(paths.assembled(target), chosen, parent, blocks, TRAINING, max_shard_gib)

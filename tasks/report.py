@@ -57,7 +57,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _read(params: Params, paths: Paths) -> ReportedRun:
-    parent, index = read_parent_info(paths.parent), paths.library / "index.parquet"
+    parent, index = read_parent_info(paths.parent), paths.library_index
     targets = [target for target in params.targets if paths.architecture(target).is_file()]
     return ReportedRun(
         parent=parent.name,

@@ -117,7 +117,10 @@ def plan_groups(params: Params, paths: Paths) -> list[JobGroup]:
         if rows is None:
             first_block = job.replacement.first_block // size * size
             groups.setdefault((first_block, job.batch), []).append(job)
-    return [JobGroup(*start, tuple(members)) for start, members in sorted(groups.items())]
+    planned = [JobGroup(*start, tuple(members)) for start, members in sorted(groups.items())]
+    trained = (job.replacement for group in planned for job in group.jobs if job.weights == "decoupled")
+    Library(paths.library).prefetch(trained)
+    return planned
 
 
 def _rows_by_job(jobs: list[ScoreJob], paths: Paths) -> dict[ScoreJob, list[ScoreRow] | None]:

@@ -191,6 +191,7 @@ def tiny_run_params(parent: Path, documents: Path) -> dict[str, Any]:
     """Return params.yaml of the clones: enough work in BLD and scoring to be killed in its middle, seconds in all."""
     values: dict[str, Any] = {
         "run": {"seed": 0, "dtype": "float32", "device": "cpu", "threads": 1, "workers": 2},
+        "storage": {"root": None},
         "prepare_parent": {"source": str(parent)},
         "prepare_corpus": _corpus(documents),
         **_library(),
