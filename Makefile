@@ -12,11 +12,12 @@ FORMAT ?= gguf-f16
 INTERVAL ?= 60
 VLLM_PYTHON ?= python3
 CHROMIUM ?= chromium
+DEVICE ?= cuda
 # dvc.yaml says `python`. This line of a .pth file, which this venv's python runs at its start, puts the venv's bin first on
 # PATH of whatever that python starts: `.venv/bin/dvc repro` works where the venv is not activated.
 PTH := import os, sys; os.environ["PATH"] = os.path.join(sys.prefix, "bin") + os.pathsep + os.environ.get("PATH", os.defpath)
 
-.PHONY: help setup demo demo-full serve chat serve-child test lint faults bench bench-gpu check-vllm check-browser stop clean
+.PHONY: help setup demo demo-full serve chat serve-child test lint faults bench bench-gpu check-gpu check-vllm check-browser stop clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -70,6 +71,9 @@ bench: $(DEV)  ## benchmarks: ratios against a baseline in the same run
 
 bench-gpu: $(DEV)  ## costs on a GPU: parts against whole models, CUDA graphs against calls from Python
 	@$(BIN)/python -m tests.benchmarks.bench_costs --device cuda --precision bfloat16
+
+check-gpu: $(DEV)  ## the stages that compute on a GPU: right, how fast, and as planned? 8 minutes, 80 GB; DEVICE=cuda
+	@$(BIN)/python -m tests.gpu.check_gpu --device $(DEVICE)
 
 check-vllm: $(DEV)  ## on a GPU machine: vLLM computes a child as torch does; VLLM_PYTHON=python with vLLM, TARGET=like-51b
 	@$(BIN)/python -m tests.gpu.check_vllm --vllm-python $(VLLM_PYTHON) \

@@ -13,8 +13,8 @@ from tasks.engines.machine import on_this_machine
 def cache_activations(params: Params, paths: Paths) -> None:
     """Compute the shards that are missing."""
     params = on_this_machine(params)
-    shards = tasks.plan_shards(params, paths)
-    run_pieces(tasks.cache_shard, shards, params, paths, unit="shard")
+    groups = tasks.grouped(tasks.plan_shards(params, paths), params, paths)
+    run_pieces(tasks.cache_shards, groups, params, paths, unit="group of shards")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,12 @@ from flows.progress import PIECES, ProgressArtifact
 from flows.server import ensure
 from storage.files import InputError, have_cached_copy_checked, write_sealed
 from storage.params import Params, load
+from storage.parent_info import read_parent_info
 from storage.paths import Paths
 from storage.pipeline import read_pipeline, read_seconds
+from tasks.engines.machine import memory_of, on_this_machine
+from tasks.estimates.memory import check_memory
+from tasks.estimates.parent_geometry import parent_geometry
 
 _BEGAN = time.monotonic()
 
@@ -61,6 +65,7 @@ def run_stage(stage: Flow[..., Any], target: str | None) -> None:
     params = load()
     _check_target(stage, target, params)
     name = stage.name if target is None else f"{stage.name}@{target}"
+    _check_memory(stage.name, params, Paths())
     with _alone(name):
         _run_served(stage, params, {} if target is None else {"target": target})
         _have_cache_checked(stage.name, target)
@@ -130,6 +135,24 @@ def _check_target(stage: Flow[..., Any], target: str | None, params: Params) -> 
         raise InputError(f"{stage.name} is the same for all targets; leave --target out")
     if target is not None:
         params.target(target)
+
+
+def _check_memory(name: str, params: Params, paths: Paths) -> None:
+    """Refuse a stage that does not fit this machine, or that comes before one that does not.
+
+    Raises:
+        InputError: it does not fit; the message has bytes.
+    """
+    params = on_this_machine(params)
+    try:
+        pipeline = read_pipeline()
+        if name == pipeline[0].name:
+            _, config = parent_geometry(params.prepare_parent.source)
+        else:
+            config = read_parent_info(paths.parent).config
+    except InputError:  # the stage itself says what is wrong; a parent from the hub is not here yet
+        return
+    check_memory(name, pipeline, config, params, memory_of(params.run.device))
 
 
 def _have_cache_checked(name: str, target: str | None) -> None:

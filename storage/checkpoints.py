@@ -55,6 +55,16 @@ def tensor_sha256(tensor: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
+def placed(tensor: Tensor, device: torch.device, dtype: torch.dtype, *, copy: bool = False) -> Tensor:
+    """Bring a CPU tensor to a device and a dtype, to a GPU from pinned memory without waiting for the copy.
+
+    On a CPU the result may share the tensor's memory, unless `copy` forbids it.
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True).to(dtype)
+    return tensor.to(device, dtype, copy=copy)
+
+
 @dataclass(frozen=True)
 class Checksums:
     """The content of checksums.json: sha256 of tensors by name, and of the other files of the folder by theirs."""
@@ -216,11 +226,15 @@ class Checkpoint:
             InputError: the checkpoint has no such tensor, or it holds NaN or an infinite value.
             DamagedFileError: its bytes differ from those that were written.
         """
+        return self._mapped(name).clone()
+
+    def _mapped(self, name: str) -> Tensor:
+        """Return a verified tensor over the mapped file, which stays mapped as long as the tensor lives."""
         if name not in self.files:
             raise InputError(f"{self.folder} has no tensor {name}; {to_run(self.rebuild)}")
         state = FileState.of(self._present(self.files[name]))
         with self._open(self.files[name]) as handle:
-            tensor: Tensor = handle.get_tensor(name).clone()  # else it keeps the whole file mapped
+            tensor: Tensor = handle.get_tensor(name)
         expected = self.checksums.get(name) if self.checksums else ""
         if (state, name, expected) not in _VERIFIED:
             self._verify(name, tensor, expected)
@@ -246,7 +260,7 @@ class Checkpoint:
     def block(self, block_index: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return all tensors of one block, named as within a Llama layer."""
         names = self.block_names(block_index)
-        return {short: self.tensor(name).to(device, dtype) for short, name in names.items()}
+        return {short: placed(self._mapped(name), device, dtype, copy=True) for short, name in names.items()}
 
     def block_digest(self, block_index: int) -> str:
         """Return the content digest of one block, from the checksums."""

@@ -19,6 +19,9 @@ from storage.records import Precision
 from storage.scenario import Scenario, ScenarioText
 from storage.written_text import WrittenKind
 
+MeasuredEngine = Literal["torch", "llama.cpp"]
+"""Engines whose speed is measured on this machine."""
+
 
 def _each_once(values: tuple[object, ...]) -> tuple[object, ...]:
     """Refuse a list in which an item stands twice: its rows or files would be made twice."""
@@ -404,6 +407,11 @@ class DistillChild(Section):
         description="Processes that train together, a device and a share of the child each (torch's FSDP2); 0: the "
         "threads of one process (`run.workers`) on one device.",
     )
+    offload: bool = Field(
+        False,
+        description="Whether masters, gradients and moments of ranks, 16 bytes a weight, wait in the machine's memory "
+        "in place of the GPUs'; steps take longer, the less so the more sequences_per_batch.",
+    )
     teacher: Literal["auto", "cache", "live", "streamed"] = Field(
         "auto",
         description="Where the parent's hidden states come from: cache, or live, the whole parent in memory (with "
@@ -438,9 +446,10 @@ class DistillChild(Section):
 
     @model_validator(mode="after")
     def _in_threads_or_ranks(self) -> Self:
-        if not self.ranks and (self.teacher == "streamed" or self.sequences_per_batch > 1):
+        if not self.ranks and (self.teacher == "streamed" or self.sequences_per_batch > 1 or self.offload):
             raise ValueError(
-                "teacher: streamed, and more than one of sequences_per_batch, need ranks; set ranks to 1 or more"
+                "teacher: streamed, offload, and more than one of sequences_per_batch need ranks; set ranks to 1 or "
+                "more"
             )
         return self
 
@@ -448,8 +457,10 @@ class DistillChild(Section):
 class BenchmarkThroughput(Section):
     """Speed of parent and child: measured on this machine (at speed limits too), modelled for a GPU."""
 
-    engines: tuple[Literal["torch", "llama.cpp"], ...] = Field(
-        ("torch",), min_length=1, description="Engines to measure on this machine; llama.cpp needs the extra llamacpp."
+    engines: tuple[MeasuredEngine, ...] = Field(
+        ("torch",),
+        description="Engines to measure on this machine; llama.cpp needs the extra llamacpp. None: only speeds that a "
+        "target limits are measured.",
     )
     scenarios: tuple[ScenarioText, ...] = Field(
         ("128/128",), min_length=1, description="Input/output lengths measured on this machine, in tokens."

@@ -3,9 +3,11 @@
 In: the parent and the corpus. Run: `puzzle stage cache_activations`. The splits train and calibration keep all
 boundaries (for BLD and scores), in rolling mode the first, the last and those that params name. Validation keeps the
 last one only, from which the parent's logits come at evaluation. Train sequences for which GKD's teacher runs live are
-left out. A shard goes through the parent block by block, so memory does not grow with depth.
+left out. Shards go through the parent block by block, so memory does not grow with depth: one on a CPU, on a GPU as
+many together as its memory holds, since there a block takes longer to read than a shard to compute.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +25,9 @@ from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.pieces import Pieces
-from tasks.puzzle.model.boundaries import boundaries
-from tasks.puzzle.model.device import prepare_compute
+from tasks.puzzle.model.ahead import Ahead
+from tasks.puzzle.model.boundaries import advance, embed
+from tasks.puzzle.model.device import Compute, free_bytes, prepare_compute
 from tasks.puzzle.search_space import parent_attention, parent_ffn
 from tasks.tensors.activations import STORED, read_tokens
 from tasks.tensors.teacher import cached_train_tokens
@@ -66,7 +69,7 @@ def plan_shards(params: Params, paths: Paths) -> list[Shard]:
         "dtype": params.cache_activations.dtype,
         "sequences_per_batch": params.cache_activations.sequences_per_batch,
         "sequences_per_shard": size,
-        "code": code_digest("tasks.cache_activations:cache_shard", "tasks.tensors.activations:Activations"),
+        "code": code_digest("tasks.cache_activations:cache_shards", "tasks.tensors.activations:Activations"),
         "format": FORMAT_VERSION,
     }
     how, shards = digest_of(inputs), []
@@ -98,47 +101,73 @@ def _stored_boundaries(split: SplitName, params: Params, parent: Parent) -> tupl
     return tuple(sorted({0, last, *settings.keep})) if settings.rolling else tuple(range(last + 1))
 
 
+def grouped(shards: Sequence[Shard], params: Params, paths: Paths) -> list[Sequence[Shard]]:
+    """Group shards that go through the parent together; which do changes no byte."""
+    run, config = params.run, Parent(paths.parent).config
+    compute = prepare_compute(run.device, run.dtype, run.threads)
+    tokens = params.cache_activations.sequences_per_shard * params.prepare_corpus.seq_len
+    shard_bytes = tokens * config.hidden_size * compute.dtype.itemsize
+    size = _shards_at_once(compute, shard_bytes, run.workers)
+    return [shards[start : start + size] for start in range(0, len(shards), size)]
+
+
+def _shards_at_once(compute: Compute, shard_bytes: int, workers: int) -> int:
+    """Return how many shards go through a block that is read once: as many as a quarter of a GPU's memory holds."""
+    if compute.device.type == "cpu":
+        return 1
+    return max(1, free_bytes(compute.device) // (4 * workers * shard_bytes))
+
+
 @task(cache_policy=NO_CACHE)
-def cache_shard(shard: Shard, params: Params, paths: Paths) -> None:
-    """Write one shard at every boundary that its split keeps.
+def cache_shards(shards: Sequence[Shard], params: Params, paths: Paths) -> None:
+    """Write shards at every boundary that their splits keep; they go through each block together, once it is read.
 
     Raises:
         InputError: hidden states are NaN or infinite.
     """
-    run, parent = params.run, Parent(paths.parent)
+    run, parent, settings = params.run, Parent(paths.parent), params.cache_activations
     compute = prepare_compute(run.device, run.dtype, run.threads)
-    config = parent.config
-    tokens = read_tokens(paths, shard.split, range(shard.start, shard.stop))
+    num_blocks, variants = parent.config.num_blocks, (parent_attention(parent.config), parent_ffn(parent.config))
     embedding, _, _ = parent.outside(*compute)
-    variants = parent_attention(config), parent_ffn(config)
-    blocks = ((*variants, parent.block(i, *compute)) for i in range(config.num_blocks))
-    metadata = {"parent": parent.digest, "corpus": read_manifest(paths.corpus).content_hash, "split": shard.split}
-    states = boundaries(config, embedding, blocks, tokens, params.cache_activations.sequences_per_batch)
-    written: list[Future[tuple[Path, str]]] = []
+    tokens = (read_tokens(paths, shard.split, range(shard.start, shard.stop)) for shard in shards)
+    states = [embed(embedding, ids) for ids in tokens]
+    del embedding
+    blocks = Ahead((parent.block(index, *compute) for index in range(num_blocks)), compute.device)
+    metadata = {"parent": parent.digest, "corpus": read_manifest(paths.corpus).content_hash}
+    written: list[list[Future[tuple[Path, str]]]] = [[] for _ in shards]
 
-    def write(boundary: int, hidden: Tensor) -> tuple[Path, str]:
+    def write(shard: Shard, boundary: int, hidden: Tensor) -> tuple[Path, str]:
         if not hidden.isfinite().all():
             raise InputError(
                 f"the hidden states of {parent.info.name} at boundary {boundary} are not finite: its weights overflow "
                 f"in {compute.dtype}; set run.dtype to float32, or take another revision of it"
             )
         path = shard_path(paths.activations, shard.split, boundary, shard.index)
-        write_shard(path, hidden, {**metadata, "boundary": str(boundary), "first_sequence": str(shard.start)})
+        place = {"split": shard.split, "boundary": str(boundary), "first_sequence": str(shard.start)}
+        write_shard(path, hidden, {**metadata, **place})
         return path, sha256(path)
 
-    with ThreadPoolExecutor(1) as writer:  # writes while the next block computes; at most one boundary waits
-        for boundary, hidden in enumerate(states):
-            if boundary in shard.stored_boundaries:
-                stored = hidden.to(STORED[params.cache_activations.dtype]).cpu()
-                if written:
-                    written[-1].result()
-                written.append(writer.submit(write, boundary, stored))
-    files = dict(future.result() for future in written)
-    facts = {
-        "sequences_per_shard": params.cache_activations.sequences_per_shard,
-        "sequences": shard.stop - shard.start,
-        "how": shard.how,
-        "content": shard.content,
-        "stored_boundaries": shard.stored_boundaries,
-    }
-    Pieces(paths.activations, REBUILD).finish(shard.name, shard.key, files, facts)
+    with ThreadPoolExecutor(1) as writer:  # writes while the next shard or block computes; at most one file waits
+        latest: Future[tuple[Path, str]] | None = None
+        for boundary in range(num_blocks + 1):
+            if boundary:
+                block = (*variants, next(blocks))
+                for number, hidden in enumerate(states):
+                    states[number] = advance(parent.config, block, hidden, settings.sequences_per_batch)
+            for shard, hidden, files in zip(shards, states, written, strict=True):
+                if boundary in shard.stored_boundaries:
+                    stored = hidden.to(STORED[settings.dtype]).cpu()
+                    if latest:
+                        latest.result()
+                    latest = writer.submit(write, shard, boundary, stored)
+                    files.append(latest)
+    for shard, files in zip(shards, written, strict=True):
+        facts = {
+            "sequences_per_shard": settings.sequences_per_shard,
+            "sequences": shard.stop - shard.start,
+            "how": shard.how,
+            "content": shard.content,
+            "stored_boundaries": shard.stored_boundaries,
+        }
+        checksums = dict(future.result() for future in files)
+        Pieces(paths.activations, REBUILD).finish(shard.name, shard.key, checksums, facts)

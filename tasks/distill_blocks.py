@@ -16,6 +16,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
+from storage.checkpoints import placed
 from storage.code_digest import code_digest
 from storage.corpus import SplitName
 from storage.files import InputError, digest_of
@@ -38,6 +39,7 @@ from tasks.puzzle.distill.bld import Batch, Recipe, Trained, distill_block, dist
 from tasks.puzzle.distill.least_squares import fit_outputs
 from tasks.puzzle.distill.losses import LOSSES
 from tasks.puzzle.distill.optimizer import Schedule
+from tasks.puzzle.model.ahead import Ahead
 from tasks.puzzle.model.assembly import initial_weights
 from tasks.puzzle.model.device import prepare_compute
 from tasks.puzzle.model.initialise import Tensors
@@ -271,15 +273,17 @@ class _BlockTraining:
         return Recipe(schedule, settings.check_steps, settings.patience)
 
     def _hidden(self, split: SplitName, boundary: int, sequences: list[int]) -> Tensor:
-        return self._readers[split, boundary].read(sequences).to(*self._compute)
+        return placed(self._readers[split, boundary].read(sequences), *self._compute)
 
     def _inputs(self, groups: list[list[int]]) -> Iterator[Tensor]:
-        """Read the train split's hidden states before the block, group by group."""
-        return (self._hidden("train", self._first, group) for group in groups)
+        """Read the train split's hidden states before the block, group by group, one ahead."""
+        return Ahead((self._hidden("train", self._first, group) for group in groups), self._compute.device)
 
     def _batches(self, split: SplitName, groups: list[list[int]]) -> Iterator[Batch]:
-        """Read the hidden states before and behind the block, group by group."""
-        return ((self._hidden(split, self._first, group), self._hidden(split, self._behind, group)) for group in groups)
+        """Read the hidden states before and behind the block, group by group, one ahead."""
+        boundaries = self._first, self._behind
+        pairs = ((self._hidden(split, boundary, group) for boundary in boundaries) for group in groups)
+        return Ahead(((before, behind) for before, behind in pairs), self._compute.device)
 
     def _finish(self, name: str, subblock: str, variant: str, result: Trained, **facts: int) -> None:
         """Write a trained variant and its row of the index."""

@@ -43,7 +43,7 @@ def cache(params: Params, paths: Paths) -> list[str]:
     """Run cache_activations; return the names of the shards that it made."""
     shards = cache_activations.plan_shards.fn(params, paths)
     for shard in shards:
-        cache_activations.cache_shard.fn(shard, params, paths)
+        cache_activations.cache_shards.fn([shard], params, paths)
     return [shard.name for shard in shards]
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.arguments import positive
 from flows.durations import duration_text
 from flows.ui.overrides import with_profile
 from storage.params import load
@@ -25,6 +26,7 @@ EXAMPLE = "puzzle plan --params params/full.yaml"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--params", type=Path, help="a profile (params/NAME.yaml) on top of params.yaml")
+    parser.add_argument("--dollars", type=positive, metavar="RATE", help="dollars an hour of this machine or GPU")
     parser.add_argument("--parent", type=Path, metavar="CONFIG_JSON", help="the parent's config.json, no weights")
 
 
@@ -35,10 +37,10 @@ def run(args: argparse.Namespace) -> None:
 
     params = load() if args.params is None else with_profile(load(), args.params)
     estimates = plan(on_this_machine(params), args.parent, Paths())
-    sys.stdout.write(plan_text(estimates if args.params is None else replace(estimates, took={})))
+    sys.stdout.write(plan_text(estimates if args.params is None else replace(estimates, took={}), args.dollars))
 
 
-def plan_text(plan: "Plan") -> str:
+def plan_text(plan: "Plan", dollars_per_hour: float | None = None) -> str:
     """Return a line per stage, the total, and which mode of the activation cache fits; at most 100 columns."""
     took = f"{'took':>10}" if plan.took else ""
     lines = [
@@ -62,8 +64,16 @@ def plan_text(plan: "Plan") -> str:
     lines.append("  blocks (reflinks: Btrfs, XFS, APFS)")
     if plan.num_benchmarks:
         lines.append(f"not estimated: the {counted(plan.num_benchmarks, 'benchmark')} of measure_accuracy")
-    if plan.device != "cpu":
-        lines.append(f"{seconds / 3600:.1f} GPU hours")
+    hours = f"{seconds / 3600:.1f} {'hours' if plan.device == 'cpu' else 'GPU hours'}"
+    if dollars_per_hour:
+        lines.append(f"{hours}, ${seconds / 3600 * dollars_per_hour:,.2f} at ${dollars_per_hour:,.2f} an hour")
+    elif plan.device != "cpu":
+        lines.append(hours)
+    read, hashed = (sum(getattr(stage, kind) for stage in plan.stages) for kind in ("read_bytes", "hashed_bytes"))
+    lines.append(
+        f"of it {duration_text(plan.reading_seconds)} to read {_gib(read)} of weights and states, "
+        f"{duration_text(plan.hashing_seconds)} to hash {_gib(hashed)}"
+    )
     return "\n".join([*lines, *_cache_lines(plan), *_healing_lines(plan), ""])
 
 

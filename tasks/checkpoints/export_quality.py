@@ -8,6 +8,7 @@ llama.cpp rounds them, so that KL is over the whole vocabulary without logits of
 import itertools
 import math
 import statistics
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from storage.model_config import EMBEDDING, LM_HEAD, NORM
 from storage.sections import Run
 from tasks.engines.hidden_states import as_multiplied, head_of, hidden_states
 from tasks.engines.llamacpp import check_installed
+from tasks.puzzle.model.ahead import Ahead
 from tasks.puzzle.model.boundaries import boundaries
 from tasks.puzzle.model.device import Compute, prepare_compute
 from tasks.puzzle.model.head import Head, Projected, compare_models
@@ -97,5 +99,5 @@ def last_hidden(checkpoint: Checkpoint, tokens: Tensor, compute: Compute, sequen
     config, blocks = read_blocks(checkpoint)
     embedding = checkpoint.tensor(EMBEDDING).to(*compute)
     lazily = ((*blocks[i], checkpoint.block(i, *compute)) for i in range(config.num_blocks))
-    *_, last = boundaries(config, embedding, lazily, tokens, sequences_per_batch)
-    return last
+    read = Ahead(lazily, compute.device)
+    return deque(boundaries(config, embedding, read, tokens, sequences_per_batch), maxlen=1).pop()

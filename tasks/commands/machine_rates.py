@@ -1,8 +1,9 @@
 """Rates of this machine, timed in about a minute: blocks, head, float32 products, memory, disk, start of a stage.
 
-In: a parent's geometry and the params of `run`. Out: rates for tasks/commands/stage_estimates.py.
+In: a parent's geometry and the params of `run`. Out: rates for tasks/estimates/stage_estimates.py.
 """
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -15,11 +16,12 @@ from pathlib import Path
 
 import torch
 
+from storage.checkpoints import placed
 from storage.files import sha256
 from storage.model_config import ModelConfig
 from storage.params import Params
-from tasks.commands.stage_estimates import Rates
 from tasks.engines.machine import machine
+from tasks.estimates.stage_estimates import Rates
 from tasks.puzzle.costs.hardware import device_named
 from tasks.puzzle.model.blocks import Block
 from tasks.puzzle.model.device import Compute, prepare_compute
@@ -35,6 +37,8 @@ _STREAMS = 8
 """Candidates that a block computes in turn before the next block."""
 _PEAK_SHARE, _BANDWIDTH_SHARE = 0.4, 0.8
 """Shares of a data sheet that training and scoring in torch reach; a guess that the plan names."""
+_HOST_LINK = 20e9
+"""Bytes/s from the host's memory to a GPU over PCIe 5.0 in one direction, pinned; assumed."""
 _LARGEST, _LONGEST = 60_000_000, 512
 """Parameters of the block that is timed, and tokens: larger ones reach the same rate."""
 
@@ -58,6 +62,8 @@ def rates_of_machine(config: ModelConfig, params: Params, folder: Path) -> tuple
             float32_flops=_PEAK_SHARE * device.peak_flops["float32"],
             memory_bytes_per_s=_BANDWIDTH_SHARE * device.memory_bandwidth,
             disk_bytes_per_s=_disk_rate(folder),
+            read_bytes_per_s=_HOST_LINK,
+            hash_bytes_per_s=_hash_rate(),
             start_seconds=_start_seconds(),
         )
         return rates, f"{device.description} ({_PEAK_SHARE:.0%} of the data sheet's bfloat16 peak, assumed, not timed)"
@@ -77,6 +83,8 @@ def calibrate(config: ModelConfig, params: Params, compute: Compute, folder: Pat
         float32_flops=_together(workers, threads, lambda: _products(timed.intermediate_size, compute)),
         memory_bytes_per_s=_together(1, threads, lambda: _memory_rate(compute)),
         disk_bytes_per_s=_disk_rate(folder),
+        read_bytes_per_s=_together(1, threads, lambda: _reads(compute)),
+        hash_bytes_per_s=_hash_rate(),
         start_seconds=_start_seconds(),
     )
 
@@ -135,7 +143,7 @@ def _blocks(config: ModelConfig, seq_len: int, compute: Compute) -> Iterator[flo
 
 
 def _heads(hidden_size: int, vocabulary: int, compute: Compute) -> Iterator[float]:
-    """Yield the FLOPs of comparing children's logits with the parent's, which are computed twice.
+    """Yield the FLOPs of comparing children's logits with the parent's; its product, in float32, counts as two.
 
     Logits spread as a model's do: with wider ones most probabilities are subnormal numbers, eight times as slow to
     compute with (measured on a CPU with AMX).
@@ -164,6 +172,21 @@ def _memory_rate(compute: Compute) -> Iterator[float]:
     while True:
         total.add_(addend)
         yield _synchronised(compute, 3.0 * 4 * total.numel())
+
+
+def _reads(compute: Compute) -> Iterator[float]:
+    """Yield the bytes of bringing a tensor of the page cache to the device."""
+    tensor = torch.zeros(1 << 26, dtype=torch.bfloat16)
+    while True:
+        placed(tensor, *compute, copy=True)
+        yield _synchronised(compute, 2.0 * tensor.numel())
+
+
+def _hash_rate() -> float:
+    """Measure bytes/s of sha256 on one thread."""
+    block, start = bytes(1 << 27), time.perf_counter()
+    hashlib.sha256(block).digest()
+    return len(block) / (time.perf_counter() - start)
 
 
 def _disk_rate(folder: Path) -> float:

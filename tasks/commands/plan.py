@@ -1,6 +1,6 @@
 """The demand of each stage on this machine, before any run, from the parent's config.json and a minute of timing.
 
-In: params, a config.json (no weights), this machine. Out: estimates, all modelled (tasks/commands/stage_estimates.py);
+In: params, a config.json (no weights), this machine. Out: estimates, all modelled (tasks/estimates/stage_estimates.py);
 beside them what the stages of this clone took, where they ran. Run: `puzzle plan`.
 """
 
@@ -8,17 +8,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.files import InputError
-from storage.gguf import PACKAGE, GgufModel, embedded_parent
-from storage.json_files import read_object
-from storage.model_config import ModelConfig
 from storage.params import Params
 from storage.paths import Paths
 from storage.pipeline import read_pipeline, read_seconds
 from tasks.commands.machine_rates import rates_of_machine
-from tasks.commands.rank_memory import rank_bytes
-from tasks.commands.stage_case import StageCase
-from tasks.commands.stage_estimates import StageEstimate, estimate_stages, kept_share
+from tasks.estimates.parent_geometry import parent_geometry
+from tasks.estimates.rank_memory import rank_bytes
+from tasks.estimates.stage_case import StageCase
+from tasks.estimates.stage_estimates import StageEstimate, estimate_stages, kept_share
 
 
 @dataclass(frozen=True)
@@ -27,9 +24,10 @@ class Plan:
 
     `live_teacher` says whether the parent itself runs in GKD, whose tokens would take `teacher_cache_bytes` of cache.
 
-    `took` has the seconds that stages of this clone took when they last ran. Of measure_accuracy the estimate has the
-    start alone, not its `num_benchmarks`. `rank_bytes` is what each of GKD's ranks holds for the largest child, 0 where
-    it has none.
+    `reading_seconds` and `hashing_seconds` are parts of the estimates: what stages read while they compute, and what
+    they compare with its checksums. `took` has the seconds that stages of this clone took when they last ran. Of
+    measure_accuracy the estimate has the start alone, not its `num_benchmarks`. `rank_bytes` is what each of
+    GKD's ranks holds for the largest child, 0 where it has none.
     """
 
     parent: str
@@ -37,6 +35,8 @@ class Plan:
     device: str
     stages: tuple[StageEstimate, ...]
     took: dict[str, float]
+    reading_seconds: float
+    hashing_seconds: float
     materialised_bytes: float
     rolling_bytes: float
     rolling: bool
@@ -59,16 +59,19 @@ def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
         InputError: there is no config.json without fetching the parent, or its architecture is not supported.
     """
     pipeline = read_pipeline()
-    name, config = _parent(params, config_json)
+    name, config = parent_geometry(params.prepare_parent.source, config_json)
     case = StageCase(config, params)
     paths.root.mkdir(parents=True, exist_ok=True)
     rates, machine = rates_of_machine(config, params, paths.root)
     status = os.statvfs(paths.root)
+    stages = estimate_stages(pipeline, config, params, rates)
     return Plan(
         parent=name,
         machine=machine,
         device=params.run.device,
-        stages=estimate_stages(pipeline, config, params, rates),
+        stages=stages,
+        reading_seconds=sum(stage.read_bytes for stage in stages) / rates.read_bytes_per_s,
+        hashing_seconds=sum(stage.hashed_bytes for stage in stages) / rates.hash_bytes_per_s,
         took=read_seconds(paths.seconds),
         materialised_bytes=case.materialised_bytes,
         rolling_bytes=case.rolling_bytes,
@@ -78,19 +81,4 @@ def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
         free_disk_bytes=float(status.f_bavail * status.f_frsize),
         num_benchmarks=case.num_benchmarks,
         rank_bytes=rank_bytes(StageCase(config, params, max(map(kept_share, params.targets.values())))),
-    )
-
-
-def _parent(params: Params, config_json: Path | None) -> tuple[str, ModelConfig]:
-    """Return the parent's name for people, and its geometry."""
-    source = params.prepare_parent.source
-    if config_json is not None:
-        return str(config_json), ModelConfig.from_hf(read_object(config_json, "the download"), str(config_json))
-    if source == f"package:{PACKAGE}":
-        return source, ModelConfig.from_hf(GgufModel(embedded_parent()[0]).config(), source)
-    if (Path(source) / "config.json").is_file():
-        return source, ModelConfig.from_hf(read_object(Path(source) / "config.json", "the download"), source)
-    raise InputError(
-        f"prepare_parent.source {source} has no config.json on this machine; give its geometry with --parent "
-        "CONFIG_JSON (its config.json alone, no weights)"
     )

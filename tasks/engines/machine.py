@@ -1,6 +1,8 @@
 """This machine: its name, the versions of its software, and the meaning of `auto` in the params of `run`."""
 
+import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,3 +37,23 @@ def machine(device: torch.device) -> str:
     if "model name" not in facts:
         return platform.processor() or platform.machine()
     return f"{facts['model name']} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of memory of a machine, and of the device that its stages compute on: the same on a CPU."""
+
+    host: int
+    device: int
+
+
+def memory_of(device: str) -> Memory:
+    """The memory of this machine (what its container may take of it), and of the GPU that `device` names."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    limits = [limit.read_text(encoding="ascii").strip()] if limit.is_file() else []
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host = min([physical, *(int(text) for text in limits if text.isdecimal())])
+    resolved = torch.device(device)
+    if resolved.type == "cpu" or (resolved.index or 0) >= torch.cuda.device_count():  # prepare_compute refuses it
+        return Memory(host, host)
+    return Memory(host, torch.cuda.get_device_properties(resolved).total_memory)

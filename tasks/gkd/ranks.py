@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -73,7 +73,8 @@ class _RankTrainer:
         compute = prepare_compute(device_of_rank(run.device), run.dtype, run.threads)
         if compute.device.type == "cuda":
             torch.cuda.set_device(compute.device)
-        sharding = Sharding(init_device_mesh(compute.device.type, (self._ranks,)), compute)
+        mesh = init_device_mesh(compute.device.type, (self._ranks,))
+        sharding = Sharding(mesh, compute, offloaded=settings.offload)
         self._cpu_mesh = init_device_mesh("cpu", (self._ranks,))
         cpu, parent = torch.device("cpu"), Parent(paths.parent)
         self._child = ShardedChild.load(
@@ -100,7 +101,7 @@ class _RankTrainer:
             return _Prepared("train", material.boundaries, sharding.compute, paths)
         if params.distill_child.teacher == "streamed":
             return StreamedStates(material, parent, sharding.compute)
-        return ShardedStates(material, parent, sharding)
+        return ShardedStates(material, parent, replace(sharding, offloaded=False))
 
     def _batches(self, group: Sequence[int]) -> list[tuple[list[int], int]]:
         """Return this rank's batches of a group, and how many sequences of each count; as many on every rank."""

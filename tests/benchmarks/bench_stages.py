@@ -6,7 +6,8 @@ of paired ratios. A *bound* is the ratio that the parts' times, taken in the sam
 - scoring: all blocks' replacements in groups, from cached boundaries, against transformers' own model with the block
   replaced, run from the start; both arms compare with the parent's last hidden states by the same code.
 - BLD: all variants of a block from one pass, against one after another with the parent's block forward each time.
-- caching: every boundary of a shard written, against the bare forward; BLD: the share of time that waits for data.
+- caching: every boundary of a shard written, against the bare forward; caching and BLD: the share of time that waits
+  for data.
 - utilisation: FLOPs that torch counts, over what GEMMs of a block's shapes reach in the same run.
 """
 
@@ -19,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from storage.activations import BoundaryReader
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.variants import Attention, Ffn, Replacement
@@ -48,6 +47,7 @@ from tasks.puzzle.search_space import attention_variants, ffn_variants, parent_a
 from tests.reference import replace_block
 from tests.settings import tiny_params
 from tests.tiny import tiny_corpus
+from tests.waiting import waiting_counted
 
 ROUNDS, SEQ_LEN, SCORED, GROUP = 3, 256, 1, 3
 RATIOS = (0.875, 0.75, 0.5, 0.25, 0.2, 0.1)
@@ -237,27 +237,27 @@ def caching(paths: Paths, case: Case) -> Iterator[dict[str, Any]]:
             pass
 
     pairs = [
-        (seconds(functools.partial(cache_activations.cache_shard.fn, shard, params, paths)), seconds(bare))
+        (seconds(functools.partial(cache_activations.cache_shards.fn, [shard], params, paths)), seconds(bare))
         for shard in shards[:4]
     ]
     yield say("caching, rate / bare forward", ratio=statistics.median(bare_s / ours_s for ours_s, bare_s in pairs[1:]))
     files = list((paths.activations / "train").rglob("*.arrow"))
     raw = 64 * SEQ_LEN * case.config.hidden_size * 2 * (case.config.num_blocks + 1)
     yield say("caching, bytes / raw bfloat16", ratio=sum(path.stat().st_size for path in files) / raw)
-    for shard in shards[4:]:
-        cache_activations.cache_shard.fn(shard, params, paths)
-    waited, read = [0.0], BoundaryReader.read
-
-    def timed(reader: BoundaryReader, sequences: Sequence[int]) -> Tensor:
-        start = time.perf_counter()
-        hidden = read(reader, sequences)
-        waited[0] += time.perf_counter() - start
-        return hidden
-
+    caching = functools.partial(cache_activations.cache_shards.fn, [shards[4]], params, paths)
+    yield say("caching, share of time that waits for data", share=_waiting(caching))
+    for shard in shards[5:]:
+        cache_activations.cache_shards.fn([shard], params, paths)
     plan = distill_blocks.plan_blocks.fn(params, paths)[case.config.num_blocks // 2]
-    with mock.patch.object(BoundaryReader, "read", timed):
-        total = seconds(lambda: distill_blocks.train_block.fn(plan, params, paths))
-    yield say("BLD, share of time that waits for data", share=waited[0] / total)
+    training = functools.partial(distill_blocks.train_block.fn, plan, params, paths)
+    yield say("BLD, share of time that waits for data", share=_waiting(training))
+
+
+def _waiting(work: Callable[[], object]) -> float:
+    """Measure the share of a computation's time in which it waits for its input."""
+    with waiting_counted() as waited:
+        total = seconds(work)
+    return waited[0] / total
 
 
 def _flops(work: Callable[[], object]) -> float:

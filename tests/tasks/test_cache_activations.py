@@ -12,8 +12,9 @@ from storage.files import DamagedFileError, InputError
 from storage.params import Params
 from storage.paths import Paths
 from storage.pieces import Pieces
-from tasks.cache_activations import cache_shard, plan_shards
+from tasks.cache_activations import _shards_at_once, cache_shards, plan_shards
 from tasks.prepare_parent import prepare_parent
+from tasks.puzzle.model.device import Compute
 from tests.settings import SEQ_LEN, tiny_params
 from tests.stages import cache, checksums, prepare
 from tests.tiny import FAMILIES, SIZES, flip_byte, save_tiny, save_tokenizer, tiny_corpus, tiny_model
@@ -48,7 +49,7 @@ def test_only_what_a_killed_run_left_undone_is_planned(tmp_path: Path) -> None:
     params, paths = prepare("llama", tmp_path)
     shards = plan_shards.fn(params, paths)
     for shard in shards[:2]:
-        cache_shard.fn(shard, params, paths)
+        cache_shards.fn([shard], params, paths)
     half_written = shard_path(paths.activations, "train", 0, 2)
     half_written.write_bytes(b"killed here, before its record")
     assert [shard.name for shard in plan_shards.fn(params, paths)] == ALL_SHARDS[2:]
@@ -61,8 +62,24 @@ def test_two_runs_give_the_same_bytes(finished: tuple[Params, Paths], tmp_path: 
     _, paths = finished
     other_params, other_paths = prepare("llama", tmp_path / "again")
     for shard in reversed(plan_shards.fn(other_params, other_paths)):
-        cache_shard.fn(shard, other_params, other_paths)
+        cache_shards.fn([shard], other_params, other_paths)
     assert checksums(paths.activations) == checksums(other_paths.activations)
+
+
+def test_shards_that_go_through_the_parent_together_are_the_same_bytes(
+    finished: tuple[Params, Paths], tmp_path: Path
+) -> None:
+    _, paths = finished
+    other_params, other_paths = prepare("llama", tmp_path / "together")
+    cache_shards.fn(plan_shards.fn(other_params, other_paths), other_params, other_paths)
+    assert checksums(paths.activations) == checksums(other_paths.activations)
+
+
+def test_a_gpu_takes_as_many_shards_as_a_quarter_of_its_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.cache_activations.free_bytes", lambda _: 64_000)
+    gpu, cpu = (Compute(torch.device(name), torch.bfloat16) for name in ("cuda", "cpu"))
+    assert [_shards_at_once(gpu, size, 2) for size in (1_000, 4_000, 100_000)] == [8, 2, 1]
+    assert _shards_at_once(cpu, 1, 2) == 1
 
 
 def test_a_flipped_byte_is_found_by_the_reader_and_made_anew(finished: tuple[Params, Paths]) -> None:

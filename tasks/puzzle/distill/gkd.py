@@ -17,11 +17,12 @@ from torch.nn import functional
 
 from storage.model_config import ModelConfig
 from tasks.puzzle.model.blocks import Block
-from tasks.puzzle.model.head import Head
+from tasks.puzzle.model.head import Head, tile_sizes
 from tasks.puzzle.model.rotary import rotary_for
 
-_CHUNK_TOKENS = 128
-"""Tokens whose logits exist at once: 25 MB in float32 with a vocabulary of 49,152; above 32 MB page faults set in."""
+_CPU_CHUNK = 128
+"""Tokens whose logits exist at once on a CPU: 25 MB in float32 with a vocabulary of 49,152; above 32 MB page faults set
+in."""
 
 States = Callable[[int], Tensor]
 """Returns the parent's hidden states at a boundary, [sequences, tokens, hidden], in the compute dtype."""
@@ -178,11 +179,21 @@ def kl_of(last: Tensor, target: Tensor, head: Head) -> float:
     return float(kl)
 
 
+def chunk_tokens(device: torch.device, vocabulary: int) -> int:
+    """Return how many tokens' logits exist at once on a device; four tensors of their size do."""
+    if device.type == "cpu":
+        return _CPU_CHUNK
+    tokens, _ = tile_sizes(device, vocabulary)
+    return max(1, tokens // 4)
+
+
 def _kl_and_gradient(rows: Tensor, parent: Tensor, weight: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """Compute the mean KL over tokens and its gradient with respect to the child's normalised hidden states.
 
     The gradient with respect to the child's logits is softmax(child) - softmax(parent), so it is carried to `rows` at
-    once, chunk by chunk: no logits wait for a backward pass, and nothing is computed twice.
+    once, chunk by chunk: no logits wait for a backward pass, and nothing is computed twice. The child's logits are the
+    parent's plus the product of the head with the difference of the states, so that what the parent's are rounded to
+    is the same on both sides and adds nothing to the KL (tasks/puzzle/model/head.py).
 
     Args:
         rows: the child's hidden states behind the final norm, [tokens, hidden].
@@ -193,15 +204,18 @@ def _kl_and_gradient(rows: Tensor, parent: Tensor, weight: Tensor, *, with_gradi
     Returns:
         The KL, nats per token, and its gradient, [tokens, hidden], empty if it is not computed.
     """
+    difference = (rows.float() - parent.float()).to(weight.dtype)
     total = torch.zeros((), device=rows.device)
     gradient = torch.empty_like(rows) if with_gradient else rows.new_empty(0)
-    for start in range(0, len(rows), _CHUNK_TOKENS):
-        chunk = slice(start, start + _CHUNK_TOKENS)
-        theirs = functional.linear(parent[chunk], weight).float().log_softmax(-1)
-        ours = functional.linear(rows[chunk], weight).float().log_softmax(-1)
+    size = chunk_tokens(weight.device, len(weight))
+    for start in range(0, len(rows), size):
+        chunk = slice(start, start + size)
+        logits = functional.linear(parent[chunk], weight).float()
+        theirs = logits.log_softmax(-1)
+        ours = logits.add_(functional.linear(difference[chunk], weight)).log_softmax(-1)
         probability = theirs.exp()
         total += torch.linalg.vecdot(probability, theirs - ours).sum()
         if with_gradient:
-            difference = ours.exp_().sub_(probability).to(weight.dtype)
-            gradient[chunk] = (difference @ weight) / len(rows)
+            excess = ours.exp_().sub_(probability).to(weight.dtype)
+            gradient[chunk] = (excess @ weight) / len(rows)
     return total / len(rows), gradient

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -34,15 +34,21 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Sharding:
-    """How weights are split: over the ranks of a one-dimensional mesh, to compute in a dtype on this rank's device."""
+    """How weights are split: over the ranks of a one-dimensional mesh, to compute in a dtype on this rank's device.
+
+    Where they are offloaded, each rank's rows wait in the machine's memory: masters, gradients and moments.
+    """
 
     mesh: DeviceMesh
     compute: Compute
+    offloaded: bool = False
 
     def split(self, module: nn.Module) -> None:
         """Give each rank some rows of every weight of a module; its gradients are added up over the ranks."""
         policy = MixedPrecisionPolicy(param_dtype=self.compute.dtype, reduce_dtype=torch.float32)
-        fully_shard(module, mesh=self.mesh, mp_policy=policy)
+        on_gpu = self.compute.device.type == "cuda"
+        waiting = CPUOffloadPolicy(pin_memory=on_gpu) if self.offloaded else OffloadPolicy()
+        fully_shard(module, mesh=self.mesh, mp_policy=policy, offload_policy=waiting)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no mean
@@ -54,7 +60,7 @@ class Sharding:
         """
         if not tensors:
             return
-        module.to_empty(device=self.compute.device)
+        module.to_empty(device="cpu" if self.offloaded else self.compute.device)
         parameters = dict(weights.named_parameters())
         assert parameters.keys() == tensors.keys(), parameters.keys() ^ tensors.keys()
         for name, tensor in tensors.items():

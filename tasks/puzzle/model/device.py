@@ -77,3 +77,9 @@ def prepare_compute(device: str, dtype: str, threads: int) -> Compute:
             "set run.device to auto or cpu in params.yaml"
         )
     return Compute(resolved, {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype])
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of a GPU, bytes."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free

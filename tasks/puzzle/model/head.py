@@ -1,9 +1,12 @@
 """Per-token losses of children against the parent, from the last hidden states.
 
 In: last hidden states of the parent and of children, and the LM head. Out: KL, LM loss, top-1 agreement and cosine of
-every token. They are summed up tile by tile, so that [tokens, vocabulary] logits never exist at once. A tile of 256
-tokens x 2,048 words is 2 MB of float32 and stays in a CPU's cache between the product and the sums over it: measured
-79 GFLOP/s with log-sum-exp, where 128 tokens x the whole vocabulary gave 55 (AVX2, one thread).
+every token. They are summed up tile by tile, so that [tokens, vocabulary] logits never exist at once.
+
+Logits are float32, whatever the weights are. Two logits that were rounded to bfloat16 apart differ by their rounding,
+which adds about 0.001 nats to every KL (measured, docs/scores.md): a tenth of the smallest scores. So the parent's are
+a float32 product, and a child's are the parent's plus the product of the head with the *difference* of the hidden
+states, whose rounding is relative to the difference.
 """
 
 from collections.abc import Sequence
@@ -15,8 +18,10 @@ from torch.nn import functional
 
 from tasks.puzzle.model.blocks import RMSNorm
 
-CHUNK_TOKENS = 256
-TILE_WORDS = 2_048
+_CPU_TILE = 256, 2_048
+"""Tokens and words whose logits exist at once on a CPU: 2 MB stay in its cache between the product and the sums."""
+_GPU_LOGITS = 1 << 27
+"""Logits that exist at once on a GPU, 512 MiB: a product of a teraflop or so, against which a launch is nothing."""
 
 Projected = tuple[Tensor, Tensor]
 """Hidden states behind the final norm, [sequences, tokens, hidden], and the LM head, [vocabulary, hidden]."""
@@ -56,6 +61,13 @@ class TokenLosses:
     cosine: Tensor
 
 
+def tile_sizes(device: torch.device, vocabulary: int) -> tuple[int, int]:
+    """Return the numbers of tokens and of words whose logits exist at once on a device."""
+    if device.type == "cpu":
+        return _CPU_TILE
+    return max(1, _GPU_LOGITS // vocabulary), vocabulary
+
+
 def compare_with_parent(head: Head, tokens: Tensor, parent: Tensor, children: Sequence[Tensor]) -> list[TokenLosses]:
     """Compare children with the parent at every position that has a next token.
 
@@ -66,12 +78,14 @@ def compare_with_parent(head: Head, tokens: Tensor, parent: Tensor, children: Se
         children: each child's hidden states before the final norm, in the same shape.
 
     Returns:
-        One TokenLosses for each child. A child equal to the parent has a kl of exactly 0, since both sides round alike.
-        The parent's probabilities are computed once for all children.
+        One TokenLosses for each child. A child equal to the parent has a kl of exactly 0. The parent's logits are
+        computed once for all children.
     """
-    normalised = [head.normalise(hidden[:, :-1]) for hidden in (parent, *children)]
-    models = [(hidden, head.weight) for hidden in normalised]
-    return _compare(tokens, models, [hidden[:, :-1] for hidden in (parent, *children)])
+    hidden = [states[:, :-1] for states in (parent, *children)]
+    reference, *others = (head.normalise(states.float()).flatten(0, 1) for states in hidden)
+    narrow = head.weight.dtype
+    models = [_Relative((other - reference).to(narrow), head.weight) for other in others]
+    return _compare(tokens, _Absolute(reference.to(narrow), head.weight), models, hidden)
 
 
 def compare_models(tokens: Tensor, parent: Projected, children: Sequence[Projected]) -> list[TokenLosses]:
@@ -86,78 +100,121 @@ def compare_models(tokens: Tensor, parent: Projected, children: Sequence[Project
     Returns:
         One TokenLosses for each child; its cosine is of the hidden states behind the final norm.
     """
-    models = [(hidden[:, :-1], weight) for hidden, weight in (parent, *children)]
-    return _compare(tokens, models, [hidden for hidden, _ in models])
+    hidden = [states[:, :-1] for states, _ in (parent, *children)]
+    weights = [weight for _, weight in (parent, *children)]
+    reference, *models = (_Absolute(rows.flatten(0, 1), weight) for rows, weight in zip(hidden, weights, strict=True))
+    return _compare(tokens, reference, models, hidden)
 
 
-def _compare(tokens: Tensor, models: Sequence[Projected], hidden: Sequence[Tensor]) -> list[TokenLosses]:
-    """Compute the losses of models[1:] against models[0]; the cosines are taken of `hidden`, an entry per model."""
+@dataclass(frozen=True)
+class _Absolute:
+    """A model's hidden states behind its final norm, [tokens, hidden], and its head, [vocabulary, hidden]."""
+
+    rows: Tensor
+    weight: Tensor
+
+    def logits(self, tokens: slice, words: slice, _: Tensor | None = None) -> Tensor:
+        """Compute a tile of the logits, [tokens, words] float32."""
+        return float32_product(self.rows[tokens], self.weight[words])
+
+
+@dataclass(frozen=True)
+class _Relative:
+    """A child with the parent's head, by the difference of its hidden states from the parent's, [tokens, hidden]."""
+
+    difference: Tensor
+    weight: Tensor
+
+    def logits(self, tokens: slice, words: slice, parent: Tensor) -> Tensor:
+        """Compute a tile of the logits from the parent's, [tokens, words] float32."""
+        return functional.linear(self.difference[tokens], self.weight[words]) + parent
+
+
+def float32_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """Multiply rows [tokens, hidden] with weight [words, hidden]; float32, whatever the factors are."""
+    if rows.is_cuda:
+        return torch.mm(rows, weight.T, out_dtype=torch.float32)
+    return functional.linear(rows.float(), weight.float())  # a CPU's products have the type of their factors
+
+
+def _compare(
+    tokens: Tensor, parent: _Absolute, models: Sequence[_Absolute | _Relative], hidden: Sequence[Tensor]
+) -> list[TokenLosses]:
+    """Compute the losses of models against the parent; the cosines are of `hidden`, the parent's states first."""
     target = tokens[:, 1:].reshape(-1, 1)
-    rows, weights = [hidden_rows.flatten(0, 1) for hidden_rows, _ in models], [weight for _, weight in models]
-    chunks = []
-    for start in range(0, len(target), CHUNK_TOKENS):
-        chunk = slice(start, start + CHUNK_TOKENS)
-        chunks.append(_compare_chunk(weights, target[chunk], [row[chunk] for row in rows]))
-    losses = torch.cat(chunks, dim=-1).cpu().view(len(models) - 1, 3, tokens.shape[0], tokens.shape[1] - 1)
+    chunk_tokens, tile_words = tile_sizes(parent.weight.device, len(parent.weight))
+    chunks = [
+        _compare_chunk(parent, models, target, slice(start, start + chunk_tokens), tile_words)
+        for start in range(0, len(target), chunk_tokens)
+    ]
+    losses = torch.cat(chunks, dim=-1).cpu().view(len(models), 3, tokens.shape[0], tokens.shape[1] - 1)
     reference, *others = (states.float() for states in hidden)
     cosines = [functional.cosine_similarity(states, reference, dim=-1).cpu() for states in others]
     return [TokenLosses(kl, lm, top1, cosine) for (kl, lm, top1), cosine in zip(losses, cosines, strict=True)]
 
 
-def _compare_chunk(weights: Sequence[Tensor], target: Tensor, rows: Sequence[Tensor]) -> Tensor:
-    """Compute KL, LM loss and top-1 of rows[1:] against rows[0], [children, 3, tokens], from target [tokens, 1]."""
-    parent = _Sums(rows[0])
-    likeliest = torch.zeros_like(target)
-    tiles = range(0, len(weights[0]), TILE_WORDS)
-    for start in tiles:
-        logits = _logits(rows[0], weights[0], start)
+def _compare_chunk(
+    parent: _Absolute, models: Sequence[_Absolute | _Relative], targets: Tensor, chunk: slice, tile_words: int
+) -> Tensor:
+    """Compute KL, LM loss and top-1 of a chunk of tokens, [models, 3, tokens]; targets [all tokens, 1]."""
+    target = targets[chunk]
+    ours, sums = _Sums(target), [_Sums(target) for _ in models]
+    for start in range(0, len(parent.weight), tile_words):
+        words = slice(start, start + tile_words)
+        logits = parent.logits(chunk, words)
+        before = ours.highest
+        ours.add(logits, start, target)
+        probability = (logits - ours.highest).exp_()
+        shrunk = (before - ours.highest).exp_()  # of what was summed up under the highest logit so far
         top = logits.max(-1, keepdim=True)
-        likeliest = torch.where(top.values > parent.highest, top.indices + start, likeliest)
-        parent.add(logits)
-    parent_normaliser = parent.log_normaliser()
-    sums = [_Sums(row) for row in rows]
-    for start in tiles:
-        reference = _logits(rows[0], weights[0], start)
-        probability = (reference - parent_normaliser).exp_()
-        for model, row, weight in zip(sums, rows, weights, strict=True):
-            logits = reference if row is rows[0] else _logits(row, weight, start)
-            model.add(logits)
-            model.expected += torch.linalg.vecdot(probability, logits)[:, None]
-            model.at_target += _picked(logits, start, target)
-            model.at_likeliest += _picked(logits, start, likeliest)
-    entropy, *cross_entropies = (model.log_normaliser() - model.expected for model in sums)
+        rose = top.values > before
+        ours.expect(logits, probability, shrunk)
+        for model, of_model in zip(models, sums, strict=True):
+            theirs = model.logits(chunk, words, logits)
+            of_model.add(theirs, start, target)
+            of_model.expect(theirs, probability, shrunk)
+            of_model.at_likeliest = torch.where(rose, theirs.gather(-1, top.indices), of_model.at_likeliest)
+    entropy = ours.cross_entropy(ours)
     losses = []
-    for child, cross_entropy in zip(sums[1:], cross_entropies, strict=True):
-        lm_loss = child.log_normaliser() - child.at_target
-        losses.append(torch.cat([cross_entropy - entropy, lm_loss, (child.at_likeliest == child.highest).float()], 1))
+    for child in sums:
+        top1 = (child.at_likeliest == child.highest).float()
+        losses.append(torch.cat([child.cross_entropy(ours) - entropy, child.lm_loss(), top1], 1))
     return torch.stack(losses).mT
 
 
-def _logits(rows: Tensor, weight: Tensor, start: int) -> Tensor:
-    """Compute the logits of the vocabulary's tile that begins at `start`, [tokens, words] float32."""
-    return functional.linear(rows, weight[start : start + TILE_WORDS]).float()
-
-
 class _Sums:
-    """Running sums over a model's logits, tile by tile of the vocabulary; each is [tokens, 1]."""
+    """Running sums over a model's logits, tile by tile of the vocabulary; each is [tokens, 1] float32."""
 
-    def __init__(self, rows: Tensor) -> None:
-        zeros = torch.zeros(len(rows), 1, device=rows.device)
+    def __init__(self, target: Tensor) -> None:
+        zeros = torch.zeros(target.shape, device=target.device)
         self.highest = torch.full_like(zeros, -torch.inf)
-        self.expected = zeros.clone()  # the mean logit under the parent's probabilities
-        self.at_target = zeros.clone()
-        self.at_likeliest = zeros.clone()
+        self.at_likeliest = zeros.clone()  # the logit of the parent's likeliest word so far
+        self._at_target = zeros.clone()
         self._normaliser = zeros.clone()  # sum of exp(logit - highest)
+        self._expected = zeros.clone()  # sum of logits times exp(parent's logit - the parent's highest)
 
-    def add(self, logits: Tensor) -> None:
-        """Add a tile of logits, [tokens, words], to the highest logit and the normaliser."""
+    def add(self, logits: Tensor, start: int, target: Tensor) -> None:
+        """Add the tile of logits, [tokens, words], that begins at word `start`."""
         highest = torch.maximum(self.highest, logits.amax(-1, keepdim=True))
         self._normaliser *= (self.highest - highest).exp_()
         self._normaliser += (logits - highest).exp_().sum(-1, keepdim=True)
         self.highest = highest
+        self._at_target += _picked(logits, start, target)
 
-    def log_normaliser(self) -> Tensor:
-        """Return log sum exp over the tiles so far."""
+    def expect(self, logits: Tensor, probability: Tensor, shrunk: Tensor) -> None:
+        """Add a tile to the mean logit under the parent's distribution, and shrink what was added before."""
+        self._expected *= shrunk
+        self._expected += torch.linalg.vecdot(probability, logits)[:, None]
+
+    def cross_entropy(self, parent: "_Sums") -> Tensor:
+        """Return the mean under the parent's distribution of minus this model's log-probability, nats."""
+        return self._log_normaliser() - self._expected / parent._normaliser
+
+    def lm_loss(self) -> Tensor:
+        """Return minus the log-probability of the target, nats."""
+        return self._log_normaliser() - self._at_target
+
+    def _log_normaliser(self) -> Tensor:
         return self._normaliser.log() + self.highest
 
 

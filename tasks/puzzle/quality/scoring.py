@@ -3,8 +3,9 @@
 In: candidates, which are replacements with their tensors, and the parent's cached hidden states. Out: per-token losses
 of each candidate. A candidate starts at the cached boundary before its block, so that only the blocks behind it run.
 The parent's logits come from the last boundary and are shared by all candidates. A group of candidates goes through the
-depth together, so that each parent block is read once for the group. Candidates never share a GEMM, so the grouping
-does not change a candidate's bytes. Removals of whole blocks behind other removals go through the model together, too.
+depth together, so that each parent block is read once for the group, while the one before it computes. Candidates never
+share a GEMM, so the grouping does not change a candidate's bytes. Removals of whole blocks behind other removals go
+through the model together, too.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from storage.model_config import ModelConfig
 from storage.variants import Replacement
+from tasks.puzzle.model.ahead import Ahead
 from tasks.puzzle.model.blocks import Block
 from tasks.puzzle.model.head import Head, TokenLosses, compare_with_parent
 from tasks.puzzle.model.rotary import rotary_for
@@ -54,13 +56,15 @@ def score_group(
     with torch.inference_mode():
         last = boundary(config.num_blocks)
         rotary = rotary_for(config, last.shape[1], last)
+        first_behind = min(candidate.replacement.parent_blocks.stop for candidate in candidates)
+        blocks = Ahead(map(parent_block, range(first_behind, config.num_blocks)), last.device)
         for index in range(min(candidate.replacement.first_block for candidate in candidates), config.num_blocks):
             behind = [number for number in streams if candidates[number].replacement.parent_blocks[-1] < index]
             starting = [
                 number for number, candidate in enumerate(candidates) if candidate.replacement.first_block == index
             ]
             if behind:
-                block = Block.load(config, parent_attention(config), parent_ffn(config), parent_block(index))
+                block = Block.load(config, parent_attention(config), parent_ffn(config), next(blocks))
                 for number in behind:
                     streams[number] = block(streams[number], rotary)
             hidden = boundary(index) if starting else None
@@ -99,10 +103,9 @@ def score_removals(
     streams: dict[int, Tensor] = {}
     with torch.inference_mode():
         rotary, remaining = rotary_for(config, embedded.shape[1], embedded), embedded
-        for index in range(config.num_blocks):
-            if index in removed:
-                continue
-            block = Block.load(config, parent_attention(config), parent_ffn(config), parent_block(index))
+        kept = [index for index in range(config.num_blocks) if index not in removed]
+        for index, tensors in zip(kept, Ahead(map(parent_block, kept), embedded.device), strict=True):
+            block = Block.load(config, parent_attention(config), parent_ffn(config), tensors)
             streams = {candidate: block(stream, rotary) for candidate, stream in streams.items()}
             if index in candidates:
                 streams[index] = remaining

@@ -13,10 +13,10 @@ from storage.checkpoints import Checkpoint
 from storage.model_config import EMBEDDING, LM_HEAD, NORM
 from storage.variants import Attention, Ffn, Replacement
 from tasks.puzzle.distill.gkd import (
-    _CHUNK_TOKENS,
     LossWeights,
     Teacher,
     TrainableChild,
+    chunk_tokens,
     gradients,
     kl_to_parent,
     sick_part,
@@ -29,7 +29,7 @@ from tasks.puzzle.search_space import parent_attention, parent_blocks, parent_ff
 from tests.tiny import FAMILIES, save_tiny
 
 CPU = torch.device("cpu")
-TOKENS = _CHUNK_TOKENS + 10
+TOKENS = chunk_tokens(CPU, 0) + 10
 WEIGHTS = LossWeights(kl=0.7, cosine=1.9)
 
 
@@ -133,11 +133,11 @@ def test_in_bfloat16_the_losses_are_summed_in_float32(tmp_path: Path) -> None:
         pairs = zip(outputs, case.states[1:], strict=True)
         cosines = [functional.cosine_similarity(ours.double(), theirs.double(), dim=-1) for ours, theirs in pairs]
         ours, theirs = (
-            functional.linear(head.normalise(hidden), head.weight).double().log_softmax(-1)
+            functional.linear(head.normalise(hidden).double(), head.weight.double()).log_softmax(-1)
             for hidden in (outputs[-1], case.states[-1])
         )
     assert losses.cosine == pytest.approx(1 - float(torch.stack(cosines).mean()), rel=1e-4)
-    assert losses.kl == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
+    assert losses.kl == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-3)
 
 
 def test_what_is_not_finite_is_found_where_it_is(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tasks.puzzle.model.head import CHUNK_TOKENS, TILE_WORDS, Head, TokenLosses, compare_with_parent
+from tasks.puzzle.model.head import Head, TokenLosses, compare_with_parent, tile_sizes
 
+CHUNK_TOKENS, TILE_WORDS = tile_sizes(torch.device("cpu"), 0)
 HIDDEN, VOCABULARY, EPS = 24, 2 * TILE_WORDS + 500, 1e-5
 SHAPES = [(1, 2), (3, 5), (2, CHUNK_TOKENS), (1, CHUNK_TOKENS + 1), (5, 70), (1, 3 * CHUNK_TOKENS + 2)]
 
@@ -85,6 +86,21 @@ def test_a_child_equal_to_the_parent_scores_exactly_zero(cast: Callable[[Tensor]
     same, _ = compare_with_parent(narrow, ids, cast(parent), [cast(parent).clone(), cast(other)])
     assert torch.equal(same.kl, torch.zeros_like(same.kl))
     assert torch.equal(same.top1, torch.ones_like(same.top1))
+
+
+def test_rounded_weights_add_nothing_to_a_small_kl() -> None:
+    head = random_head()
+    narrow = Head(head.norm.bfloat16(), head.weight.bfloat16(), EPS)
+    ids, states = random_states(4, 200, 2, noise=0.02)
+    parent, child = (state.bfloat16() for state in states)
+    [losses] = compare_with_parent(narrow, ids, parent, [child])
+    expected = reference(narrow, ids, parent, child)
+    apart = (functional.linear(narrow.normalise(state[:, :-1]), narrow.weight) for state in (parent, child))
+    ours, theirs = (logits.double().log_softmax(-1) for logits in apart)
+    kl_apart = float((ours.exp() * (ours - theirs)).sum(-1).mean())
+    assert float(losses.kl.mean()) == pytest.approx(float(expected.kl.mean()), rel=5e-3)
+    assert kl_apart > 1.02 * float(expected.kl.mean())  # what logits that are rounded one by one would say
+    torch.testing.assert_close(losses.lm_loss.double(), expected.lm_loss, atol=0.05, rtol=0)
 
 
 def test_a_child_is_compared_alike_alone_and_beside_others() -> None:

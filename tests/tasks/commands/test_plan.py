@@ -19,8 +19,8 @@ from tasks import distill_child
 from tasks.checkpoints.exports import read_checkpoint
 from tasks.commands import machine_rates
 from tasks.commands.plan import Plan, plan
-from tasks.commands.stage_estimates import Rates, estimate_stages
 from tasks.engines.machine import on_this_machine
+from tasks.estimates.stage_estimates import Rates, estimate_stages
 from tasks.prepare_parent import prepare_parent
 from tests.clone import ROOT
 from tests.settings import SEQ_LEN, tiny_params
@@ -30,7 +30,7 @@ from tests.tasks.checkpoints.test_exports import write as export
 from tests.tiny import SIZES, save_child, save_tokenizer, tiny_corpus, tiny_model
 
 CONFIG_70B = ROOT / "params/llama-3.1-70b.config.json"
-RATES = Rates(1e11, 1e11, 1e11, 1e10, 1e9, 5.0)
+RATES = Rates(1e11, 1e11, 1e11, 1e10, 1e9, 1e10, 1e9, 5.0)
 
 
 def _plan(params: Params, config_json: Path | None, folder: Path) -> Plan:

@@ -1,4 +1,4 @@
-"""The demand of every stage of dvc.yaml on a machine, modelled from sizes alone. No torch.
+"""The demand of every stage of dvc.yaml on a machine, modelled from sizes alone.
 
 In: the stages, a parent's geometry, params, rates of a machine. Out: seconds, peak memory and disk of each stage.
 
@@ -9,7 +9,7 @@ multiple of the machine's `start_seconds`. Tests keep it from drifting: each sta
 on disk are compared with those that a small run writes, operations with counts by hand.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from storage.formats import FORMATS, FormatName
@@ -20,26 +20,33 @@ from storage.pipeline import PipelineStage
 from storage.scenario import Scenario
 from storage.targets import Target
 from storage.variants import Attention, Ffn
-from tasks.commands.rank_memory import rank_bytes
-from tasks.commands.stage_case import StageCase
+from tasks.estimates.rank_memory import cpu_bytes, rank_bytes
+from tasks.estimates.stage_case import StageCase
 from tasks.puzzle.costs.sizes import attention_elements, ffn_elements
 from tasks.puzzle.removals import CANDIDATES, MOST_REMOVED
 
 _MASTER_BYTES = 12  # float32 weight and AdamW's two moments
 _CHECKPOINTED = 4 * _MASTER_BYTES // 3  # and the best weights so far
 _BACKWARD = 2.4  # of the forward's operations: gradients of weights, and of inputs where something before them trains
+_OFFLOADED_BATCH = 12  # masters to the GPU for both passes, gradients back, for every batch
+_OFFLOADED_STEP = 6  # AdamW in the machine's memory, which is about five times as fast as the link to a GPU
 _PROCESS_BYTES = 0.6e9  # memory of a process with its libraries, beside what its stage holds
 
 
 @dataclass(frozen=True)
 class Rates:
-    """A machine: FLOP/s of all workers together in blocks, in the head and in float32 products, bytes/s, seconds."""
+    """A machine: FLOP/s of all workers together in blocks, in the head and in float32 products, bytes/s, seconds.
+
+    `disk_bytes_per_s` counts what is written and hashed, `read_bytes_per_s` weights from mapped files to the device.
+    """
 
     block_flops: float
     head_flops: float
     float32_flops: float
     memory_bytes_per_s: float
     disk_bytes_per_s: float
+    read_bytes_per_s: float
+    hash_bytes_per_s: float
     start_seconds: float
 
 
@@ -47,7 +54,9 @@ class Rates:
 class Demand:
     """The demand of a stage on any machine: operations, bytes through memory (streamed) and disk (moved), bytes held.
 
-    `memory_bytes` come on top of the process itself; `starts` is a multiple of the machine's `start_seconds`.
+    `read_bytes` are weights and states that are read while it computes, `hashed_bytes` those that it compares with
+    their checksums, once a process. `memory_bytes` come on top of the process itself; `host_bytes` are those of a
+    machine with a GPU, where a stage holds much of them. `starts` is a multiple of the machine's `start_seconds`.
     """
 
     block_flops: float = 0.0
@@ -55,7 +64,10 @@ class Demand:
     float32_flops: float = 0.0
     streamed_bytes: float = 0.0
     moved_bytes: float = 0.0
+    read_bytes: float = 0.0
+    hashed_bytes: float = 0.0
     memory_bytes: float = 0.4e9
+    host_bytes: float = 0.0
     disk_bytes: float = 0.0
     starts: float = 1.0
 
@@ -64,34 +76,58 @@ class Demand:
         seconds = self.block_flops / rates.block_flops + self.head_flops / rates.head_flops
         seconds += self.float32_flops / rates.float32_flops
         seconds += self.streamed_bytes / rates.memory_bytes_per_s
+        seconds += self.read_bytes / rates.read_bytes_per_s + self.hashed_bytes / rates.hash_bytes_per_s
         return seconds + (self.moved_bytes / rates.disk_bytes_per_s + self.starts * rates.start_seconds)
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage, modelled: seconds, bytes of memory at the peak, bytes on disk that it leaves."""
+    """One stage, modelled: seconds, bytes of memory at the peak, on disk that it leaves, read and hashed."""
 
     stage: str
     seconds: float
     memory_bytes: float
     disk_bytes: float
+    read_bytes: float
+    hashed_bytes: float
 
 
 def estimate_stages(
     pipeline: Sequence[PipelineStage], config: ModelConfig, params: Params, rates: Rates
 ) -> tuple[StageEstimate, ...]:
     """Estimate all stages in the order of dvc.yaml; a stage of each target has one estimate for every target."""
-    estimates = []
+    return tuple(
+        StageEstimate(
+            stage=name,
+            seconds=demand.seconds(rates),
+            memory_bytes=demand.memory_bytes + _PROCESS_BYTES,
+            disk_bytes=demand.disk_bytes,
+            read_bytes=demand.read_bytes,
+            hashed_bytes=demand.hashed_bytes,
+        )
+        for name, demand in _demands(pipeline, config, params)
+    )
+
+
+def estimate_memory(
+    pipeline: Sequence[PipelineStage], config: ModelConfig, params: Params
+) -> dict[str, tuple[float, float]]:
+    """Estimate the peak memory of all stages by their names, bytes: of the device, of the machine with a GPU."""
+    return {
+        name: (demand.memory_bytes + _PROCESS_BYTES, demand.host_bytes + _PROCESS_BYTES)
+        for name, demand in _demands(pipeline, config, params)
+    }
+
+
+def _demands(pipeline: Sequence[PipelineStage], config: ModelConfig, params: Params) -> Iterator[tuple[str, Demand]]:
+    """Yield name and demand of each stage; a stage that runs per target has `@target` in its name."""
     for stage in pipeline:
         cases = {stage.name: StageCase(config, params)}
         if stage.per_target:
             shares = {key: kept_share(target) for key, target in params.targets.items()}
             cases = {f"{stage.name}@{key}": StageCase(config, params, share) for key, share in shares.items()}
         for name, case in cases.items():
-            demand = ESTIMATORS[stage.name](case)
-            memory = demand.memory_bytes + _PROCESS_BYTES
-            estimates.append(StageEstimate(name, demand.seconds(rates), memory, demand.disk_bytes))
-    return tuple(estimates)
+            yield name, ESTIMATORS[stage.name](case)
 
 
 def kept_share(target: Target) -> float:
@@ -141,7 +177,9 @@ def _cache_activations(case: StageCase) -> Demand:
     return Demand(
         block_flops=case.config.num_blocks * case.cached_tokens * case.block_flops,
         moved_bytes=3 * held,
-        memory_bytes=2.0 * case.outside_params + case.compute_bytes * case.block_params,
+        read_bytes=case.cache_passes * case.parent_in_compute,
+        hashed_bytes=case.parent_bytes,
+        memory_bytes=case.workers * (2.0 * case.outside_params + 2 * case.compute_bytes * case.block_params),
         disk_bytes=held,
     )
 
@@ -173,6 +211,8 @@ def _distill_blocks(case: StageCase) -> Demand:
         float32_flops=num_ranges * _fit_flops(case, attentions, ffns) * case.slowdown,
         streamed_bytes=num_ranges * steps * params * 3 * _MASTER_BYTES,
         moved_bytes=3 * library,
+        read_bytes=case.parent_in_compute + 2 * config.num_blocks * case.bld_boundary_bytes,
+        hashed_bytes=case.parent_bytes + (config.num_blocks + 1) * case.bld_boundary_bytes,
         memory_bytes=case.workers * (params * (_MASTER_BYTES + 3 * case.compute_bytes) + 3 * 8.0 * width**2),
         disk_bytes=library,
     )
@@ -199,6 +239,7 @@ def _score_blocks(case: StageCase) -> Demand:
     scored = (trained + no_ops) * score.tokens + trained * score.initial_tokens
     suffix: float = scored * sum(range(1, num_blocks + 1))
     groups = -(-num_blocks // score.blocks_per_group)
+    batches = score.tokens / (score.sequences_per_batch * score.length(case.params.prepare_corpus.seq_len))
     heads = num_blocks * scored + 2 * groups * score.tokens
     num_read = num_blocks * trained
     for span in case.params.distill_blocks.spans:
@@ -214,7 +255,8 @@ def _score_blocks(case: StageCase) -> Demand:
         block_flops=case.in_order(suffix * case.block_flops, score.tokens),
         head_flops=heads * case.head_flops * case.slowdown,
         memory_bytes=case.compute_bytes * (case.outside_params + case.workers * 4 * case.block_params),
-        moved_bytes=2 * num_read * case.block_params * case.compute_bytes,
+        read_bytes=groups * batches * case.parent_in_compute / 2,
+        hashed_bytes=case.parent_bytes + num_read * case.block_params * case.compute_bytes,
     )
 
 
@@ -250,6 +292,8 @@ def _refine_child(case: StageCase) -> Demand:
         block_flops=block_flops + 3 * held_out * case.child_flops + case.in_order(0.0, tokens),
         float32_flops=config.num_blocks * (tokens * summed + 2 * _RIDGES_TRIED * solved),  # float64 at half the rate
         moved_bytes=4 * config.num_blocks * states + 4 * case.child_bytes,
+        read_bytes=config.num_blocks * states,
+        hashed_bytes=case.parent_bytes + config.num_blocks * states,
         memory_bytes=3.0 * case.compute_bytes * case.block_params
         + (4.0 * (2 + case.workers) + 3 * 8.0) * config.intermediate_size**2,
         disk_bytes=case.child_bytes,
@@ -272,6 +316,7 @@ def _distill_child(case: StageCase) -> Demand:
         * (12 * config.hidden_size + 4 * config.intermediate_size)
     )
     taught = gkd.tokens if case.has_live_teacher else 0
+    batches = -(-gkd.sequences_per_step // max(1, gkd.ranks * gkd.sequences_per_batch))  # of a rank, in a step
     devices = gkd.ranks if gkd.ranks and case.params.run.device.startswith("cuda") else 1
     passes = 4 if gkd.ranks else 3  # ranks compute every block a second time
     memory = (
@@ -281,14 +326,17 @@ def _distill_child(case: StageCase) -> Demand:
     )
     if gkd.ranks:
         memory = gkd.ranks / devices * (rank_bytes(case) + _PROCESS_BYTES)
-    read_anew = steps * case.parent_bytes if gkd.teacher == "streamed" else 0
     block_flops = (passes * gkd.tokens + held_out) * case.child_flops + taught * config.num_blocks * case.block_flops
     return Demand(
         block_flops=block_flops / devices,
         head_flops=(3 * gkd.tokens + 2 * held_out) * case.head_flops / devices,
         streamed_bytes=steps * params * 4 * _MASTER_BYTES / devices,
-        moved_bytes=checkpoints * params * _CHECKPOINTED + 4 * case.child_bytes + read_anew,
+        moved_bytes=checkpoints * params * _CHECKPOINTED + 4 * case.child_bytes,
+        read_bytes=(steps * case.parent_in_compute if gkd.teacher == "streamed" else 0.0)
+        + (steps * params / devices * (_OFFLOADED_BATCH * batches + _OFFLOADED_STEP) if gkd.offload else 0.0),
+        hashed_bytes=case.parent_bytes if case.has_live_teacher else gkd.tokens * case.token_bytes,
         memory_bytes=memory,
+        host_bytes=gkd.ranks * (cpu_bytes(case) + _PROCESS_BYTES) if gkd.ranks else 0.0,
         disk_bytes=case.child_bytes,
         starts=2.0 if gkd.ranks else 1.0,
     )
@@ -312,6 +360,8 @@ def _export(case: StageCase, formats: Sequence[FormatName], checkpoint_bytes: fl
 
 def _benchmark_throughput(case: StageCase) -> Demand:
     benchmark = case.params.benchmark_throughput
+    if not benchmark.engines and not case.has_speed_limit:
+        return Demand()
     prefill_tokens = decode_steps = 0.0
     for scenario in benchmark.scenarios:
         lengths = Scenario.parse(scenario)
@@ -338,6 +388,7 @@ def _evaluate_child(case: StageCase) -> Demand:
     num_baselines = 4 + case.params.search_baselines.random_seeds
     domain_tokens = sum(min(evaluate.domain_baseline_tokens, size) for size in other_tokens)
     baseline_tokens = num_baselines * (evaluate.baseline_tokens + domain_tokens)
+    batches = tokens / (evaluate.sequences_per_batch * case.params.prepare_corpus.seq_len)
     return Demand(
         block_flops=(3 * tokens + baseline_tokens) * case.child_flops
         + sum(other_tokens) * case.config.num_blocks * case.block_flops,
@@ -348,8 +399,14 @@ def _evaluate_child(case: StageCase) -> Demand:
             case.compute_bytes * (case.outside_params + case.workers * 3 * case.block_params),
             case.workers * 2 * exported_head if evaluate.export_tokens else 0.0,
         ),
-        moved_bytes=5 * case.child_bytes,
+        read_bytes=batches * (3 * case.child_bytes + case.parent_bytes),
+        hashed_bytes=3 * case.child_bytes + case.parent_bytes,
     )
+
+
+def _measure_accuracy(case: StageCase) -> Demand:
+    """Estimate the memory alone: one model as a whole; how long a benchmark takes is not modelled."""
+    return Demand(memory_bytes=case.compute_bytes / 2 * case.parent_bytes) if case.num_benchmarks else Demand()
 
 
 ESTIMATORS: Mapping[str, Callable[[StageCase], Demand]] = {
@@ -369,7 +426,7 @@ ESTIMATORS: Mapping[str, Callable[[StageCase], Demand]] = {
     "export_child": _export_child,
     "benchmark_throughput": _benchmark_throughput,
     "evaluate_child": _evaluate_child,
-    "measure_accuracy": _starts(1.0),
+    "measure_accuracy": _measure_accuracy,
     "report": _starts(2.5),
 }
 """Every stage of dvc.yaml -> its estimator."""

@@ -8,7 +8,7 @@ import pytest
 from storage.model_config import ModelConfig
 from storage.params import Params
 from storage.pipeline import read_pipeline
-from tasks.commands.stage_estimates import ESTIMATORS, Rates, StageEstimate, estimate_stages, kept_share
+from tasks.estimates.stage_estimates import ESTIMATORS, Rates, StageEstimate, estimate_stages, kept_share
 from tests.clone import ROOT
 from tests.settings import tiny_params
 
@@ -33,6 +33,8 @@ RATES = Rates(
     float32_flops=1e30,
     memory_bytes_per_s=1e30,
     disk_bytes_per_s=1e30,
+    read_bytes_per_s=1e30,
+    hash_bytes_per_s=1e30,
     start_seconds=0.0,
 )
 
@@ -197,6 +199,21 @@ def test_bytes_by_hand() -> None:
     assert disk["export_child@small"] == (1 + 17 / 32) * 2 * params
 
 
+def test_what_is_read_and_hashed_by_hand() -> None:
+    """Two shards of 12 tokens go through the parent, in float32; every stage hashes what it reads once."""
+    params = with_fields(case_params(), "cache_activations", sequences_per_shard=3)
+    read = {stage: (estimate.read_bytes, estimate.hashed_bytes) for stage, estimate in estimates(params).items()}
+    parent = 2 * (3 * BLOCK_PARAMS + 80)
+    assert read["cache_activations"] == (2 * 2 * parent, parent)
+    states = (4 + 4) * 8 * 2  # tokens of BLD and calibration, hidden, bfloat16
+    assert read["distill_blocks"] == (2 * parent + 2 * 3 * states, parent + 4 * states)
+    assert read["distill_child@small"] == (0, 8 * 4 * 8 * 2)
+    rates = replace(RATES, block_flops=1e30, hash_bytes_per_s=1.0)
+    assert estimates(params, rates)["cache_activations"].seconds == pytest.approx(parent)
+    gpu = with_fields(params, "run", device="cuda")
+    assert estimates(gpu)["cache_activations"].read_bytes == 2 * parent
+
+
 def test_exported_ggufs_are_compared_in_float32_by_hand() -> None:
     """Four tokens through torch's blocks once and two files'; three comparisons, each with three products of a head."""
     rates = replace(RATES, block_flops=1e30, head_flops=1e30, float32_flops=1.0)
@@ -220,7 +237,7 @@ def test_exported_ggufs_are_compared_in_float32_by_hand() -> None:
     ],
 )
 def test_more_tokens_cost_more_where_they_are_used_and_nowhere_else(section: str, field: str, stages: set[str]) -> None:
-    rates = Rates(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    rates = Rates(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
     params = case_params()
     more = with_fields(params, section, **{field: getattr(getattr(params, section), field) + 400})
     before, after = estimates(params, rates), estimates(more, rates)

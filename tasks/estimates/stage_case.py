@@ -1,14 +1,21 @@
-"""Sizes and operations that the estimates of stages are made of, from a parent's geometry and params. No torch."""
+"""Sizes and operations that the estimates of stages are made of, from a parent's geometry and params."""
 
+import math
 from dataclasses import dataclass
+from typing import get_args
 
 from storage.library import name_of
+from storage.metrics import METRICS
 from storage.model_config import ModelConfig
 from storage.params import Params
+from storage.sections import MeasuredEngine
 from storage.variants import Attention, Ffn
 from tasks.puzzle.costs.sizes import attention_elements, ffn_elements
 from tasks.puzzle.search_space import block_variants, parent_attention, parent_ffn
 from tasks.tensors.teacher import ELEMENT_BYTES, cached_train_tokens, teacher_cache_bytes, teacher_is_live
+
+_GPU_STATES = 20e9
+"""Bytes of hidden states that go through a block together on a GPU of 80 GB: a quarter of it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,18 @@ class StageCase:
         return 2.0 * (self.config.num_blocks * self.block_params + self.outside_params)
 
     @property
+    def parent_in_compute(self) -> float:
+        """Count the bytes of the parent in the dtype of compute."""
+        return self.compute_bytes / 2 * self.parent_bytes
+
+    @property
+    def cache_passes(self) -> int:
+        """Count how often the parent is read to cache activations: a shard each time, on a GPU what it holds."""
+        shard = self.params.cache_activations.sequences_per_shard * self.params.prepare_corpus.seq_len
+        held = _GPU_STATES / (self.config.hidden_size * self.compute_bytes)
+        return math.ceil(self.cached_tokens / (shard if self.params.run.device == "cpu" else max(shard, held)))
+
+    @property
     def child_bytes(self) -> float:
         """Count the bytes of the child's checkpoint."""
         return 2.0 * (self.kept_share * self.config.num_blocks * self.block_params + self.outside_params)
@@ -113,6 +132,12 @@ class StageCase:
         return len(accuracy.tasks) + bool(accuracy.human_eval) + bool(accuracy.mt_bench)
 
     @property
+    def has_speed_limit(self) -> bool:
+        """Tell whether a target limits a speed that benchmark_throughput measures."""
+        limits = [limit for target in self.params.targets.values() for limit in target.constraints.values()]
+        return any(METRICS[limit.metric].speed and limit.engine in get_args(MeasuredEngine) for limit in limits)
+
+    @property
     def workers(self) -> int:
         """Return how many pieces of a stage are computed at the same time."""
         return self.params.run.workers
@@ -147,10 +172,23 @@ class StageCase:
         return self.params.distill_blocks.used_tokens + self.params.prepare_corpus.calibration_tokens
 
     @property
+    def token_bytes(self) -> int:
+        """Count the bytes of a token at all boundaries in the activation cache."""
+        return (self.config.num_blocks + 1) * self._state_bytes
+
+    @property
+    def _state_bytes(self) -> int:
+        return self.config.hidden_size * ELEMENT_BYTES[self.params.cache_activations.dtype]
+
+    @property
+    def bld_boundary_bytes(self) -> float:
+        """Count the bytes of a boundary that BLD reads."""
+        return float(self.bld_read_tokens * self._state_bytes)
+
+    @property
     def boundary_bytes(self) -> float:
         """Count the bytes of a boundary in the activation cache."""
-        element_bytes = ELEMENT_BYTES[self.params.cache_activations.dtype]
-        return float(self.cached_tokens * self.config.hidden_size * element_bytes)
+        return float(self.cached_tokens * self._state_bytes)
 
     @property
     def materialised_bytes(self) -> float:

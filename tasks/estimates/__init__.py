@@ -1,0 +1,1 @@
+"""What the stages take of a machine, modelled before any run."""
