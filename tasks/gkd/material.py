@@ -119,7 +119,7 @@ def material_of(course: Course, replacements: Sequence[Replacement], params: Par
         train = [[parent.digest, digest_of(tokens.numpy().tobytes().hex())]]
     digest = digest_of(
         {
-            "settings": settings.model_dump(exclude={"teacher", "ranks", "sequences_per_batch"}),
+            "settings": settings.model_dump(exclude={"teacher", "ranks", "sequences_per_batch", "offload"}),
             "run": params.run.model_dump(exclude={"workers"}),
             "child": refined.checksums,
             "train": train,

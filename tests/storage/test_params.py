@@ -263,10 +263,11 @@ def test_a_distillation_of_no_tokens_holds_none_out() -> None:
     tiny_params(score_blocks={"tokens": 10 * SEQ_LEN}, distill_child={"tokens": 0, "held_out_tokens": 16 * SEQ_LEN})
 
 
-@pytest.mark.parametrize("settings", [{"teacher": "streamed"}, {"sequences_per_batch": 2}])
+@pytest.mark.parametrize("settings", [{"teacher": "streamed"}, {"sequences_per_batch": 2}, {"offload": True}])
 def test_what_only_ranks_can_do_needs_ranks(settings: dict[str, Any]) -> None:
     assert problems(tiny_values(distill_child=settings)) == [
-        "distill_child: teacher: streamed, and more than one of sequences_per_batch, need ranks; set ranks to 1 or more"
+        "distill_child: teacher: streamed, offload, and more than one of sequences_per_batch need ranks; set ranks to "
+        "1 or more"
     ]
     tiny_params(distill_child={**settings, "ranks": 1})
 

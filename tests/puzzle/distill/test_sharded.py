@@ -1,6 +1,7 @@
 """A child in shards of one rank: the gradients of sequences one by one, moments where the masters are, as a teacher."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,10 +73,11 @@ def test_a_batchs_gradient_is_the_mean_of_its_sequences(
     assert sharded_kl(child, case.state, case.head) == pytest.approx(kl, rel=1e-5)
 
 
-def test_steps_are_those_of_masters_in_threads(sharding: Sharding, tmp_path: Path) -> None:
-    """Bit for bit, where the gradient is the same."""
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_steps_are_those_of_masters_in_threads(offloaded: bool, sharding: Sharding, tmp_path: Path) -> None:
+    """Bit for bit, where the gradient is the same; masters that wait elsewhere are the same masters."""
     case = Case(tmp_path, "llama")
-    child = in_shards(case, sharding)
+    child = in_shards(case, replace(sharding, offloaded=offloaded))
     adam, masters = ShardedAdam(child.weights(), SCHEDULE), MasterWeights(case.child, SCHEDULE)
     for _ in range(3):
         backward(child, case.state, case.head, WEIGHTS, 1.0)
