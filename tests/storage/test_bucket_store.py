@@ -19,13 +19,14 @@ import torch
 
 from storage import bucket as bucket_module
 from storage import file_cache
-from storage.activations import BoundaryReader
+from storage.activations import BoundaryReader, write_shard
 from storage.bucket import Bucket
 from storage.files import DamagedFileError, InputError
 from storage.params import Params
 from storage.paths import Paths
 from storage.sections import Storage
 from tasks import cache_activations, distill_blocks
+from tasks.puzzle.distill.bld import distill_block
 from tests.s3_server import FaultyProxy, S3Server, cut, refuse
 from tests.stages import assemble, cache, calls_of, checksums, distill, prepare, score
 from tests.tiny import flip_byte
@@ -144,7 +145,7 @@ def test_a_colleague_makes_nothing_and_reads_what_a_changed_target_needs(
 
 def test_files_that_were_on_the_local_disk_move_into_the_bucket(local: Run, bucket: str, tmp_path: Path) -> None:
     shutil.copytree(local.paths.root, tmp_path / "artifacts")
-    run = Run(local.params, Paths(tmp_path / "artifacts", Storage(root=f"{bucket}/run-{next(NUMBERS)}")))
+    run = Run(local.params, Paths(tmp_path / "artifacts", Storage(root=f"{bucket}/run-{next(NUMBERS)}", cache_gib=1)))
     assert cache(run.params, run.paths) == distill(run.params, run.paths) == []
     same(run, local)
     theirs = colleague(run, tmp_path / "theirs")
@@ -234,10 +235,10 @@ def test_a_server_that_is_killed_in_the_middle_of_a_stage(
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         run = stored(local, f"s3://{server.bucket}/run", tmp_path)
-        monkeypatch.setattr(cache_activations, "write_shard", killing(cache_activations.write_shard, 9))
+        monkeypatch.setattr(cache_activations, "write_shard", killing(write_shard, 9))
         cache(run.params, run.paths)
         shutil.rmtree(run.paths.root / "cached")
-        monkeypatch.setattr(distill_blocks, "distill_block", killing(distill_blocks.distill_block, 1))
+        monkeypatch.setattr(distill_blocks, "distill_block", killing(distill_block, 1))
         distill(run.params, run.paths)
         score(run.params, run.paths)
         assemble(run.params, run.paths, VARIANTS)

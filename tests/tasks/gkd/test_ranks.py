@@ -18,7 +18,11 @@ from storage.params import Params
 from storage.paths import Paths
 from tasks import distill_child
 from tasks.gkd import ranks
+from tasks.gkd.course import Course
+from tasks.gkd.teachers import ShardedStates
 from tasks.puzzle.distill import sharded
+from tasks.puzzle.distill.gkd import Losses
+from tasks.puzzle.distill.sharded import backward
 from tests.stages import checksums, prepare
 from tests.tasks.gkd.rank_processes import Ended, run_ranks
 from tests.tasks.test_distill_child import make_child, with_settings
@@ -211,8 +215,8 @@ def test_a_live_teacher_in_shards_and_a_streamed_one_teach_what_the_cache_holds(
 def count_weights(_: int) -> None:
     """Have this rank say how many elements of weights it has once child and teacher are loaded, and end."""
 
-    def counted(_: ranks.Course, trainer: ranks._RankTrainer, __: Any) -> None:
-        assert isinstance(trainer._train, ranks.ShardedStates)
+    def counted(_: Course, trainer: ranks._RankTrainer, __: Any) -> None:
+        assert isinstance(trainer._train, ShardedStates)
         for name, module in (("child", trainer._child), ("teacher", trainer._train._teacher)):
             parameters = [parameter for parameter in module.parameters() if isinstance(parameter, DTensor)]
             held = sum(parameter.to_local().untyped_storage().nbytes() for parameter in parameters)
@@ -220,7 +224,7 @@ def count_weights(_: int) -> None:
             sys.stdout.write(json.dumps({name: [held, whole]}) + "\n")
         sys.exit(0)
 
-    PATCH.setattr(ranks.Course, "run", counted)
+    PATCH.setattr(Course, "run", counted)
 
 
 def test_no_rank_holds_a_whole_child_or_teacher(case: tuple[Params, Paths]) -> None:
@@ -249,11 +253,10 @@ def sick_rows(rank: int) -> None:
 
 def sick_loss(rank: int) -> None:
     """Have the second rank's KL be NaN."""
-    backward = ranks.backward
 
     def computed(*arguments: Any) -> Any:
         losses = backward(*arguments)
-        return losses if rank == 0 else sharded.Losses(math.nan, losses.cosine, math.nan)
+        return losses if rank == 0 else Losses(math.nan, losses.cosine, math.nan)
 
     PATCH.setattr(ranks, "backward", computed)
 
