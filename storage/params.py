@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self, TypeVar, get_args
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from storage.accuracy_sections import MeasureAccuracy
+from storage.execution import Execution
 from storage.fields import MAX_NUMBER, Section
 from storage.files import InputError, did_you_mean
 from storage.formats import LLAMACPP_FORMAT
@@ -48,6 +49,7 @@ class Params(Section):
     """The whole of params.yaml: one section per stage, named like it."""
 
     run: Run
+    execution: Execution = Execution()  # may be left out: no result depends on it
     prepare_parent: PrepareParent
     write_text: WriteText
     prepare_corpus: PrepareCorpus

@@ -25,7 +25,7 @@ from storage.pipeline import overlap
 from storage.sources import PACKAGES, Sources
 
 ROOT = Path(__file__).parents[1]
-NOT_SECTIONS = {"run", "targets"}
+NOT_SECTIONS = {"run", "execution", "targets"}
 """Keys of params.yaml that are no stage's."""
 
 TORCH = ("torch", "transformers", "accelerate", "safetensors.torch")
