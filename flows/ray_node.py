@@ -73,9 +73,7 @@ def enter(home: Home) -> None:
 def problems(home: Home, node: str, code: dict[str, str]) -> Iterator[str]:
     """Yield what keeps the node of this name and code from computing pieces: what it lacks, and the way out."""
     if not (home.folder / home.mark).is_file():
-        yield (
-            f"does not see {home.folder} as {home.host} does; put the clone on storage that all nodes mount at this path"
-        )
+        yield (f"does not see {home.folder} as {home.host} does; put the clone on storage that all nodes mount there")
     if other := [name for name, value in home.code.items() if code.get(name) != value]:
         found = ", ".join(f"{name} {code.get(name, 'none')} for {home.code[name]}" for name in other)
         yield f"computes with other code than {home.host}: {found}; start Ray there from the same clone and environment"

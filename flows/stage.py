@@ -38,8 +38,8 @@ from storage.pipeline import read_pipeline, read_seconds
 _BEGAN = time.monotonic()
 _LOG = logging.getLogger(__name__)
 _SECONDS_BETWEEN_CHECKS = 2.0
-_WORKERS: ContextVar[Workers] = ContextVar("workers", default=Workers())
-"""The workers of the stage that runs."""
+_WORKERS: ContextVar[Workers | None] = ContextVar("workers", default=None)
+"""The workers of the stage that runs; None: threads of its flow."""
 
 
 def main(stage: Flow[..., Any]) -> None:
@@ -223,7 +223,7 @@ def run_pieces(
     Raises:
         LostPiecesError: workers were killed; the pieces of all others have ended.
     """
-    workers = Workers() if in_memory else _WORKERS.get()
+    workers = (None if in_memory else _WORKERS.get()) or Workers()
     futures: list[PrefectFuture[Any]] = []
     began, artifact, total = time.monotonic(), ProgressArtifact(PIECES), len(pieces)
     lost: list[LostPieceError] = []
