@@ -5,7 +5,6 @@ for ever for a node that could take a piece, and ends its drivers without a word
 """
 
 import contextlib
-import os
 import queue
 import socket
 import threading
@@ -34,7 +33,7 @@ from storage.sources import PACKAGES
 from tasks.engines.machine import on_this_machine
 
 _CONNECT_SECONDS = 5.0
-_JOIN_SECONDS = 30.0
+_JOIN_SECONDS = 60.0
 _SILENT_SECONDS = 20.0
 """How long the head may not answer: after a minute Ray ends this process."""
 _GIB = 2**30
@@ -182,7 +181,6 @@ class RayWorkers(RunnerWorkers):
             self._answered = time.monotonic()
             self.must_hold_a_piece()
         elif time.monotonic() > self._answered + _SILENT_SECONDS:
-            os.environ["RAY_HEAD_IS_LOST"] = "1"
             raise InputError(
                 f"the head of the Ray cluster at {self._address} no longer answers ({error}); start the cluster anew, "
                 "then run the same command again: finished pieces stay"

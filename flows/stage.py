@@ -191,8 +191,8 @@ class LostPiecesError(InputError):
 
     def __init__(self, count: int, total: int, unit: str, reason: object) -> None:
         super().__init__(
-            f"{count} of {total} {unit} pieces were not finished: {reason}; run the same command again: finished "
-            "pieces stay"
+            f"{count} of {total} pieces ({unit}) were lost with their workers: {reason}; run the same command again: "
+            "finished pieces stay"
         )
         self.count = count
 

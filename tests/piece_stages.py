@@ -1,4 +1,7 @@
-"""Stages whose pieces workers of any kind make: a light one whose pieces sleep, and one that makes a whole library."""
+"""Stages whose pieces workers of any kind make: a light one that can be held, and one that makes a whole library.
+
+Pieces of the light stage wait while the file `closed` exists: those from the number on that it holds.
+"""
 
 import json
 import shutil
@@ -27,9 +30,11 @@ def make(piece, paths):
     get_run_logger().info("piece %s is under way", piece)
     if piece == os.environ.get("KILLED"):
         os.kill(os.getpid(), signal.SIGKILL)
-    if piece == os.environ.get("DAMAGED"):
+    if (paths.root.parent / f"damaged{piece}").exists():
         raise DamagedFileError(f"piece {piece} is damaged")
-    time.sleep(float(os.environ.get("SECONDS", "0")))
+    closed = paths.root.parent / "closed"
+    while closed.exists() and int(piece) >= int(closed.read_text() or "0"):
+        time.sleep(0.05)
     Pieces(paths.root, "the test").finish(piece, "key", [])
 
 @flow(name="light")
@@ -64,6 +69,13 @@ def stage_folder(folder: Path, execution: dict[str, Any], environment: dict[str,
     (folder / "light.py").write_text(LIGHT, encoding="utf-8")
     (folder / "library.py").write_text(LIBRARY, encoding="utf-8")
     return Clone(folder, {"PYTHONPATH": str(ROOT), **environment})
+
+
+def closed(folder: Path, first: int = 0) -> Path:
+    """Have the light stage's pieces wait from this one on, until the file is deleted."""
+    path = folder / "closed"
+    path.write_text(str(first), encoding="utf-8")
+    return path
 
 
 def begun(folder: Path) -> list[list[str]]:

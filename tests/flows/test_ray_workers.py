@@ -21,12 +21,12 @@ from flows import ray_workers
 from flows.ray_workers import RayWorkers, needed
 from storage.files import InputError
 from tests.clone import ROOT, Clone
-from tests.piece_stages import begun, finished, library_on_threads, made, stage_folder
+from tests.piece_stages import begun, closed, finished, library_on_threads, made, stage_folder
 from tests.settings import tiny_params
 from tests.ui_runs import ended_tasks
 
 ALL = set(map(str, range(8)))
-_START_SECONDS = 300
+_SECONDS = 600
 _OF_SPEED = {"RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000"}
 
 
@@ -61,7 +61,7 @@ class Cluster:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_until(lambda: "Ray runtime started" in (folder / "log").read_text(), _START_SECONDS, folder / "log")
+        wait_until(lambda: "Ray runtime started" in (folder / "log").read_text(), folder / "log")
 
     def kill(self, name: str) -> None:
         """Kill a node with all its processes."""
@@ -70,9 +70,9 @@ class Cluster:
         node.wait()
 
 
-def wait_until(is_time: Callable[[], bool], seconds: float, log: Path | None = None) -> None:
+def wait_until(is_time: Callable[[], bool], log: Path | None = None) -> None:
     """Wait until something is so; in vain, it fails with the log."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + _SECONDS
     while not is_time():
         assert time.monotonic() < deadline, log and log.read_text()
         time.sleep(0.05)
@@ -110,59 +110,62 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         clone.must("flows.server", "stop")
 
 
-def test_two_nodes_make_the_bytes_of_threads_and_errors_are_single_ones(tmp_path: Path, address: str) -> None:
+def test_two_nodes_make_the_bytes_of_threads_and_a_wrong_input_there_is_one_error(tmp_path: Path, address: str) -> None:
     expected = library_on_threads(tmp_path)
     folder = tmp_path / "ray"
     shutil.copytree(tmp_path / "inputs", folder / "artifacts")
     with _cluster("head", "second") as cluster:
         ended = stage_folder(folder, cluster.execution, {"PREFECT_API_URL": address}).run("library")
         assert (ended.code, ended.out, ended.err) == (0, "", "")
-        damaged = stage_folder(folder, cluster.execution, {"PREFECT_API_URL": address, "NODE": ""})
-        ended = damaged.run("light")
+        (folder / "damaged0").touch()
+        damaged = stage_folder(folder, cluster.execution, {"PREFECT_API_URL": address}).run("light")
     assert made(folder) == expected
     assert ended_tasks(address, "library") >= {"cache_shard", "train_block", "score_jobs"}
-    assert {node for _, _, node in begun(folder)} == {"head", "second"}
+    assert (damaged.code, damaged.out, damaged.err) == (4, "", "error: piece 0 is damaged\n")
     assert not list((folder / ".prefect").glob("shared.*"))
 
 
 def test_a_node_that_joins_late_is_used_and_where_it_dies_the_run_goes_on(tmp_path: Path, address: str) -> None:
-    """What it had finished is not computed twice."""
+    """What was finished is not computed twice."""
+    gate = closed(tmp_path)
     with _cluster("head") as cluster:
-        clone = stage_folder(tmp_path, cluster.execution, {"PREFECT_API_URL": address, "SECONDS": "3"})
-        stage = clone.start("light")
+        stage = stage_folder(tmp_path, cluster.execution, {"PREFECT_API_URL": address}).start("light")
         try:
-            wait_until(lambda: bool(begun(tmp_path)), _START_SECONDS)
             cluster.add("second")
-            wait_until(lambda: "second" in {node for _, _, node in begun(tmp_path)}, _START_SECONDS)
-            lost = next(piece for piece, _, node in begun(tmp_path) if node == "second")
+            wait_until(lambda: {node for _, _, node in begun(tmp_path)} == {"head", "second"})
             cluster.kill("second")
-            out, err = stage.communicate(timeout=_START_SECONDS)
+            gate.unlink()
+            out, err = stage.communicate(timeout=_SECONDS)
         finally:
             stage.kill()
     assert (stage.returncode, out) == (0, "")
-    assert "light goes on: 1 of 8 piece pieces were not finished" in err
+    assert "WARNING: light goes on: 1 of 8 pieces (piece) were lost with their workers: " in err
     assert finished(tmp_path) == ALL
-    assert sorted(piece for piece, _, _ in begun(tmp_path)) == sorted([*ALL, lost])
+    lost = [piece for piece, _, node in begun(tmp_path) if node == "second"]
+    assert len(lost) == 1
+    assert sorted(piece for piece, _, _ in begun(tmp_path)) == sorted([*ALL, *lost])
 
 
 def test_a_head_that_dies_is_one_error_and_a_rerun_goes_on(tmp_path: Path, address: str) -> None:
+    gate = closed(tmp_path, 2)
     with _cluster("head") as cluster:
-        slow = stage_folder(tmp_path, cluster.execution, {"PREFECT_API_URL": address, "SECONDS": "2"})
-        stage = slow.start("light")
+        clone = stage_folder(tmp_path, cluster.execution, {"PREFECT_API_URL": address})
+        stage = clone.start("light")
         try:
-            wait_until(lambda: len(finished(tmp_path)) >= 2, _START_SECONDS)
+            wait_until(lambda: len(begun(tmp_path)) == 3)
             cluster.kill("head")
-            out, err = stage.communicate(timeout=_START_SECONDS)
+            out, err = stage.communicate(timeout=_SECONDS)
         finally:
             stage.kill()
         assert (stage.returncode, out) == (2, "")
         assert err.startswith(f"error: the head of the Ray cluster at {cluster.address} no longer answers (")
         assert err.count("\n") == 1
-        first, before = finished(tmp_path), len(begun(tmp_path))
+        gate.unlink()
+        assert finished(tmp_path) == {"0", "1"}
         cluster.add("head")
-        stage_folder(tmp_path, cluster.execution, {"PREFECT_API_URL": address}).must("light")
+        clone.must("light")
     assert finished(tmp_path) == ALL
-    assert sorted(piece for piece, _, _ in begun(tmp_path)[before:]) == sorted(ALL - first)
+    assert sorted(piece for piece, _, _ in begun(tmp_path)[3:]) == sorted(ALL - {"0", "1"})
 
 
 def test_a_wrong_address_is_one_error_before_any_work(tmp_path: Path, address: str) -> None:

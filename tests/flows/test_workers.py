@@ -15,7 +15,7 @@ from flows import workers
 from flows.workers import take_devices, workers_of
 from storage.files import InputError
 from tests.clone import ROOT, Clone
-from tests.piece_stages import begun, finished, library_on_threads, made, stage_folder
+from tests.piece_stages import begun, closed, finished, library_on_threads, made, stage_folder
 from tests.settings import tiny_params
 from tests.ui_runs import ended_tasks
 
@@ -62,19 +62,19 @@ def test_a_killed_worker_is_one_error_a_killed_stage_leaves_no_orphans_and_a_rer
     first = finished(tmp_path)
     assert "3" not in first
 
-    slow = stage_folder(tmp_path, PROCESSES, {**environment, "SECONDS": "60"})
-    before = len(begun(tmp_path))
-    slow.kill_when(lambda: len(begun(tmp_path)) >= before + 2, "light")
+    gate, before = closed(tmp_path), len(begun(tmp_path))
+    again = stage_folder(tmp_path, PROCESSES, environment)
+    again.kill_when(lambda: len(begun(tmp_path)) >= before + 2, "light")
     orphans = {int(process) for _, process, _ in begun(tmp_path)[before:]}
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{process}").exists() for process in orphans) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{process}").exists() for process in orphans)
 
     before = len(begun(tmp_path))
-    stage_folder(tmp_path, PROCESSES, environment).must("light")
-    again = [piece for piece, _, _ in begun(tmp_path)[before:]]
-    assert sorted(again) == sorted(set(map(str, range(8))) - first)
+    gate.unlink()
+    again.must("light")
+    assert sorted(piece for piece, _, _ in begun(tmp_path)[before:]) == sorted(set(map(str, range(8))) - first)
     assert finished(tmp_path) == set(map(str, range(8)))
 
 
@@ -84,7 +84,8 @@ def _states(url: str) -> set[tuple[str, str]]:
 
 
 def test_a_wrong_input_in_a_worker_process_is_its_own_error(tmp_path: Path, address: str) -> None:
-    ended = stage_folder(tmp_path, PROCESSES, {"PREFECT_API_URL": address, "DAMAGED": "0"}).run("light")
+    (tmp_path / "damaged0").touch()
+    ended = stage_folder(tmp_path, PROCESSES, {"PREFECT_API_URL": address}).run("light")
     assert (ended.code, ended.out, ended.err) == (4, "", "error: piece 0 is damaged\n")
 
 
