@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self, TypeVar, get_args
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from storage.accuracy_sections import MeasureAccuracy
+from storage.execution import Execution
 from storage.fields import MAX_NUMBER, Section
 from storage.files import InputError, did_you_mean
 from storage.formats import LLAMACPP_FORMAT
@@ -49,7 +50,8 @@ class Params(Section):
     """The whole of params.yaml: one section per stage, named like it; before them what all stages share."""
 
     run: Run
-    storage: Storage
+    storage: Storage = Storage()  # these two may be left out: no result depends on them
+    execution: Execution = Execution()
     prepare_parent: PrepareParent
     write_text: WriteText
     prepare_corpus: PrepareCorpus

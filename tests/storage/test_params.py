@@ -129,7 +129,7 @@ def test_a_key_like_no_other_lists_the_known_ones() -> None:
         ({"run": {"threads": 0}}, "run.threads: Input should be greater than or equal to 1 (found 0)"),
         ({"run": {"seed": -1}}, "run.seed: Input should be greater than or equal to 0 (found -1)"),
         ({"run": {"dtype": "float16"}}, "run.dtype: Input should be 'auto', 'bfloat16' or 'float32' (found 'float16')"),
-        ({"run": {"device": "gpu"}}, "run.device: String should match pattern"),
+        ({"run": {"device": "gpu"}}, "run.device: Input should be 'auto', 'cpu' or 'cuda' (found 'gpu')"),
         ({"run": {"threads": "many"}}, "run.threads: Input should be a valid integer"),
         ({"run": {"threads": 2.5}}, "run.threads: Input should be a valid integer"),
         ({"prepare_corpus": {"seq_len": 4}}, "prepare_corpus.seq_len: Input should be greater than or equal to 8"),
