@@ -49,7 +49,7 @@ class Params(Section):
     """The whole of params.yaml: one section per stage, named like it."""
 
     run: Run
-    execution: Execution = Execution()  # may be left out: no result depends on it
+    execution: Execution = Execution.model_validate({})  # may be left out: no result depends on it
     prepare_parent: PrepareParent
     write_text: WriteText
     prepare_corpus: PrepareCorpus
