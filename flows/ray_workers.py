@@ -91,7 +91,7 @@ def _join(address: str) -> None:
     def join() -> None:
         try:
             ray.init(address, log_to_driver=False, logging_level="ERROR", namespace="puzzle")
-        except Exception as error:  # noqa: BLE001
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             outcome.put(error)
         else:
             outcome.put(None)

@@ -50,8 +50,8 @@ class Params(Section):
     """The whole of params.yaml: one section per stage, named like it; before them what all stages share."""
 
     run: Run
-    storage: Storage = Storage()  # these two may be left out: no result depends on them
-    execution: Execution = Execution()
+    storage: Storage = Storage.model_validate({})  # these two may be left out: no result depends on them
+    execution: Execution = Execution.model_validate({})
     prepare_parent: PrepareParent
     write_text: WriteText
     prepare_corpus: PrepareCorpus

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from flows import ray_node
 from flows.ray_node import Home, code_here, enter, problems
 from storage.files import InputError
 
@@ -16,7 +15,7 @@ HOST = socket.gethostname()
 def _home(folder: Path, monkeypatch: pytest.MonkeyPatch, **changed: str) -> Home:
     """Return the home of a stage on this machine, whose Prefect server answers."""
     (folder / "mark").touch()
-    monkeypatch.setattr(ray_node.urllib.request, "urlopen", lambda *_, **__: (folder / "mark").open())
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (folder / "mark").open())
     values = {"mark": "mark", "api": "http://127.0.0.1:1/api", "host": HOST, **changed}
     return Home(folder=folder, code=code_here(), **values)
 
