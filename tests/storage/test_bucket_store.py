@@ -382,10 +382,13 @@ def test_a_bucket_that_cannot_be_written_ends_a_stage_before_any_work(
 
 
 def test_what_is_read_next_is_fetched_ahead(run: Run, tmp_path: Path) -> None:
-    """The boundary's next shards, and the shard's next two boundaries."""
+    """The shard's next two boundaries; at the first boundary its next shards, too."""
     cache(run.params, run.paths)
     theirs = colleague(run, tmp_path / "theirs")
     BoundaryReader(theirs.paths.activations, "train", 0).read([0])
     expected = {f"train/boundary_000/shard_00{shard}.arrow" for shard in range(4)}
     expected |= {f"train/boundary_00{boundary}/shard_000.arrow" for boundary in (1, 2)}
+    wait_for(lambda: {*checksums(theirs.paths.activations)} == expected)
+    BoundaryReader(theirs.paths.activations, "train", 1).read([0])
+    expected |= {"train/boundary_003/shard_000.arrow"}
     wait_for(lambda: {*checksums(theirs.paths.activations)} == expected)
