@@ -5,6 +5,7 @@ for ever for a node that could take a piece, and ends its drivers without a word
 """
 
 import contextlib
+import logging
 import queue
 import socket
 import threading
@@ -20,8 +21,8 @@ from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectFuture
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL
-from prefect_ray import RayTaskRunner
 from prefect_ray.context import remote_options
+from prefect_ray.task_runners import RayTaskRunner
 from ray.exceptions import RayError, RayTaskError
 
 from flows import HOME_NAME
@@ -90,7 +91,7 @@ def _join(address: str) -> None:
 
     def join() -> None:
         try:
-            ray.init(address, log_to_driver=False, logging_level="ERROR", namespace="puzzle")
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, namespace="puzzle")
         except (OSError, RuntimeError, ValueError, RayError) as error:
             outcome.put(error)
         else:
@@ -132,7 +133,7 @@ class _PiecesRunner(RayTaskRunner[Any]):
                 telling.drain_all()  # when the stage ends, Ray kills this process
             return state
 
-        self._run_prefect_task = run
+        vars(self)["_run_prefect_task"] = run
 
 
 class RayWorkers(RunnerWorkers):

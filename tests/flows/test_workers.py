@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.task_runners import ProcessPoolTaskRunner
 
 from flows import workers
 from flows.workers import take_devices, workers_of
@@ -109,6 +110,7 @@ def test_processes_take_the_gpus_of_devices_one_each(monkeypatch: pytest.MonkeyP
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7,5"
     with workers_of(params) as found:
         assert isinstance(found, workers.RunnerWorkers)
+        assert isinstance(found.runner, ProcessPoolTaskRunner)
         assert found.runner._max_workers == 4
         assert found.runner._initargs == (("7", "5"),)
 
