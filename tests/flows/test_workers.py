@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -109,8 +110,8 @@ def test_processes_take_the_gpus_of_devices_one_each(monkeypatch: pytest.MonkeyP
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7,5"
     with workers_of(params) as found:
         assert isinstance(found, workers.RunnerWorkers)
-        assert found.runner._max_workers == 4
-        assert found.runner._initargs == (("7", "5"),)
+        runner: Any = found.runner
+        assert (runner._max_workers, runner._initargs) == (4, (("7", "5"),))
 
 
 def test_threads_say_that_other_gpus_idle(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
