@@ -21,8 +21,9 @@ from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectFuture
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL
+from prefect.task_runners import TaskRunner
+from prefect_ray import RayTaskRunner
 from prefect_ray.context import remote_options
-from prefect_ray.task_runners import RayTaskRunner
 from ray.exceptions import RayError, RayTaskError
 
 from flows import HOME_NAME
@@ -54,7 +55,7 @@ def ray_workers(params: Params) -> Iterator["RayWorkers"]:
     try:
         _join(params.execution.address)
         home = Home(Path.cwd(), str(mark), code_here(), PREFECT_API_URL.value() or "", socket.gethostname())
-        with _PiecesRunner(home) as runner:
+        with _runner_at(home) as runner:
             workers = RayWorkers(runner, params.execution.address, needs)
             workers.must_hold_a_piece()
             yield workers
@@ -120,26 +121,25 @@ def _silence(address: str) -> str | None:
     return None
 
 
-class _PiecesRunner(RayTaskRunner[Any]):
-    """prefect-ray's runner, whose tasks begin in the clone's folder and tell Prefect how they ended."""
+def _runner_at(home: Home) -> Any:
+    """Return prefect-ray's runner, whose tasks begin in the clone's folder and tell Prefect how they ended."""
 
-    def __init__(self, home: Home) -> None:
-        super().__init__()
+    def run(*references: Any, **arguments: Any) -> Any:
+        enter(home)
+        state = RayTaskRunner._run_prefect_task(*references, **arguments)
+        for telling in (EventsWorker, APILogWorker):
+            telling.drain_all()  # when the stage ends, Ray kills this process
+        return state
 
-        def run(*references: Any, **arguments: Any) -> Any:
-            enter(home)
-            state = RayTaskRunner._run_prefect_task(*references, **arguments)
-            for telling in (EventsWorker, APILogWorker):
-                telling.drain_all()  # when the stage ends, Ray kills this process
-            return state
-
-        vars(self)["_run_prefect_task"] = run
+    runner = RayTaskRunner()
+    runner._run_prefect_task = run
+    return runner
 
 
 class RayWorkers(RunnerWorkers):
     """Workers on all nodes of a cluster, those that join it later as well."""
 
-    def __init__(self, runner: RayTaskRunner[Any], address: str, needs: dict[str, float]) -> None:
+    def __init__(self, runner: TaskRunner[Any], address: str, needs: dict[str, float]) -> None:
         super().__init__(runner)
         self._address, self._needs = address, needs
         self._answered = time.monotonic()

@@ -147,7 +147,9 @@ def test_a_node_that_joins_late_is_used_and_where_it_dies_the_run_goes_on(tmp_pa
         try:
             cluster.add("second")
             wait_until(lambda: {node for _, _, node in begun(tmp_path)} == {"head", "second"})
+            process = next(process for _, process, node in begun(tmp_path) if node == "second")
             cluster.kill("second")
+            wait_until(lambda: not Path(f"/proc/{process}").exists())  # a worker may outlive its node for a moment
             gate.unlink()
             out, err = stage.communicate(timeout=_SECONDS)
         finally:
