@@ -272,13 +272,6 @@ def test_what_only_ranks_can_do_needs_ranks(settings: dict[str, Any]) -> None:
     tiny_params(distill_child={**settings, "ranks": 1})
 
 
-def test_ranks_do_not_share_a_device() -> None:
-    tiny_params(run={"device": "cuda:3"}, distill_child={"ranks": 1})
-    assert problems(tiny_values(run={"device": "cuda:3"}, distill_child={"ranks": 2})) == [
-        "distill_child.ranks is 2, a device each, and run.device is cuda:3; set run.device to cuda"
-    ]
-
-
 def test_a_domain_is_held_out_of_the_training_mix() -> None:
     training, other = {"kind": "files", "path": "a.jsonl"}, {"kind": "files", "path": "b.jsonl"}
 
