@@ -44,7 +44,7 @@ setup: $(STAMP)  ## create .venv and install (the other targets do it when neede
 demo: $(STAMP)  ## SmolLM2-135M to two measured children on this machine
 	@$(BIN)/python -m flows.demo
 
-demo-full: $(STAMP)  ## the same with params/full.yaml, modelled at 2.3 hours on two cores with AMX; interrupted, it goes on
+demo-full: $(STAMP)  ## the same with params/full.yaml, 2.4 hours on two cores; interrupted, it goes on
 	@$(BIN)/python -m flows.ui.demo_full
 
 serve: $(STAMP)  ## the Prefect UI: start runs from a form, rebuild what a change of params.yaml makes stale; INTERVAL=60

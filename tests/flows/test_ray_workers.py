@@ -134,7 +134,7 @@ def test_two_nodes_make_the_bytes_of_threads_and_a_wrong_input_there_is_one_erro
         (folder / "damaged0").touch()
         damaged = stage_folder(folder, cluster.execution, {"PREFECT_API_URL": address}).run("light")
     assert made(folder) == expected
-    assert ended_tasks(address, "library") >= {"cache_shard", "train_block", "score_jobs"}
+    assert ended_tasks(address, "library") >= {"cache_shards", "train_block", "score_jobs"}
     assert (damaged.code, damaged.out, damaged.err) == (4, "", "error: piece 0 is damaged\n")
     assert not list((folder / ".prefect").glob("shared.*"))
 

@@ -43,7 +43,7 @@ def test_processes_make_the_bytes_of_threads_and_the_ui_has_their_course(tmp_pat
         ended = clone.run("library")
         assert (ended.code, ended.out, ended.err) == (0, "", "")
         url = clone.must("flows.server", "start").out.split()[-1] + "/api"
-        assert ended_tasks(url, "library") >= {"cache_shard", "train_block", "score_jobs"}
+        assert ended_tasks(url, "library") >= {"cache_shards", "train_block", "score_jobs"}
     finally:
         clone.must("flows.server", "stop")
     assert made(folder) == expected
