@@ -70,7 +70,8 @@ def test_the_70b_is_planned_from_its_config_alone(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(ROOT)
     params = with_profile(load(), ROOT / "params/llama-3.1-70b.yaml")
     on_cpu = params.model_copy(update={"run": params.run.model_copy(update={"device": "cpu"})})
-    profile = _plan(on_cpu, CONFIG_70B, tmp_path)
+    threads = params.distill_child.model_copy(update={"ranks": 0, "offload": False, "sequences_per_batch": 1})
+    profile = _plan(on_cpu.model_copy(update={"distill_child": threads}), CONFIG_70B, tmp_path)
     parent = next(estimate for estimate in profile.stages if estimate.stage == "prepare_parent")
     assert parent.disk_bytes == pytest.approx(2 * 70.55e9, rel=1e-3)  # 70.55 billion parameters in 16 bit
     assert profile.live_teacher and "GKD's teacher: live" in plan_text(profile)
