@@ -75,8 +75,8 @@ bench-gpu: $(DEV)  ## costs on a GPU: parts against whole models, CUDA graphs ag
 check-gpu: $(DEV)  ## the stages that compute on a GPU: right, how fast, and as planned? 8 minutes, 80 GB; DEVICE=cuda
 	@$(BIN)/python -m tests.gpu.check_gpu --device $(DEVICE)
 
-check-workers: $(DEV)  ## a Ray cluster of two nodes and a work pool on this machine, which has to be quiet
-	@$(BIN)/python -m pytest tests/flows/check_ray_workers.py tests/flows/ui/check_reproduce.py
+check-workers: $(DEV)  ## worker processes, a Ray cluster of two nodes, a work pool, on a quiet machine
+	@$(BIN)/python -m pytest tests/flows/check_workers.py tests/flows/check_ray_workers.py tests/flows/ui/check_reproduce.py
 
 check-vllm: $(DEV)  ## on a GPU machine: vLLM computes a child as torch does; VLLM_PYTHON=python with vLLM, TARGET=like-51b
 	@$(BIN)/python -m tests.gpu.check_vllm --vllm-python $(VLLM_PYTHON) \
