@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_a_colleague_makes_nothing_and_reads_what_a_changed_target_needs(
 
 def test_files_that_were_on_the_local_disk_move_into_the_bucket(local: Run, bucket: str, tmp_path: Path) -> None:
     shutil.copytree(local.paths.root, tmp_path / "artifacts")
-    run = Run(local.params, Paths(tmp_path / "artifacts", Storage(root=f"{bucket}/run-{next(NUMBERS)}")))
+    run = Run(local.params, Paths(tmp_path / "artifacts", Storage(root=f"{bucket}/run-{next(NUMBERS)}", cache_gib=1.0)))
     assert cache(run.params, run.paths) == distill(run.params, run.paths) == []
     same(run, local)
     theirs = colleague(run, tmp_path / "theirs")
@@ -219,26 +220,26 @@ def test_a_server_that_is_killed_in_the_middle_of_a_stage(
     monkeypatch.setattr(bucket_module, "_WAITS_S", (0.2,) * 200)
     starting: list[threading.Timer] = []
 
-    def killing(function: Callable[..., object], at: int) -> Callable[..., object]:
-        calls = itertools.count()
+    def kill_at(call: int, module: ModuleType, name: str) -> None:
+        function, calls = getattr(module, name), itertools.count()
 
         def wrapped(*arguments: object) -> object:
-            if next(calls) == at:
+            if next(calls) == call:
                 server.kill()
                 starting.append(threading.Timer(1.0, server.start))
                 starting[-1].start()
             return function(*arguments)
 
-        return wrapped
+        monkeypatch.setattr(module, name, wrapped)
 
     with S3Server(tmp_path / "server") as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         run = stored(local, f"s3://{server.bucket}/run", tmp_path)
-        monkeypatch.setattr(cache_activations, "write_shard", killing(cache_activations.write_shard, 9))
+        kill_at(9, cache_activations, "write_shard")
         cache(run.params, run.paths)
         shutil.rmtree(run.paths.root / "cached")
-        monkeypatch.setattr(distill_blocks, "distill_block", killing(distill_blocks.distill_block, 1))
+        kill_at(1, distill_blocks, "distill_block")
         distill(run.params, run.paths)
         score(run.params, run.paths)
         assemble(run.params, run.paths, VARIANTS)
