@@ -35,7 +35,7 @@ $(STAMP): constraints.txt pyproject.toml
 
 $(DEV): $(STAMP)
 	@echo "installing what tests need ..."
-	@$(PIP) --editable ".[dev,eval,llamacpp]"
+	@$(PIP) --editable ".[dev,eval,llamacpp,ray]"
 	@$(COMPILE)
 	@touch $@
 

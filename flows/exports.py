@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.stage import run_pieces, workers
+from flows.stage import run_pieces, threads
 from storage.formats import FormatName
 from tasks.checkpoints import exports as tasks
 from tasks.checkpoints.exports import CheckpointToExport
@@ -33,7 +33,7 @@ def export_all(
 @flow(
     name="export_checkpoint",
     description="A checkpoint in the formats that stock runtimes load.",
-    task_runner=workers(1),
+    task_runner=threads(1),
 )
 def export_checkpoint(checkpoint: Path, out: Path, formats: tuple[FormatName, ...], max_shard_gib: float) -> None:
     """Write every format tensor by tensor, beside the formats that `out` has already."""

@@ -62,6 +62,13 @@ def close_orphans() -> None:
                 path.unlink()
 
 
+def crash_lost_tasks() -> None:
+    """Mark as crashed the tasks of this process's runs whose workers were killed: they said nothing of their end."""
+    with get_client(sync_client=True) as client:
+        for handle in _locks:
+            _crash_tasks(client, UUID(handle.name.rpartition("/.")[2]), "the worker was killed")
+
+
 def _run_id(path: Path) -> UUID | None:
     """Return the run that a lock is of, None for a file of somebody else's."""
     try:
@@ -76,7 +83,13 @@ def _crash(client: SyncPrefectClient, run_id: UUID) -> None:
     if run.state is None or run.state.is_final():
         return
     client.set_flow_run_state(run.id, ended, force=True)
-    of_run = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+    _crash_tasks(client, run.id, ended.message)
+
+
+def _crash_tasks(client: SyncPrefectClient, flow_run: UUID, message: str | None) -> None:
+    """Mark the tasks of a run that are called running as crashed."""
+    ended: State[Any] = Crashed(message=message)
+    of_run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run]))
     for task_run in client.read_task_runs(flow_run_filter=of_run):
         if task_run.state is not None and task_run.state.type == StateType.RUNNING:
             client.set_task_run_state(task_run.id, ended, force=True)

@@ -16,7 +16,7 @@ def write_text(params: Params, paths: Paths) -> None:
     batches = tasks.plan_batches(params, paths)
     if batches:
         writer = tasks.load_writer(params, paths)
-        run_pieces(tasks.write_batch, batches, writer, params, paths, unit="batch")
+        run_pieces(tasks.write_batch, batches, writer, params, paths, unit="batch", in_memory=True)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from storage.stores import RECORDS, keep_in
 _TRANSFERS = 8
 """Files that a process uploads, or fetches ahead, at the same time."""
 _READ_BYTES = 8 << 20
-_FILES_AHEAD = 8
+_SHARDS_AHEAD = 8
 _BOUNDARIES_AHEAD = 2
 _GIB = 2**30
 
@@ -36,8 +36,9 @@ _GIB = 2**30
 class BucketStore:
     """Keeps the finished files of `folder`, which lies in a cache, in a bucket, and the records at `home`.
 
-    With `reads_on`, whoever reads a file of a piece will read the piece's next files, and the same file of the next
-    pieces: the boundaries of a shard, the shards of a boundary. They are fetched ahead.
+    With `reads_on` the pieces are shards, a file for each boundary, and what is read next is fetched ahead: the shard's
+    next boundaries; at the first boundary that this process reads of a split, the next shards, too. Which of them it
+    reads there it reads at all boundaries.
     """
 
     def __init__(self, folder: Path, home: Path, bucket: Bucket, cache: FileCache, reads_on: bool) -> None:
@@ -45,7 +46,9 @@ class BucketStore:
         self._bucket, self._cache, self._reads_on = bucket, cache, reads_on
         self._asked: set[tuple[Path, str]] = set()
         self._known: dict[Path, str] = {}
-        self._next: dict[Path, list[Path]] = {}
+        self._next_shards: dict[Path, list[Path]] = {}
+        self._next_boundaries: dict[Path, list[Path]] = {}
+        self._first_boundaries: dict[Path, Path] = {}
 
     @property
     def home(self) -> Path:
@@ -142,8 +145,11 @@ class BucketStore:
         """Begin to bring what is read behind a file."""
         if self._known.get(path) != checksum:
             self._read_records()
-        known, following = self._known, self._next
-        self._fetch_ahead({next_path: known[next_path] for next_path in following.get(path, []) if next_path in known})
+        following = [*self._next_boundaries.get(path, ())]
+        if self._first_boundaries.setdefault(path.parent.parent, path.parent) == path.parent:
+            following = [*self._next_shards.get(path, ()), *following]
+        known = self._known
+        self._fetch_ahead({next_path: known[next_path] for next_path in following if next_path in known})
 
     def _read_records(self) -> None:
         """Note the files of all pieces, and which are read behind each."""
@@ -152,14 +158,14 @@ class BucketStore:
         folders: dict[Path, list[Path]] = {}
         for path in sorted(known):
             folders.setdefault(path.parent, []).append(path)
-        following = {}
+        next_shards, next_boundaries = dict[Path, list[Path]](), dict[Path, list[Path]]()
         for paths in folders.values():
             for number, path in enumerate(paths, 1):
-                following[path] = paths[number : number + _FILES_AHEAD]
+                next_shards[path] = paths[number : number + _SHARDS_AHEAD]
         for piece in pieces:
             for number, path in enumerate(piece, 1):
-                following[path] += [*piece][number : number + _BOUNDARIES_AHEAD]
-        self._known, self._next = known, following
+                next_boundaries[path] = [*piece][number : number + _BOUNDARIES_AHEAD]
+        self._known, self._next_shards, self._next_boundaries = known, next_shards, next_boundaries
 
     def _fetch(self, path: Path, checksum: str, rebuild: str, is_needed: bool) -> None:
         """Fetch a file into the cache unless it is there; where nobody waits for it, only if there is room."""
@@ -176,7 +182,9 @@ class BucketStore:
             if (digest := self._download(part, checksum, *first)) != checksum:
                 digest = self._download(part, checksum, b"", first[1])  # it may have been the way
             if digest != checksum:
-                self._refuse(checksum, digest, path, rebuild)
+                if is_needed:  # else whoever reads the file finds it, and says so
+                    self._refuse(checksum, digest, path, rebuild)
+                return
             self._cache.put_in_place(part, path, checksum, is_needed)
 
     def _download(self, part: BinaryIO, checksum: str, first: bytes, size: int) -> str:

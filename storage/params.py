@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self, TypeVar, get_args
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from storage.accuracy_sections import MeasureAccuracy
+from storage.execution import Execution
 from storage.fields import MAX_NUMBER, Section
 from storage.files import InputError, did_you_mean
 from storage.formats import LLAMACPP_FORMAT
@@ -49,7 +50,8 @@ class Params(Section):
     """The whole of params.yaml: one section per stage, named like it; before them what all stages share."""
 
     run: Run
-    storage: Storage
+    execution: Execution = Execution.model_validate({})  # these two may be left out: no result depends on them
+    storage: Storage = Storage.model_validate({})
     prepare_parent: PrepareParent
     write_text: WriteText
     prepare_corpus: PrepareCorpus
@@ -73,10 +75,7 @@ class Params(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         """Check what one section alone cannot check; all problems are in one error."""
-        checks = (
-            *(_too_short_splits, _broken_sequences, _parts_above_their_whole, _target_names, _formats_for_llamacpp),
-            _one_device_for_ranks,
-        )
+        checks = (_too_short_splits, _broken_sequences, _parts_above_their_whole, _target_names, _formats_for_llamacpp)
         problems = [problem for check in checks for problem in check(self)]
         if problems:
             raise ValueError("\n  ".join(problems))
@@ -194,13 +193,6 @@ def _formats_for_llamacpp(params: Params) -> Iterator[str]:
         for section, formats in exports:
             if LLAMACPP_FORMAT not in formats:
                 yield f"{needing} measures in llama.cpp, which runs {LLAMACPP_FORMAT}; add it to {section}.formats"
-
-
-def _one_device_for_ranks(params: Params) -> Iterator[str]:
-    """Yield a device that all ranks would share."""
-    ranks, device = params.distill_child.ranks, params.run.device
-    if ranks > 1 and ":" in device:
-        yield f"distill_child.ranks is {ranks}, a device each, and run.device is {device}; set run.device to cuda"
 
 
 def load(path: Path = PARAMS_FILE) -> Params:

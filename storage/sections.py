@@ -2,8 +2,9 @@
 
 The sentence says the meaning and the unit, and what 0 or null does; default and bounds stand beside it. The form of the
 UI shows the same sentences. Keys of `targets` are described in storage/targets.py, those of `measure_accuracy` in
-storage/accuracy_sections.py, metrics in storage/metrics.py, and export formats in storage/formats.py. A new section is
-also a field of Params in storage/params.py, which checks what several sections must agree on.
+storage/accuracy_sections.py, those of `execution` in storage/execution.py, metrics in storage/metrics.py, and export
+formats in storage/formats.py. A new section is also a field of Params in storage/params.py, which checks what several
+sections must agree on.
 """
 
 import math
@@ -39,12 +40,17 @@ class Run(Section):
         description="Precision of compute; auto: bfloat16 where the hardware multiplies it, else float32. Masters of "
         "trained weights are float32 always.",
     )
-    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")] = Field(
-        "auto", description="auto (a GPU if there is one), cpu, cuda or cuda:<n>."
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="What computes: cpu, cuda, or auto (a GPU if there is one). Which GPUs: execution.devices.",
     )
     threads: int = Field(1, ge=1, le=256, description="torch threads of each worker; results depend on it.")
     workers: int = Field(
-        2, ge=1, le=256, description="Pieces of a stage computed at the same time; results do not depend on it."
+        2,
+        ge=1,
+        le=256,
+        description="Pieces of a stage computed at the same time, with processes or Ray on each GPU; results do not "
+        "depend on it.",
     )
 
 

@@ -25,7 +25,7 @@ from storage.pipeline import overlap
 from storage.sources import PACKAGES, Sources
 
 ROOT = Path(__file__).parents[1]
-NOT_SECTIONS = {"run", "storage", "targets"}
+NOT_SECTIONS = {"run", "storage", "execution", "targets"}
 """Keys of params.yaml that are no stage's."""
 PLACES = {"storage"}
 """Sections that say where artifacts are: flows read them for all tasks."""

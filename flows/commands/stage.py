@@ -6,7 +6,7 @@ import importlib
 from storage.params import Params
 
 EXAMPLE = "puzzle stage search_architecture --target like-51b"
-_STAGES = [name for name in Params.model_fields if name not in ("run", "targets")]
+_STAGES = [name for name in Params.model_fields if name not in ("run", "execution", "targets")]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -102,7 +102,7 @@ def run_dvc(arguments: list[str], ahead: list[str]) -> None:
                 output.append(line)
                 progress.read(line, time.monotonic())
             if os.getppid() != _STARTED_BY:
-                raise InputError("`make serve` was killed, and this run ends with it; finished pieces stay")
+                raise InputError("what started this run (`make serve`, a worker) was killed; finished pieces stay")
             if artifact.is_due():
                 percent, pieces = _pieces(progress)
                 artifact.show(progress.percent(percent), progress.text(percent, pieces, time.monotonic()))

@@ -25,6 +25,7 @@ from storage.files import DamagedFileError, InputError
 from storage.params import Params
 from storage.paths import Paths
 from storage.sections import Storage
+from storage.stores import store_of
 from tasks import cache_activations, distill_blocks
 from tasks.puzzle.distill.bld import distill_block
 from tests.s3_server import FaultyProxy, S3Server, cut, refuse
@@ -268,6 +269,14 @@ def test_a_slow_store_that_fails_every_third_time_changes_no_byte(local: Run, ru
     assert torch.equal(hidden, BoundaryReader(local.paths.activations, "calibration", 2).read(range(16)))
 
 
+def wait_for(is_so: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    end = time.monotonic() + 300
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def objects_of(run: Run, kind: str) -> Bucket:
     return Bucket(f"{run.paths.storage.root}/{kind}")
 
@@ -294,6 +303,8 @@ def test_a_damaged_object_is_found_deleted_and_made_anew(
     flip_byte(tmp_path / "damaged", 1000)
     s3.client().put_file(str(tmp_path / "damaged"), objects.address(digest))
     theirs = colleague(run, tmp_path / "theirs")
+    store_of(theirs.paths.activations).prefetch(["train.shard_001"])
+    wait_for(lambda: len(checksums(theirs.paths.activations)) == 3)
     message = (
         rf"{digest} \({SHARD}\) is damaged: .* was deleted from the bucket; run `dvc repro --force --single-item c"
     )
@@ -372,13 +383,13 @@ def test_a_bucket_that_cannot_be_written_ends_a_stage_before_any_work(
 
 
 def test_what_is_read_next_is_fetched_ahead(run: Run, tmp_path: Path) -> None:
-    """The boundary's next shards, and the shard's next two boundaries."""
+    """The shard's next two boundaries; at the first boundary its next shards, too."""
     cache(run.params, run.paths)
     theirs = colleague(run, tmp_path / "theirs")
     BoundaryReader(theirs.paths.activations, "train", 0).read([0])
     expected = {f"train/boundary_000/shard_00{shard}.arrow" for shard in range(4)}
     expected |= {f"train/boundary_00{boundary}/shard_000.arrow" for boundary in (1, 2)}
-    end = time.monotonic() + 20
-    while set(checksums(theirs.paths.activations)) != expected and time.monotonic() < end:
-        time.sleep(0.05)
-    assert set(checksums(theirs.paths.activations)) == expected
+    wait_for(lambda: {*checksums(theirs.paths.activations)} == expected)
+    BoundaryReader(theirs.paths.activations, "train", 1).read([0])
+    expected |= {"train/boundary_003/shard_000.arrow"}
+    wait_for(lambda: {*checksums(theirs.paths.activations)} == expected)

@@ -334,7 +334,7 @@ PARENT_TOO = MODEL | {"write_text", "measure_accuracy"}
     {
         "tasks/puzzle/model/blocks.py": PARENT_TOO,
         "tasks/puzzle/model/rotary.py": PARENT_TOO,
-        "tasks/puzzle/model/head.py": {"score_blocks", "measure_accuracy"},
+        "tasks/puzzle/model/head.py": {"score_blocks", "measure_accuracy"} | GKD,
         "tasks/puzzle/distill/bld.py": {"distill_blocks"},
         "tasks/puzzle/distill/output_layers.py": {"distill_blocks", "refine_child"},
         "tasks/puzzle/distill/correction.py": {"refine_child"},

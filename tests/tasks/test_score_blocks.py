@@ -206,6 +206,16 @@ def test_two_runs_give_the_same_bytes_whatever_the_group(finished: tuple[Params,
     assert others.scores.read_bytes() == paths.scores.read_bytes()
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_no_two_groups_write_to_the_same_record(size: int, finished: tuple[Params, Paths]) -> None:
+    """They are workers' of several processes, and rows are added to a record by reading and writing it."""
+    _, paths = finished
+    shutil.rmtree(paths.score_pieces)
+    groups = plan_groups.fn(tiny_params(score_blocks={"blocks_per_group": size}), paths)
+    records = [record for group in groups for record in {job.record for job in group.jobs}]
+    assert len(records) == len(set(records)) >= len(groups) > 1
+
+
 def test_only_what_a_killed_run_left_undone_is_scored(finished: tuple[Params, Paths]) -> None:
     params, paths = finished
     table = paths.scores.read_bytes()
