@@ -264,7 +264,7 @@ def test_a_child_that_was_not_distilled_has_no_curve(fresh: tuple[Params, Paths]
     figure = (paths.report / "gkd.svg").read_text(encoding="utf-8")
     assert "Large" in figure and "Small" not in figure
     write_gkd(paths.gkd("large"), GkdCurve("large", (), (), 0))
-    shutil.rmtree(paths.report)
+    shutil.rmtree(paths.report)  # as DVC does
     write_report.fn(params, paths)
     assert not (paths.report / "gkd.svg").exists()
 
