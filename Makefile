@@ -17,7 +17,7 @@ DEVICE ?= cuda
 # PATH of whatever that python starts: `.venv/bin/dvc repro` works where the venv is not activated.
 PTH := import os, sys; os.environ["PATH"] = os.path.join(sys.prefix, "bin") + os.pathsep + os.environ.get("PATH", os.defpath)
 
-.PHONY: help setup demo demo-full serve chat serve-child test lint faults bench bench-gpu check-gpu check-workers check-vllm check-browser stop clean
+.PHONY: help setup demo demo-full serve chat serve-child test lint faults bench bench-gpu check-gpu check-vllm check-browser stop clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -74,9 +74,6 @@ bench-gpu: $(DEV)  ## costs on a GPU: parts against whole models, CUDA graphs ag
 
 check-gpu: $(DEV)  ## the stages that compute on a GPU: right, how fast, and as planned? 8 minutes, 80 GB; DEVICE=cuda
 	@$(BIN)/python -m tests.gpu.check_gpu --device $(DEVICE)
-
-check-workers: $(DEV)  ## worker processes, a Ray cluster of two nodes, a work pool, on a quiet machine
-	@$(BIN)/python -m pytest tests/flows/check_workers.py tests/flows/check_ray_workers.py tests/flows/ui/check_reproduce.py
 
 check-vllm: $(DEV)  ## on a GPU machine: vLLM computes a child as torch does; VLLM_PYTHON=python with vLLM, TARGET=like-51b
 	@$(BIN)/python -m tests.gpu.check_vllm --vllm-python $(VLLM_PYTHON) \

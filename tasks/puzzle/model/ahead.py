@@ -25,20 +25,22 @@ class Ahead(Iterator[T], Generic[T]):
         self._items, self._device = iter(items), device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
-        self._next: Future[tuple[T, torch.cuda.Event | None]] = self._thread.submit(self._read)
+        self._next: Future[tuple[T, torch.cuda.Event | None] | None] = self._thread.submit(self._read)
 
-    def _read(self) -> tuple[T, torch.cuda.Event | None]:
+    def _read(self) -> tuple[T, torch.cuda.Event | None] | None:
+        """Read the next item; None at the end: an exception there would keep alive what the iterator holds."""
         with torch.cuda.stream(self._stream):  # None: as it is
-            item = next(self._items)
-            return item, self._stream.record_event() if self._stream else None
+            for item in self._items:
+                return item, self._stream.record_event() if self._stream else None
+        return None
 
     def __next__(self) -> T:
         """Return the next item, and begin to read the one behind it."""
-        try:
-            item, copied = self._next.result()
-        except BaseException:  # the end, too
+        item_and_event = self._next.result()
+        if item_and_event is None:
             self._thread.shutdown(wait=False)
-            raise
+            raise StopIteration
+        item, copied = item_and_event
         if copied is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(copied)

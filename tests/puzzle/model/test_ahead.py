@@ -1,6 +1,8 @@
 """Input that is read ahead: the same items in order, one before it is asked for, with the iterator's own error."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -48,3 +50,22 @@ def test_the_reader_takes_one_thread_of_torch_and_leaves_ours_as_they_are() -> N
     before = torch.get_num_threads()
     assert list(Ahead((torch.get_num_threads() for _ in range(1)), CPU)) == [1]
     assert torch.get_num_threads() == before
+
+
+def test_a_function_that_read_to_the_end_keeps_nothing_alive() -> None:
+    """The end was an exception of the thread's: it held the reader's frame, and mapped files stayed open."""
+
+    class Held:
+        pass
+
+    def read() -> weakref.ref[Held]:
+        held = Held()
+        for _ in Ahead(iter(range(3)), CPU):
+            pass
+        return weakref.ref(held)
+
+    gc.disable()
+    try:
+        assert read()() is None
+    finally:
+        gc.enable()
