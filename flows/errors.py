@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 
 from storage.files import InputError, explained
+from storage.sources import PACKAGES
 
 _LONGEST = 2_000
 _UNREAD = 128 + signal.SIGPIPE
@@ -18,9 +19,7 @@ _UNREAD = 128 + signal.SIGPIPE
 
 def run_cleanly(action: Callable[[], object]) -> None:
     """Run `action`; a wrong input, a full disk or a path that cannot be used is one message and an exit code."""
-    handler = logging.StreamHandler()
-    handler.addFilter(lambda record: not record.name.startswith("prefect"))  # the UI has its logs
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[handler])
+    _show_warnings()
     try:
         action()
         sys.stdout.flush()
@@ -34,6 +33,16 @@ def run_cleanly(action: Callable[[], object]) -> None:
             raise
         sys.stderr.write(f"error: {printable(str(readable))}\n")
         sys.exit(readable.exit_code)
+
+
+def _show_warnings() -> None:
+    """Have stderr show our packages' warnings; Prefect, which has the root's handlers to itself, shows none there."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    for package in PACKAGES:
+        logger = logging.getLogger(package)
+        logger.setLevel(logging.WARNING)
+        logger.handlers = [handler]
 
 
 def _is_unread() -> bool:

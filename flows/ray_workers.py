@@ -6,6 +6,7 @@ for ever for a node that could take a piece, and ends its drivers without a word
 
 import contextlib
 import logging
+import os
 import queue
 import socket
 import threading
@@ -98,17 +99,31 @@ def _join(address: str) -> None:
         else:
             outcome.put(None)
 
-    threading.Thread(target=join, daemon=True).start()  # what it waits for has no limit of its own
-    try:
-        error_of_ray = outcome.get(timeout=_JOIN_SECONDS)
-    except queue.Empty:
-        error_of_ray = TimeoutError(f"no answer within {_JOIN_SECONDS:.0f} s")
+    with _silent():
+        threading.Thread(target=join, daemon=True).start()  # what it waits for has no limit of its own
+        try:
+            error_of_ray = outcome.get(timeout=_JOIN_SECONDS)
+        except queue.Empty:
+            error_of_ray = TimeoutError(f"no answer within {_JOIN_SECONDS:.0f} s")
     if error_of_ray is not None:
         first_line = str(error_of_ray).partition("\n")[0]
         raise InputError(
-            f"Ray at {address} does not take this process ({first_line:.300}); is it Ray's head, and is this machine a "
-            f"node (`ray start --address {address}`)?"
+            f"Ray at {address} does not take this process ({first_line:.300}); is it Ray's head, is this machine a node "
+            f"(`ray start --address {address}`), and has this process the head's RAY_AUTH_MODE and token?"
         ) from error_of_ray
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what is written to this process's stderr: Ray's own code writes there, each second that it waits."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _silence(address: str) -> str | None:

@@ -1,6 +1,6 @@
 """Stages whose pieces workers of any kind make: a light one that can be held, and one that makes a whole library.
 
-Pieces of the light stage wait while the file `closed` exists: those from the number on that it holds.
+Pieces of the light stage wait while the file `closed` exists, if as many are finished as it holds.
 """
 
 import json
@@ -33,7 +33,7 @@ def make(piece, paths):
     if (paths.root.parent / f"damaged{piece}").exists():
         raise DamagedFileError(f"piece {piece} is damaged")
     closed = paths.root.parent / "closed"
-    while closed.exists() and int(piece) >= int(closed.read_text() or "0"):
+    while closed.exists() and len(list(paths.root.glob(".pieces/*.json"))) >= int(closed.read_text() or "0"):
         time.sleep(0.05)
     Pieces(paths.root, "the test").finish(piece, "key", [])
 
@@ -71,10 +71,10 @@ def stage_folder(folder: Path, execution: dict[str, Any], environment: dict[str,
     return Clone(folder, {"PYTHONPATH": str(ROOT), **environment})
 
 
-def closed(folder: Path, first: int = 0) -> Path:
-    """Have the light stage's pieces wait from this one on, until the file is deleted."""
+def closed(folder: Path, after: int = 0) -> Path:
+    """Have the light stage's pieces wait after so many that are finished, until the file is deleted."""
     path = folder / "closed"
-    path.write_text(str(first), encoding="utf-8")
+    path.write_text(str(after), encoding="utf-8")
     return path
 
 

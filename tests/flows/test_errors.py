@@ -41,6 +41,16 @@ def test_a_mistake_of_ours_keeps_its_traceback() -> None:
         run_cleanly(fail)
 
 
+@pytest.mark.parametrize("imported", ["flows.stage", "flows.errors"])
+def test_a_warning_of_ours_is_shown_once_whatever_prefect_does_with_logging(imported: str) -> None:
+    code = (
+        f"import logging, {imported}; from flows.errors import run_cleanly; log = logging.getLogger('storage.files');"
+        "run_cleanly(lambda: (__import__('flows.stage'), log.info('unsaid'), log.warning('said')))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, cwd=ROOT, check=True)
+    assert ended.stderr == b"WARNING: said\n"
+
+
 @pytest.mark.parametrize("length", [10, 1_000_000])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_an_output_that_nobody_reads_to_its_end_is_no_error(length: int, unbuffered: str) -> None:

@@ -26,15 +26,18 @@ from tests.settings import tiny_params
 from tests.ui_runs import ended_tasks
 
 ALL = set(map(str, range(8)))
-_SECONDS = 600
+_SECONDS = 300
 _PATIENT = {"RAY_worker_register_timeout_seconds": "600"}
+_OPEN = {"RAY_AUTH_MODE": "disabled"}
+_CLOSED = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
 
 
 @dataclass
 class Cluster:
-    """A Ray cluster of this machine: the head's address, and the process group of each node by its name."""
+    """A Ray cluster of this machine: the head's address, who is let in, and the process group of each node by name."""
 
     address: str
+    access: dict[str, str] = field(default_factory=lambda: _OPEN)
     nodes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
 
     @property
@@ -62,7 +65,7 @@ class Cluster:
                     *("--object-store-memory=100000000", "--disable-usage-stats"),
                     *((f"--temp-dir={folder}",) if name == "head" else ()),
                 ],
-                env={**os.environ, **_PATIENT, "PYTHONPATH": str(ROOT), "NODE": name},
+                env={**os.environ, **_PATIENT, **self.access, "PYTHONPATH": str(ROOT), "NODE": name},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -100,9 +103,9 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _cluster(*names: str) -> Iterator[Cluster]:
+def _cluster(*names: str, access: dict[str, str] = _OPEN) -> Iterator[Cluster]:
     before = set(Path("/tmp").glob("ray-*"))
-    cluster = Cluster(f"127.0.0.1:{_free_port()}")
+    cluster = Cluster(f"127.0.0.1:{_free_port()}", access)
     try:
         for name in names:
             cluster.add(name)
@@ -129,11 +132,11 @@ def test_two_nodes_make_the_bytes_of_threads_and_a_wrong_input_there_is_one_erro
     folder = tmp_path / "ray"
     shutil.copytree(tmp_path / "inputs", folder / "artifacts")
     with _cluster("head", "second") as cluster:
-        ended = stage_folder(folder, cluster.execution, {"PREFECT_API_URL": address}).run("library")
+        ended = stage_folder(folder, cluster.execution, {"PREFECT_API_URL": address, **_OPEN}).run("library")
         assert (ended.code, ended.out, ended.err) == (0, "", "")
+        assert made(folder) == expected
         (folder / "damaged0").touch()
-        damaged = stage_folder(folder, cluster.execution, {"PREFECT_API_URL": address}).run("light")
-    assert made(folder) == expected
+        damaged = stage_folder(folder, cluster.execution, {"PREFECT_API_URL": address, **_OPEN}).run("light")
     assert ended_tasks(address, "library") >= {"cache_shards", "train_block", "score_jobs"}
     assert (damaged.code, damaged.out, damaged.err) == (4, "", "error: piece 0 is damaged\n")
     assert not list((folder / ".prefect").glob("shared.*"))
@@ -143,7 +146,7 @@ def test_a_node_that_joins_late_is_used_and_where_it_dies_the_run_goes_on(tmp_pa
     """What was finished is not computed twice."""
     gate = closed(tmp_path)
     with _cluster("head") as cluster:
-        stage = stage_folder(tmp_path, cluster.execution, {"PREFECT_API_URL": address}).start("light")
+        stage = stage_folder(tmp_path, cluster.execution, {"PREFECT_API_URL": address, **_OPEN}).start("light")
         try:
             cluster.add("second")
             wait_until(lambda: {node for _, _, node in begun(tmp_path)} == {"head", "second"})
@@ -165,7 +168,7 @@ def test_a_node_that_joins_late_is_used_and_where_it_dies_the_run_goes_on(tmp_pa
 def test_a_head_that_dies_is_one_error_and_a_rerun_goes_on(tmp_path: Path, address: str) -> None:
     gate = closed(tmp_path, 2)
     with _cluster("head") as cluster:
-        clone = stage_folder(tmp_path, cluster.execution, {"PREFECT_API_URL": address})
+        clone = stage_folder(tmp_path, cluster.execution, {"PREFECT_API_URL": address, **_OPEN})
         stage = clone.start("light")
         try:
             wait_until(lambda: len(begun(tmp_path)) == 3)
@@ -177,16 +180,27 @@ def test_a_head_that_dies_is_one_error_and_a_rerun_goes_on(tmp_path: Path, addre
         assert err.startswith(f"error: the head of the Ray cluster at {cluster.address} no longer answers (")
         assert err.count("\n") == 1
         gate.unlink()
-        assert finished(tmp_path) == {"0", "1"}
+        kept = {piece for piece, _, _ in begun(tmp_path)[:2]}  # Ray takes pieces in an order of its own
+        assert finished(tmp_path) == kept
         cluster.add("head")
         clone.must("light")
     assert finished(tmp_path) == ALL
-    assert sorted(piece for piece, _, _ in begun(tmp_path)[3:]) == sorted(ALL - {"0", "1"})
+    assert sorted(piece for piece, _, _ in begun(tmp_path)[3:]) == sorted(ALL - kept)
+
+
+def test_a_cluster_with_a_token_takes_who_has_it_and_others_get_one_error(tmp_path: Path, address: str) -> None:
+    with _cluster("head", access=_CLOSED) as cluster:
+        ended = stage_folder(tmp_path, cluster.execution, {"PREFECT_API_URL": address, **_OPEN}).run("light")
+        assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+        assert ended.err.startswith(f"error: Ray at {cluster.address} does not take this process (")
+        assert "RAY_AUTH_MODE and token" in ended.err and not begun(tmp_path)
+        stage_folder(tmp_path, cluster.execution, {"PREFECT_API_URL": address, **_CLOSED}).must("light")
+    assert finished(tmp_path) == ALL
 
 
 def test_a_wrong_address_is_one_error_before_any_work(tmp_path: Path, address: str) -> None:
     nobody = f"127.0.0.1:{_free_port()}"
-    clone = stage_folder(tmp_path, {"runner": "ray", "address": nobody}, {"PREFECT_API_URL": address})
+    clone = stage_folder(tmp_path, {"runner": "ray", "address": nobody}, {"PREFECT_API_URL": address, **_OPEN})
     ended = clone.run("light")
     assert (ended.code, ended.out) == (2, "")
     assert ended.err.startswith(f"error: no Ray cluster answers at execution.address = {nobody} (")
