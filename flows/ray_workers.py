@@ -108,8 +108,8 @@ def _join(address: str) -> None:
     if error_of_ray is not None:
         first_line = str(error_of_ray).partition("\n")[0]
         raise InputError(
-            f"Ray at {address} does not take this process ({first_line:.300}); is it Ray's head, is this machine a node "
-            f"(`ray start --address {address}`), and has this process the head's RAY_AUTH_MODE and token?"
+            f"Ray at {address} does not take this process ({first_line:.300}); is it Ray's head, is this machine a "
+            f"node (`ray start --address {address}`), and has this process the head's RAY_AUTH_MODE and token?"
         ) from error_of_ray
 
 
