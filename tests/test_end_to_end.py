@@ -94,12 +94,12 @@ class Built:
 
 @pytest.fixture(scope="module")
 def clones(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Clone, Clone]]:
-    """Yield two clones with one Prefect server, the first one's."""
+    """Yield two clones with one Prefect server, the first one's, which computes on worker processes."""
     root = tmp_path_factory.mktemp("clones")
     tiny_parent(root / "parent")
     tiny_documents(root / "documents")
     params = tiny_run_params(root / "parent", root / "documents")
-    first = make_clone(root / "undisturbed", params)
+    first = make_clone(root / "undisturbed", {**params, "execution": {"runner": "processes"}})
     try:
         started = first.must("flows.server", "start")
         url = started.out.split()[-1]
@@ -573,7 +573,7 @@ def test_a_bit_that_rots_without_a_new_date_is_mended_by_what_the_message_says(b
 
 
 def test_both_clones_hold_the_same_bytes(built: Built) -> None:
-    """Killed and mended or not: library, scores, architectures and children are one."""
+    """Killed and mended or not, on threads or processes: library, scores, architectures and children are one."""
     for folder in ("parent", "corpus", "activations", "library", "score_pieces"):
         assert checksums(built.undisturbed.artifacts / folder) == checksums(built.disturbed.artifacts / folder), folder
     for child in ("assembled", "distilled"):
