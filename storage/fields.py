@@ -1,9 +1,9 @@
 """The parts of the models of params.yaml: the base of all sections, and types that several share."""
 
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Best = Literal["best"]
 """A batch or a tensor-parallel degree that the search chooses."""
@@ -23,6 +23,16 @@ class Section(BaseModel):
             if any(abs(number) > MAX_NUMBER for number in _numbers(value)):
                 raise ValueError(f"{name} is beyond {MAX_NUMBER:.0e}, more than any machine has or counts")
         return self
+
+
+AtOnce = Annotated[int, Field(ge=1)] | Literal["auto"]
+"""How many of something a stage takes at once: a number, or auto, which is one on a given machine."""
+
+
+def resolved(count: AtOnce) -> int:
+    """Return how many at once; tasks.engines.machine.on_this_machine has put a number in place of `auto`."""
+    assert count != "auto", "params were not resolved"
+    return count
 
 
 def _numbers(value: Any) -> Iterator[float]:

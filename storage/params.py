@@ -124,7 +124,10 @@ def _broken_sequences(params: Params) -> Iterator[str]:
     whole = (seq_len, "prepare_corpus.seq_len")
     bld_step = (bld.sequences_per_step * seq_len, "seq_len x distill_blocks.sequences_per_step")
     gkd_step = (gkd.sequences_per_step * seq_len, "seq_len x distill_child.sequences_per_step")
-    score_batch = (score.sequences_per_batch * score.length(seq_len), "a sequence x score_blocks.sequences_per_batch")
+    score_batch = (score.length(seq_len), "score_blocks.sequence_tokens")
+    if score.sequences_per_batch != "auto":
+        per_batch = score.sequences_per_batch * score.length(seq_len)
+        score_batch = (per_batch, "a sequence x score_blocks.sequences_per_batch")
     budgets = [
         ("prepare_corpus.train_tokens", corpus.train_tokens, whole),
         ("prepare_corpus.calibration_tokens", corpus.calibration_tokens, whole),

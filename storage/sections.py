@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from storage.documents import TRAINING_MIX
-from storage.fields import Section
+from storage.fields import AtOnce, Section
 from storage.formats import FormatName
 from storage.records import Precision
 from storage.scenario import Scenario, ScenarioText
@@ -22,6 +22,9 @@ from storage.written_text import WrittenKind
 
 MeasuredEngine = Literal["torch", "llama.cpp"]
 """Engines whose speed is measured on this machine."""
+ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
+"""Bytes of an element, by the names of dtypes."""
+_PER_BATCH = "Sequences in one forward pass; auto: a few on a CPU, for its caches, and by memory on a GPU."
 
 
 def _each_once(values: tuple[object, ...]) -> tuple[object, ...]:
@@ -212,7 +215,7 @@ class CacheActivations(Section):
         "bfloat16", description="Precision of the stored hidden states; float32 doubles the disk."
     )
     sequences_per_shard: int = Field(32, ge=1, description="Sequences in a shard: the unit of resuming.")
-    sequences_per_batch: int = Field(8, ge=1, description="Sequences in one forward pass.")
+    sequences_per_batch: AtOnce = Field("auto", description=_PER_BATCH)
 
     @property
     def rolling(self) -> bool:
@@ -310,8 +313,11 @@ class ScoreBlocks(Section):
         description="The first of `tokens`, for the joint KL of whole blocks that are removed one after the other (the "
         "baseline `depth`); 0: `depth` goes by the scores of single blocks.",
     )
-    blocks_per_group: int = Field(3, ge=1, description="Blocks whose replacements go through the parent together.")
-    sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
+    blocks_per_group: AtOnce = Field(
+        "auto",
+        description="Blocks whose replacements go through the parent together; auto: 3 on a CPU, by memory on a GPU.",
+    )
+    sequences_per_batch: AtOnce = Field("auto", description=_PER_BATCH)
 
     def length(self, seq_len: int) -> int:
         """Return the number of tokens of a sequence that are scored, of the corpus's `seq_len`."""
@@ -537,7 +543,7 @@ class EvaluateChild(Section):
     domain_baseline_tokens: int = Field(
         0, ge=0, description="The first of every other domain: baselines are measured on these too; 0: none."
     )
-    sequences_per_batch: int = Field(4, ge=1, description="Sequences in one forward pass.")
+    sequences_per_batch: AtOnce = Field("auto", description=_PER_BATCH)
     export_tokens: int = Field(
         2_048,
         ge=0,

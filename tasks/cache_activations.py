@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
@@ -19,15 +20,17 @@ from torch import Tensor
 from storage.activations import FORMAT_VERSION, REBUILD, shard_name, shard_path, write_shard
 from storage.code_digest import code_digest
 from storage.corpus import SPLITS, SplitName, read_manifest, read_sequences
+from storage.fields import resolved
 from storage.files import InputError, digest_of, sha256
 from storage.model_config import EMBEDDING
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.pieces import Pieces
+from storage.sections import ELEMENT_BYTES
 from tasks.puzzle.model.ahead import Ahead
 from tasks.puzzle.model.boundaries import advance, embed
-from tasks.puzzle.model.device import Compute, free_bytes, prepare_compute
+from tasks.puzzle.model.device import gpu_bytes, prepare_compute
 from tasks.puzzle.search_space import parent_attention, parent_ffn
 from tasks.tensors.activations import STORED, read_tokens
 from tasks.tensors.teacher import cached_train_tokens
@@ -104,18 +107,17 @@ def _stored_boundaries(split: SplitName, params: Params, parent: Parent) -> tupl
 def grouped(shards: Sequence[Shard], params: Params, paths: Paths) -> list[Sequence[Shard]]:
     """Group shards that go through the parent together; which do changes no byte."""
     run, config = params.run, Parent(paths.parent).config
-    compute = prepare_compute(run.device, run.dtype, run.threads)
     tokens = params.cache_activations.sequences_per_shard * params.prepare_corpus.seq_len
-    shard_bytes = tokens * config.hidden_size * compute.dtype.itemsize
-    size = _shards_at_once(compute, shard_bytes, run.workers)
+    shard_bytes = tokens * config.hidden_size * ELEMENT_BYTES[run.dtype]
+    size = _shards_at_once(torch.device(run.device), shard_bytes, run.workers)
     return [shards[start : start + size] for start in range(0, len(shards), size)]
 
 
-def _shards_at_once(compute: Compute, shard_bytes: int, workers: int) -> int:
+def _shards_at_once(device: torch.device, shard_bytes: int, workers: int) -> int:
     """Return how many shards go through a block that is read once: as many as a quarter of a GPU's memory holds."""
-    if compute.device.type == "cpu":
+    if device.type == "cpu":
         return 1
-    return max(1, free_bytes(compute.device) // (4 * workers * shard_bytes))
+    return max(1, gpu_bytes(device) // (4 * workers * shard_bytes))
 
 
 @task(cache_policy=NO_CACHE)
@@ -153,7 +155,7 @@ def cache_shards(shards: Sequence[Shard], params: Params, paths: Paths) -> None:
             if boundary:
                 block = (*variants, next(blocks))
                 for number, hidden in enumerate(states):
-                    states[number] = advance(parent.config, block, hidden, settings.sequences_per_batch)
+                    states[number] = advance(parent.config, block, hidden, resolved(settings.sequences_per_batch))
             for shard, hidden, files in zip(shards, states, written, strict=True):
                 if boundary in shard.stored_boundaries:
                     stored = hidden.to(STORED[settings.dtype]).cpu()

@@ -34,6 +34,7 @@ from storage.evaluation import (
     PredictedScore,
 )
 from storage.evaluation import write_evaluation as write_evaluation_json
+from storage.fields import resolved
 from storage.formats import FormatName
 from storage.library import Library
 from storage.params import Params
@@ -95,15 +96,15 @@ def plan_batches(params: Params, paths: Paths) -> list[Batch]:
     A domain that no stage trains on is taken whole where it has fewer tokens than params ask for.
     """
     settings, manifest = params.evaluate_child, read_manifest(paths.corpus)
-    batches = []
+    batches, at_once = [], resolved(settings.sequences_per_batch)
     for domain, split in _splits(manifest).items():
         total, with_baselines = settings.tokens // manifest.seq_len, settings.baseline_tokens // manifest.seq_len
         if domain != TRAINING_MIX:
             total = min(total, manifest.splits[split].sequences)
             with_baselines = min(settings.domain_baseline_tokens // manifest.seq_len, total)
         for first, stop in ((0, with_baselines), (with_baselines, total)):
-            for start in range(first, stop, settings.sequences_per_batch):
-                sequences = range(start, min(start + settings.sequences_per_batch, stop))
+            for start in range(first, stop, at_once):
+                sequences = range(start, min(start + at_once, stop))
                 batches.append(Batch(domain, sequences, has_baselines=stop == with_baselines))
     return batches
 

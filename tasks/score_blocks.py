@@ -21,6 +21,7 @@ from torch import Tensor
 from storage.code_digest import code_digest
 from storage.corpus import read_documents, read_sequences
 from storage.documents import Tokens
+from storage.fields import resolved
 from storage.files import DamagedFileError, InputError, digest_of
 from storage.library import Library, channel_order_name, entry_name, whole_name
 from storage.model_config import ModelConfig
@@ -31,6 +32,7 @@ from storage.pieces import Pieces
 from storage.records import ScoreRow, Weights
 from storage.tables import write_scores
 from storage.variants import Attention, Ffn, Replacement
+from tasks.engines.machine import blocks_per_group
 from tasks.puzzle.model.boundaries import embed
 from tasks.puzzle.model.device import prepare_compute
 from tasks.puzzle.model.head import Head, TokenLosses
@@ -109,9 +111,7 @@ def plan_groups(params: Params, paths: Paths) -> list[JobGroup]:
     jobs = list(_jobs(params, paths))
     pieces = Pieces(paths.score_pieces, REBUILD)
     pieces.keep_only(dict.fromkeys((job.record for job in jobs), "") | _removal_keys(params, paths))
-    size = params.score_blocks.blocks_per_group
-    if params.cache_activations.rolling:  # a group starts at boundaries that are on disk together
-        size = min(size, 1 + max((1, *params.distill_blocks.spans)))
+    size = blocks_per_group(params, Parent(paths.parent).config)
     groups: dict[tuple[int, int], list[ScoreJob]] = {}
     for job, rows in _rows_by_job(jobs, paths).items():
         if rows is None:
@@ -151,7 +151,7 @@ def _jobs(params: Params, paths: Paths) -> Iterator[ScoreJob]:
 def _num_batches(tokens: int, params: Params) -> int:
     """Count the batches of sequences that have so many scored tokens."""
     settings = params.score_blocks
-    return tokens // (settings.sequences_per_batch * settings.length(params.prepare_corpus.seq_len))
+    return tokens // (resolved(settings.sequences_per_batch) * settings.length(params.prepare_corpus.seq_len))
 
 
 def _common_key(params: Params, paths: Paths, code: str) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def _changed(replacement: Replacement, config: ModelConfig) -> Attention | Ffn |
 
 def _sequences(params: Params, batch: int) -> tuple[int, int]:
     """Return the index of a batch's first calibration sequence, and the index behind its last one."""
-    size = params.score_blocks.sequences_per_batch
+    size = resolved(params.score_blocks.sequences_per_batch)
     return batch * size, (batch + 1) * size
 
 
@@ -235,7 +235,8 @@ def _digest_of_batch(params: Params, paths: Paths, batch: int) -> str:
 
 def _activations(params: Params, paths: Paths) -> Activations:
     """Open the part of the cache that scoring reads: whole batches from the calibration split's beginning."""
-    sequences = _num_batches(params.score_blocks.tokens, params) * params.score_blocks.sequences_per_batch
+    settings = params.score_blocks
+    sequences = _num_batches(settings.tokens, params) * resolved(settings.sequences_per_batch)
     return Activations(params, paths, {"calibration": sequences}, "score_blocks")
 
 

@@ -1,20 +1,85 @@
 """This machine: its name, the versions of its software, and the meaning of `auto` in the params of `run`."""
 
+import math
 import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from storage.fields import resolved
+from storage.model_config import ModelConfig
 from storage.params import Params
-from tasks.puzzle.model.device import resolve
+from storage.sections import ELEMENT_BYTES, CacheActivations, EvaluateChild, ScoreBlocks
+from tasks.puzzle.model.device import gpu_bytes, resolve
+from tasks.puzzle.search_space import block_variants
+
+_CPU_BATCH_TOKENS = 2_048
+_GPU_BYTES_PER_TOKEN = 2_500_000
+"""Memory of a GPU for each token of a forward pass, 32,000 tokens on 80 GB: a token takes 0.15 MB in a block of an 8B,
+0.5 MB in one of a 405B."""
+_CPU_BLOCKS, _MOST_BLOCKS = 3, 8
+
+Batched = TypeVar("Batched", CacheActivations, ScoreBlocks, EvaluateChild)
 
 
 def on_this_machine(params: Params) -> Params:
-    """`params` with the device and dtype that `auto` means on this machine: keys of pieces hold no `auto`."""
+    """`params` with what `auto` means on this machine, device, dtype and batches: keys of pieces hold no `auto`."""
     device, dtype = resolve(params.run.device, params.run.dtype)
-    return params.model_copy(update={"run": params.run.model_copy(update={"device": device, "dtype": dtype})})
+    seq_len, score = params.prepare_corpus.seq_len, params.score_blocks
+    is_cpu = torch.device(device).type == "cpu"
+    tokens = _CPU_BATCH_TOKENS if is_cpu else gpu_bytes(torch.device(device)) // _GPU_BYTES_PER_TOKEN
+    length = score.length(seq_len)
+    scored = math.gcd(score.tokens // length, score.initial_tokens // length, score.depth_tokens // length)
+    return params.model_copy(
+        update={
+            "run": params.run.model_copy(update={"device": device, "dtype": dtype}),
+            "cache_activations": _with_batch(params.cache_activations, tokens // seq_len),
+            "score_blocks": _with_batch(score, _divisor(scored, tokens // 4 // length)),  # tens of replacements
+            "evaluate_child": _with_batch(params.evaluate_child, tokens // 2 // seq_len),  # and a few models
+        }
+    )
+
+
+def _with_batch(section: Batched, sequences: int) -> Batched:
+    """A section with a number in place of `auto`."""
+    if section.sequences_per_batch != "auto":
+        return section
+    return section.model_copy(update={"sequences_per_batch": max(1, sequences)})
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is no larger than `most`, or 1."""
+    return max((divisor for divisor in range(1, most + 1) if number % divisor == 0), default=1)
+
+
+def blocks_per_group(params: Params, config: ModelConfig) -> int:
+    """How many neighbouring blocks' replacements go through the parent together.
+
+    Their states fill a quarter of a GPU at most; in rolling mode they begin at boundaries that are on disk together.
+
+    Args:
+        params: the project's params, with `auto` resolved for this machine.
+        config: the parent's geometry.
+    """
+    wanted, device = params.score_blocks.blocks_per_group, torch.device(params.run.device)
+    if wanted != "auto":
+        size = wanted
+    elif device.type == "cpu":
+        size = _CPU_BLOCKS
+    else:
+        at_once = params.run.workers * bytes_of_replacements(params, config)
+        size = max(1, min(_MOST_BLOCKS, gpu_bytes(device) // (4 * at_once)))
+    return min(size, 1 + max((1, *params.distill_blocks.spans))) if params.cache_activations.rolling else size
+
+
+def bytes_of_replacements(params: Params, config: ModelConfig) -> int:
+    """Bytes that the states of all replacements of a block take, of one batch that is scored."""
+    score, (attentions, ffns) = params.score_blocks, block_variants(config, params.distill_blocks)
+    tokens = resolved(score.sequences_per_batch) * score.length(params.prepare_corpus.seq_len)
+    return (len(attentions) + len(ffns)) * tokens * config.hidden_size * ELEMENT_BYTES[params.run.dtype]
 
 
 def software() -> str:

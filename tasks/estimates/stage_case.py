@@ -8,11 +8,11 @@ from storage.library import name_of
 from storage.metrics import METRICS
 from storage.model_config import ModelConfig
 from storage.params import Params
-from storage.sections import MeasuredEngine
+from storage.sections import ELEMENT_BYTES, MeasuredEngine
 from storage.variants import Attention, Ffn
 from tasks.puzzle.costs.sizes import attention_elements, ffn_elements
 from tasks.puzzle.search_space import block_variants, parent_attention, parent_ffn
-from tasks.tensors.teacher import ELEMENT_BYTES, cached_train_tokens, teacher_cache_bytes, teacher_is_live
+from tasks.tensors.teacher import cached_train_tokens, teacher_cache_bytes, teacher_is_live
 
 _GPU_STATES = 20e9
 """Bytes of hidden states that go through a block together on a GPU of 80 GB: a quarter of it."""

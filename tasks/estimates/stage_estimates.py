@@ -12,6 +12,7 @@ on disk are compared with those that a small run writes, operations with counts 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from storage.fields import resolved
 from storage.formats import FORMATS, FormatName
 from storage.metrics import METRICS, SizeParts
 from storage.model_config import ModelConfig
@@ -20,6 +21,7 @@ from storage.pipeline import PipelineStage
 from storage.scenario import Scenario
 from storage.targets import Target
 from storage.variants import Attention, Ffn
+from tasks.engines.machine import blocks_per_group, bytes_of_replacements
 from tasks.estimates.rank_memory import cpu_bytes, rank_bytes
 from tasks.estimates.stage_case import StageCase
 from tasks.puzzle.costs.sizes import attention_elements, ffn_elements
@@ -238,8 +240,9 @@ def _score_blocks(case: StageCase) -> Demand:
     trained, no_ops = len(case.trained_attentions) + len(case.trained_ffns), 2
     scored = (trained + no_ops) * score.tokens + trained * score.initial_tokens
     suffix: float = scored * sum(range(1, num_blocks + 1))
-    groups = -(-num_blocks // score.blocks_per_group)
-    batches = score.tokens / (score.sequences_per_batch * score.length(case.params.prepare_corpus.seq_len))
+    at_once = blocks_per_group(case.params, case.config)
+    groups = -(-num_blocks // at_once)
+    batches = score.tokens / (resolved(score.sequences_per_batch) * score.length(case.params.prepare_corpus.seq_len))
     heads = num_blocks * scored + 2 * groups * score.tokens
     num_read = num_blocks * trained
     for span in case.params.distill_blocks.spans:
@@ -254,7 +257,8 @@ def _score_blocks(case: StageCase) -> Demand:
     return Demand(
         block_flops=case.in_order(suffix * case.block_flops, score.tokens),
         head_flops=heads * case.head_flops * case.slowdown,
-        memory_bytes=case.compute_bytes * (case.outside_params + case.workers * 4 * case.block_params),
+        memory_bytes=case.compute_bytes * (case.outside_params + case.workers * 4 * case.block_params)
+        + case.workers * at_once * bytes_of_replacements(case.params, case.config),
         read_bytes=groups * batches * case.parent_in_compute / 2,
         hashed_bytes=case.parent_bytes + num_read * case.block_params * case.compute_bytes,
     )
@@ -388,7 +392,7 @@ def _evaluate_child(case: StageCase) -> Demand:
     num_baselines = 4 + case.params.search_baselines.random_seeds
     domain_tokens = sum(min(evaluate.domain_baseline_tokens, size) for size in other_tokens)
     baseline_tokens = num_baselines * (evaluate.baseline_tokens + domain_tokens)
-    batches = tokens / (evaluate.sequences_per_batch * case.params.prepare_corpus.seq_len)
+    batches = tokens / (resolved(evaluate.sequences_per_batch) * case.params.prepare_corpus.seq_len)
     return Demand(
         block_flops=(3 * tokens + baseline_tokens) * case.child_flops
         + sum(other_tokens) * case.config.num_blocks * case.block_flops,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from storage.activations import REBUILD, BoundaryReader, shard_name, shard_path, write_shard
 from storage.corpus import SplitName, read_sequences
+from storage.fields import resolved
 from storage.files import digest_of
 from storage.params import Params
 from storage.parent import Parent
@@ -127,7 +128,7 @@ class Activations:
             embedding, _, _ = self._parent.outside(*compute)
             return lambda split, sequences: embed(embedding, read_tokens(self._paths, split, sequences))
         block = parent_attention(config), parent_ffn(config), self._parent.block(boundary - 1, *compute)
-        sequences_per_batch = self._params.cache_activations.sequences_per_batch
+        sequences_per_batch = resolved(self._params.cache_activations.sequences_per_batch)
 
         def from_before(split: SplitName, sequences: range) -> Tensor:
             before = BoundaryReader(self._folder(boundary - 1), split, boundary - 1, self._rebuild)

@@ -7,10 +7,10 @@ disk. The choice follows from params and the parent's geometry alone, so that al
 
 from storage.model_config import ModelConfig
 from storage.params import Params
+from storage.sections import ELEMENT_BYTES
 
 MOST_CACHED_BYTES = 4 * 2**30
 """Where GKD's tokens would take more in the cache, `distill_child.teacher: auto` computes them instead."""
-ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 def teacher_is_live(params: Params, config: ModelConfig) -> bool:

@@ -30,6 +30,7 @@ from storage.activations import BoundaryReader
 from storage.architecture import read_architecture, write_architecture
 from storage.checkpoints import placed
 from storage.corpus import read_sequences
+from storage.fields import resolved
 from storage.gkd import read_gkd
 from storage.library import Library
 from storage.model_config import ModelConfig, expected_shapes
@@ -171,7 +172,7 @@ class Check:
         head = Head(norm, lm_head, config.rms_norm_eps)
         weights = ReplacementWeights(parent, Library(self.paths.library), *self.compute)
         attentions, ffns = block_variants(config, self.params.distill_blocks)
-        sequences = range(self.params.score_blocks.sequences_per_batch)
+        sequences = range(resolved(self.params.score_blocks.sequences_per_batch))
         tokens = torch.from_numpy(read_sequences(self.paths.corpus, "calibration", 0, len(sequences))).long()
         ids, count, flops = tokens.to(self.compute.device), len(sequences) * size.seq_len, 0.0
         readers = [BoundaryReader(self.paths.activations, "calibration", i) for i in range(config.num_blocks + 1)]

@@ -12,9 +12,8 @@ from storage.files import DamagedFileError, InputError
 from storage.params import Params
 from storage.paths import Paths
 from storage.pieces import Pieces
-from tasks.cache_activations import _shards_at_once, cache_shards, plan_shards
+from tasks.cache_activations import _shards_at_once, cache_shards, grouped, plan_shards
 from tasks.prepare_parent import prepare_parent
-from tasks.puzzle.model.device import Compute
 from tests.settings import SEQ_LEN, tiny_params
 from tests.stages import cache, checksums, prepare
 from tests.tiny import FAMILIES, SIZES, flip_byte, save_tiny, save_tokenizer, tiny_corpus, tiny_model
@@ -76,10 +75,17 @@ def test_shards_that_go_through_the_parent_together_are_the_same_bytes(
 
 
 def test_a_gpu_takes_as_many_shards_as_a_quarter_of_its_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.cache_activations.free_bytes", lambda _: 64_000)
-    gpu, cpu = (Compute(torch.device(name), torch.bfloat16) for name in ("cuda", "cpu"))
+    monkeypatch.setattr("tasks.cache_activations.gpu_bytes", lambda _: 64_000)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert [_shards_at_once(gpu, size, 2) for size in (1_000, 4_000, 100_000)] == [8, 2, 1]
     assert _shards_at_once(cpu, 1, 2) == 1
+
+
+def test_a_machine_without_a_gpu_plans_for_nodes_that_have_one(finished: tuple[Params, Paths]) -> None:
+    params, paths = finished
+    shards = plan_shards.fn(tiny_params(run={"seed": 1, "threads": 2}), paths)
+    on_nodes = params.model_copy(update={"run": params.run.model_copy(update={"device": "cuda"})})
+    assert grouped(shards, on_nodes, paths) == [shards]
 
 
 def test_a_flipped_byte_is_found_by_the_reader_and_made_anew(finished: tuple[Params, Paths]) -> None:

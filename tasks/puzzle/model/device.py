@@ -15,6 +15,8 @@ gets a memory mapping to itself."""
 _BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 """CPU instructions that make bfloat16 products fast, as torch names them."""
 
+_ABSENT_GPU_BYTES = 80 * 10**9
+
 
 class Compute(NamedTuple):
     """The device and the precision that a stage computes with; `tensor.to(*compute)` brings a tensor there."""
@@ -79,7 +81,8 @@ def prepare_compute(device: str, dtype: str, threads: int) -> Compute:
     return Compute(resolved, {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype])
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a GPU, bytes."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free
+def gpu_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU; 80 GB of one that is not here, but on a node that this machine plans for."""
+    if (device.index or 0) >= torch.cuda.device_count():
+        return _ABSENT_GPU_BYTES
+    return torch.cuda.get_device_properties(device).total_memory

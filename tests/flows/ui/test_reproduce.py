@@ -32,9 +32,10 @@ def test_the_deployment_runs_on_a_worker_of_its_pool(tmp_path: Path) -> None:
         with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
             deployment = client.read_deployment_by_name("reproduce/puzzle").id
             right = client.create_flow_run_from_deployment(deployment, parameters={"stages": ["two"]})
-            wrong = client.create_flow_run_from_deployment(deployment, parameters={"stages": ["--force"]})
             user.must("prefect", "worker", "start", "--pool", "puzzle", "--run-once")
             assert _end(client, right) == ("COMPLETED", "made two")
+            wrong = client.create_flow_run_from_deployment(deployment, parameters={"stages": ["--force"]})
+            user.must("prefect", "worker", "start", "--pool", "puzzle", "--run-once")
             state, message = _end(client, wrong)
         assert (state, message.startswith("unknown stage '--force'")) == ("FAILED", True)
         assert (tmp_path / "two").read_text() == "2\n"

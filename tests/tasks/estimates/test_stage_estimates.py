@@ -131,6 +131,7 @@ def test_rolling_by_hand() -> None:
     """The first and the last boundary of 24 tokens in bfloat16, two of 4 + 4 tokens in float32; one worker of two."""
     params = with_fields(case_params(), "run", workers=2)
     params = with_fields(params, "distill_child", teacher="cache")
+    params = with_fields(params, "score_blocks", blocks_per_group=2)  # of three blocks, as many as rolling mode allows
     rolling = with_fields(params, "cache_activations", mode="rolling")
     before, after = estimates(params), estimates(rolling)
     assert after["cache_activations"].disk_bytes == 2 * 24 * 8 * 2 + 2 * (4 + 4) * 8 * 4
