@@ -31,14 +31,14 @@ def on_this_machine(params: Params) -> Params:
     seq_len, score = params.prepare_corpus.seq_len, params.score_blocks
     is_cpu = torch.device(device).type == "cpu"
     tokens = _CPU_BATCH_TOKENS if is_cpu else gpu_bytes(torch.device(device)) // _GPU_BYTES_PER_TOKEN
-    length = score.length(seq_len)
+    length = score.length(seq_len)  # fewer are scored at once than cached: several models go through the head
     scored = math.gcd(score.tokens // length, score.initial_tokens // length, score.depth_tokens // length)
     return params.model_copy(
         update={
             "run": params.run.model_copy(update={"device": device, "dtype": dtype}),
             "cache_activations": _with_batch(params.cache_activations, tokens // seq_len),
-            "score_blocks": _with_batch(score, _divisor(scored, tokens // 4 // length)),  # tens of replacements
-            "evaluate_child": _with_batch(params.evaluate_child, tokens // 2 // seq_len),  # and a few models
+            "score_blocks": _with_batch(score, _divisor(scored, tokens // (4 if is_cpu else 2) // length)),
+            "evaluate_child": _with_batch(params.evaluate_child, tokens // 2 // seq_len),
         }
     )
 

@@ -51,7 +51,7 @@ def test_a_batch_on_a_gpu_goes_by_its_memory_and_divides_what_is_scored(scored: 
     params = on_this_machine(wanted)
     assert params.cache_activations.sequences_per_batch == gpu // 2_500_000 // SEQ_LEN
     in_batch = resolved(params.score_blocks.sequences_per_batch)
-    most = gpu // 2_500_000 // 4 // SEQ_LEN
+    most = gpu // 2_500_000 // 2 // SEQ_LEN
     assert scored % in_batch == 0
     assert in_batch == max(size for size in range(1, most + 1) if scored % size == 0)
 
