@@ -25,7 +25,7 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "prefect")
 
 @dataclass(frozen=True)
 class Home:
-    """What every worker has to find on its node as the stage's process has it.
+    """The state of the stage's machine, which every worker has to find on its node, too.
 
     Attributes:
         folder: the clone's folder, absolute.
@@ -73,10 +73,10 @@ def enter(home: Home) -> None:
 def problems(home: Home, node: str, code: dict[str, str]) -> Iterator[str]:
     """Yield what keeps the node of this name and code from computing pieces: what it lacks, and the way out."""
     if not (home.folder / home.mark).is_file():
-        yield (f"does not see {home.folder} as {home.host} does; put the clone on storage that all nodes mount there")
-    if other := [name for name, value in home.code.items() if code.get(name) != value]:
-        found = ", ".join(f"{name} {code.get(name, 'none')} for {home.code[name]}" for name in other)
-        yield f"computes with other code than {home.host}: {found}; start Ray there from the same clone and environment"
+        yield f"does not see {home.folder} as {home.host} does; put the clone on storage that all nodes mount there"
+    if differing := [name for name, value in home.code.items() if code.get(name) != value]:
+        versions = ", ".join(f"{name} {code.get(name, 'none')} for {home.code[name]}" for name in differing)
+        yield f"computes with other code than {home.host}: {versions}; start Ray there from this clone and environment"
     if not _reaches(home, node):
         yield (
             f"does not reach the Prefect server at {home.api}; start one that all nodes reach (`prefect server start "

@@ -68,12 +68,12 @@ def ray_workers(params: Params) -> Iterator["RayWorkers"]:
 
 def needed(params: Params) -> dict[str, float]:
     """Return what Ray sets aside for a piece: CPU, GPU and memory (bytes), by Ray's names."""
-    wanted, run = params.execution, on_this_machine(params).run
+    execution, run = params.execution, on_this_machine(params).run
     gpus = 0.0 if run.device == "cpu" else 1 / run.workers
     needs = {
-        "CPU": run.threads if wanted.cpus is None else wanted.cpus,
-        "GPU": gpus if wanted.gpus is None else wanted.gpus,
-        "memory": (wanted.memory_gib or 0) * _GIB,
+        "CPU": run.threads if execution.cpus is None else execution.cpus,
+        "GPU": gpus if execution.gpus is None else execution.gpus,
+        "memory": (execution.memory_gib or 0) * _GIB,
     }
     return {name: amount for name, amount in needs.items() if amount}
 

@@ -11,7 +11,7 @@ from storage.fields import Section
 
 
 class Execution(Section):
-    """Where the pieces of a stage are computed; neither results nor their keys depend on it."""
+    """The place where the pieces of a stage are computed; neither results nor their keys depend on it."""
 
     runner: Literal["threads", "processes", "ray"] = Field(
         "threads",

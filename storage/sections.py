@@ -58,7 +58,7 @@ class Run(Section):
 
 
 class Storage(Section):
-    """Where the activation cache and the block library are kept."""
+    """The place where the activation cache and the block library are kept."""
 
     root: Annotated[str, StringConstraints(pattern=r"^s3://[a-z0-9][a-z0-9.-]+(/[\w.=-]+)*$")] | None = Field(
         None,

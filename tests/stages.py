@@ -27,6 +27,8 @@ from tests.chosen import chosen_architecture
 from tests.settings import SEQ_LEN, tiny_params
 from tests.tiny import SIZES, save_tiny, save_tokenizer, tiny_corpus
 
+CHILD = [("kv_1", "ffn_48"), ("no_op", "ffn_24"), ("kv_2", "no_op")]
+
 
 def prepare(family: str, root: Path, **overrides: dict[str, Any]) -> tuple[Params, Paths]:
     """Make a tiny parent and corpus as artifacts under `root`; return the params that made them, and their paths."""
@@ -141,3 +143,12 @@ def calls_of(module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch) -> 
 def checksums(folder: Path) -> dict[str, str]:
     """Return the sha256 of every file by its path below `folder`."""
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def make_child(params: Params, paths: Paths) -> list[str]:
+    """Make a child from a trained library; return the shards of the activation cache."""
+    shards = cache(params, paths)
+    distill(params, paths)
+    assemble(params, paths, CHILD)
+    refine(params, paths)
+    return shards

@@ -162,11 +162,11 @@ def _show(line: str, progress: "tqdm[Never]", watch: Watch) -> None:
     """Take up a line of rank 0: steps that were done, or a measurement; what libraries print is left out."""
     if not line.startswith("{"):
         return
-    told = json.loads(line)
-    if "steps" in told:
-        progress.update(told["steps"])
+    message = json.loads(line)
+    if "steps" in message:
+        progress.update(message["steps"])
     else:
-        measured = Measurement(**told)
+        measured = Measurement(**message)
         progress.set_postfix(kl=f"{measured.kl:.3f}")
         watch(measured)
 

@@ -69,7 +69,7 @@ class LiveStates:
 
 @dataclass(frozen=True)
 class Material:
-    """What the training of a child reads, found and not yet loaded.
+    """The input of a child's training, found and not yet loaded.
 
     Attributes:
         refined: the corrected child's checkpoint.

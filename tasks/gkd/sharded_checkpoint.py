@@ -80,12 +80,12 @@ class ShardedCheckpoint:
         path = self._pieces.folder / file
         return path.is_file() and sha256(path) == checksum
 
-    def _delete_others(self, kept: str) -> None:
-        """Delete everything but the folder `kept` and its record."""
+    def _delete_others(self, current: str) -> None:
+        """Delete everything but the folder `current` and its record."""
         if not self._pieces.folder.is_dir():
             return
         for path in self._pieces.folder.iterdir():
-            if path.name != kept and not (kept and path.name == ".pieces"):
+            if path.name != current and not (current and path.name == ".pieces"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def read(self, kind: str, tensors: Mapping[str, Tensor]) -> None:

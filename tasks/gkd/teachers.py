@@ -59,7 +59,7 @@ class StreamedStates:
     def __init__(self, material: Material, parent: Parent, compute: Compute) -> None:
         self._tokens, self._boundaries = _Tokens(material, parent, compute), {*material.boundaries}
         self._parent, self._compute = parent, compute
-        self._kept: dict[tuple[int, ...], dict[int, Tensor]] = {}
+        self._states: dict[tuple[int, ...], dict[int, Tensor]] = {}
 
     def prepare(self, batches: Sequence[Sequence[int]]) -> None:
         """Take a step's batches through the parent."""
@@ -67,16 +67,16 @@ class StreamedStates:
         variants = parent_attention(config), parent_ffn(config)
         hidden = [self._tokens.embedded(key) for key in keys]
         rotary = rotary_for(config, hidden[0].shape[1], hidden[0])
-        self._kept = {key: {0: states.cpu()} for key, states in zip(keys, hidden, strict=True)}
+        self._states = {key: {0: states.cpu()} for key, states in zip(keys, hidden, strict=True)}
         for boundary in range(1, config.num_blocks + 1):
             block = Block.load(config, *variants, self._parent.block(boundary - 1, *self._compute))
             for position, key in enumerate(keys):
                 with torch.no_grad():
                     hidden[position] = block(hidden[position], rotary)
                 if boundary in self._boundaries:
-                    self._kept[key][boundary] = hidden[position].cpu()
+                    self._states[key][boundary] = hidden[position].cpu()
 
     def of(self, sequences: Sequence[int]) -> States:
         """Return a function from a boundary to the states of a batch that was prepared."""
-        kept = self._kept[tuple(sequences)]
-        return lambda boundary: kept[boundary].to(self._compute.device)
+        states = self._states[tuple(sequences)]
+        return lambda boundary: states[boundary].to(self._compute.device)

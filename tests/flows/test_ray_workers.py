@@ -20,7 +20,7 @@ import ray
 from flows import ray_workers
 from flows.ray_workers import RayWorkers, needed
 from storage.files import InputError
-from tests.clone import ROOT, Clone
+from tests.clone import ROOT
 from tests.piece_stages import begun, closed, finished, library_on_threads, made, stage_folder
 from tests.settings import tiny_params
 from tests.ui_runs import ended_tasks
@@ -115,16 +115,6 @@ def _cluster(*names: str, access: dict[str, str] = _OPEN) -> Iterator[Cluster]:
             cluster.kill(name)
         for folder in set(Path("/tmp").glob("ray-*")) - before:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Yield the API address of a server for this file."""
-    clone = Clone(tmp_path_factory.mktemp("server"), {"PYTHONPATH": str(ROOT)})
-    try:
-        yield clone.must("flows.server", "start").out.split()[-1] + "/api"
-    finally:
-        clone.must("flows.server", "stop")
 
 
 def test_two_nodes_make_the_bytes_of_threads_and_a_wrong_input_there_is_one_error(tmp_path: Path, address: str) -> None:

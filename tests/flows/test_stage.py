@@ -3,7 +3,6 @@
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -72,16 +71,6 @@ def _folder(folder: Path) -> Clone:
     (folder / "params.yaml").write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
     (folder / "pieces.py").write_text(STAGE, encoding="utf-8")
     return Clone(folder, {"PYTHONPATH": str(ROOT)})
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Yield the API address of a server for this file."""
-    clone = Clone(tmp_path_factory.mktemp("server"), {"PYTHONPATH": str(ROOT)})
-    try:
-        yield clone.must("flows.server", "start").out.split()[-1] + "/api"
-    finally:
-        clone.must("flows.server", "stop")
 
 
 def _run(folder: Path, address: str, target: str) -> Ended:

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,11 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows import workers
 from flows.workers import take_devices, workers_of
 from storage.files import InputError
-from tests.clone import ROOT, Clone
 from tests.piece_stages import begun, closed, finished, library_on_threads, made, stage_folder
 from tests.settings import tiny_params
 from tests.ui_runs import ended_tasks
 
 PROCESSES = {"runner": "processes"}
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Yield the API address of a server for this file."""
-    clone = Clone(tmp_path_factory.mktemp("server"), {"PYTHONPATH": str(ROOT)})
-    try:
-        yield clone.must("flows.server", "start").out.split()[-1] + "/api"
-    finally:
-        clone.must("flows.server", "stop")
 
 
 def test_processes_make_the_bytes_of_threads_and_the_ui_has_their_course(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A finished run of the stages up to score_blocks on a tiny parent, made once; tests change a copy of it."""
+"""Runs on a tiny parent that are made once, up to score_blocks and up to a child; tests change a copy of them."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from storage.params import Params
 from storage.paths import Paths
-from tests.stages import STAGES, prepare
+from tests.stages import STAGES, make_child, prepare
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +25,18 @@ def finished(_finished: tuple[Params, Path], tmp_path: Path) -> tuple[Params, Pa
     params, root = _finished
     shutil.copytree(root, tmp_path / "artifacts")
     return params, Paths(tmp_path / "artifacts")
+
+
+@pytest.fixture(scope="session")
+def child(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
+    """Return a corrected child, which is ready for GKD; made once, and not to be changed."""
+    params, paths = prepare("llama", tmp_path_factory.mktemp("child"))
+    make_child(params, paths)
+    return params, paths
+
+
+@pytest.fixture
+def case(child: tuple[Params, Paths], tmp_path: Path) -> tuple[Params, Paths]:
+    """Copy that child to a folder of the test."""
+    shutil.copytree(child[1].root, tmp_path / "artifacts")
+    return child[0], Paths(tmp_path / "artifacts")

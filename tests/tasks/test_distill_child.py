@@ -29,35 +29,10 @@ from tasks.puzzle.distill.optimizer import MasterWeights
 from tasks.puzzle.model.blocks import Block
 from tasks.puzzle.model.head import Head
 from tests.settings import SEQ_LEN, tiny_params
-from tests.stages import assemble, cache, calls_of, checksums, distill, interrupted, prepare, refine
+from tests.stages import calls_of, checksums, interrupted, make_child, prepare
 from tests.tiny import change_weights, flip_byte
 
 CPU = torch.device("cpu")
-CHILD = [("kv_1", "ffn_48"), ("no_op", "ffn_24"), ("kv_2", "no_op")]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
-    """Return a child that is ready for GKD."""
-    params, paths = prepare("llama", tmp_path_factory.mktemp("refined"))
-    make_child(params, paths)
-    return params, paths
-
-
-@pytest.fixture
-def case(finished: tuple[Params, Paths], tmp_path: Path) -> tuple[Params, Paths]:
-    """Return a copy of it, which the test may change."""
-    shutil.copytree(finished[1].root, tmp_path / "artifacts")
-    return finished[0], Paths(tmp_path / "artifacts")
-
-
-def make_child(params: Params, paths: Paths) -> list[str]:
-    """Make a child from a trained library; return the shards of the activation cache."""
-    shards = cache(params, paths)
-    distill(params, paths)
-    assemble(params, paths, CHILD)
-    refine(params, paths)
-    return shards
 
 
 def run(params: Params, paths: Paths) -> tuple[dict[str, Any], dict[str, str]]:
@@ -219,15 +194,15 @@ def test_workers_change_no_byte(case: tuple[Params, Paths]) -> None:
 
 @pytest.mark.parametrize(("keep", "held"), [([], 1), ([1], 2)])
 def test_a_rolling_cache_holds_the_child_to_what_it_keeps(
-    keep: list[int], held: int, finished: tuple[Params, Paths], tmp_path: Path
+    keep: list[int], held: int, child: tuple[Params, Paths], tmp_path: Path
 ) -> None:
     """The KL is the same; the cosine loss of the first step is a mean over fewer blocks."""
     rolling = {"mode": "rolling", "keep": keep}
     params, paths = prepare("llama", tmp_path, cache_activations=rolling, distill_child={"teacher": "cache"})
     make_child(params, paths)
     curve, _ = run(params, paths)
-    shutil.copytree(finished[1].root, tmp_path / "materialised")
-    whole, _ = run(finished[0], Paths(tmp_path / "materialised"))
+    shutil.copytree(child[1].root, tmp_path / "materialised")
+    whole, _ = run(child[0], Paths(tmp_path / "materialised"))
     assert len(list((paths.activations / "train").iterdir())) == held + 1
     assert curve["held_out"][0] == whole["held_out"][0]
     assert curve["steps"][0]["kl"] == whole["steps"][0]["kl"]
@@ -251,13 +226,13 @@ def test_a_live_teacher_teaches_what_the_cache_holds(dtype: str, tolerance: floa
 
 
 def test_a_rolling_cache_without_the_boundaries_of_the_cosine_loss_has_a_live_teacher(
-    finished: tuple[Params, Paths], tmp_path: Path
+    child: tuple[Params, Paths], tmp_path: Path
 ) -> None:
     params, paths = prepare("llama", tmp_path, cache_activations={"mode": "rolling"})
     make_child(params, paths)
     live, _ = run(params, paths)
-    shutil.copytree(finished[1].root, tmp_path / "materialised")
-    cached, _ = run(finished[0], Paths(tmp_path / "materialised"))
+    shutil.copytree(child[1].root, tmp_path / "materialised")
+    cached, _ = run(child[0], Paths(tmp_path / "materialised"))
     assert live["steps"][-1] == pytest.approx(cached["steps"][-1], rel=1e-4)  # the cache is float32 here
 
 

@@ -34,7 +34,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Sharding:
-    """How weights are split: over the ranks of a one-dimensional mesh, to compute in a dtype on this rank's device.
+    """The split of weights over the ranks of a one-dimensional mesh, each of which computes on a device of its own.
 
     Where they are offloaded, each rank's rows wait in the machine's memory: masters, gradients and moments.
     """
@@ -231,12 +231,12 @@ class ShardedTeacher(nn.Module):
 
     def forward(self, hidden: Tensor, boundaries: Iterable[int]) -> dict[int, Tensor]:
         """Compute some boundaries, each [sequences, tokens, hidden], from boundary 0; every rank calls it."""
-        rotary, kept, wanted = rotary_for(self._config, hidden.shape[1], hidden), {0: hidden}, {*boundaries}
+        rotary, states, wanted = rotary_for(self._config, hidden.shape[1], hidden), {0: hidden}, {*boundaries}
         for boundary, layer in enumerate(self.layers, start=1):
             hidden = layer(hidden, rotary)
             if boundary in wanted:
-                kept[boundary] = hidden
-        return kept
+                states[boundary] = hidden
+        return states
 
 
 def embedded(embedding: Tensor, tokens: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,25 +20,15 @@ from storage.paths import Paths
 from tasks import distill_child
 from tasks.gkd import launch
 from tests.clone import ROOT
-from tests.stages import prepare
-from tests.tasks.test_distill_child import make_child, with_settings
+from tests.tasks.test_distill_child import with_settings
 
 _SECONDS = 120
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
-    """Return a child that is ready for GKD on two ranks."""
-    params, paths = prepare("llama", tmp_path_factory.mktemp("refined"))
-    make_child(params, paths)
-    return with_settings(params, ranks=2), paths
-
-
 @pytest.fixture
-def case(finished: tuple[Params, Paths], tmp_path: Path) -> tuple[Params, Paths]:
-    """Return a copy of it, which the test may change."""
-    shutil.copytree(finished[1].root, tmp_path / "artifacts")
-    return finished[0], Paths(tmp_path / "artifacts")
+def case(case: tuple[Params, Paths]) -> tuple[Params, Paths]:
+    """Return a child that is ready for GKD on two ranks, which the test may change."""
+    return with_settings(case[0], ranks=2), case[1]
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ from tasks.gkd.teachers import ShardedStates
 from tasks.puzzle.distill import sharded
 from tasks.puzzle.distill.gkd import Losses
 from tasks.puzzle.distill.sharded import backward
-from tests.stages import checksums, prepare
+from tests.stages import checksums, make_child, prepare
 from tests.tasks.gkd.rank_processes import Ended, run_ranks
-from tests.tasks.test_distill_child import make_child, with_settings
+from tests.tasks.test_distill_child import with_settings
 from tests.tiny import flip_byte
 
 TOLERANCE = 1e-5
@@ -35,26 +35,11 @@ PATCH = pytest.MonkeyPatch()
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Paths]:
-    """Return a child that is ready for GKD."""
-    params, paths = prepare("llama", tmp_path_factory.mktemp("refined"))
-    make_child(params, paths)
-    return params, paths
-
-
-@pytest.fixture
-def case(finished: tuple[Params, Paths], tmp_path: Path) -> tuple[Params, Paths]:
-    """Return a copy of it, which the test may change."""
-    shutil.copytree(finished[1].root, tmp_path / "artifacts")
-    return finished[0], Paths(tmp_path / "artifacts")
-
-
-@pytest.fixture(scope="module")
-def in_threads(finished: tuple[Params, Paths], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def in_threads(child: tuple[Params, Paths], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return gkd.json of the thread path, and its weights."""
     paths = Paths(tmp_path_factory.mktemp("threads") / "artifacts")
-    shutil.copytree(finished[1].root, paths.root)
-    return published(finished[0], paths)
+    shutil.copytree(child[1].root, paths.root)
+    return published(child[0], paths)
 
 
 def published(params: Params, paths: Paths) -> dict[str, Any]:
