@@ -9,9 +9,10 @@ that follows takes over most.
     D = argmin  sum over tokens  w |r - x D|^2  +  ridge * sum over features j  s_j |D_j|^2
 
 r is the parent's state less the child's, x the layer's input on the child's state, s_j the weighted second moment of
-feature j, and w = 1 / |parent's state|^2, since 1 % of the tokens hold nearly all of the squared norm. D is a change of
-the weights, so that a large ridge leaves them as they are. The strength of the ridge is the one with the lowest
-weighted error on held-out tokens; "no change" is among the candidates.
+feature j, and w = 1 / |parent's state|: unweighted, 1 % of the tokens would be nearly all of the sum (measured against
+1 and 1 / |state|^2: docs/distillation.md). D is a change of the weights, so that a large ridge leaves them as they are.
+The strength of the ridge is the one with the lowest weighted error on held-out tokens; "no change" is among the
+candidates.
 
 Puzzle's papers have no such step. Its relatives, which fit a layer on the inputs that the changed model gives it: GPTAQ
 and QEP for quantisation, SVD-LLM's sequential update for low rank, Prune&Comp for removed layers.
@@ -63,29 +64,29 @@ class ParentStates:
 
 @dataclass
 class Moments:
-    """Sums over tokens for one linear layer, weighted by 1 / |target|^2 of each token.
+    """Sums over tokens for one linear layer, weighted by 1 / |target| of each token.
 
     gram: products of the layer's inputs with each other, [inputs (+ 1 for the bias), inputs (+ 1)].
     cross: products of the inputs with what is missing to the target, [inputs (+ 1), outputs].
     error: squared norm of what is missing, a float64 scalar.
-    tokens: number of tokens.
+    target: squared norm of the target, a float64 scalar.
     """
 
     gram: Tensor
     cross: Tensor
     error: Tensor
-    tokens: int
+    target: Tensor
 
     @classmethod
     def of(cls, features: Tensor, missing: Tensor, target: Tensor) -> Self:
         """Sum over float32 `features` [tokens, inputs], `missing` and `target` [tokens, outputs]."""
-        scale = _inverse_lengths(target)
+        scale = _inverse_lengths(target).sqrt()
         weighted_features, weighted_missing = features * scale, missing * scale
         return cls(
             weighted_features.T @ weighted_features,
             weighted_features.T @ weighted_missing,
             weighted_missing.square().sum(dtype=torch.float64),
-            len(features),
+            (target * scale).square().sum(dtype=torch.float64),
         )
 
     def add(self, moments: Self) -> None:
@@ -93,12 +94,12 @@ class Moments:
         self.gram += moments.gram
         self.cross += moments.cross
         self.error += moments.error
-        self.tokens += moments.tokens
+        self.target += moments.target
 
     def error_after(self, change: Tensor) -> float:
-        """Compute the mean over tokens of |missing|^2 / |target|^2 after a float64 `change` of the layer."""
+        """Compute |missing|^2 as a share of |target|^2, both weighted, after a float64 `change` of the layer."""
         products = self.gram.double() @ change - 2 * self.cross.double()
-        return float(self.error + (change * products).sum()) / self.tokens
+        return float((self.error + (change * products).sum()) / self.target)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Correction:
     """The correction of one subblock.
 
     ridge: the strength that was chosen; None if the weights stay as they were.
-    error_before: mean over held-out tokens of |parent's state - child's|^2 / |parent's|^2 behind the subblock.
+    error_before: |parent's state - child's|^2 behind the subblock as a share of |parent's|^2, both summed over held-out
+        tokens with the fit's weights.
     error_after: the same with the weights that are kept, rounded as they are stored.
     """
 

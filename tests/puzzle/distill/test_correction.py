@@ -42,6 +42,13 @@ def in_order(attempt: Callable[[int], Attempt], count: int) -> Iterator[Attempt]
     return map(attempt, range(count))
 
 
+def weighted_error(states: Tensor, target: Tensor) -> float:
+    """Compute |target - states|^2 as a share of |target|^2, tokens weighted by 1 / |target|, in float64."""
+    lengths = target.double().norm(dim=-1)
+    missing = (target.double() - states.double()).square().sum(-1)
+    return float((missing / lengths).sum() / lengths.sum())
+
+
 class Planted:
     """A child's block with one subblock, whose output layer lost a known change; its states are not the parent's."""
 
@@ -86,9 +93,9 @@ class Planted:
         return sums[0]
 
     def error(self, batches: list[Tensor], tensors: Tensors) -> float:
-        """Compute the mean over tokens of the relative squared error, from the states themselves."""
+        """Compute the weighted error behind the block from the states themselves."""
         hidden = torch.cat(batches)
-        return relative_error(self.behind(hidden, tensors), self.behind(hidden, self.whole))
+        return weighted_error(self.behind(hidden, tensors), self.behind(hidden, self.whole))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -134,7 +141,7 @@ def test_the_change_is_the_ridge_regression_of_its_definition(
         features = torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], 1)
     target = planted.behind(hidden, planted.whole).flatten(0, 1).double()
     missing = target - planted.behind(hidden, planted.tensors).flatten(0, 1).double()
-    lengths = target.norm(dim=1, keepdim=True)
+    lengths = target.norm(dim=1, keepdim=True).sqrt()
     design = features / lengths
     shrinkage = torch.diag((0.3 * design.square().sum(0)).sqrt())
     rows = torch.cat([missing / lengths, torch.zeros(len(shrinkage), missing.shape[1], dtype=torch.float64)])
@@ -198,11 +205,11 @@ def test_an_attention_before_an_ffn_aims_at_the_parents_state_behind_its_attenti
         tensors = {**start, **(ffn_part(case.block) if ffn == full else {})}
         block = Block.load(config, Attention("gqa", 1), ffn, tensors)
         sums = moments(config, "attention", block, parent_block, hidden, ParentStates(before, behind))
-        reached = relative_error(block.attend(hidden, rotary), target)
-        assert float(sums.error) / sums.tokens == pytest.approx(reached, rel=1e-5)
+        reached = weighted_error(block.attend(hidden, rotary), target)
+        assert float(sums.error / sums.target) == pytest.approx(reached, rel=1e-5)
     block = Block.load(config, NO_ATTENTION, full, ffn_part(case.block))
     sums = moments(config, "ffn", block, parent_block, hidden, ParentStates(before, behind))
-    assert float(sums.error) / sums.tokens == pytest.approx(relative_error(block(hidden, rotary), behind), rel=1e-5)
+    assert float(sums.error / sums.target) == pytest.approx(weighted_error(block(hidden, rotary), behind), rel=1e-5)
 
 
 def test_errors_weigh_long_and_short_tokens_alike() -> None:
@@ -226,7 +233,8 @@ def test_a_token_without_a_length_has_no_weight() -> None:
     target = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
     missing = torch.tensor([[0.0, 0.0], [5.0, 0.0]])
     sums = Moments.of(torch.tensor([[2.0], [10.0]]), missing, target)
-    assert [float(sums.gram), *sums.cross[0].tolist(), float(sums.error)] == pytest.approx([4, 2, 0, 1])
+    assert [float(sums.gram), *sums.cross[0].tolist()] == pytest.approx([20, 10, 0])
+    assert [float(sums.error), float(sums.target)] == pytest.approx([5, 5])
     assert relative_error((target - missing)[None], target[None]) == pytest.approx(0.5)
 
 
