@@ -7,11 +7,9 @@ import gc
 import inspect
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -73,9 +71,9 @@ def run_stage(stage: Flow[..., Any], target: str | None) -> None:
     params = load()
     _check_target(stage, target, params)
     name = stage.name if target is None else f"{stage.name}@{target}"
+    take_devices(params)
     _check_memory(stage.name, params, Paths())
     with _alone(name):
-        take_devices(params)
         _run_resumed(stage, params, {} if target is None else {"target": target})
         _have_cache_checked(stage.name, target)
         _record(name, time.monotonic() - _BEGAN, Paths())
@@ -184,10 +182,7 @@ def _check_memory(name: str, params: Params, paths: Paths) -> None:
             config = read_parent_info(paths.parent).config
     except InputError:  # the stage itself says what is wrong; a parent from the hub is not here yet
         return
-    memory = memory_of(params.run.device)
-    if params.execution.runner == "ray":  # which puts a piece where execution.memory_gib is left
-        memory = replace(memory, device=sys.maxsize)
-    check_memory(name, pipeline, config, params, memory)
+    check_memory(name, pipeline, config, params, memory_of(params.run.device))
 
 
 def _have_cache_checked(name: str, target: str | None) -> None:

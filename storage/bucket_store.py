@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from storage.bucket import Bucket
 from storage.file_cache import PART, FileCache, is_writable
-from storage.files import DamagedFileError, InputError, read_sealed, sha256, to_run, write_sealed
+from storage.files import DamagedFileError, InputError, read_sealed, sha256, to_run, write_sealed, write_whole
 from storage.stores import RECORDS, keep_in
 
 _TRANSFERS = 8
@@ -30,6 +30,8 @@ _TRANSFERS = 8
 _READ_BYTES = 8 << 20
 _SHARDS_AHEAD = 8
 _BOUNDARIES_AHEAD = 2
+_CLONE = ".clone"
+"""File of a cache with the artifacts' folder that it belongs to."""
 _GIB = 2**30
 
 
@@ -233,7 +235,22 @@ def keep_in_bucket(name: str, artifacts: Path, root: str, cache_gib: float, read
 @functools.cache
 def _store(name: str, artifacts: Path, root: str, cache_gib: float, reads_on: bool) -> BucketStore:
     cache = _cache(artifacts / "cached", round(cache_gib * _GIB))
+    _claim(cache.folder, artifacts)
     return BucketStore(cache.folder / name, artifacts / name, Bucket(f"{root}/{name}"), cache, reads_on)
+
+
+def _claim(folder: Path, artifacts: Path) -> None:
+    """Have a cache be one clone's: what is there and was not sent is the clone's own, to send or to delete.
+
+    Raises:
+        InputError: it is another clone's, through a symlink.
+    """
+    mark, home = folder / _CLONE, str(artifacts.resolve())
+    owner = mark.read_text(encoding="utf-8") if mark.is_file() else home
+    if owner != home and Path(owner).is_dir():  # else the clone has moved
+        raise InputError(f"{artifacts / 'cached'} is the cache of {owner} already; give it a folder of its own")
+    with write_whole(mark) as temporary:
+        temporary.write_text(home, encoding="utf-8")
 
 
 @functools.cache

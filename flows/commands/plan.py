@@ -64,9 +64,10 @@ def plan_text(plan: "Plan", dollars_per_hour: float | None = None) -> str:
     lines.append("  blocks (reflinks: Btrfs, XFS, APFS)")
     if plan.num_benchmarks:
         lines.append(f"not estimated: the {counted(plan.num_benchmarks, 'benchmark')} of measure_accuracy")
-    hours = f"{seconds / 3600:.1f} {'hours' if plan.device == 'cpu' else 'GPU hours'}"
+    device_hours = sum(stage.seconds * stage.devices for stage in plan.stages) / 3600
+    hours = f"{device_hours:.1f} {'hours' if plan.device == 'cpu' else 'GPU hours'}"
     if dollars_per_hour:
-        lines.append(f"{hours}, ${seconds / 3600 * dollars_per_hour:,.2f} at ${dollars_per_hour:,.2f} an hour")
+        lines.append(f"{hours}, ${device_hours * dollars_per_hour:,.2f} at ${dollars_per_hour:,.2f} an hour")
     elif plan.device != "cpu":
         lines.append(hours)
     read, hashed = (sum(getattr(stage, kind) for stage in plan.stages) for kind in ("read_bytes", "hashed_bytes"))
@@ -116,7 +117,8 @@ def _healing_lines(plan: "Plan") -> list[str]:
     )
     gkd = f"distill_child holds the whole child with its gradients and moments ({_gib(whole)})"
     if plan.rank_bytes:
-        gkd = f"each rank of distill_child holds its share of child, gradients, moments ({_gib(plan.rank_bytes)})"
+        gkd = f"each rank of distill_child holds its share of child, gradients, moments ({_gib(plan.rank_bytes)});"
+        gkd += f"\n  its machine's memory holds {_gib(plan.rank_host_bytes)} a rank"
     elif not plan.teacher_cache_bytes:
         gkd = "distill_child trains nothing (distill_child.tokens: 0)"
     return [

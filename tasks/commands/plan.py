@@ -13,7 +13,7 @@ from storage.paths import Paths
 from storage.pipeline import read_pipeline, read_seconds
 from tasks.commands.machine_rates import rates_of_machine
 from tasks.estimates.parent_geometry import parent_geometry
-from tasks.estimates.rank_memory import rank_bytes
+from tasks.estimates.rank_memory import cpu_bytes, rank_bytes
 from tasks.estimates.stage_case import StageCase
 from tasks.estimates.stage_estimates import StageEstimate, estimate_stages, kept_share
 
@@ -27,7 +27,7 @@ class Plan:
     `reading_seconds` and `hashing_seconds` are parts of the estimates: what stages read while they compute, and what
     they compare with its checksums. `took` has the seconds that stages of this clone took when they last ran. Of
     measure_accuracy the estimate has the start alone, not its `num_benchmarks`. `rank_bytes` is what each of
-    GKD's ranks holds for the largest child, 0 where it has none.
+    GKD's ranks holds for the largest child on its device, `rank_host_bytes` in its machine's memory; 0 without ranks.
     """
 
     parent: str
@@ -45,6 +45,7 @@ class Plan:
     free_disk_bytes: float
     num_benchmarks: int
     rank_bytes: float = 0.0
+    rank_host_bytes: float = 0.0
 
 
 def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
@@ -61,6 +62,7 @@ def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
     pipeline = read_pipeline()
     name, config = parent_geometry(params.prepare_parent.source, config_json)
     case = StageCase(config, params)
+    largest = StageCase(config, params, max(map(kept_share, params.targets.values())))
     paths.root.mkdir(parents=True, exist_ok=True)
     rates, machine = rates_of_machine(config, params, paths.root)
     status = os.statvfs(paths.root)
@@ -80,5 +82,6 @@ def plan(params: Params, config_json: Path | None, paths: Paths) -> Plan:
         teacher_cache_bytes=case.teacher_cache_bytes,
         free_disk_bytes=float(status.f_bavail * status.f_frsize),
         num_benchmarks=case.num_benchmarks,
-        rank_bytes=rank_bytes(StageCase(config, params, max(map(kept_share, params.targets.values())))),
+        rank_bytes=rank_bytes(largest),
+        rank_host_bytes=cpu_bytes(largest) if rank_bytes(largest) else 0.0,
     )

@@ -106,10 +106,11 @@ def machine(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of memory of a machine, and of the device that its stages compute on: the same on a CPU."""
+    """Bytes of memory of a machine, and of the device that its stages compute on (the same on a CPU); its GPUs."""
 
     host: int
     device: int
+    gpus: int = 0
 
 
 def memory_of(device: str) -> Memory:
@@ -121,4 +122,4 @@ def memory_of(device: str) -> Memory:
     resolved = torch.device(device)
     if resolved.type == "cpu" or (resolved.index or 0) >= torch.cuda.device_count():  # prepare_compute refuses it
         return Memory(host, host)
-    return Memory(host, torch.cuda.get_device_properties(resolved).total_memory)
+    return Memory(host, torch.cuda.get_device_properties(resolved).total_memory, torch.cuda.device_count())

@@ -11,7 +11,7 @@ from storage.model_config import ModelConfig
 from storage.params import Params
 from storage.pipeline import PipelineStage
 from tasks.engines.machine import Memory
-from tasks.estimates.stage_estimates import estimate_memory
+from tasks.estimates.stage_estimates import ON_WORKERS, estimate_memory
 
 _GIB = 2**30
 _LESS_AT_ONCE = "lower run.workers, or the sequences that the stage takes at once"
@@ -20,8 +20,6 @@ _WAYS_OUT: Mapping[str, str] = {
     "cache_activations": "lower run.workers or cache_activations.sequences_per_shard",
     "distill_blocks": "lower run.workers, or train fewer variants (distill_blocks.ffn_ratios)",
     "score_blocks": "lower run.workers, score_blocks.blocks_per_group or score_blocks.sequences_per_batch",
-    "distill_child": "set distill_child.ranks to your number of GPUs, distill_child.offload to true, or "
-    "distill_child.tokens to 0 (the corrected child goes on, refine_child needs one block)",
     "export_parent": "lower run.workers or export_child.max_shard_gib",
     "export_child": "lower run.workers or export_child.max_shard_gib",
     "benchmark_throughput": "set benchmark_throughput.engines to [] and take no limit on measured speed",
@@ -53,9 +51,13 @@ def check_memory(
     """
     names = [each.name for each in pipeline]
     for name, (on_device, on_host) in estimate_memory(pipeline[names.index(stage) :], config, params).items():
-        kind = name.partition("@")[0]
+        kind, gkd = name.partition("@")[0], params.distill_child
+        if params.execution.runner == "ray" and kind in ON_WORKERS:
+            continue  # Ray puts a piece where execution.memory_gib is left
         if kind in _ON_HOST:
             on_device, on_host = 0.0, on_device
+        if kind == "distill_child" and gkd.ranks > memory.gpus > 0:  # as torchrun deals them out over machines
+            on_host *= memory.gpus / gkd.ranks
         for needed, there, where in (
             (on_device, memory.device, params.run.device),
             (on_host, memory.host, "this machine"),
@@ -63,5 +65,25 @@ def check_memory(
             if needed > there:
                 raise InputError(
                     f"{name} needs {needed / _GIB:,.1f} GiB of memory (modelled), {where} has {there / _GIB:,.1f} GiB: "
-                    f"{_WAYS_OUT.get(kind, _LESS_AT_ONCE)}, or take a machine with more"
+                    f"{_way_out(kind, params, needed is on_host)}, or take a machine with more"
                 )
+
+
+def _way_out(kind: str, params: Params, is_of_host: bool) -> str:
+    """Say what lowers the memory of a stage; of distill_child what is not set yet."""
+    gkd = params.distill_child
+    if kind != "distill_child":
+        return _WAYS_OUT.get(kind, _LESS_AT_ONCE)
+    ways = []
+    if gkd.sequences_per_batch > 1:
+        ways.append("lower distill_child.sequences_per_batch")
+    if not gkd.ranks:
+        ways.append("set distill_child.ranks to your number of GPUs")
+    elif not is_of_host:
+        ways.append("take more distill_child.ranks, a GPU each")
+    if is_of_host and gkd.offload:
+        ways.append("set distill_child.offload to false")
+    elif not is_of_host and not gkd.offload:
+        ways.append("set distill_child.offload to true (with ranks)")
+    ways.append("set distill_child.tokens to 0 (the corrected child goes on, refine_child needs one block)")
+    return ", ".join(ways)

@@ -17,7 +17,8 @@ def rank_bytes(case: StageCase) -> float:
     gkd, config = case.params.distill_child, case.config
     if not gkd.ranks or not gkd.tokens:
         return 0.0
-    width, batch_tokens = case.compute_bytes, gkd.sequences_per_batch * case.params.prepare_corpus.seq_len
+    sequences = min(gkd.sequences_per_batch, _sequences_of_step(case))
+    width, batch_tokens = case.compute_bytes, sequences * case.params.prepare_corpus.seq_len
     shards = 0.0 if gkd.offload else _trained_bytes(case)
     # a block and the next one, each as gathered and as copied out of that; gradients, and the same in float32
     blocks = case.block_params * (4 * width + width + 4)
@@ -38,9 +39,15 @@ def cpu_bytes(case: StageCase) -> float:
     shards += _trained_bytes(case) if gkd.offload else 0.0
     if gkd.teacher != "streamed":
         return shards
-    sequences = -(-gkd.sequences_per_step // gkd.ranks)
-    waiting = sequences * case.params.prepare_corpus.seq_len * (config.num_blocks + 1) * config.hidden_size
+    waiting = (
+        _sequences_of_step(case) * case.params.prepare_corpus.seq_len * (config.num_blocks + 1) * config.hidden_size
+    )
     return shards + width * waiting
+
+
+def _sequences_of_step(case: StageCase) -> int:
+    """Count the sequences of a step that a rank gets at most."""
+    return -(-case.params.distill_child.sequences_per_step // case.params.distill_child.ranks)
 
 
 def _trained_bytes(case: StageCase) -> float:

@@ -164,7 +164,7 @@ class StageCase:
         """Count the tokens that a variant's steps train on, on average."""
         variants: list[Attention | Ffn] = [*self.trained_attentions, *self.trained_ffns]
         tokens = [self.params.distill_blocks.tokens_of(name_of(variant)) for variant in variants]
-        return sum(tokens) / len(tokens)
+        return sum(tokens) / len(tokens) if tokens else 0.0
 
     @property
     def bld_read_tokens(self) -> int:

@@ -10,7 +10,7 @@ on disk are compared with those that a small run writes, operations with counts 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from storage.fields import resolved
 from storage.formats import FORMATS, FormatName
@@ -32,6 +32,8 @@ _CHECKPOINTED = 4 * _MASTER_BYTES // 3  # and the best weights so far
 _BACKWARD = 2.4  # of the forward's operations: gradients of weights, and of inputs where something before them trains
 _OFFLOADED_BATCH = 12  # masters to the GPU for both passes, gradients back, for every batch
 _OFFLOADED_STEP = 6  # AdamW in the machine's memory, which is about five times as fast as the link to a GPU
+ON_WORKERS = {"cache_activations", "distill_blocks", "score_blocks", "evaluate_child", "export_parent", "export_child"}
+"""Stages whose pieces are computed by the workers of `execution.runner`."""
 _PROCESS_BYTES = 0.6e9  # memory of a process with its libraries, beside what its stage holds
 
 
@@ -72,6 +74,7 @@ class Demand:
     host_bytes: float = 0.0
     disk_bytes: float = 0.0
     starts: float = 1.0
+    devices: int = 1
 
     def seconds(self, rates: Rates) -> float:
         """Time on a machine with these rates."""
@@ -84,7 +87,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage, modelled: seconds, bytes of memory at the peak, on disk that it leaves, read and hashed."""
+    """One stage, modelled: seconds, bytes of memory at the peak, on disk that it leaves, read and hashed; its GPUs."""
 
     stage: str
     seconds: float
@@ -92,6 +95,7 @@ class StageEstimate:
     disk_bytes: float
     read_bytes: float
     hashed_bytes: float
+    devices: int = 1
 
 
 def estimate_stages(
@@ -106,6 +110,7 @@ def estimate_stages(
             disk_bytes=demand.disk_bytes,
             read_bytes=demand.read_bytes,
             hashed_bytes=demand.hashed_bytes,
+            devices=demand.devices,
         )
         for name, demand in _demands(pipeline, config, params)
     )
@@ -129,7 +134,11 @@ def _demands(pipeline: Sequence[PipelineStage], config: ModelConfig, params: Par
             shares = {key: kept_share(target) for key, target in params.targets.items()}
             cases = {f"{stage.name}@{key}": StageCase(config, params, share) for key, share in shares.items()}
         for name, case in cases.items():
-            yield name, ESTIMATORS[stage.name](case)
+            demand = ESTIMATORS[stage.name](case)
+            if stage.name in ON_WORKERS and params.execution.runner == "processes":  # each has embedding and head
+                others = (case.workers - 1) * (_PROCESS_BYTES + case.compute_bytes * case.outside_params)
+                demand = replace(demand, memory_bytes=demand.memory_bytes + others)
+            yield name, demand
 
 
 def kept_share(target: Target) -> float:
@@ -343,6 +352,7 @@ def _distill_child(case: StageCase) -> Demand:
         host_bytes=gkd.ranks * (cpu_bytes(case) + _PROCESS_BYTES) if gkd.ranks else 0.0,
         disk_bytes=case.child_bytes,
         starts=2.0 if gkd.ranks else 1.0,
+        devices=devices,
     )
 
 

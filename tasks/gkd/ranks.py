@@ -243,7 +243,16 @@ def main() -> None:
     arguments = parser.parse_args()
     threading.Thread(target=_end_with, args=(arguments.parent,), daemon=True).start()
     try:
-        _train(arguments.target, on_this_machine(load(arguments.params)), Paths(arguments.artifacts))
+        params = on_this_machine(load(arguments.params))
+        params.target(arguments.target)
+        if "RANK" not in os.environ:
+            raise InputError(
+                "a rank is started by torchrun (tasks/gkd/ranks.py says how), or by the stage: set distill_child.ranks, then "
+                f"run `dvc repro distill_child@{arguments.target}`"
+            )
+        if not params.distill_child.tokens:
+            raise InputError("distill_child.tokens is 0, there is nothing to train; give it tokens")
+        _train(arguments.target, params, Paths(arguments.artifacts, params.storage))
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)

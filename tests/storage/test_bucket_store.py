@@ -126,6 +126,19 @@ def test_a_cache_that_holds_little_changes_no_byte(
     assert 100_000 < held <= 200_000
 
 
+def test_a_cache_is_one_clones(run: Run, bucket: str, local: Run, tmp_path: Path) -> None:
+    """Another one would delete what was made and not sent. A clone that moved takes its own along."""
+    cache(run.params, run.paths)
+    other = stored(local, run.paths.storage.root or "", tmp_path / "other")
+    (other.paths.root / "cached").symlink_to(run.paths.root / "cached")
+    with pytest.raises(InputError, match=f"cached is the cache of {run.paths.root} already; give it a folder"):
+        cache(other.params, other.paths)
+    moved = run.paths.root.rename(tmp_path / "moved")
+    (other.paths.root / "cached").unlink()
+    (other.paths.root / "cached").symlink_to(moved / "cached")
+    cache(other.params, other.paths)
+
+
 def test_a_colleague_makes_nothing_and_reads_what_a_changed_target_needs(
     local: Run, run: Run, tmp_path: Path, proxy: FaultyProxy
 ) -> None:

@@ -88,6 +88,11 @@ def test_the_70b_is_planned_from_its_config_alone(tmp_path: Path, monkeypatch: p
     window = 2 * (params.distill_blocks.tokens + params.prepare_corpus.calibration_tokens)
     assert profile.rolling and profile.rolling_bytes == 2.0 * 8192 * (2 * tokens + window)
     assert "needs more than there is: set fewer tokens or a larger disk" in plan_text(profile)
+    hour_each = [replace(stage, seconds=3600.0, devices=1) for stage in profile.stages]
+    on_eight = [replace(stage, devices=8) if "distill_child" in stage.stage else stage for stage in hour_each]
+    hours = len(hour_each) + 2 * 7
+    text = plan_text(replace(profile, device="cuda", stages=tuple(on_eight)), 2.0)
+    assert f"{hours}.0 GPU hours, ${2 * hours}.00 at $2.00 an hour" in text
     roomy = replace(profile, rolling=False, free_disk_bytes=3 * profile.rolling_bytes)
     assert "materialised needs more than there is: set cache_activations.mode: rolling" in plan_text(roomy)
     assert "needs more" not in plan_text(replace(roomy, rolling=True))

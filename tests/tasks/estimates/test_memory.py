@@ -5,6 +5,7 @@ import json
 import pytest
 
 from flows.ui.overrides import with_profile
+from storage.execution import Execution
 from storage.files import InputError
 from storage.model_config import ModelConfig
 from storage.params import Params, load
@@ -12,6 +13,7 @@ from storage.pipeline import read_pipeline
 from tasks.engines.machine import Memory, memory_of, on_this_machine
 from tasks.estimates.memory import check_memory
 from tasks.estimates.parent_geometry import parent_geometry
+from tasks.estimates.stage_estimates import estimate_memory
 from tests.clone import ROOT
 
 GIB = 2**30
@@ -65,10 +67,46 @@ def test_what_comes_later_and_does_not_fit_is_refused_first() -> None:
     gkd = params.distill_child.model_copy(update={"offload": False})
     held = params.model_copy(update={"distill_child": gkd})
     message = refusal("cache_activations", held, config, Memory(2000 * GIB, 80 * GIB))
-    assert message.startswith("distill_child@like-51b needs 1") and "(modelled), cuda has 80.0 GiB: set" in message
+    assert (
+        message.startswith("distill_child@like-51b needs 1")
+        and "(modelled), cuda has 80.0 GiB: lower distill_child.sequences_per_batch, " in message
+    )
     assert "distill_child.offload to true" in message and "distill_child.tokens to 0" in message
     message = refusal("cache_activations", params, config, Memory(500 * GIB, 80 * GIB))
     assert message.startswith("distill_child@like-51b needs ") and "this machine has 500.0 GiB" in message
+    assert "distill_child.offload to false" in message, "that is what the machine's memory holds"
+
+
+def test_ranks_on_several_machines_share_them() -> None:
+    """64 ranks, eight on each machine as torchrun starts them: an eighth of them is here."""
+    params, config = on_gpus("llama-3.1-70b")
+    gkd = params.distill_child.model_copy(update={"ranks": 64})
+    spread = params.model_copy(update={"distill_child": gkd})
+    host = 300 * GIB
+    assert "distill_child" in refusal("distill_child", spread, config, Memory(host, 80 * GIB, gpus=64))
+    assert not refusal("distill_child", spread, config, Memory(host, 80 * GIB, gpus=8))
+
+
+def test_on_ray_what_the_stage_computes_itself_is_still_compared() -> None:
+    """Its pieces are put where they fit."""
+    params, config = on_gpus("llama-3.1-70b")
+    gkd = params.distill_child.model_copy(update={"offload": False})
+    execution = Execution.model_validate({"runner": "ray", "address": "head:6379"})
+    on_ray = params.model_copy(update={"distill_child": gkd, "execution": execution})
+    memory = Memory(2000 * GIB, 30 * GIB)
+    assert refusal("score_blocks", params, config, Memory(2000 * GIB, GIB)).startswith("score_blocks needs ")
+    assert refusal("score_blocks", on_ray, config, memory).startswith(("refine_child@", "distill_child@"))
+
+
+def test_every_worker_process_has_embedding_and_head() -> None:
+    _, config = parent_geometry(load().prepare_parent.source)
+    pipeline, memory = read_pipeline(), dict[str, float]()
+    for runner in ("threads", "processes"):
+        run = load().run.model_copy(update={"workers": 3, "dtype": "float32", "device": "cpu"})
+        params = load().model_copy(update={"run": run, "execution": Execution.model_validate({"runner": runner})})
+        memory[runner] = estimate_memory(pipeline, config, on_this_machine(params))["score_blocks"][0]
+    outside = 4 * config.vocab_size * config.hidden_size  # tied
+    assert memory["processes"] - memory["threads"] == 2 * (outside + 0.6e9)
 
 
 def test_what_a_stage_holds_on_the_host_is_compared_with_the_host() -> None:

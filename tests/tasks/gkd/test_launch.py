@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,12 @@ from storage.checkpoints import Checkpoint, CheckpointWriter
 from storage.files import DamagedFileError, DiskFullError, InputError
 from storage.params import Params
 from storage.paths import Paths
+from storage.sections import Storage
 from tasks import distill_child
 from tasks.gkd import launch
 from tests.clone import ROOT
+from tests.settings import tiny_params
+from tests.stages import make_child, prepare
 from tests.tasks.test_distill_child import with_settings
 
 _SECONDS = 120
@@ -73,6 +77,43 @@ def test_a_killed_rank_ends_the_others_with_one_message_and_a_rerun_goes_on(
     assert [kls[seen.step] for seen in shown] == [seen.kl for seen in shown]
     distill_child.distill.fn("small", with_settings(params, ranks=0), paths)
     assert {row["step"]: row["kl"] for row in curve(paths)["held_out"]} == pytest.approx(kls, rel=1e-5)
+
+
+def test_ranks_read_what_is_kept_in_a_bucket(bucket: str, tmp_path: Path) -> None:
+    """The teacher is the cache, whose shards this machine does not have."""
+    storage = Storage.model_validate({"root": f"{bucket}/{tmp_path.name}"})
+    params, _ = prepare("llama", tmp_path, distill_child={"teacher": "cache"})
+    params = with_settings(params.model_copy(update={"storage": storage}), ranks=2)
+    paths = Paths(tmp_path / "artifacts", storage)
+    make_child(params, paths)
+    shutil.rmtree(paths.root / "cached/activations")
+    distill_child.distill.fn("small", params, paths)
+    assert len(curve(paths)["steps"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("target", "rank", "tokens", "message"),
+    [
+        (
+            "small",
+            None,
+            256,
+            "error: a rank is started by torchrun (tasks/gkd/ranks.py says how), or by the stage: set ",
+        ),
+        ("small", "0", 0, "error: distill_child.tokens is 0, there is nothing to train; "),
+        ("smal", "0", 256, "error: unknown target 'smal', did you mean small?; known: small"),
+    ],
+)
+def test_a_rank_by_hand_that_cannot_train_is_one_error(
+    target: str, rank: str | None, tokens: int, message: str, tmp_path: Path
+) -> None:
+    params = tiny_params(distill_child={"tokens": tokens, "ranks": 1})
+    (tmp_path / "params.json").write_text(params.model_dump_json(), encoding="utf-8")
+    command = [sys.executable, "-m", "tasks.gkd.ranks", "--target", target, "--params", str(tmp_path / "params.json")]
+    environment = {**os.environ, **({"RANK": rank} if rank else {})}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert ended.stderr.startswith(message)
 
 
 def test_ranks_end_when_the_process_that_started_them_is_killed(case: tuple[Params, Paths]) -> None:
