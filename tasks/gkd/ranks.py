@@ -247,8 +247,8 @@ def main() -> None:
         params.target(arguments.target)
         if "RANK" not in os.environ:
             raise InputError(
-                "a rank is started by torchrun (tasks/gkd/ranks.py says how), or by the stage: set distill_child.ranks, "
-                f"then run `dvc repro distill_child@{arguments.target}`"
+                "a rank is started by torchrun (tasks/gkd/ranks.py says how), or by the stage: set distill_child.ranks,"
+                f" then run `dvc repro distill_child@{arguments.target}`"
             )
         if not params.distill_child.tokens:
             raise InputError("distill_child.tokens is 0, there is nothing to train; give it tokens")
