@@ -89,15 +89,16 @@ def _join(address: str) -> None:
             f"no Ray cluster answers at execution.address = {address} ({error}); start its head there with "
             f"`ray start --head --port {address.rpartition(':')[2]}`, or name another one"
         )
-    outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+    outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def ended(_kind: object, error: BaseException | None, _traceback: object) -> bool:
+        outcome.put(error)  # of any kind: nobody would read it on the silenced stderr
+        return True
 
     def join() -> None:
-        try:
+        with contextlib.ExitStack() as ending:
+            ending.push(ended)
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, namespace="puzzle")
-        except (OSError, RuntimeError, ValueError, RayError) as error:
-            outcome.put(error)
-        else:
-            outcome.put(None)
 
     with _silent():
         threading.Thread(target=join, daemon=True).start()  # what it waits for has no limit of its own
@@ -106,7 +107,7 @@ def _join(address: str) -> None:
         except queue.Empty:
             error_of_ray = TimeoutError(f"no answer within {_JOIN_SECONDS:.0f} s")
     if error_of_ray is not None:
-        first_line = str(error_of_ray).partition("\n")[0]
+        first_line = str(error_of_ray).partition("\n")[0] or type(error_of_ray).__name__
         raise InputError(
             f"Ray at {address} does not take this process ({first_line:.300}); is it Ray's head, is this machine a "
             f"node (`ray start --address {address}`), and has this process the head's RAY_AUTH_MODE and token?"
@@ -131,7 +132,7 @@ def _silence(address: str) -> str | None:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last: a host with a part that DNS does not take
         return str(error)
     return None
 

@@ -1,11 +1,11 @@
 """Descriptions of the keys of `measure_accuracy` in params.yaml; storage/sections.py has those of other sections."""
 
 import string
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from storage.fields import Section
+from storage.fields import Section, expecting
 
 
 class AccuracyTask(Section):
@@ -95,8 +95,11 @@ class MtBench(Section):
         min_length=1,
         description="Parquet file, or hub:<id>@<revision>, with columns turns, reference (lists of texts), category.",
     )
-    judge_url: str = Field(
-        pattern=r"^https?://[^@]+$",
+    judge_url: Annotated[
+        str,
+        StringConstraints(pattern=r"^https?://[^@]+$"),
+        expecting("http://HOST/v1 or https://HOST/v1 without a name or password in it"),
+    ] = Field(
         description="Base URL of the judge's API, ending in /v1; its key is OPENAI_API_KEY in the environment.",
     )
     judge_model: str = Field(min_length=1, description="Name of the judge at that API.")

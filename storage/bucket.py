@@ -15,6 +15,8 @@ import hashlib
 import logging
 import os
 import random
+import re
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from botocore.exceptions import (
     BotoCoreError,
     HTTPClientError,
     NoCredentialsError,
+    ParamValidationError,
     PartialCredentialsError,
 )
 from botocore.exceptions import ClientError as RefusedError
@@ -37,6 +40,8 @@ from fsspec.asyn import sync
 from storage.files import InputError
 
 S3 = "s3://"
+_ENDPOINT = "AWS_ENDPOINT_URL"
+_FILE = "~/.aws/config"
 _SETTINGS = "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
 _AGAIN = "and run the same command again: finished pieces stay"
 _PART_BYTES = 16 << 20
@@ -168,13 +173,35 @@ def _connected(_process: int, _settings: tuple[tuple[str, str], ...]) -> Any:
     store.retries = 1  # one policy alone, ours: s3fs's waits are the same for all workers
     try:
         store.connect()
-    except BotoCoreError as error:  # some are ValueErrors, too
-        raise InputError(f"S3 cannot be used ({type(error).__name__}); check {_SETTINGS}") from None
-    except ValueError:
-        raise InputError(
-            f"the store's address is no URL, expected http://HOST:PORT or https://HOST; check {_SETTINGS}"
-        ) from None
+    except (BotoCoreError, ValueError) as error:
+        raise _misconfigured(error) from None
+    if bundle := store.session.get_config_variable("ca_bundle"):
+        _check_certificates(bundle)
     return store
+
+
+def _check_certificates(bundle: str) -> None:
+    """Raise InputError where a request would fail at the certificates to trust, as if the connection had."""
+    try:
+        ssl.create_default_context(cafile=bundle)
+    except OSError as error:
+        found = "it holds none" if isinstance(error, ssl.SSLError) else error.strerror
+        raise InputError(
+            f"S3 cannot be used: AWS_CA_BUNDLE (or ca_bundle in {_FILE}) has to name a file of certificates "
+            f"({found}); correct or unset it"
+        ) from None
+
+
+def _misconfigured(error: BotoCoreError | ValueError) -> InputError:
+    """Return the message about a setting with which no request can be made, by the variable whose value is quoted."""
+    settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_") and value}
+    quoted = [name for name, value in settings.items() if re.search(rf"(?<!\w){re.escape(value)}(?!\w)", str(error))]
+    name = max(quoted, key=lambda name: len(settings[name]), default="")
+    if name.startswith(_ENDPOINT) or not (name or isinstance(error, BotoCoreError)):
+        name = name or _ENDPOINT
+        return InputError(f"the store's address is no URL, expected http://HOST:PORT or https://HOST; correct {name}")
+    cure = f"correct or unset {name}" if name else f"look at {', '.join(sorted(settings))} and {_FILE}"
+    return InputError(f"S3 cannot be used ({type(error).__name__}); {cure}")
 
 
 def _answer(error: BaseException) -> dict[str, Any]:
@@ -222,4 +249,6 @@ def _explained(address: str, error: BaseException, writes: bool) -> InputError:
             f"{address} could not be reached for about a minute ({_named(error)}); look after the store, check "
             f"{_SETTINGS}, {_AGAIN}"
         )
+    if isinstance(error, BotoCoreError) and not isinstance(error, ParamValidationError):  # no request was made
+        return _misconfigured(error)
     return InputError(f"{address}: the store refuses the request ({_named(error)}: {error}); check storage.root")

@@ -7,7 +7,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from storage.fields import Section
+from storage.fields import Section, expecting
+
+_Gpu = Annotated[str, StringConstraints(pattern=r"^cuda:(0|[1-9][0-9]{0,2})$")]
+_Gpus = Annotated[tuple[_Gpu, ...], Field(min_length=1)]
+_Address = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9._-]+:[0-9]{1,5}$"),
+    expecting("HOST:PORT such as head:6379, HOST being a name or an IPv4 address"),
+]
 
 
 class Execution(Section):
@@ -18,13 +26,12 @@ class Execution(Section):
         description="threads of the stage's process (one GPU), processes of this machine (all of `devices`), or ray: "
         "all nodes of the cluster at `address`.",
     )
-    devices: Literal["auto"] | tuple[Annotated[str, StringConstraints(pattern=r"^cuda:[0-9]{1,3}$")], ...] = Field(
+    devices: Annotated[Literal["auto"] | _Gpus, expecting("auto or a list such as [cuda:0, cuda:1]")] = Field(
         "auto",
-        min_length=1,
         description="GPUs of this machine that stages may take: auto (all that are visible), or a list such as "
         "[cuda:0, cuda:1]. A process takes one and keeps it; on a cluster Ray hands them out.",
     )
-    address: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+:[0-9]{1,5}$")] | None = Field(
+    address: _Address | None = Field(
         None, description="HOST:PORT of Ray's head, as `ray start --head --port PORT` has it; null without Ray."
     )
     cpus: float | None = Field(None, gt=0, le=1024, description="CPUs of a piece on Ray; null: run.threads.")

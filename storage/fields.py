@@ -1,9 +1,10 @@
 """The parts of the models of params.yaml: the base of all sections, and types that several share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError
 
 Best = Literal["best"]
 """A batch or a tensor-parallel degree that the search chooses."""
@@ -25,7 +26,22 @@ class Section(BaseModel):
         return self
 
 
-AtOnce = Annotated[int, Field(ge=1)] | Literal["auto"]
+def expecting(words: str) -> WrapValidator:
+    """Return what says in words what a type expects, in one line whatever is wrong: pydantic has one a union's member.
+
+    Every union and every pattern in a section has it; tests/storage/test_params.py sees to that.
+    """
+
+    def checked(value: Any, check: Callable[[Any], Any]) -> Any:
+        try:
+            return check(value)
+        except ValidationError:
+            raise PydanticCustomError("expecting", "expected {words}", {"words": words}) from None
+
+    return WrapValidator(checked)
+
+
+AtOnce = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], expecting("a whole number of at least 1, or auto")]
 """How many of something a stage takes at once: a number, or auto, which is one on a given machine."""
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, StringConstraints, ValidationError, model
 
 from storage.accuracy_sections import MeasureAccuracy
 from storage.execution import Execution
-from storage.fields import MAX_NUMBER, Section
+from storage.fields import MAX_NUMBER, Section, expecting
 from storage.files import InputError, did_you_mean
 from storage.formats import LLAMACPP_FORMAT
 from storage.sections import (
@@ -43,6 +43,17 @@ from storage.yaml_files import read_yaml
 PARAMS_FILE = Path("params.yaml")
 _MOST_PROBLEMS = 20
 _MOST_CHARACTERS = 80
+_IN_WORDS = {
+    "model_type": "expected a section, which holds KEY: VALUE lines",
+    "dict_type": "expected KEY: VALUE lines",
+    "tuple_type": "expected a list",
+}
+"""What pydantic says in names of Python's types."""
+_TargetName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,59}$"),
+    expecting("a name of at most 60 lowercase letters, digits and -, a letter first"),
+]
 S = TypeVar("S", bound=Section)
 
 
@@ -70,7 +81,7 @@ class Params(Section):
     evaluate_child: EvaluateChild
     measure_accuracy: MeasureAccuracy
     report: Report
-    targets: dict[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,59}$")], Target] = Field(min_length=1)
+    targets: dict[_TargetName, Target] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -247,13 +258,23 @@ def _problems(error: ValidationError, where: str, root: type[BaseModel]) -> str:
 
 def _problem(root: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
     """Return a problem of pydantic's in words: the key in full, what was expected, what was found."""
-    key = ".".join(_shown(part) for part in location)
+    key = ".".join(_shown(part) for part in location if part != "[key]")
     if kind == "extra_forbidden":
         fields = sorted(_fields_at(root, location[:-1]))
         return f"unknown key {key}{did_you_mean(str(location[-1]), fields)} (known here: {', '.join(fields)})"
-    shown = f" (found {_shown(value, repr)})" if isinstance(value, str | int | float | bool) else ""
-    text = message.removeprefix("Value error, ") + shown
+    text = _IN_WORDS.get(kind, message.removeprefix("Value error, ")) + _found(kind, value)
     return f"{key}: {text}" if key else text
+
+
+def _found(kind: str, value: object) -> str:
+    """Return the end of a line: a value that was found, a list of them where no other line names its items."""
+    if value is None:
+        return " (found nothing)"
+    items = value[:_MOST_CHARACTERS] if isinstance(value, list) and kind == "expecting" else [value]
+    if not all(isinstance(item, str | int | float | bool) for item in items):
+        return ""
+    text = ", ".join(_shown(item, repr) for item in items)
+    return f" (found {_cut(f'[{text}]') if isinstance(value, list) else text})"
 
 
 def _shown(value: object, form: Callable[[object], str] = str) -> str:
@@ -261,6 +282,10 @@ def _shown(value: object, form: Callable[[object], str] = str) -> str:
     if isinstance(value, int) and abs(value) > MAX_NUMBER:
         return "a very large number"  # Python refuses to print one of more than 4,300 digits
     text = form(value[: 2 * _MOST_CHARACTERS] if isinstance(value, str) else value)
+    return _cut(text)
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
 
 

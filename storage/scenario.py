@@ -8,9 +8,14 @@ from typing import Annotated, Self
 
 from pydantic import StringConstraints
 
+from storage.fields import expecting
 from storage.records import CostRow, Precision, ThroughputRow
 
-ScenarioText = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,8}/[1-9][0-9]{0,8}$")]
+ScenarioText = Annotated[
+    str,
+    StringConstraints(pattern=r"^[1-9][0-9]{0,8}/[1-9][0-9]{0,8}$"),
+    expecting("INPUT/OUTPUT lengths in tokens, such as 128/1024"),
+]
 """A scenario as params.yaml and tables hold it: input length / output length, in tokens."""
 
 

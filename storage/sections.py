@@ -11,10 +11,10 @@ import math
 import reprlib
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from storage.documents import TRAINING_MIX
-from storage.fields import AtOnce, Section
+from storage.fields import AtOnce, Section, expecting
 from storage.formats import FormatName
 from storage.records import Precision
 from storage.scenario import Scenario, ScenarioText
@@ -25,6 +25,26 @@ MeasuredEngine = Literal["torch", "llama.cpp"]
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 """Bytes of an element, by the names of dtypes."""
 _PER_BATCH = "Sequences in one forward pass; auto: a few on a CPU, for its caches, and by memory on a GPU."
+
+
+def _without_empty_label(root: str) -> str:
+    """Refuse two dots on end in the bucket's name, which a pattern that bounds its length cannot."""
+    if ".." in root.split("/")[2]:
+        raise ValueError("..")
+    return root
+
+
+_BucketFolder = Annotated[
+    str,
+    StringConstraints(pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w.=-]*[\w=-][\w.=-]*)*$"),
+    AfterValidator(_without_empty_label),
+    expecting("s3://bucket or s3://bucket/folder without .. and without a slash at the end, bucket as S3 names one"),
+]
+_DomainName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,39}$"),
+    expecting("a name of at most 40 lowercase letters, digits, - and _, a letter first"),
+]
 
 
 def _each_once(values: tuple[object, ...]) -> tuple[object, ...]:
@@ -60,7 +80,7 @@ class Run(Section):
 class Storage(Section):
     """The place where the activation cache and the block library are kept."""
 
-    root: Annotated[str, StringConstraints(pattern=r"^s3://[a-z0-9][a-z0-9.-]+(/[\w.=-]+)*$")] | None = Field(
+    root: _BucketFolder | None = Field(
         None,
         description="s3://bucket/folder that keeps the shards of the activation cache and the library's weights, while "
         "artifacts/ has their checksums (docs/scale.md); null: all of them are in artifacts/.",
@@ -172,7 +192,7 @@ class PrepareCorpus(Section):
         description="Tokens of the calibration split (scores, held-out losses, strengths of the correction).",
     )
     validation_tokens: int = Field(16_384, ge=1, description="Tokens of the validation split (evaluation only).")
-    domains: dict[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,39}$")], CorpusDomain] = Field(
+    domains: dict[_DomainName, CorpusDomain] = Field(
         {},
         description="Held-out domains by name, each a split of its own for evaluation; the validation split is the "
         "domain `training`.",

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from storage.fields import Best, Section
+from storage.fields import Best, Section, expecting
 from storage.metrics import METRICS, MetricName
 from storage.records import ChosenBy, Precision, Runtime
 from storage.scenario import ScenarioText
@@ -13,6 +13,7 @@ from storage.variants import AttentionKind, FfnKind
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+_CountOrBest = Annotated[Count | Best, expecting("a whole number of at least 1, or best")]
 _NOT_IN_A_LINE = ("Cc", "Cs", "Zl", "Zp")
 """Unicode's categories of control characters, surrogates, and separators of lines and paragraphs."""
 
@@ -36,9 +37,9 @@ class Constraint(Section):
     mix: dict[ScenarioText, Positive] = Field(
         {}, description="In place of `scenario`: several, each with its weight, the share of requests."
     )
-    batch: Count | Best = Field(1, description="Sequences at once (speed and memory); best: the search chooses.")
+    batch: _CountOrBest = Field(1, description="Sequences at once (speed and memory); best: the search chooses.")
     context: Count | None = Field(None, description="Tokens per sequence in the KV cache (memory).")
-    tensor_parallel: Count | Best = Field(1, description="Devices that share the model; best: the search chooses.")
+    tensor_parallel: _CountOrBest = Field(1, description="Devices that share the model; best: the search chooses.")
 
     @property
     def scenarios(self) -> dict[str, float]:

@@ -178,10 +178,9 @@ def with_profile(params: Params, path: Path) -> Params:
     Raises:
         InputError: the file is missing or no mapping, or the params would be refused with it.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is missing; profiles here: {', '.join(profile_names()[1:]) or 'none'}")
+    profile = _mapping(path, f"profiles here: {', '.join(profile_names()[1:]) or 'none'}")
     values = params.model_dump(mode="json", exclude_unset=True)
-    return parse(_changed(values, _leaves(_mapping(path))), f"params.yaml with {path}")
+    return parse(_changed(values, _leaves(profile)), f"params.yaml with {path}")
 
 
 def as_arguments(changes: dict[str, Any]) -> list[str]:
@@ -200,11 +199,11 @@ def _profile(name: str) -> dict[str, Any]:
         raise InputError(
             f"unknown profile {name!r}; known: {', '.join(profile_names())} (files {PROFILES}/<name>.yaml)"
         )
-    return _mapping(path)
+    return _mapping(path, "check the path")
 
 
-def _mapping(path: Path) -> dict[str, Any]:
-    values = read_yaml(path)
+def _mapping(path: Path, missing: str) -> dict[str, Any]:
+    values = read_yaml(path, missing)
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold sections like params.yaml, found {type(values).__name__}")
     return values

@@ -20,12 +20,12 @@ def reproduce(stages: tuple[str, ...] = ()) -> State[Any]:
     """
     try:
         load()
-        stages_of_dvc = would_run()
-        for stage in stages:  # an option of DVC's is none
-            if stage not in stages_of_dvc:
-                known = ", ".join(stages_of_dvc)
-                raise InputError(f"unknown stage {stage!r}{did_you_mean(stage, stages_of_dvc)}; known: {known}")
-        with only_one("repro", wait=True):
+        with only_one("repro", wait=True):  # DVC answers nobody else while it works
+            stages_of_dvc = would_run()
+            for stage in stages:  # an option of DVC's is none
+                if stage not in stages_of_dvc:
+                    known = ", ".join(stages_of_dvc)
+                    raise InputError(f"unknown stage {stage!r}{did_you_mean(stage, stages_of_dvc)}; known: {known}")
             run_dvc(["repro", *stages], would_run(*stages))
     except InputError as error:
         return Failed(message=str(error))

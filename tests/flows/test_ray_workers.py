@@ -18,7 +18,7 @@ import pytest
 import ray
 
 from flows import ray_workers
-from flows.ray_workers import RayWorkers, needed
+from flows.ray_workers import RayWorkers, _join, needed
 from storage.files import InputError
 from tests.clone import ROOT
 from tests.piece_stages import begun, closed, finished, library_on_threads, made, stage_folder
@@ -196,6 +196,26 @@ def test_a_wrong_address_is_one_error_before_any_work(tmp_path: Path, address: s
     assert ended.err.startswith(f"error: no Ray cluster answers at execution.address = {nobody} (")
     assert ended.err.count("\n") == 1
     assert not begun(tmp_path)
+
+
+@pytest.mark.parametrize("host", ["a..b", ".", "x" * 64])
+def test_a_host_that_no_name_server_takes_is_one_error(host: str) -> None:
+    with pytest.raises(InputError, match=r"^no Ray cluster answers at execution.address = .* \(.*label"):
+        _join(f"{host}:6379")
+
+
+@pytest.mark.parametrize(("error", "shown"), [(KeyError("node_ip"), "'node_ip'"), (AssertionError(), "AssertionError")])
+def test_an_error_of_any_kind_while_joining_is_shown(
+    error: Exception, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        with pytest.raises(InputError, match=rf"^Ray at {address} does not take this process \({shown}\);"):
+            _join(address)
 
 
 @pytest.mark.parametrize(

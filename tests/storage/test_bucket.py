@@ -285,9 +285,36 @@ def test_a_server_that_is_killed_and_started_again(tmp_path: Path, file: Path, m
         assert objects.size("0" * 64) == len(DATA)
 
 
-@pytest.mark.parametrize("address", ["s3cret:9000", "http://[::1"])
-def test_an_endpoint_that_is_no_url_is_an_error(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("address", ["s3cret:9000", "http://[::1", "ftp://s3cret:1", "http://s3cret:99999"])
+def test_an_endpoint_that_is_no_url_is_an_error(address: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-    with pytest.raises(InputError, match="address is no URL") as caught:
-        Bucket("s3://bucket/folder").size(DIGEST)
+    with pytest.raises(InputError, match=r"address is no URL.*; correct AWS_ENDPOINT_URL$") as caught:
+        Bucket(bucket).size(DIGEST)
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("AWS_PROFILE", "s3cret", "S3 cannot be used (ProfileNotFound); correct or unset AWS_PROFILE"),
+        ("AWS_DEFAULT_REGION", "s3cret s3cret", "(InvalidRegionError); correct or unset AWS_DEFAULT_REGION"),
+        ("AWS_RETRY_MODE", "s3cret", "S3 cannot be used (InvalidRetryModeError); correct or unset AWS_RETRY_MODE"),
+        ("AWS_METADATA_SERVICE_TIMEOUT", "s3cret", "(ValueError); correct or unset AWS_METADATA_SERVICE_TIMEOUT"),
+        ("AWS_CONFIG_FILE", "s3cret.txt", "S3 cannot be used (ConfigParseError); correct or unset AWS_CONFIG_FILE"),
+        ("AWS_CA_BUNDLE", "s3cret.pem", "a file of certificates (No such file or directory); correct or unset it"),
+        ("AWS_CA_BUNDLE", "s3cret.txt", "a file of certificates (it holds none); correct or unset it"),
+    ],
+)
+def test_a_setting_that_no_request_can_be_made_with_is_named_at_once(
+    name: str, value: str, message: str, objects: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("s3cret.txt").write_text("[", encoding="utf-8")
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(module, "_WAITS_S", ())
+    with pytest.raises(InputError) as caught:
+        objects.size(DIGEST)
+    assert message in str(caught.value)
+    assert name in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+    assert "\n" not in str(caught.value)

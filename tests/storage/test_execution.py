@@ -15,12 +15,15 @@ from tests.settings import tiny_params, tiny_values
     ("execution", "problem"),
     [
         ({"runner": "ray"}, "runner ray needs `address`, HOST:PORT of the cluster's head"),
-        ({"runner": "ray", "address": "ray://head:1"}, "execution.address: String should match pattern"),
+        ({"runner": "ray", "address": "ray://head:1"}, "execution.address: expected HOST:PORT such as head:6379"),
         ({"runner": "ray", "address": "head:6379", "devices": ["cuda:0"]}, "set devices to auto"),
         ({"runner": "processes", "gpus": 1, "address": "head:1"}, "address, gpus without runner ray"),
         ({"devices": ["cuda:1", "cuda:1"]}, "devices names one of cuda:1, cuda:1 twice"),
-        ({"devices": []}, "should have at least 1 item"),
-        ({"devices": ["cpu"]}, "String should match pattern '^cuda:"),
+        ({"devices": []}, "execution.devices: expected auto or a list such as [cuda:0, cuda:1] (found [])"),
+        ({"devices": ["cpu"]}, "execution.devices: expected auto or a list such as [cuda:0, cuda:1] (found ['cpu'])"),
+        ({"devices": "cuda:0"}, "execution.devices: expected auto or a list such as [cuda:0, cuda:1] (found 'cuda:0')"),
+        ({"devices": ["cuda:0", "cuda:00"]}, "[cuda:0, cuda:1] (found ['cuda:0', 'cuda:00'])"),
+        ({"runner": "ray", "address": "[::1]:6379"}, "HOST being a name or an IPv4 address (found '[::1]:6379')"),
         ({"runner": "dask"}, "Input should be 'threads', 'processes' or 'ray' (found 'dask')"),
     ],
 )
@@ -28,6 +31,7 @@ def test_what_cannot_be_is_refused(execution: dict[str, Any], problem: str) -> N
     with pytest.raises(InputError) as caught:
         parse(tiny_values(execution=execution), "params.yaml")
     assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_gpu_is_named_in_devices_alone() -> None:

@@ -1,5 +1,6 @@
 """params.yaml: what is accepted, and that every mistake is named with its place and what was expected."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,9 @@ def test_a_key_like_no_other_lists_the_known_ones() -> None:
         ),
         ({"distill_blocks": {"ffn_ratios": [1.5]}}, "distill_blocks.ffn_ratios.0: Input should be less than or equal"),
         ({"distill_blocks": {"ffn_ratios": [float("inf")]}}, "distill_blocks.ffn_ratios.0: Input should be a finite"),
-        ({"distill_blocks": {"ffn_ratios": 0.5}}, "distill_blocks.ffn_ratios: Input should be a valid tuple"),
+        ({"distill_blocks": {"ffn_ratios": 0.5}}, "distill_blocks.ffn_ratios: expected a list (found 0.5)"),
         ({"measure_costs": {"batches": [8, 0]}}, "measure_costs.batches.1: Input should be greater than or equal to 1"),
-        ({"measure_costs": {"scenarios": ["128x128"]}}, "measure_costs.scenarios.0: String should match pattern"),
+        ({"measure_costs": {"scenarios": ["128x128"]}}, "measure_costs.scenarios.0: expected INPUT/OUTPUT lengths"),
         (
             {"cache_activations": {"mode": "roling"}},
             "cache_activations.mode: Input should be 'materialised' or 'rolling'",
@@ -162,12 +163,52 @@ def test_a_wrong_value_is_named_with_what_was_found(overrides: dict[str, Any], e
     assert line.startswith(expected)
 
 
+@pytest.mark.parametrize("value", ["Auto", 0, 1.5, None, [2]])
+def test_a_value_of_a_union_is_one_line(value: object) -> None:
+    found = "nothing" if value is None else repr(value)
+    assert problems(tiny_values(score_blocks={"sequences_per_batch": value})) == [
+        f"score_blocks.sequences_per_batch: expected a whole number of at least 1, or auto (found {found})"
+    ]
+
+
+def test_every_union_and_pattern_says_in_words_what_it_expects() -> None:
+    """A wrap validator stands for the words; pydantic's own lines name types, members and regular expressions."""
+
+    def without_words(schema: Any) -> Iterator[Any]:
+        if isinstance(schema, list | tuple):
+            for part in schema:
+                yield from without_words(part)
+        elif isinstance(schema, dict) and schema.get("type") != "function-wrap":
+            if schema.get("type") == "union" or (schema.get("type") == "str" and "pattern" in schema):
+                yield schema
+            yield from without_words(list(schema.values()))
+
+    assert list(without_words(Params.__pydantic_core_schema__)) == []
+
+
+@pytest.mark.parametrize("root", ["s3://puzzle", "s3://a.b-c/runs/x=1/v1.2", "s3://puzzle/..x"])
+def test_a_bucket_and_folder_that_s3_takes(root: str) -> None:
+    assert tiny_params(storage={"root": root}).storage.root == root
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        *("s3://bucket/../x", "s3://bucket/x/.", "s3://bucket..x/y", "s3://bucket./y", "s3://ab", f"s3://{'b' * 64}"),
+        *("s3://bucket/", "bucket/x"),
+    ],
+)
+def test_a_bucket_and_folder_that_s3_does_not_take(root: str) -> None:
+    [line] = problems(tiny_values(storage={"root": root}))
+    assert line.startswith("storage.root: expected s3://bucket or s3://bucket/folder without .. and without a slash")
+
+
 def test_a_section_that_is_missing_or_empty_is_named() -> None:
     values = tiny_values()
     del values["score_blocks"]
     values["run"] = None
     assert problems(values) == [
-        "run: Input should be a valid dictionary or instance of Run",
+        "run: expected a section, which holds KEY: VALUE lines (found nothing)",
         "score_blocks: Field required",
     ]
 
@@ -200,7 +241,10 @@ SPEED = {"metric": "throughput", "hardware": "h100", "scenario": "128/128"}
         ({"metric": "speed", "at_most": 5}, "metric: unknown metric (metrics: params, block_params, "),
         ({"metric": "params", "at_most": 0}, "at_most: Input should be greater than 0"),
         ({"metric": "params", "at_most_ratio": float("nan")}, "at_most_ratio: Input should be a finite number"),
-        ({**SPEED, "at_least_ratio": 2, "scenario": "0/128"}, "scenario: String should match pattern"),
+        (
+            {**SPEED, "at_least_ratio": 2, "scenario": "0/128"},
+            "scenario: expected INPUT/OUTPUT lengths",
+        ),
     ],
 )
 def test_a_constraint_that_makes_no_sense_is_refused(constraint: dict[str, Any], expected: str) -> None:
@@ -224,7 +268,8 @@ def test_constraints_that_make_sense(constraint: dict[str, Any]) -> None:
 
 def test_a_target_needs_a_key_that_dvc_can_parse_and_a_constraint() -> None:
     lines = problems(tiny_values(targets={"51b-like": {"label": "51B-like", "constraints": {}}}))
-    assert any("String should match pattern" in line and "'51b-like'" in line for line in lines)
+    name = "a name of at most 60 lowercase letters, digits and -, a letter first"
+    assert f"targets.51b-like: expected {name} (found '51b-like')" in lines
     assert any(
         line.startswith("targets.51b-like.constraints: Dictionary should have at least 1 item") for line in lines
     )

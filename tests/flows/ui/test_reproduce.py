@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows.ui import repro, reproduce
+from flows.ui.repro import BusyError, only_one
 from storage.sources import PACKAGES
 from tests.clone import ROOT, Clone
 from tests.settings import tiny_values
@@ -42,6 +45,25 @@ def test_the_deployment_runs_on_a_worker_of_its_pool(tmp_path: Path) -> None:
         assert not (tmp_path / "one").exists()
     finally:
         clone.must("flows.server", "stop")
+
+
+def test_dvc_is_asked_while_no_other_run_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside one it answers that it is busy."""
+    asked: list[tuple[str, ...]] = []
+
+    def would_run(*stages: str) -> list[str]:
+        with pytest.raises(BusyError), only_one("repro", wait=False):
+            pass
+        asked.append(stages)
+        return ["one", "two"]
+
+    ran: list[list[str]] = []
+    monkeypatch.setattr(repro, "HOME", tmp_path)
+    monkeypatch.setattr(reproduce, "load", lambda: None)
+    monkeypatch.setattr(reproduce, "would_run", would_run)
+    monkeypatch.setattr(reproduce, "run_dvc", lambda arguments, ahead: ran.append(arguments))
+    assert reproduce.reproduce.fn(("two",)).message == "made two"
+    assert (asked, ran) == ([(), ("two",)], [["repro", "two"]])
 
 
 def _end(client: Any, run: FlowRun) -> tuple[str, str]:

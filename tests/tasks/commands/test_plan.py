@@ -110,6 +110,8 @@ def test_without_a_geometry_it_says_what_to_give(tmp_path: Path, monkeypatch: py
         _plan(on_cpu, other, tmp_path)
     with pytest.raises(InputError, match=r"none.yaml is missing; profiles here: accuracy, accuracy_files, full"):
         with_profile(load(), tmp_path / "none.yaml")
+    with pytest.raises(InputError, match=r"is a folder, expected a YAML file"):
+        with_profile(load(), tmp_path)
 
 
 TOLERANCE = 0.1
