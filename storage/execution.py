@@ -34,7 +34,7 @@ class Execution(Section):
     address: _Address | None = Field(
         None, description="HOST:PORT of Ray's head, as `ray start --head --port PORT` has it; null without Ray."
     )
-    cpus: float | None = Field(None, gt=0, le=1024, description="CPUs of a piece on Ray; null: run.threads.")
+    cpus: float | None = Field(None, ge=0.0001, le=1024, description="CPUs of a piece on Ray; null: run.threads.")
     gpus: float | None = Field(
         None, ge=0, le=64, description="GPUs of a piece on Ray; null: one for run.workers pieces, none on the CPU."
     )
@@ -56,6 +56,8 @@ class Execution(Section):
         of_ray = {"address": self.address, "cpus": self.cpus, "gpus": self.gpus, "memory_gib": self.memory_gib}
         if self.runner != "ray" and (given := [name for name, value in of_ray.items() if value is not None]):
             raise ValueError(f"{', '.join(given)} without runner ray; set it, or take that out")
+        if self.gpus and (self.gpus < 0.0001 or (self.gpus > 1 and not self.gpus.is_integer())):
+            raise ValueError(f"gpus is a share of one, 0.0001 at least, or a whole number (found {self.gpus:g})")
         if self.devices != "auto" and len(set(self.devices)) < len(self.devices):
             raise ValueError(f"devices names one of {', '.join(self.devices)} twice; keep one")
         return self

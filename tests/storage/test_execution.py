@@ -24,6 +24,15 @@ from tests.settings import tiny_params, tiny_values
         ({"devices": "cuda:0"}, "execution.devices: expected auto or a list such as [cuda:0, cuda:1] (found 'cuda:0')"),
         ({"devices": ["cuda:0", "cuda:00"]}, "[cuda:0, cuda:1] (found ['cuda:0', 'cuda:00'])"),
         ({"runner": "ray", "address": "[::1]:6379"}, "HOST being a name or an IPv4 address (found '[::1]:6379')"),
+        (
+            {"runner": "ray", "address": "head:1", "gpus": 1.5},
+            "a share of one, 0.0001 at least, or a whole number (found",
+        ),
+        (
+            {"runner": "ray", "address": "head:1", "gpus": 1e-9},
+            "a share of one, 0.0001 at least, or a whole number (found",
+        ),
+        ({"runner": "ray", "address": "head:1", "cpus": 1e-9}, "greater than or equal to 0.0001 (found 1e-09)"),
         ({"runner": "dask"}, "Input should be 'threads', 'processes' or 'ray' (found 'dask')"),
     ],
 )
