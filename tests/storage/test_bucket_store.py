@@ -126,6 +126,20 @@ def test_a_cache_that_holds_little_changes_no_byte(
     assert 100_000 < held <= 200_000
 
 
+def test_a_window_of_boundaries_stays_on_the_local_disk_and_what_is_kept_goes_to_the_bucket(
+    local: Run, run: Run
+) -> None:
+    """Library and scores are those of the materialised cache."""
+    cached = run.params.cache_activations.model_copy(update={"mode": "rolling"})
+    whole(run.params.model_copy(update={"cache_activations": cached}), run.paths)
+    for name in ("library", "score_pieces", "children"):
+        kept = records if name == "library" else checksums
+        assert kept(run.paths.root / name) == kept(local.paths.root / name)
+    assert run.paths.scores.read_bytes() == local.paths.scores.read_bytes()
+    assert not run.paths.rolling.exists()
+    assert not list((run.paths.root / "activations").rglob("*.arrow"))
+
+
 def test_a_cache_is_one_clones(run: Run, bucket: str, local: Run, tmp_path: Path) -> None:
     """Another one would delete what was made and not sent. A clone that moved takes its own along."""
     cache(run.params, run.paths)
