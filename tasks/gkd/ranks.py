@@ -243,8 +243,9 @@ def main() -> None:
     arguments = parser.parse_args()
     threading.Thread(target=_end_with, args=(arguments.parent,), daemon=True).start()
     try:
-        params = on_this_machine(load(arguments.params))
-        params.target(arguments.target)
+        loaded = load(arguments.params)
+        loaded.target(arguments.target)
+        params = on_this_machine(loaded)
         if "RANK" not in os.environ:
             raise InputError(
                 "a rank is started by torchrun (tasks/gkd/ranks.py says how), or by the stage: set distill_child.ranks,"
