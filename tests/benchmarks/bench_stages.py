@@ -224,7 +224,12 @@ def caching(paths: Paths, case: Case) -> Iterator[dict[str, Any]]:
             score_blocks={"tokens": 2 * SEQ_LEN, "initial_tokens": 0},
             refine_child={"tokens": 16 * SEQ_LEN, "held_out_tokens": 2 * SEQ_LEN},
             distill_child={"tokens": 16 * SEQ_LEN, "held_out_tokens": 2 * SEQ_LEN},
-            evaluate_child={"tokens": 8 * SEQ_LEN, "baseline_tokens": 0},
+            evaluate_child={
+                "tokens": 8 * SEQ_LEN,
+                "baseline_tokens": 0,
+                "domain_baseline_tokens": 0,
+                "export_tokens": 0,
+            },
         )
     )
     tiny_corpus(paths.corpus, case.config.vocab_size, SEQ_LEN, (64, 8, 8))
