@@ -89,16 +89,15 @@ def _join(address: str) -> None:
             f"no Ray cluster answers at execution.address = {address} ({error}); start its head there with "
             f"`ray start --head --port {address.rpartition(':')[2]}`, or name another one"
         )
-    outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-
-    def ended(_kind: object, error: BaseException | None, _traceback: object) -> bool:
-        outcome.put(error)  # of any kind: nobody would read it on the silenced stderr
-        return True
+    outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
     def join() -> None:
-        with contextlib.ExitStack() as ending:
-            ending.push(ended)
+        try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, namespace="puzzle")
+        except Exception as error:  # of any kind: raised below, in the stage's thread
+            outcome.put(error)
+            raise SystemExit from error  # which ends this one without a word
+        outcome.put(None)
 
     with _silent():
         threading.Thread(target=join, daemon=True).start()  # what it waits for has no limit of its own
@@ -117,13 +116,13 @@ def _join(address: str) -> None:
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Drop what is written to this process's stderr: Ray's own code writes there, each second that it waits."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(nowhere)
 
 

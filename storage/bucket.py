@@ -185,10 +185,10 @@ def _check_certificates(bundle: str) -> None:
     try:
         ssl.create_default_context(cafile=bundle)
     except OSError as error:
-        found = "it holds none" if isinstance(error, ssl.SSLError) else error.strerror
+        reason = "it holds none" if isinstance(error, ssl.SSLError) else error.strerror
         raise InputError(
             f"S3 cannot be used: AWS_CA_BUNDLE (or ca_bundle in {_FILE}) has to name a file of certificates "
-            f"({found}); correct or unset it"
+            f"({reason}); correct or unset it"
         ) from None
 
 

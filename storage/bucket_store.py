@@ -47,7 +47,7 @@ class BucketStore:
         self.folder, self._home = folder, home
         self._bucket, self._cache, self._reads_on = bucket, cache, reads_on
         self._asked: set[tuple[Path, str]] = set()
-        self._known: dict[Path, str] = {}
+        self._checksums: dict[Path, str] = {}
         self._next_shards: dict[Path, list[Path]] = {}
         self._next_boundaries: dict[Path, list[Path]] = {}
         self._first_boundaries: dict[Path, Path] = {}
@@ -145,20 +145,20 @@ class BucketStore:
 
     def _fetch_following(self, path: Path, checksum: str) -> None:
         """Begin to bring what is read behind a file."""
-        if self._known.get(path) != checksum:
+        if self._checksums.get(path) != checksum:
             self._read_records()
         following = [*self._next_boundaries.get(path, ())]
         if self._first_boundaries.setdefault(path.parent.parent, path.parent) == path.parent:
             following = [*self._next_shards.get(path, ()), *following]
-        known = self._known
-        self._fetch_ahead({next_path: known[next_path] for next_path in following if next_path in known})
+        checksums = self._checksums
+        self._fetch_ahead({next_path: checksums[next_path] for next_path in following if next_path in checksums})
 
     def _read_records(self) -> None:
         """Note the files of all pieces, and which are read behind each."""
         pieces = [self._files_of(name) for name in self.names()]
-        known = {path: checksum for piece in pieces for path, checksum in piece.items()}
+        checksums = {path: checksum for piece in pieces for path, checksum in piece.items()}
         folders: dict[Path, list[Path]] = {}
-        for path in sorted(known):
+        for path in sorted(checksums):
             folders.setdefault(path.parent, []).append(path)
         next_shards, next_boundaries = dict[Path, list[Path]](), dict[Path, list[Path]]()
         for paths in folders.values():
@@ -167,7 +167,7 @@ class BucketStore:
         for piece in pieces:
             for number, path in enumerate(piece, 1):
                 next_boundaries[path] = [*piece][number : number + _BOUNDARIES_AHEAD]
-        self._known, self._next_shards, self._next_boundaries = known, next_shards, next_boundaries
+        self._checksums, self._next_shards, self._next_boundaries = checksums, next_shards, next_boundaries
 
     def _fetch(self, path: Path, checksum: str, rebuild: str, is_needed: bool) -> None:
         """Fetch a file into the cache unless it is there; where nobody waits for it, only if there is room."""
@@ -246,9 +246,11 @@ def _claim(folder: Path, artifacts: Path) -> None:
         InputError: it is another clone's, through a symlink.
     """
     mark, home = folder / _CLONE, str(artifacts.resolve())
-    owner = mark.read_text(encoding="utf-8") if mark.is_file() else home
-    if owner != home and Path(owner).is_dir():  # else the clone has moved
-        raise InputError(f"{artifacts / 'cached'} is the cache of {owner} already; give it a folder of its own")
+    owner = mark.read_text(encoding="utf-8") if mark.is_file() else ""
+    if owner == home:
+        return
+    if owner and (Path(owner) / folder.name).resolve() == folder.resolve():  # else the clone was moved or copied
+        raise InputError(f"{folder} is the cache of {owner} already; give it a folder of its own")
     with write_whole(mark) as temporary:
         temporary.write_text(home, encoding="utf-8")
 

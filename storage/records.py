@@ -13,6 +13,8 @@ Component = Literal["attention", "ffn", "embedding", "head", "step"]
 ChosenBy = Literal["search", "uniform", "greedy", "depth"]
 Runtime = Literal["vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx-lm"]
 
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+"""Bytes of an element in the precisions that stages compute and cache in."""
 ANY_VARIANT = "parent"
 """`CostRow.variant` of the components that no child changes: embedding, head, step."""
 

@@ -22,8 +22,6 @@ from storage.written_text import WrittenKind
 
 MeasuredEngine = Literal["torch", "llama.cpp"]
 """Engines whose speed is measured on this machine."""
-ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
-"""Bytes of an element, by the names of dtypes."""
 _PER_BATCH = "Sequences in one forward pass; auto: a few on a CPU, for its caches, and by memory on a GPU."
 
 

@@ -27,7 +27,7 @@ from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
 from storage.pieces import Pieces
-from storage.sections import ELEMENT_BYTES
+from storage.records import ELEMENT_BYTES
 from tasks.puzzle.model.ahead import Ahead
 from tasks.puzzle.model.boundaries import advance, embed
 from tasks.puzzle.model.device import gpu_bytes, prepare_compute

@@ -24,8 +24,8 @@ def reproduce(stages: tuple[str, ...] = ()) -> State[Any]:
             stages_of_dvc = would_run()
             for stage in stages:  # an option of DVC's is none
                 if stage not in stages_of_dvc:
-                    known = ", ".join(stages_of_dvc)
-                    raise InputError(f"unknown stage {stage!r}{did_you_mean(stage, stages_of_dvc)}; known: {known}")
+                    listed = ", ".join(stages_of_dvc)
+                    raise InputError(f"unknown stage {stage!r}{did_you_mean(stage, stages_of_dvc)}; known: {listed}")
             run_dvc(["repro", *stages], would_run(*stages))
     except InputError as error:
         return Failed(message=str(error))

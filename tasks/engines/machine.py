@@ -12,13 +12,14 @@ import torch
 from storage.fields import resolved
 from storage.model_config import ModelConfig
 from storage.params import Params
-from storage.sections import ELEMENT_BYTES, CacheActivations, EvaluateChild, ScoreBlocks
+from storage.records import ELEMENT_BYTES
+from storage.sections import CacheActivations, EvaluateChild, ScoreBlocks
 from tasks.puzzle.model.device import gpu_bytes, resolve
 from tasks.puzzle.search_space import block_variants
 
 _CPU_BATCH_TOKENS = 2_048
 _GPU_BYTES_PER_TOKEN = 2_500_000
-"""Memory of a GPU for each token of a forward pass, 32,000 tokens on 80 GB: a token takes 0.15 MB in a block of an 8B,
+"""Memory of a GPU for each token of a forward pass, 32,768 tokens on 80 GB: a token takes 0.15 MB in a block of an 8B,
 0.5 MB in one of a 405B."""
 _CPU_BLOCKS, _MOST_BLOCKS = 3, 8
 
@@ -30,7 +31,7 @@ def on_this_machine(params: Params) -> Params:
     device, dtype = resolve(params.run.device, params.run.dtype)
     seq_len, score = params.prepare_corpus.seq_len, params.score_blocks
     is_cpu = torch.device(device).type == "cpu"
-    tokens = _CPU_BATCH_TOKENS if is_cpu else gpu_bytes(torch.device(device)) // _GPU_BYTES_PER_TOKEN
+    tokens = _CPU_BATCH_TOKENS if is_cpu else _batch_tokens(gpu_bytes(torch.device(device)))
     length = score.length(seq_len)  # fewer are scored at once than cached: several models go through the head
     scored = math.gcd(score.tokens // length, score.initial_tokens // length, score.depth_tokens // length)
     return params.model_copy(
@@ -41,6 +42,11 @@ def on_this_machine(params: Params) -> Params:
             "evaluate_child": _with_batch(params.evaluate_child, tokens // 2 // seq_len),
         }
     )
+
+
+def _batch_tokens(memory_bytes: int) -> int:
+    """The tokens of a forward pass on a GPU: a power of two, the same whatever its driver takes of the memory."""
+    return 1 << max(0, (memory_bytes // _GPU_BYTES_PER_TOKEN).bit_length() - 1)
 
 
 def _with_batch(section: Batched, sequences: int) -> Batched:
@@ -56,7 +62,7 @@ def _divisor(number: int, most: int) -> int:
 
 
 def blocks_per_group(params: Params, config: ModelConfig) -> int:
-    """How many neighbouring blocks' replacements go through the parent together.
+    """Count the neighbouring blocks whose replacements go through the parent together.
 
     Their states fill a quarter of a GPU at most; in rolling mode they begin at boundaries that are on disk together.
 
@@ -64,9 +70,9 @@ def blocks_per_group(params: Params, config: ModelConfig) -> int:
         params: the project's params, with `auto` resolved for this machine.
         config: the parent's geometry.
     """
-    wanted, device = params.score_blocks.blocks_per_group, torch.device(params.run.device)
-    if wanted != "auto":
-        size = wanted
+    size_of_params, device = params.score_blocks.blocks_per_group, torch.device(params.run.device)
+    if size_of_params != "auto":
+        size = size_of_params
     elif device.type == "cpu":
         size = _CPU_BLOCKS
     else:

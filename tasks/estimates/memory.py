@@ -49,7 +49,7 @@ def check_memory(
     Raises:
         InputError: a stage does not fit; the message has its name, the bytes, and what lowers them.
     """
-    names = [each.name for each in pipeline]
+    names = [stage_of_pipeline.name for stage_of_pipeline in pipeline]
     for name, (on_device, on_host) in estimate_memory(pipeline[names.index(stage) :], config, params).items():
         kind, gkd = name.partition("@")[0], params.distill_child
         if params.execution.runner == "ray" and kind in ON_WORKERS:
@@ -58,14 +58,14 @@ def check_memory(
             on_device, on_host = 0.0, on_device
         if kind == "distill_child" and gkd.ranks > memory.gpus > 0:  # as torchrun deals them out over machines
             on_host *= memory.gpus / gkd.ranks
-        for needed, there, where in (
-            (on_device, memory.device, params.run.device),
-            (on_host, memory.host, "this machine"),
+        for needed, available, where, is_of_host in (
+            (on_device, memory.device, params.run.device, False),
+            (on_host, memory.host, "this machine", True),
         ):
-            if needed > there:
+            if needed > available:
                 raise InputError(
-                    f"{name} needs {needed / _GIB:,.1f} GiB of memory (modelled), {where} has {there / _GIB:,.1f} GiB: "
-                    f"{_way_out(kind, params, needed is on_host)}, or take a machine with more"
+                    f"{name} needs {needed / _GIB:,.1f} GiB of memory (modelled), {where} has "
+                    f"{available / _GIB:,.1f} GiB: {_way_out(kind, params, is_of_host)}, or take a machine with more"
                 )
 
 
@@ -75,7 +75,7 @@ def _way_out(kind: str, params: Params, is_of_host: bool) -> str:
     if kind != "distill_child":
         return _WAYS_OUT.get(kind, _LESS_AT_ONCE)
     ways = []
-    if gkd.sequences_per_batch > 1:
+    if gkd.sequences_per_batch > 1 and not is_of_host:
         ways.append("lower distill_child.sequences_per_batch")
     if not gkd.ranks:
         ways.append("set distill_child.ranks to your number of GPUs")

@@ -8,7 +8,8 @@ from storage.library import name_of
 from storage.metrics import METRICS
 from storage.model_config import ModelConfig
 from storage.params import Params
-from storage.sections import ELEMENT_BYTES, MeasuredEngine
+from storage.records import ELEMENT_BYTES
+from storage.sections import MeasuredEngine
 from storage.variants import Attention, Ffn
 from tasks.puzzle.costs.sizes import attention_elements, ffn_elements
 from tasks.puzzle.search_space import block_variants, parent_attention, parent_ffn

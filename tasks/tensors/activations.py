@@ -87,9 +87,9 @@ class Activations:
             top += 1
         if top < first:
             top = max((boundary for boundary in range(first) if self._is_whole(boundary)), default=-1)
-        kept = range(min(first, top), min(top + 1, last) + 1)
+        window = range(min(first, top), min(top + 1, last) + 1)
         for folder in self._paths.rolling.glob("[0-9]*"):
-            if int(folder.name) not in kept:
+            if int(folder.name) not in window:
                 shutil.rmtree(folder)
         while top < last:
             self._write(top + 1)

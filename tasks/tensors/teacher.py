@@ -7,7 +7,7 @@ disk. The choice follows from params and the parent's geometry alone, so that al
 
 from storage.model_config import ModelConfig
 from storage.params import Params
-from storage.sections import ELEMENT_BYTES
+from storage.records import ELEMENT_BYTES
 
 MOST_CACHED_BYTES = 4 * 2**30
 """Where GKD's tokens would take more in the cache, `distill_child.teacher: auto` computes them instead."""

@@ -1,6 +1,7 @@
 """Pieces on processes of this machine: the same bytes as on threads, one error where a worker is killed, no orphans."""
 
 import importlib.util
+import json
 import os
 import shutil
 import time
@@ -11,11 +12,12 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import workers
+from flows import stage, workers
+from flows.report import report
 from flows.workers import take_devices, workers_of
 from storage.files import InputError
 from tests.piece_stages import begun, closed, finished, library_on_threads, made, stage_folder
-from tests.settings import tiny_params
+from tests.settings import tiny_params, tiny_values
 from tests.ui_runs import ended_tasks
 
 PROCESSES = {"runner": "processes"}
@@ -35,6 +37,23 @@ def test_processes_make_the_bytes_of_threads_and_the_ui_has_their_course(tmp_pat
     finally:
         clone.must("flows.server", "stop")
     assert made(folder) == expected
+
+
+def test_gpus_are_chosen_before_anything_asks_for_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask starts CUDA, which then shows the process all of them."""
+    (tmp_path / "params.yaml").write_text(json.dumps(tiny_values()), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(stage, "take_devices", lambda _: asked.append("devices"))
+
+    def check(*_: object) -> None:
+        asked.append("memory")
+        raise InputError("it does not fit")
+
+    monkeypatch.setattr(stage, "_check_memory", check)
+    with pytest.raises(InputError, match="it does not fit"):
+        stage.run_stage(report, None)
+    assert asked == ["devices", "memory"]
 
 
 def test_a_killed_worker_is_one_error_a_killed_stage_leaves_no_orphans_and_a_rerun_goes_on(

@@ -146,12 +146,15 @@ def test_a_window_of_boundaries_stays_on_the_local_disk_and_what_is_kept_goes_to
 
 
 def test_a_cache_is_one_clones(run: Run, bucket: str, local: Run, tmp_path: Path) -> None:
-    """Another one would delete what was made and not sent. A clone that moved takes its own along."""
+    """Another one would delete what was made and not sent. A clone that was copied or moved has its own."""
     cache(run.params, run.paths)
     other = stored(local, run.paths.storage.root or "", tmp_path / "other")
     (other.paths.root / "cached").symlink_to(run.paths.root / "cached")
     with pytest.raises(InputError, match=f"cached is the cache of {run.paths.root} already; give it a folder"):
         cache(other.params, other.paths)
+    copied = Paths(tmp_path / "copied", run.paths.storage)
+    shutil.copytree(run.paths.root, copied.root)
+    cache(run.params, copied)
     moved = run.paths.root.rename(tmp_path / "moved")
     (other.paths.root / "cached").unlink()
     (other.paths.root / "cached").symlink_to(moved / "cached")

@@ -135,8 +135,8 @@ class ShardedChild(nn.Module):
         rotary = rotary_for(self._config, hidden.shape[1], hidden)
         for layer, end in zip(self.layers, self.ends, strict=True):
             target = states(end) if with_distances and end is not None else None
-            hidden, found = layer(hidden, rotary, target)
-            distances += [] if found is None else [found]
+            hidden, distance = layer(hidden, rotary, target)
+            distances += [] if distance is None else [distance]
         return hidden, distances
 
     def weights(self) -> dict[str, DTensor]:
@@ -231,10 +231,10 @@ class ShardedTeacher(nn.Module):
 
     def forward(self, hidden: Tensor, boundaries: Iterable[int]) -> dict[int, Tensor]:
         """Compute some boundaries, each [sequences, tokens, hidden], from boundary 0; every rank calls it."""
-        rotary, states, wanted = rotary_for(self._config, hidden.shape[1], hidden), {0: hidden}, {*boundaries}
+        rotary, states, asked_for = rotary_for(self._config, hidden.shape[1], hidden), {0: hidden}, {*boundaries}
         for boundary, layer in enumerate(self.layers, start=1):
             hidden = layer(hidden, rotary)
-            if boundary in wanted:
+            if boundary in asked_for:
                 states[boundary] = hidden
         return states
 

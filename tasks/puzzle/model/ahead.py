@@ -36,7 +36,11 @@ class Ahead(Iterator[T], Generic[T]):
 
     def __next__(self) -> T:
         """Return the next item, and begin to read the one behind it."""
-        item_and_event = self._next.result()
+        try:
+            item_and_event = self._next.result()
+        except BaseException:  # of the iterator
+            self._thread.shutdown(wait=False)
+            raise
         if item_and_event is None:
             self._thread.shutdown(wait=False)
             raise StopIteration

@@ -15,7 +15,8 @@ gets a memory mapping to itself."""
 _BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 """CPU instructions that make bfloat16 products fast, as torch names them."""
 
-_ABSENT_GPU_BYTES = 80 * 10**9
+_ABSENT_GPU_BYTES = 79 * 2**30
+"""What an A100 or H100 of 80 GB has."""
 
 
 class Compute(NamedTuple):
@@ -82,7 +83,7 @@ def prepare_compute(device: str, dtype: str, threads: int) -> Compute:
 
 
 def gpu_bytes(device: torch.device) -> int:
-    """Return the memory of a GPU; 80 GB of one that is not here, but on a node that this machine plans for."""
+    """Return the memory of a GPU; that of one of 80 GB where it is on a node that this machine plans for."""
     if (device.index or 0) >= torch.cuda.device_count():
         return _ABSENT_GPU_BYTES
     return torch.cuda.get_device_properties(device).total_memory
