@@ -16,7 +16,7 @@ from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas import State
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
@@ -87,9 +87,9 @@ def _crash(client: SyncPrefectClient, run_id: UUID) -> None:
 
 
 def _crash_tasks(client: SyncPrefectClient, flow_run: UUID, message: str | None) -> None:
-    """Mark the tasks of a run that are called running as crashed."""
+    """Mark the tasks of a run that the server does not know the end of as crashed."""
     ended: State[Any] = Crashed(message=message)
     of_run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run]))
     for task_run in client.read_task_runs(flow_run_filter=of_run):
-        if task_run.state is not None and task_run.state.type == StateType.RUNNING:
+        if task_run.state is not None and not task_run.state.is_final():
             client.set_task_run_state(task_run.id, ended, force=True)

@@ -155,6 +155,22 @@ def test_a_node_that_joins_late_is_used_and_where_it_dies_the_run_goes_on(tmp_pa
     assert sorted(piece for piece, _, _ in begun(tmp_path)) == sorted([*ALL, *lost])
 
 
+def test_a_worker_that_is_killed_costs_its_piece_alone(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece that kills its worker a second time ends the stage, with all others finished once."""
+    monkeypatch.setenv("KILLED", "3")  # of the cluster's processes
+    with _cluster("head") as cluster:
+        ended = stage_folder(tmp_path, cluster.execution, {"PREFECT_API_URL": address, **_OPEN}).run("light")
+    assert ended.code == 2
+    assert not ended.out or "(raylet)" in ended.out  # where the worker died, in words of Ray's
+    warning, error = ended.err.splitlines()
+    assert warning.startswith("WARNING: light goes on: 1 of 8 pieces (piece) were lost with their workers: ")
+    assert error.startswith("error: 1 of 1 pieces (piece) were lost with their workers: ")
+    assert finished(tmp_path) == ALL - {"3"}
+    assert sorted(piece for piece, _, _ in begun(tmp_path)) == sorted([*ALL, "3"])
+
+
 def test_a_head_that_dies_is_one_error_and_a_rerun_goes_on(tmp_path: Path, address: str) -> None:
     gate = closed(tmp_path, 2)
     with _cluster("head") as cluster:
