@@ -14,7 +14,7 @@ from pydantic import AfterValidator, WithJsonSchema
 from storage.files import did_you_mean
 from storage.records import Runtime
 
-FormatKind = Literal["nemotron-nas", "padded-llama", "plain", "gguf"]
+FormatKind = Literal["nemotron-nas", "padded-llama", "padded-qwen3", "plain", "gguf"]
 """How a format is written and which models it cannot express; several formats may be of one kind."""
 
 FileType = Literal["F32", "F16", "BF16", "Q8_0"]
@@ -88,6 +88,13 @@ exports.json beside this folder says which other runtimes compute it right.""",
         kind="padded-llama",
         load_text="The child as a plain Llama, with zeros where it has nothing: any tool that loads a Llama, with its "
         "`hidden_act`, computes the same, no faster than the parent.",
+        allows_linear=False,
+    ),
+    ExportFormat(
+        name="padded-qwen3",
+        kind="padded-qwen3",
+        load_text="The child as a plain Qwen3, with zeros where it has nothing: any tool that loads a Qwen3 computes "
+        "the same, no faster than the parent.",
         allows_linear=False,
     ),
     ExportFormat(

@@ -1,12 +1,14 @@
 """A model as a GGUF file that llama.cpp computes right, written tensor by tensor (docs/runtimes.md, found by running).
 
 In: the parent's geometry, a child's blocks, the checkpoint's tensors. Out: one file, of arch `llama` where all blocks
-are alike, else `deci`, whose metadata have head counts and widths for each layer. llama.cpp gets some removed subblocks
-wrong, so the file has stand-ins for them: an FFN of 32 channels with zero weights for every removed FFN, an attention
-of one head with zero weights for a removed attention of the first layer. A block that lacks both halves is left out.
+are alike, else `deci`, whose metadata have head counts and widths for each layer; with qk-norm of arch `qwen3`, else
+`openelm`. llama.cpp gets some removed subblocks wrong, so the file has stand-ins for them: an FFN of 32 channels with
+zero weights for every removed FFN, an attention of one head with zero weights for a removed attention of the first
+layer, in `openelm` of any layer. A block that lacks both halves is left out.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,12 +28,14 @@ from storage.variants import Attention, Ffn
 STAND_IN_FFN = Ffn("gated", 32)
 """Stands for a removed FFN; 32 channels are the least that quantised types take."""
 STAND_IN_ATTENTION = Attention("gqa", 1)
-"""Stands for a removed attention of the first layer, with one query head."""
+"""Stands for a removed attention of the first layer, or of any layer of arch `openelm`, with one query head."""
 
 Array = NDArray[np.float32]
 ReadTensor = Callable[[str], Iterator[Array]]
 """Reads a tensor of the checkpoint by its name, as float32, some rows at a time."""
 _ROPE_FACTORS = "rope_freqs.weight"
+_OPENELM = "openelm"
+"""The arch whose head is the embedding, and whose q, k and v are one tensor."""
 _F16_MAX = float(np.finfo(np.float16).max)
 _LARGEST = {GGMLQuantizationType.F16: _F16_MAX, GGMLQuantizationType.Q8_0: 127 * _F16_MAX}
 """The largest weight of a type; a block of Q8_0 has a scale in F16, and integers up to 127."""
@@ -67,8 +71,10 @@ class _GgufTensor:
     read: Callable[[], Iterator[Array]]
 
 
-def gguf_layers(blocks: Sequence[tuple[Attention, Ffn]], num_heads: int) -> tuple[GgufLayer, ...]:
-    """Return the layers that a child's blocks become.
+def gguf_layers(
+    blocks: Sequence[tuple[Attention, Ffn]], num_heads: int, *, all_attend: bool = False
+) -> tuple[GgufLayer, ...]:
+    """Return the layers that a child's blocks become; `all_attend`: every removed attention needs a stand-in.
 
     Raises:
         InputError: there is no attention with kv heads, or an FFN is linear; llama.cpp loads neither.
@@ -81,7 +87,7 @@ def gguf_layers(blocks: Sequence[tuple[Attention, Ffn]], num_heads: int) -> tupl
         attention, ffn = blocks[index]
         if ffn.kind == "linear":
             raise InputError(f"block {index} has a linear FFN, which llama.cpp does not know")
-        zero_attention = attention.kind == "no_op" and position == 0
+        zero_attention = attention.kind == "no_op" and (all_attend or position == 0)
         heads = 1 if zero_attention else 0 if attention.kind == "no_op" else num_heads
         layers.append(
             GgufLayer(
@@ -123,18 +129,21 @@ def write_gguf(
     Raises:
         InputError: a block is refused by :func:`gguf_layers`; the rotary positions have settings that llama.cpp does
             not take; a weight is beyond its type.
+
+    What else its archs with qk-norm do not take, tasks/puzzle/runtimes/rules.py refuses.
     """
-    layers = gguf_layers(blocks, config.num_heads)
+    layers = gguf_layers(blocks, config.num_heads, all_attend=config.qk_norm)
+    arch = _arch(config, layers)
     add_tokenizer = tokenizer or functools.partial(_add_nameless_tokens, vocab_size=config.vocab_size)
     with write_whole(path) as temporary:
-        writer = GGUFWriter(None, "llama" if _are_alike(layers) else "deci")
+        writer = GGUFWriter(None, arch)
         writer.add_name(name)
         writer.add_file_type(LlamaFileType[f"{'ALL' if file_type == 'F32' else 'MOSTLY'}_{file_type}"])
         writer.add_quantization_version(GGML_QUANT_VERSION)
         _write_metadata(writer, config, layers)
         _write_rope(writer, config)
         add_tokenizer(writer)
-        tensors = list(_tensors(config, layers, read_tensor or _no_checkpoint))
+        tensors = list(_tensors(config, arch, layers, read_tensor or _no_checkpoint))
         for tensor in tensors:
             stored = _stored_type(tensor.shape, file_type)
             dtype = np.dtype(np.float32 if stored == GGMLQuantizationType.F32 else np.float16)  # raw_dtype decides
@@ -221,8 +230,15 @@ def _noise(shape: tuple[int, ...]) -> Array:
     return np.random.default_rng(0).normal(0.0, 0.02, shape).astype(np.float32)
 
 
+def _arch(config: ModelConfig, layers: Sequence[GgufLayer]) -> str:
+    """Return llama.cpp's name of the architecture."""
+    if config.qk_norm:
+        return "qwen3" if _are_alike(layers) else _OPENELM
+    return "llama" if _are_alike(layers) else "deci"
+
+
 def _are_alike(layers: Sequence[GgufLayer]) -> bool:
-    """Tell whether all layers have the same attention and FFN, which arch `llama` needs."""
+    """Tell whether all layers have the same attention and FFN, which archs `llama` and `qwen3` need."""
     kinds = {(layer.attention, layer.heads, layer.width) for layer in layers}
     return layers[0].attention.kind == "gqa" and len(kinds) == 1
 
@@ -257,17 +273,19 @@ def _add_nameless_tokens(writer: GGUFWriter, vocab_size: int) -> None:
     writer.add_eos_token_id(0)
 
 
-def _tensors(config: ModelConfig, layers: Sequence[GgufLayer], read_tensor: ReadTensor) -> Iterator[_GgufTensor]:
+def _tensors(
+    config: ModelConfig, arch: str, layers: Sequence[GgufLayer], read_tensor: ReadTensor
+) -> Iterator[_GgufTensor]:
     """Yield every tensor of the file, in its order."""
     hidden = config.hidden_size
     yield _GgufTensor("token_embd.weight", (config.vocab_size, hidden), lambda: read_tensor(EMBEDDING))
     yield _GgufTensor("output_norm.weight", (hidden,), lambda: read_tensor(NORM))
-    if not config.tie_embeddings:
+    if not config.tie_embeddings and arch != _OPENELM:
         yield _GgufTensor("output.weight", (config.vocab_size, hidden), lambda: read_tensor(LM_HEAD))
     if config.rope["rope_type"] == "llama3":
         yield _GgufTensor(_ROPE_FACTORS, (config.head_dim // 2,), lambda: iter([_llama3_factors(config)]))
     for index, layer in enumerate(layers):
-        attention, ffn = _attention_tensors(config, layer), _ffn_tensors(config, layer)
+        attention, ffn = _attention_tensors(config, arch, layer), _ffn_tensors(config, layer)
         for tensors, is_zero in ((attention, layer.zero_attention), (ffn, layer.zero_ffn)):
             for tensor in tensors:
                 read = tensor.zeros if is_zero else tensor.reader(layer.block, read_tensor)
@@ -276,13 +294,13 @@ def _tensors(config: ModelConfig, layers: Sequence[GgufLayer], read_tensor: Read
 
 @dataclass(frozen=True)
 class _LayerTensor:
-    """A tensor of a layer: its name in the file, its name in the checkpoint's block, its shape.
+    """A tensor of a layer: its name in the file, the tensors of the checkpoint's block whose rows it has, its shape.
 
-    `heads`: its rows go through rotary positions, in so many heads; 0: they do not.
+    `heads`: its rows are interleaved for rotary positions, in so many heads; 0: they are not.
     """
 
     name: str
-    source: str
+    sources: tuple[str, ...]
     shape: tuple[int, ...]
     heads: int = 0
 
@@ -292,53 +310,72 @@ class _LayerTensor:
 
     def reader(self, block_index: int, read_tensor: ReadTensor) -> Callable[[], Iterator[Array]]:
         """Return a function that gives the checkpoint's tensor, its rows in the order of llama.cpp's rotary kernel."""
-        source = f"model.layers.{block_index}.{self.source}"
+        sources = [f"model.layers.{block_index}.{source}" for source in self.sources]
         if self.heads:
-            return lambda: iter([_interleaved(np.concatenate(list(read_tensor(source))), self.heads)])
-        return lambda: read_tensor(source)
+            return lambda: iter([_interleaved(np.concatenate(list(read_tensor(sources[0]))), self.heads)])
+        return lambda: itertools.chain.from_iterable(map(read_tensor, sources))
 
 
-def _attention_tensors(config: ModelConfig, layer: GgufLayer) -> list[_LayerTensor]:
+def _attention_tensors(config: ModelConfig, arch: str, layer: GgufLayer) -> list[_LayerTensor]:
     """Return tensors of a layer's attention, in the file's order; none where it was removed."""
     if layer.attention.kind == "no_op":
         return []
     hidden, dim = config.hidden_size, config.head_dim
-    norm = _LayerTensor("attn_norm.weight", "input_layernorm.weight", (hidden,))
+    norm = _LayerTensor("attn_norm.weight", ("input_layernorm.weight",), (hidden,))
     if layer.attention.kind == "linear":
-        return [norm, _LayerTensor("attn_output.weight", "self_attn.linear_attn.weight", (hidden, hidden))]
+        return [norm, _LayerTensor("attn_output.weight", ("self_attn.linear_attn.weight",), (hidden, hidden))]
+    output = _LayerTensor("attn_output.weight", ("self_attn.o_proj.weight",), (hidden, layer.heads * dim))
+    if config.qk_norm:
+        return [norm, *_normalised_qkv(config, arch, layer), output]
     heads, kv_heads = layer.heads, layer.attention.num_kv_heads
     tensors = [
         norm,
-        _LayerTensor("attn_q.weight", "self_attn.q_proj.weight", (heads * dim, hidden), heads),
-        _LayerTensor("attn_k.weight", "self_attn.k_proj.weight", (kv_heads * dim, hidden), kv_heads),
-        _LayerTensor("attn_v.weight", "self_attn.v_proj.weight", (kv_heads * dim, hidden)),
-        _LayerTensor("attn_output.weight", "self_attn.o_proj.weight", (hidden, heads * dim)),
+        _LayerTensor("attn_q.weight", ("self_attn.q_proj.weight",), (heads * dim, hidden), heads),
+        _LayerTensor("attn_k.weight", ("self_attn.k_proj.weight",), (kv_heads * dim, hidden), kv_heads),
+        _LayerTensor("attn_v.weight", ("self_attn.v_proj.weight",), (kv_heads * dim, hidden)),
+        output,
     ]
     if config.qkv_bias:
         tensors += [
-            _LayerTensor("attn_q.bias", "self_attn.q_proj.bias", (heads * dim,), heads),
-            _LayerTensor("attn_k.bias", "self_attn.k_proj.bias", (kv_heads * dim,), kv_heads),
-            _LayerTensor("attn_v.bias", "self_attn.v_proj.bias", (kv_heads * dim,)),
+            _LayerTensor("attn_q.bias", ("self_attn.q_proj.bias",), (heads * dim,), heads),
+            _LayerTensor("attn_k.bias", ("self_attn.k_proj.bias",), (kv_heads * dim,), kv_heads),
+            _LayerTensor("attn_v.bias", ("self_attn.v_proj.bias",), (kv_heads * dim,)),
         ]
     if config.output_bias:
-        tensors.append(_LayerTensor("attn_output.bias", "self_attn.o_proj.bias", (hidden,)))
+        tensors.append(_LayerTensor("attn_output.bias", ("self_attn.o_proj.bias",), (hidden,)))
     return tensors
+
+
+def _normalised_qkv(config: ModelConfig, arch: str, layer: GgufLayer) -> list[_LayerTensor]:
+    """Return q, k and v with the norms of queries and keys; the rotary kernel of these archs takes rows as they are."""
+    hidden, dim = config.hidden_size, config.head_dim
+    sources = [f"self_attn.{name}_proj.weight" for name in "qkv"]
+    heads = [layer.heads, layer.attention.num_kv_heads, layer.attention.num_kv_heads]
+    if arch == _OPENELM:
+        qkv = [_LayerTensor("attn_qkv.weight", tuple(sources), (sum(heads) * dim, hidden))]
+    else:
+        qkv = [
+            _LayerTensor(f"attn_{name}.weight", (source,), (count * dim, hidden))
+            for name, source, count in zip("qkv", sources, heads, strict=True)
+        ]
+    norms = [_LayerTensor(f"attn_{name}_norm.weight", (f"self_attn.{name}_norm.weight",), (dim,)) for name in "qk"]
+    return [*qkv, *norms]
 
 
 def _ffn_tensors(config: ModelConfig, layer: GgufLayer) -> list[_LayerTensor]:
     """Return tensors of a layer's FFN, in the file's order."""
     hidden, width = config.hidden_size, layer.width
     tensors = [
-        _LayerTensor("ffn_norm.weight", "post_attention_layernorm.weight", (hidden,)),
-        _LayerTensor("ffn_gate.weight", "mlp.gate_proj.weight", (width, hidden)),
-        _LayerTensor("ffn_up.weight", "mlp.up_proj.weight", (width, hidden)),
-        _LayerTensor("ffn_down.weight", "mlp.down_proj.weight", (hidden, width)),
+        _LayerTensor("ffn_norm.weight", ("post_attention_layernorm.weight",), (hidden,)),
+        _LayerTensor("ffn_gate.weight", ("mlp.gate_proj.weight",), (width, hidden)),
+        _LayerTensor("ffn_up.weight", ("mlp.up_proj.weight",), (width, hidden)),
+        _LayerTensor("ffn_down.weight", ("mlp.down_proj.weight",), (hidden, width)),
     ]
     if config.mlp_bias:
         tensors += [
-            _LayerTensor("ffn_gate.bias", "mlp.gate_proj.bias", (width,)),
-            _LayerTensor("ffn_up.bias", "mlp.up_proj.bias", (width,)),
-            _LayerTensor("ffn_down.bias", "mlp.down_proj.bias", (hidden,)),
+            _LayerTensor("ffn_gate.bias", ("mlp.gate_proj.bias",), (width,)),
+            _LayerTensor("ffn_up.bias", ("mlp.up_proj.bias",), (width,)),
+            _LayerTensor("ffn_down.bias", ("mlp.down_proj.bias",), (hidden,)),
         ]
     return tensors
 

@@ -1,10 +1,10 @@
 """The geometry of a Llama-like decoder, read from and written to a Hugging Face config.json without importing torch.
 
-Supported parents are the rows of FAMILIES: Llama (SmolLM2 included), Mistral, Qwen2. All have RMSNorm before each
-subblock, rotary positions, grouped-query or multi-head attention with optional biases, and a gated FFN. Every other
-architecture is refused by name. A family that differs in its biases or its sliding window alone is one more row; one
-with other tensors or another computation changes :func:`expected_shapes` and tasks/puzzle/model as well. Children,
-whose blocks differ, have a config.json of their own (storage/nemotron_nas.py).
+Supported parents are the rows of FAMILIES: Llama (SmolLM2 included), Mistral, Qwen2, Qwen3. All have RMSNorm before
+each subblock, rotary positions, grouped-query or multi-head attention with optional biases, and a gated FFN; Qwen3 also
+normalises each head's queries and keys. Every other architecture is refused by name. A family that differs in these
+alone is one more row; one with other tensors or another computation changes :func:`expected_shapes` and
+tasks/puzzle/model as well. Children, whose blocks differ, have a config.json of their own (storage/nemotron_nas.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,6 +28,9 @@ class Family:
         qkv_bias: whether q, k and v have biases: the same for the whole family, or the field that says so.
         output_bias: whether the output projection of attention has a bias, in the same form.
         mlp_bias: whether the projections of the FFN have biases, in the same form.
+        qk_norm: whether an RMSNorm over each head of queries and keys comes before the rotary positions.
+        default_head_dim: elements of a head where config.json says nothing of it, as transformers has it; None: the
+            heads' share of the hidden size.
         window_switch: the field that turns `sliding_window` on; None: the window holds wherever it is set.
         default_window: tokens of the window where config.json says nothing of it, as transformers has it; None: full.
         full_attention: fields of a config.json that is written, which say that there is no sliding window.
@@ -36,12 +39,14 @@ class Family:
     qkv_bias: bool | str = False
     output_bias: bool | str = False
     mlp_bias: bool | str = False
+    qk_norm: bool = False
+    default_head_dim: int | None = None
     window_switch: str | None = None
     default_window: int | None = None
     full_attention: Mapping[str, bool | None] = field(default_factory=dict)
 
 
-_LLAMA, _QWEN2 = "LlamaForCausalLM", "Qwen2ForCausalLM"
+_LLAMA, _QWEN2, _QWEN3 = "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
 FAMILIES: Mapping[str, Family] = {
     _LLAMA: Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
     "MistralForCausalLM": Family(default_window=4096, full_attention={"sliding_window": None}),
@@ -51,11 +56,19 @@ FAMILIES: Mapping[str, Family] = {
         default_window=4096,
         full_attention={"use_sliding_window": False},
     ),
+    _QWEN3: Family(
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm=True,
+        default_head_dim=128,
+        window_switch="use_sliding_window",
+        default_window=4096,
+        full_attention={"use_sliding_window": False},
+    ),
 }
 """The supported parents, by the name of their architecture."""
 
 _REFUSED = {
-    "Qwen3ForCausalLM": "it normalises queries and keys (qk-norm), which no heterogeneous format expresses",
     "Phi3ForCausalLM": "its q/k/v and gate/up projections are fused; convert it to the Llama form first",
     "MixtralForCausalLM": "its FFN is a mixture of experts",
     "Qwen2MoeForCausalLM": "its FFN is a mixture of experts",
@@ -122,6 +135,7 @@ class ModelConfig:
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
+    qk_norm: bool
     activation: str
 
     @classmethod
@@ -143,7 +157,7 @@ class ModelConfig:
             num_blocks=fields.count("num_hidden_layers", MAX_BLOCKS),
             num_heads=heads,
             num_kv_heads=fields.count("num_key_value_heads", default=heads),
-            head_dim=read_head_dim(fields),
+            head_dim=read_head_dim(fields, family.default_head_dim),
             intermediate_size=fields.count("intermediate_size"),
             vocab_size=fields.count("vocab_size", MAX_VOCABULARY),
             rms_norm_eps=fields.number("rms_norm_eps", 1),
@@ -153,6 +167,7 @@ class ModelConfig:
             qkv_bias=_has_bias(family.qkv_bias, fields),
             output_bias=_has_bias(family.output_bias, fields),
             mlp_bias=_has_bias(family.mlp_bias, fields),
+            qk_norm=family.qk_norm,
             activation=read_activation(config, where),
         )
         if geometry.num_heads % geometry.num_kv_heads:
@@ -208,16 +223,16 @@ def _model_type(architecture: str) -> str:
     return architecture.removesuffix("ForCausalLM").lower()
 
 
-def read_head_dim(fields: Fields) -> int:
-    """Return the size of an attention head: `head_dim`, or the heads' share of the hidden size.
+def read_head_dim(fields: Fields, default: int | None = None) -> int:
+    """Return the size of an attention head: `head_dim`, or `default`; None: the heads' share of the hidden size.
 
     Raises:
         InputError: the heads do not share the hidden size evenly, or the size is odd, which rotary positions cannot be.
     """
     hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    if fields.values.get("head_dim") is None and hidden % heads:
+    if fields.values.get("head_dim") is None and default is None and hidden % heads:
         raise InputError(f"{fields.where}: {heads} attention heads cannot share a hidden size of {hidden} evenly")
-    head_dim = fields.count("head_dim", default=hidden // heads)
+    head_dim = fields.count("head_dim", default=default or hidden // heads)
     if head_dim % 2:
         raise InputError(f"{fields.where}: the head_dim {head_dim} is odd, rotary positions take pairs of elements")
     return head_dim
@@ -327,12 +342,14 @@ def to_hf(
 ) -> dict[str, Any]:
     """Return the config.json of a model of equal blocks, in the form of its family.
 
-    A model whose q, k and v alone have biases becomes a Qwen2; any other one of no supported family becomes a Llama.
-    Biases that no family can express the caller has refused.
+    A model with qk-norm becomes a Qwen3; one whose q, k and v alone have biases a Qwen2; any other one of no supported
+    family a Llama. What no family can express the caller has refused.
     """
     attention, ffn = block
     architecture = config.architecture if config.architecture in FAMILIES else _LLAMA
-    if config.qkv_bias and not config.output_bias:
+    if config.qk_norm:
+        architecture = _QWEN3
+    elif config.qkv_bias and not config.output_bias:
         architecture = _QWEN2
     family = FAMILIES[architecture]
     biases = {family.output_bias: config.output_bias, family.mlp_bias: config.mlp_bias}
@@ -380,6 +397,9 @@ def expected_shapes(
         prefix = f"model.layers.{block_index}"
         if attention.kind != "no_op":
             shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        if attention.kind == "gqa" and config.qk_norm:
+            shapes[f"{prefix}.self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[f"{prefix}.self_attn.k_norm.weight"] = (config.head_dim,)
         if ffn.kind != "no_op":
             shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
         for name, (rows, columns, has_bias) in _linear_layers(config, attention, ffn).items():

@@ -73,6 +73,7 @@ def to_nemotron_nas(
         "attention_bias": config.output_bias,
         "qkv_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
+        "qk_norm": config.qk_norm,
         **special_tokens,
         "dtype": dtype,
         "block_configs": [_block_config(config, attention, ffn) for attention, ffn in blocks],
@@ -153,6 +154,7 @@ def from_nemotron_nas(config: Mapping[str, Any], where: str) -> tuple[ModelConfi
         qkv_bias=fields.switch("qkv_bias", fields.switch("attention_bias")),
         output_bias=fields.switch("attention_bias"),
         mlp_bias=fields.switch("mlp_bias"),
+        qk_norm=fields.switch("qk_norm"),
         activation=read_activation(config, where),
     )
     return geometry, blocks

@@ -21,7 +21,7 @@ _TYPES = "float16, bfloat16 or float32"
 _WAYS_OUT = (
     (r"lora_|adapter", "merge the adapter into the weights first (merge_and_unload of peft)"),
     (r"scale|zero|qweight|g_idx|absmax|quant", f"it is part of quantised weights: take those in {_TYPES}"),
-    (r"[qk]_norm", "it normalises queries and keys (qk-norm), which is not supported"),
+    (r"[qk]_norm", "it normalises queries and keys (qk-norm), of which config.json says nothing: is it of a Qwen3?"),
     (
         r"\.bias$",
         "the bias would be left out: config.json of a Llama says attention_bias (q, k, v and o) or mlp_bias, a Qwen2 "

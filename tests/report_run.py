@@ -80,6 +80,7 @@ CONFIG = ModelConfig(
     qkv_bias=False,
     output_bias=False,
     mlp_bias=False,
+    qk_norm=False,
     activation="silu",
 )
 RATE = 250.0

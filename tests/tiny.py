@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from storage.checkpoints import Checkpoint, CheckpointWriter
@@ -54,7 +56,7 @@ SIZES: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "initializer_range": 0.1,  # at transformers' 0.02 a block of this size hardly changes the logits
 }
-FAMILIES = ("llama", "llama3-untied-head_dim-bias", "mistral", "qwen2")
+FAMILIES = ("llama", "llama3-untied-head_dim-bias", "mistral", "qwen2", "qwen3")
 
 
 def tiny_model(family: str) -> Any:
@@ -76,6 +78,8 @@ def tiny_model(family: str) -> Any:
             model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None))
         case "qwen2":
             model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True))
+        case "qwen3":
+            model = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=20, tie_word_embeddings=True))
         case _:
             raise ValueError(family)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 _DEFAULTS = {"hidden_size": 4096, "num_attention_heads": 32, "hidden_act": "silu"}
-_OFF = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
+_OFF = {"attention_bias": False, "mlp_bias": False, "qk_norm": False, "tie_word_embeddings": False}
 
 
 class JsonObject:
@@ -34,7 +34,7 @@ class JsonObject:
 class NemotronNasConfig(PretrainedConfig):
     """A Llama config whose blocks differ: `num_key_value_heads` and `intermediate_size` are null, each has its own.
 
-    `attention_bias` is the output projection's, `qkv_bias` that of q, k and v.
+    `attention_bias` is the output projection's, `qkv_bias` that of q, k and v; `qk_norm` normalises heads as a Qwen3.
     """
 
     model_type = "nemotron-nas"

@@ -35,6 +35,8 @@ class DeciLMBlock(nn.Module):
             else:
                 llama_config.num_key_value_heads = config.num_attention_heads // attention.n_heads_in_group
                 self.self_attn = LlamaAttention(llama_config, cache_index)
+                if config.qk_norm:
+                    self.self_attn = _qwen3_attention(llama_config, cache_index)
                 heads = config.num_attention_heads * config.head_dim
                 self.self_attn.o_proj = nn.Linear(heads, size, bias=config.attention_bias)
         if not ffn.no_op:
@@ -65,6 +67,14 @@ class DeciLMBlock(nn.Module):
             normed = self.post_attention_layernorm(hidden)
             hidden = hidden + (self.mlp["linear_mlp"](normed) if self.ffn.replace_with_linear else self.mlp(normed))
         return hidden, weights
+
+
+def _qwen3_attention(config: Any, cache_index: int) -> Any:
+    """Return attention with an RMSNorm over each head of queries and keys; its class is in transformers since 4.51."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+    config.sliding_window, config.layer_types = None, ["full_attention"] * len(config.block_configs)
+    return Qwen3Attention(config, cache_index)
 
 
 def _width(ffn: Any, hidden_size: int) -> int:

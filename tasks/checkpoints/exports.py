@@ -228,10 +228,8 @@ def _write_nemotron_nas(
     _write_checkpoint(source, export_format, config_json, _tensors(source), into, max_shard_bytes)
 
 
-def _write_padded_llama(
-    source: CheckpointToExport, export_format: ExportFormat, into: Path, max_shard_bytes: int
-) -> None:
-    """Write a Llama of equal blocks, the tensors padded with zeros."""
+def _write_padded(source: CheckpointToExport, export_format: ExportFormat, into: Path, max_shard_bytes: int) -> None:
+    """Write a Llama or a Qwen3 of equal blocks, the tensors padded with zeros."""
     block, config = padded_variants(source.blocks), padded_config(source.config)
     config_json = to_hf(config, len(source.blocks), block, source.special_tokens, source.dtype)
     _write_checkpoint(source, export_format, config_json, _tensors(source, pad_to=block), into, max_shard_bytes)
@@ -258,7 +256,8 @@ def _write_gguf(source: CheckpointToExport, export_format: ExportFormat, into: P
 
 WRITERS: Mapping[FormatKind, Callable[[CheckpointToExport, ExportFormat, Path, int], None]] = {
     "nemotron-nas": _write_nemotron_nas,
-    "padded-llama": _write_padded_llama,
+    "padded-llama": _write_padded,
+    "padded-qwen3": _write_padded,
     "plain": _write_plain,
     "gguf": _write_gguf,
 }

@@ -25,7 +25,7 @@ from tasks.engines.client import Endpoint, load, models
 from tasks.engines.hidden_states import hidden_states
 from tasks.engines.llamacpp import LlamaCpp, time_files
 from tasks.engines.timings import Workload
-from tasks.puzzle.runtimes.rules import refusals
+from tasks.puzzle.runtimes.rules import reasons_against, refusals
 from tests.tiny import FAMILIES, LLAMA3_ROPE, random_child, save_tiny
 
 NO_ATTENTION, LINEAR, NO_FFN = Attention("no_op"), Attention("linear"), Ffn("no_op")
@@ -63,7 +63,23 @@ def check_parity(config: ModelConfig, blocks: Blocks, folder: Path, tokens: int 
 @pytest.mark.parametrize("name", CHILDREN)
 def test_it_computes_what_torch_computes(name: str, family: str, tmp_path: Path) -> None:
     _, config = save_tiny(family, tmp_path / "parent")
-    check_parity(config, CHILDREN[name], tmp_path)
+    blocks = CHILDREN[name]
+    if config.qk_norm:  # its archs have no linear attention
+        blocks = [(NO_ATTENTION if attention == LINEAR else attention, ffn) for attention, ffn in blocks]
+    assert refusals(config, blocks)["llama.cpp"] == []
+    check_parity(config, blocks, tmp_path)
+
+
+def test_blocks_alike_with_qk_norm_have_a_head_of_their_own(tmp_path: Path) -> None:
+    """An untied Qwen3 that only lost whole blocks; where blocks differ it is refused, as the search refuses it."""
+    config = replace(save_tiny("qwen3", tmp_path / "parent")[1], tie_embeddings=False)
+    lost: Blocks = [(ONE, NARROW), (NO_ATTENTION, NO_FFN), (ONE, NARROW)]
+    assert refusals(config, lost)["llama.cpp"] == []
+    check_parity(config, lost, tmp_path)
+    (refusal,) = refusals(config, [(FULL, NARROW), (ONE, NARROW)])["llama.cpp"]
+    assert "has the embedding as its head" in refusal.reason
+    assert refusal.way_out.endswith("export it as padded-qwen3")
+    assert reasons_against("llama.cpp", config, 0, FULL, NARROW) == (refusal.reason,)
 
 
 _ROPES: list[dict[str, Any]] = [
@@ -74,12 +90,22 @@ _ROPES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("name", ["alike", "kv heads and widths", "stand-ins at both ends"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *itertools.product(["llama"], ["alike", "kv heads and widths", "stand-ins at both ends"]),
+        *itertools.product(["qwen3"], ["alike", "kv heads and widths"]),
+    ],
+)
 @pytest.mark.parametrize("rope", _ROPES)
-def test_scaled_rotary_positions(rope: dict[str, Any], name: str, tmp_path: Path) -> None:
+def test_scaled_rotary_positions(rope: dict[str, Any], family: str, name: str, tmp_path: Path) -> None:
     """Over 100 tokens, beyond what the position scaling calls the original context."""
-    _, config = save_tiny("llama", tmp_path / "parent")
+    _, config = save_tiny(family, tmp_path / "parent")
     config = replace(config, rope={"rope_theta": 10000.0, **rope}, context=128)
+    if config.qk_norm and (rope is LLAMA3_ROPE or "beta_fast" in rope):
+        (refusal,) = refusals(config, CHILDREN[name])["llama.cpp"]
+        assert refusal.reason.startswith("beside qk-norm it takes no llama3 rotary positions")
+        return
     check_parity(config, CHILDREN[name], tmp_path, tokens=100)
 
 
@@ -96,6 +122,9 @@ def test_random_architectures(blocks: Blocks, family: str, tmp_path_factory: pyt
     """Whatever the rules say that llama.cpp runs it computes right, and what they refuse is not written."""
     folder = tmp_path_factory.mktemp("random")
     _, config = save_tiny(family, folder / "parent")
+    if config.qk_norm and any(attention == LINEAR for attention, _ in blocks):
+        assert any("no linear attention" in refusal.reason for refusal in refusals(config, blocks)["llama.cpp"])
+        return
     if reasons := refusals(config, blocks)["llama.cpp"]:
         assert [refusal.reason for refusal in reasons] == ["it loads no model without kv heads"]
         with pytest.raises(InputError, match="no block has an attention with kv heads"):

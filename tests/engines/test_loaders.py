@@ -39,6 +39,7 @@ PLAIN = ModelConfig(
     qkv_bias=False,
     output_bias=False,
     mlp_bias=False,
+    qk_norm=False,
     activation="silu",
 )
 KV, HALF, ONE = Attention("gqa", 4), Attention("gqa", 2), Attention("gqa", 1)

@@ -20,22 +20,25 @@ from tests.storage.test_params import problems
 
 def test_every_kind_has_a_row_a_writer_and_refusals() -> None:
     assert {row.kind for row in FORMATS.values()} == set(get_args(FormatKind)) == set(WRITERS)
-    for name in FORMATS:
-        assert format_refusals(name, PLAIN, [(KV, WIDE)] * 2) == [], "two blocks of a plain Llama have every format"
+    for qk_norm, other in ((False, "padded-qwen3"), (True, "padded-llama")):
+        config = replace(PLAIN, qk_norm=qk_norm)
+        refused = [name for name in FORMATS if format_refusals(name, config, [(KV, WIDE)] * 2)]
+        assert refused == [other], "two blocks alike have every format but the other family's"
 
 
-@pytest.mark.parametrize("biases", itertools.product([False, True], repeat=3))
-def test_a_config_of_a_family_says_every_bias_or_is_refused(biases: tuple[bool, bool, bool]) -> None:
+@pytest.mark.parametrize("flags", itertools.product([False, True], repeat=4))
+def test_a_config_of_a_family_says_every_flag_or_is_refused(flags: tuple[bool, bool, bool, bool]) -> None:
     """A Qwen2 with biases in its FFNs would be loaded without them, and nothing said."""
-    qkv, output, mlp = biases
-    config = replace(PLAIN, qkv_bias=qkv, output_bias=output, mlp_bias=mlp)
-    as_padded = padded_config(config)
+    qkv, output, mlp, qk_norm = flags
+    config, blocks = replace(PLAIN, qkv_bias=qkv, output_bias=output, mlp_bias=mlp, qk_norm=qk_norm), [(KV, WIDE)] * 2
+    as_padded, padded = padded_config(config), "padded-qwen3" if qk_norm else "padded-llama"
     assert as_padded.qkv_bias == as_padded.output_bias == (qkv or output)
-    assert format_refusals("padded-llama", config, [(KV, WIDE)] * 2) == []
-    configs = [as_padded, *([] if format_refusals("plain", config, [(KV, WIDE)] * 2) else [config])]
-    for written in configs:
-        read = ModelConfig.from_hf(to_hf(written, 2, (KV, WIDE), {}, "float32"), "written")
-        assert [read.qkv_bias, read.output_bias, read.mlp_bias] == [written.qkv_bias, written.output_bias, mlp]
+    assert bool(format_refusals(padded, config, blocks)) == (qk_norm and mlp)
+    for form, written in ((padded, as_padded), ("plain", config)):
+        if not format_refusals(form, config, blocks):
+            read = ModelConfig.from_hf(to_hf(written, 2, (KV, WIDE), {}, "float32"), "written")
+            found = (read.qkv_bias, read.output_bias, read.mlp_bias, read.qk_norm)
+            assert found == (written.qkv_bias, written.output_bias, mlp, qk_norm)
 
 
 def test_the_rows_of_gguf_are_the_types_of_its_matrices() -> None:

@@ -44,6 +44,7 @@ CONFIG = ModelConfig(
     qkv_bias=False,
     output_bias=False,
     mlp_bias=False,
+    qk_norm=False,
     activation="silu",
 )
 CHAT_TEMPLATE = (

@@ -137,7 +137,10 @@ def pickled(source: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "gpt2": (another_architecture("GPT2LMHeadModel"), "GPT2LMHeadModel is not supported: its FFN is not gated"),
-    "qwen3": (another_architecture("Qwen3ForCausalLM"), "Qwen3ForCausalLM is not supported: .*qk-norm"),
+    "qwen3 without its norms": (
+        lambda source: change_config(source, architectures=["Qwen3ForCausalLM"], model_type="qwen3"),
+        r"the checkpoint lacks tensor model.layers.0.self_attn.q_norm.weight and \d+ more, which config.json asks for",
+    ),
     "unknown": (
         another_architecture("MambaForCausalLM"),
         "MambaForCausalLM is not supported: .*Llama-like.*Supported: ",

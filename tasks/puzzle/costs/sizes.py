@@ -48,9 +48,10 @@ def attention_elements(config: ModelConfig, attention: Attention) -> Elements:
         return Elements(matrix=hidden * hidden, sensitive=hidden)
     query, key_value = config.num_heads * config.head_dim, attention.num_kv_heads * config.head_dim
     biases = (query + 2 * key_value) * config.qkv_bias + hidden * config.output_bias
+    norms = hidden + 2 * config.head_dim * config.qk_norm
     return Elements(
         matrix=2 * hidden * query + 2 * hidden * key_value,
-        sensitive=hidden + biases,
+        sensitive=norms + biases,
         kv_per_token=2 * key_value,
     )
 

@@ -52,7 +52,8 @@ class GroupedQueryAttention(nn.Module):
     """Causal attention of `num_heads` query heads that share `num_kv_heads` key and value heads.
 
     `cache_index` is the layer's number in the KV cache: its position among the blocks that have attention, so that a
-    block without attention leaves no hole.
+    block without attention leaves no hole. With qk-norm (Qwen3) an RMSNorm over each head of queries and keys comes
+    before the rotary positions, its weight [head_dim] the same for all heads.
     """
 
     def __init__(self, config: ModelConfig, num_kv_heads: int, cache_index: int = 0) -> None:
@@ -64,14 +65,19 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, num_kv_heads * head_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(hidden, num_kv_heads * head_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_heads * head_dim, hidden, bias=config.output_bias)
+        self.q_norm: RMSNorm | nn.Identity = nn.Identity()
+        self.k_norm: RMSNorm | nn.Identity = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
     def heads(
         self, hidden: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: KeyValues | None = None
     ) -> Tensor:
         """Compute the input of o_proj, [batch, tokens, heads * head_dim]."""
         split = (*hidden.shape[:2], -1, self.head_dim)
-        query = self.q_proj(hidden).view(split).transpose(1, 2)
-        key = self.k_proj(hidden).view(split).transpose(1, 2)
+        query = self.q_norm(self.q_proj(hidden).view(split)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden).view(split)).transpose(1, 2)
         value = self.v_proj(hidden).view(split).transpose(1, 2)
         query, key = rotate(query, rotary), rotate(key, rotary)
         if cache is not None:

@@ -58,7 +58,8 @@ def kept_channels(order: Tensor, variant: Ffn) -> Tensor:
 def initial_attention(config: ModelConfig, parent: Mapping[str, Tensor], variant: Attention) -> Tensors:
     """Derive the initial tensors of an attention variant.
 
-    For fewer kv heads, k_proj and v_proj are mean-pooled inside each group of kv heads. The linear variant is W_o W_v
+    For fewer kv heads, k_proj and v_proj are mean-pooled inside each group of kv heads; the norms of queries and keys,
+    one for all heads of the parent, stay. The linear variant is W_o W_v
     with the kv heads expanded to query heads: each token attends to itself alone.
 
     Args:

@@ -1,4 +1,4 @@
-"""A child without linear layers as a plain Llama of equal blocks, which computes the same, no faster than the parent.
+"""A child without linear layers as a plain Llama (Qwen3) of equal blocks: the same numbers, no faster than the parent.
 
 For tools that load no other model. In: a block's tensors. Out: its tensors in the shapes that all blocks have.
 Narrow FFNs get zero channels, shared kv heads are repeated, removed subblocks become ones of zero weights, and where
@@ -19,9 +19,10 @@ Blocks = Sequence[tuple[Attention, Ffn]]
 
 
 def padded_config(config: ModelConfig) -> ModelConfig:
-    """Return the geometry with the biases of a Llama, whose q, k, v and output projections have them all or none."""
+    """Return the geometry as a Llama, or with qk-norm a Qwen3, whose attentions have all four biases or none."""
     bias = config.output_bias or config.qkv_bias
-    return replace(config, architecture="LlamaForCausalLM", output_bias=bias, qkv_bias=bias)
+    architecture = "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"
+    return replace(config, architecture=architecture, output_bias=bias, qkv_bias=bias)
 
 
 def padded_variants(blocks: Blocks) -> tuple[Attention, Ffn]:

@@ -9,7 +9,7 @@ llama.cpp reads a GGUF, in which removed subblocks have stand-ins; the others re
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 from storage.formats import FORMATS, FormatKind, FormatName
 from storage.model_config import ModelConfig, rope_without_gguf_key
@@ -25,11 +25,12 @@ FIRST_FORMAT: Mapping[Runtime, str] = {
     for runtime in RUNTIMES
 }
 """The format that each runtime reads a child in; where it computes that one wrong, a Llama may remain."""
-_LLAMA_FORMATS: tuple[FormatName, ...] = ("plain", "padded-llama")
-"""Formats that are a Llama, the smaller one first."""
+_UNIFORM_FORMATS: tuple[FormatName, ...] = ("plain", "padded-llama", "padded-qwen3")
+"""Formats of equal blocks, which every tool loads that knows the family; the smaller one first."""
 _NEEDS_ATTENTION: tuple[Runtime, ...] = ("vllm", "sglang", "mlx-lm")
 _NEEDS_ATTENTION_FIRST: tuple[Runtime, ...] = ("vllm", "sglang")
-_PADDED = "export it as padded-llama"
+_PADDED = "export it as {padded}"
+"""A way out; `padded` is the format of the two that can express the model."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class _Rule:
         reason: the reason, in words that follow the runtime's name.
         way_out: the advice of the message.
         lists_blocks: whether the message says which blocks it is about; otherwise the whole model has this kind.
-        breaks_llama: whether it also holds where the model is exported as a Llama.
+        breaks_uniform: whether it also holds where the model is exported with equal blocks, as a Llama or a Qwen3.
         breaks_child: whether it holds for nemotron-nas and GGUF.
     """
 
@@ -84,7 +85,7 @@ class _Rule:
     reason: str
     way_out: str
     lists_blocks: bool = True
-    breaks_llama: bool = False
+    breaks_uniform: bool = False
     breaks_child: bool = True
 
 
@@ -117,6 +118,19 @@ def _has_unread_yarn(block: _Block) -> bool:
     return is_scaled_otherwise or rope.get("attention_factor") is not None or rope.get("truncate") is False
 
 
+def _has_other_rotary_than_qwen3(rope: Mapping[str, Any]) -> bool:
+    betas = (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+    return rope["rope_type"] == "llama3" or (rope["rope_type"] == "yarn" and betas != (32, 1))
+
+
+_TIED_HEAD = _Rule(
+    ("llama.cpp",),
+    lambda block: block.config.qk_norm and not block.config.tie_embeddings,
+    "its one arch for blocks that differ and normalise queries and keys (openelm) has the embedding as its head",
+    f"leave the gguf formats out and run it with transformers, or {_PADDED}",
+    lists_blocks=False,
+)
+"""Where blocks are alike, the GGUF is a Qwen3, which has a head of its own."""
 _RULES = (
     _Rule(
         ("sglang", "tensorrt-llm", "mlx-lm"),
@@ -148,6 +162,43 @@ _RULES = (
         "it has no linear FFN",
         "name the runtime in the target's `runtimes`",
     ),
+    _Rule(
+        ("vllm", "sglang", "tensorrt-llm", "mlx-lm"),
+        lambda block: block.config.qk_norm,
+        "its nemotron-nas does not normalise queries and keys (qk-norm)",
+        _PADDED,
+        lists_blocks=False,
+    ),
+    _Rule(
+        ("llama.cpp",),
+        lambda block: block.config.qk_norm and block.attention.kind == "linear",
+        "it has no linear attention beside one that normalises queries and keys (qk-norm)",
+        "name the runtime in the target's `runtimes`",
+    ),
+    _Rule(
+        ("llama.cpp",),
+        lambda block: block.config.qk_norm and _has_biases(block),
+        "it takes no biases beside qk-norm",
+        "leave the gguf formats out",
+        lists_blocks=False,
+    ),
+    _Rule(
+        ("llama.cpp",),
+        lambda block: block.config.qk_norm and _has_other_rotary_than_qwen3(block.config.rope),
+        "beside qk-norm it takes no llama3 rotary positions, nor beta_fast and beta_slow of yarn",
+        "leave the gguf formats out",
+        lists_blocks=False,
+    ),
+    _TIED_HEAD,
+    _Rule(
+        ("mlx-lm",),
+        lambda block: block.config.qk_norm and _has_biases(block),
+        "its Qwen3 has no biases",
+        "use transformers",
+        lists_blocks=False,
+        breaks_uniform=True,
+        breaks_child=False,
+    ),
     _Rule(("tensorrt-llm",), _has_biases, "it takes no biases", _PADDED, lists_blocks=False),
     _Rule(
         ("sglang", "mlx-lm"),
@@ -162,7 +213,7 @@ _RULES = (
         "it takes no biases in FFNs",
         "use another runtime",
         lists_blocks=False,
-        breaks_llama=True,
+        breaks_uniform=True,
     ),
     _Rule(
         ("mlx-lm",),
@@ -177,7 +228,7 @@ _RULES = (
         "it computes SiLU only",
         "use transformers, or nemotron-nas in mlx-lm",
         lists_blocks=False,
-        breaks_llama=True,
+        breaks_uniform=True,
     ),
     _Rule(
         ("llama.cpp",),
@@ -199,7 +250,7 @@ _RULES = (
         "it computes SiLU in every Llama",
         "use transformers, or nemotron-nas in mlx-lm",
         lists_blocks=False,
-        breaks_llama=True,
+        breaks_uniform=True,
         breaks_child=False,
     ),
     _Rule(
@@ -208,11 +259,11 @@ _RULES = (
         "it does not read attention_factor, truncate, nor one of mscale and mscale_all_dim alone, of yarn",
         "use transformers, or vllm",
         lists_blocks=False,
-        breaks_llama=True,
+        breaks_uniform=True,
     ),
 )
 _CHILD_RULES = tuple(rule for rule in _RULES if rule.breaks_child)
-_LLAMA_RULES = tuple(rule for rule in _RULES if rule.breaks_llama)
+_UNIFORM_RULES = tuple(rule for rule in _RULES if rule.breaks_uniform)
 _KEEP_ONE = "add a constraint {metric: attention_blocks, at_least: 1} to the target"
 _NO_KV_HEADS = Refusal("it loads no model without kv heads", "", _KEEP_ONE)
 _NO_ATTENTION = Refusal("it loads no model without attention", "", _KEEP_ONE)
@@ -240,7 +291,9 @@ def refusals(config: ModelConfig, blocks: Blocks) -> dict[Runtime, list[Refusal]
     """Map each runtime to why it would compute a child of these blocks wrong or not at all."""
     most = max((attention.num_kv_heads for attention, _ in blocks), default=0)
     config = replace(config, num_kv_heads=most)  # a child may have fewer than its parent, the same number everywhere
-    against = {runtime: _broken_rules(runtime, config, blocks, _CHILD_RULES) for runtime in RUNTIMES}
+    kept = [block for block in blocks if not is_empty([block])]
+    rules = [rule for rule in _CHILD_RULES if rule is not _TIED_HEAD or not are_alike(kept)]
+    against = {runtime: _broken_rules(runtime, config, blocks, rules) for runtime in RUNTIMES}
     if not has_kv_heads(blocks):
         against[_READS_GGUF].append(_NO_KV_HEADS)
     if all(attention.kind == "no_op" for attention, _ in blocks):
@@ -328,7 +381,7 @@ def _broken_rules(runtime: Runtime, config: ModelConfig, blocks: Blocks, rules: 
         broken = [index for index, block in enumerate(described) if rule.breaks(block)]
         if broken:
             where = _listed(broken, len(blocks)) if rule.lists_blocks else ""
-            against.append(Refusal(rule.reason, where, rule.way_out))
+            against.append(Refusal(rule.reason, where, rule.way_out.format(padded=_padded_format(config))))
     return against
 
 
@@ -342,7 +395,7 @@ def _listed(indices: Sequence[int], count: int) -> str:
 
 def are_alike(blocks: Blocks) -> bool:
     """Tell whether the model is a plain Llama: every block has attention with the same kv heads, FFNs of one width."""
-    [*kinds] = set(blocks)
+    kinds = list(set(blocks))
     return len(kinds) == 1 and kinds[0][0].kind == "gqa" and kinds[0][1].kind == "gated"
 
 
@@ -355,22 +408,44 @@ def _nemotron_nas_refusals(_config: ModelConfig, _blocks: Blocks) -> list[Refusa
     return []
 
 
-def _padded_llama_refusals(_config: ModelConfig, blocks: Blocks) -> list[Refusal]:
+def _padded_format(config: ModelConfig) -> FormatName:
+    """Return the format of equal blocks, padded with zeros, that can express a model."""
+    return "padded-qwen3" if config.qk_norm else "padded-llama"
+
+
+def _padded_llama_refusals(config: ModelConfig, blocks: Blocks) -> list[Refusal]:
+    if config.qk_norm:
+        return [Refusal("a Llama does not normalise queries and keys (qk-norm)", "", "export it as padded-qwen3")]
+    return _linear_refusals("a Llama", blocks)
+
+
+def _padded_qwen3_refusals(config: ModelConfig, blocks: Blocks) -> list[Refusal]:
+    if not config.qk_norm:
+        return [Refusal("a Qwen3 normalises queries and keys (qk-norm)", "", "export it as padded-llama")]
+    if config.mlp_bias:
+        return [Refusal("a Qwen3 has no biases in FFNs", "", "export it as nemotron-nas")]
+    return _linear_refusals("a Qwen3", blocks)
+
+
+def _linear_refusals(family: str, blocks: Blocks) -> list[Refusal]:
     linear = [index for index, (attention, ffn) in enumerate(blocks) if "linear" in (attention.kind, ffn.kind)]
     if not linear:
         return []
     where = _listed(linear, len(blocks))
-    return [Refusal("a Llama has no linear layer", where, "export it as nemotron-nas, or forbid linear layers")]
+    return [Refusal(f"{family} has no linear layer", where, "export it as nemotron-nas, or forbid linear layers")]
 
 
 def _plain_refusals(config: ModelConfig, blocks: Blocks) -> list[Refusal]:
+    reason = None
     if not are_alike(blocks):
-        return [Refusal("its blocks differ", "", _PADDED)]
-    if config.output_bias and not config.qkv_bias:
-        return [Refusal("its output projection alone has a bias, and no family has that", "", _PADDED)]
-    if config.qkv_bias and config.mlp_bias and not config.output_bias:
-        return [Refusal("it has biases, but none on its output projection, and no family has that", "", _PADDED)]
-    return []
+        reason = "its blocks differ"
+    elif config.output_bias and not config.qkv_bias:
+        reason = "its output projection alone has a bias, and no family has that"
+    elif config.qkv_bias and not config.output_bias and (config.mlp_bias or config.qk_norm):
+        reason = "it has biases, but none on its output projection, and no family has that"
+    elif config.qk_norm and config.mlp_bias:
+        reason = "it normalises queries and keys and has biases in FFNs, and no family has both"
+    return [Refusal(reason, "", _PADDED.format(padded=_padded_format(config)))] if reason else []
 
 
 def _gguf_refusals(config: ModelConfig, blocks: Blocks) -> list[Refusal]:
@@ -380,6 +455,7 @@ def _gguf_refusals(config: ModelConfig, blocks: Blocks) -> list[Refusal]:
 _FORMAT_REFUSALS: Mapping[FormatKind, Callable[[ModelConfig, Blocks], list[Refusal]]] = {
     "nemotron-nas": _nemotron_nas_refusals,
     "padded-llama": _padded_llama_refusals,
+    "padded-qwen3": _padded_qwen3_refusals,
     "plain": _plain_refusals,
     "gguf": _gguf_refusals,
 }
@@ -389,12 +465,12 @@ _FORMAT_REFUSALS: Mapping[FormatKind, Callable[[ModelConfig, Blocks], list[Refus
 def verdicts(config: ModelConfig, blocks: Blocks) -> list[Verdict]:
     """Return the verdict of each runtime on a model of these blocks, over every format that it may be exported in."""
     against = refusals(config, blocks)
-    llama_format = next((name for name in _LLAMA_FORMATS if not format_refusals(name, config, blocks)), None)
+    uniform = next((name for name in _UNIFORM_FORMATS if not format_refusals(name, config, blocks)), None)
     judged = []
     for runtime in RUNTIMES:
         takes = [] if against[runtime] else [FIRST_FORMAT[runtime]]
-        reads_llama = runtime != _READS_GGUF and not _broken_rules(runtime, config, blocks, _LLAMA_RULES)
-        if llama_format and reads_llama:
-            takes.append(llama_format)
+        reads_uniform = runtime != _READS_GGUF and not _broken_rules(runtime, config, blocks, _UNIFORM_RULES)
+        if uniform and reads_uniform:
+            takes.append(uniform)
         judged.append(Verdict(runtime, tuple(takes), tuple(against[runtime])))
     return judged

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen3ForCausalLM
 
 from storage.files import DamagedFileError, InputError, read_json, read_sealed, write_json
 from storage.formats import FORMATS, FormatName
@@ -84,14 +84,15 @@ _FFNS = st.sampled_from([WIDE, NARROW, Ffn("gated", 33), NO_FFN])
 
 @settings(max_examples=40, deadline=None)
 @given(blocks=st.lists(st.tuples(_ATTENTIONS, _FFNS), min_size=1, max_size=5), family=st.sampled_from(FAMILIES))
-def test_transformers_own_llama_loads_the_padded_export(
+def test_transformers_own_class_loads_the_padded_export(
     blocks: Blocks, family: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("padded")
     config = geometry(family, folder / "parent")
     child = save_child(folder / "child", config, blocks)
-    write(read_checkpoint("tiny", folder / "child", "again"), folder / "exports", "padded-llama")
-    model = loaded(LlamaForCausalLM, folder / "exports/padded-llama")
+    form = "padded-qwen3" if config.qk_norm else "padded-llama"
+    write(read_checkpoint("tiny", folder / "child", "again"), folder / "exports", form)
+    model = loaded(Qwen3ForCausalLM if config.qk_norm else LlamaForCausalLM, folder / "exports" / form)
     torch.testing.assert_close(logits(model, 272), logits(child, 272), atol=LOGITS_ERROR, rtol=0.0)
 
 
@@ -308,8 +309,8 @@ LIES: dict[str, tuple[Callable[[Raw, Tensors], object], str]] = {
     ),
     "too few blocks": (lambda raw, _: raw["block_configs"].pop(), r"num_hidden_layers is 3 but block_configs has 2"),
     "another family": (
-        lambda raw, _: [raw.pop("block_configs"), raw.update(architectures=["Qwen3ForCausalLM"])],
-        r"Qwen3ForCausalLM is not supported: it normalises queries and keys",
+        lambda raw, _: [raw.pop("block_configs"), raw.update(architectures=["Olmo2ForCausalLM"])],
+        r"Olmo2ForCausalLM is not supported: it normalises after each subblock",
     ),
 }
 
@@ -478,7 +479,7 @@ def test_check_runtimes_answers_for_any_config(tmp_path: Path) -> None:
         run("flows.cli", "check-runtimes", "--config", "params/llama-3.1-70b.config.json", "--json").stdout
     )
     assert answer["runtimes"]["sglang"] == {"takes": ["nemotron-nas", "plain"], "refusals": []}
-    assert not any(answer["formats"].values())
+    assert [name for name, reasons in answer["formats"].items() if reasons] == ["padded-qwen3"]
     shutil.copy(ROOT / "params.yaml", tmp_path / "config.json")
     ended = run("flows.cli", "check-runtimes", "--config", str(tmp_path / "config.json"))
     assert ended.returncode != 0
