@@ -68,18 +68,20 @@ FAMILIES: Mapping[str, Family] = {
 }
 """The supported parents, by the name of their architecture."""
 
-_REFUSED = {
+REFUSED_FAMILIES: Mapping[str, str] = {
     "Phi3ForCausalLM": "its q/k/v and gate/up projections are fused; convert it to the Llama form first",
     "MixtralForCausalLM": "its FFN is a mixture of experts",
     "Qwen2MoeForCausalLM": "its FFN is a mixture of experts",
+    "Qwen3MoeForCausalLM": "its FFN is a mixture of experts",
     "Gemma2ForCausalLM": "it normalises after each subblock as well and caps its logits",
     "Gemma3ForCausalLM": "it normalises after each subblock as well and mixes local with global attention",
     "Olmo2ForCausalLM": "it normalises after each subblock instead of before",
+    "GraniteForCausalLM": "it scales embeddings, residuals, attention and logits",
     "SmolLM3ForCausalLM": "some of its blocks have no rotary positions",
     "GPT2LMHeadModel": "its FFN is not gated and its positions are learned",
     "OPTForCausalLM": "its FFN is not gated and its positions are learned",
 }
-"""Why well-known architectures are refused."""
+"""Why well-known architectures are refused, by their names."""
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 """Activations of a gated FFN, by their names in config.json."""
@@ -195,7 +197,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
 def _check_supported(architecture: str, config: Mapping[str, Any], where: str) -> None:
     """Raise InputError for an architecture that is no row of FAMILIES, or a config.json that does not fit its own."""
     if architecture not in FAMILIES:
-        reason = _REFUSED.get(architecture, "its blocks are not known to be Llama-like")
+        reason = REFUSED_FAMILIES.get(architecture, "its blocks are not known to be Llama-like")
         raise InputError(
             f"{where}: architecture {architecture} is not supported: {reason}. Supported: {', '.join(FAMILIES)}"
         )

@@ -23,6 +23,7 @@ from storage.fields import Section
 from storage.params import Params, load, parse
 from storage.pipeline import overlap
 from storage.sources import PACKAGES, Sources
+from tests.studies import parents
 
 ROOT = Path(__file__).parents[1]
 NOT_SECTIONS = {"run", "storage", "execution", "targets"}
@@ -460,6 +461,11 @@ def test_params_in_the_readme_are_valid() -> None:
 
 def test_readme_has_no_blank_left_to_fill() -> None:
     assert not re.findall(r"^[A-Z]+_[A-Z_]+$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+
+
+def test_the_table_of_parents_is_that_of_the_code() -> None:
+    text = parents.DOCUMENT.read_text(encoding="utf-8")
+    assert parents.written(text) == text, "run `python -m tests.studies.parents`"
 
 
 def test_readme_lists_the_stages_in_order() -> None:

@@ -1,4 +1,4 @@
-"""Export any checkpoint: in nemotron-nas form, of this project or another's, or a Llama, Mistral or Qwen2.
+"""Export any checkpoint: in nemotron-nas form, of this project or another's, or a supported parent.
 
 Formats of the same checkpoint that the folder has stay. Add further ones with a second call.
 """
