@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+from storage.block_configs import ffn_mult
 from storage.formats import FORMATS, FormatKind, FormatName
 from storage.model_config import ModelConfig, rope_without_gguf_key
-from storage.nemotron_nas import NEMOTRON_NAS, ffn_mult
+from storage.nemotron_nas import NEMOTRON_NAS
 from storage.records import Runtime
 from storage.variants import Attention, Ffn
 
