@@ -29,7 +29,7 @@ class Fields:
         """Return an object within this one, called `name` in errors."""
         where = f"{self.where}: {name}"
         if not isinstance(value, Mapping):
-            raise InputError(f"{where} is {_shown(value)}, expected an object")
+            raise InputError(f"{where} is {shown(value)}, expected an object")
         return type(self)(value, where)
 
     def count(self, key: str, most: int = _MAX_COUNT, default: int | None = None) -> int:
@@ -38,14 +38,14 @@ class Fields:
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise InputError(f"{self.where}: {key} is {_shown(value)}, expected a whole number from 1 to {most:,}")
+            raise InputError(f"{self.where}: {key} is {shown(value)}, expected a whole number from 1 to {most:,}")
         return value
 
     def number(self, key: str, most: float = _MAX_NUMBER) -> float:
         """Return a number above 0, at most `most`."""
         value: Any = self.values.get(key)
         if not is_number(value) or not 0 < value <= most:
-            raise InputError(f"{self.where}: {key} is {_shown(value)}, expected a number above 0, at most {most:g}")
+            raise InputError(f"{self.where}: {key} is {shown(value)}, expected a number above 0, at most {most:g}")
         return float(value)
 
     def switch(self, key: str, default: bool = False) -> bool:
@@ -54,14 +54,14 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise InputError(f"{self.where}: {key} is {_shown(value)}, expected true or false")
+            raise InputError(f"{self.where}: {key} is {shown(value)}, expected true or false")
         return value
 
     def text(self, key: str, default: str) -> str:
         """Return a text; `default` where the field is missing."""
         value = self.values.get(key, default)
         if not isinstance(value, str):
-            raise InputError(f"{self.where}: {key} is {_shown(value)}, expected a text")
+            raise InputError(f"{self.where}: {key} is {shown(value)}, expected a text")
         return value
 
 
@@ -70,6 +70,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a value for people: short, however large it is."""
     return "missing or null" if value is None else reprlib.repr(value)

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, WithJsonSchema
 from storage.files import did_you_mean
 from storage.records import Runtime
 
-FormatKind = Literal["nemotron-nas", "padded-llama", "padded-qwen3", "plain", "gguf"]
+FormatKind = Literal["nemotron-nas", "padded-llama", "padded-qwen3", "plain", "anymodel", "gguf"]
 """How a format is written and which models it cannot express; several formats may be of one kind."""
 
 FileType = Literal["F32", "F16", "BF16", "Q8_0"]
@@ -102,6 +102,13 @@ exports.json beside this folder says which other runtimes compute it right.""",
         kind="plain",
         load_text="A plain model of the parent's family, since all blocks are alike, for any tool that knows the "
         "family.",
+    ),
+    ExportFormat(
+        name="anymodel",
+        kind="anymodel",
+        load_text="For NVIDIA's ModelOpt (`modelopt.torch.puzzletron`), and a vLLM that has its AnyModel. Nothing else "
+        "reads it: transformers alone would give random weights to subblocks that the child lacks.",
+        allows_linear=False,
     ),
     _gguf("F32", 2.0),
     _gguf("F16", 1.0),

@@ -216,8 +216,12 @@ def refuse_other_attention(fields: Fields) -> None:
             f"{fields.where}: is_causal is false: attention sees later tokens too, as in models of embeddings; "
             "expected a model that predicts the next token"
         )
-    if fields.values.get("per_layer_config"):
-        raise InputError(f"{fields.where}: per_layer_config is set, which is not supported: its layers must be alike")
+    for key in ("per_layer_config", "block_configs"):  # storage/block_configs.py reads them
+        if fields.values.get(key):
+            raise InputError(
+                f"{fields.where}: {key} is set, which is not supported here: its layers must be alike; if they are, "
+                "`puzzle export --formats plain` writes it without"
+            )
 
 
 def _model_type(architecture: str) -> str:

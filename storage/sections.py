@@ -424,7 +424,7 @@ class ExportChild(Section):
         ("nemotron-nas", "gguf-f16", "gguf-q8_0"),
         min_length=1,
         description="Formats. The search leaves out what a format cannot have: linear FFNs in GGUF, linear layers in "
-        "padded-llama; plain is refused unless all blocks are alike.",
+        "padded-llama and anymodel; plain is refused unless all blocks are alike.",
     )
     max_shard_gib: float = Field(2.0, gt=0, description="Largest safetensors file, GiB; memory holds one.")
     _listed_once = field_validator("formats")(_each_once)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from storage.block_configs import BLOCK_CONFIGS, PER_LAYER_CONFIG
 from storage.formats import FORMATS
 from storage.json_files import read_object
 from storage.model_config import ModelConfig
@@ -17,11 +18,13 @@ from storage.nemotron_nas import NEMOTRON_NAS, from_config_json
 from tasks.puzzle.runtimes.rules import FIRST_FORMAT, Refusal, Verdict, format_refusals, verdicts
 
 _COLUMNS = 100
+_LISTED = " with "
+_AS_IT_IS = "as it is, for ModelOpt or vLLM's AnyModel alone; below, what `puzzle export` makes of it"
 
 
 @dataclass(frozen=True)
 class CheckedModel:
-    """A model's geometry and form (`model_type` of its config.json), with the verdicts on it.
+    """A model's geometry and form (`model_type` of its config.json, and its list of blocks that differ), with verdicts.
 
     `formats` has the refusals of every export format, none where the model can be exported in it.
     """
@@ -55,7 +58,14 @@ def check_runtimes(config_json: Path) -> CheckedModel:
     raw = read_object(config_json, "the download")
     config, blocks = from_config_json(raw, str(config_json))
     formats = {name: format_refusals(name, config, blocks) for name in FORMATS}
-    return CheckedModel(raw.get("model_type", NEMOTRON_NAS), config, verdicts(config, blocks), formats)
+    return CheckedModel(_form(raw), config, verdicts(config, blocks), formats)
+
+
+def _form(raw: Mapping[str, Any]) -> str:
+    """Name the form of a config.json that could be read."""
+    kind = raw.get("model_type", NEMOTRON_NAS)
+    lists = [key for key in (BLOCK_CONFIGS, PER_LAYER_CONFIG) if kind != NEMOTRON_NAS and raw.get(key)]
+    return f"{kind}{_LISTED}{' and '.join(lists)}" if lists else kind
 
 
 def verdicts_json(judged: Sequence[Verdict]) -> dict[str, Any]:
@@ -76,6 +86,7 @@ def checked_text(checked: CheckedModel) -> str:
     lines = [
         f"{checked.form}: {config.num_blocks} blocks, hidden size {config.hidden_size}, "
         f"{config.num_heads} heads of {config.head_dim}",
+        *([_AS_IT_IS] if _LISTED in checked.form else []),
         "",
         *verdict_lines(checked.verdicts),
         "",

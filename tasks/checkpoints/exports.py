@@ -22,6 +22,7 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 from tqdm import tqdm
 
+from storage.block_configs import to_anymodel
 from storage.checkpoints import Checkpoint, CheckpointWriter
 from storage.code_digest import code_digest
 from storage.files import InputError, digest_of, sha256, to_run, write_json, write_sealed
@@ -241,6 +242,12 @@ def _write_plain(source: CheckpointToExport, export_format: ExportFormat, into: 
     _write_checkpoint(source, export_format, config_json, _tensors(source), into, max_shard_bytes)
 
 
+def _write_anymodel(source: CheckpointToExport, export_format: ExportFormat, into: Path, max_shard_bytes: int) -> None:
+    """Write a model of the parent's family whose config.json lists what differs in each block."""
+    config_json = to_anymodel(source.config, source.blocks, source.special_tokens, source.dtype)
+    _write_checkpoint(source, export_format, config_json, _tensors(source), into, max_shard_bytes)
+
+
 def _write_gguf(source: CheckpointToExport, export_format: ExportFormat, into: Path, _max_shard_bytes: int) -> None:
     """Write one GGUF file, whatever its size."""
 
@@ -259,6 +266,7 @@ WRITERS: Mapping[FormatKind, Callable[[CheckpointToExport, ExportFormat, Path, i
     "padded-llama": _write_padded,
     "padded-qwen3": _write_padded,
     "plain": _write_plain,
+    "anymodel": _write_anymodel,
     "gguf": _write_gguf,
 }
 """Writes weights and config of a kind of format into a folder: (checkpoint, format, folder, bytes of a shard)."""

@@ -113,7 +113,7 @@ _FIELDS = (
         "attention_multiplier",
     ),
     *("logits_scaling", "embedding_multiplier", "residual_multiplier"),
-    *("pretraining_tp", "text_config", "qkv_bias"),
+    *("pretraining_tp", "text_config", "qkv_bias", "block_configs", "per_layer_config"),
     *("no_bias", "max_window_layers", "rotary_dim", "is_encoder_decoder", "transformers_weights"),
 )
 _JSON = (

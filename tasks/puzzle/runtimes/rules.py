@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+from storage.block_configs import ffn_mult
 from storage.formats import FORMATS, FormatKind, FormatName
 from storage.model_config import ModelConfig, rope_without_gguf_key
-from storage.nemotron_nas import NEMOTRON_NAS, ffn_mult
+from storage.nemotron_nas import NEMOTRON_NAS
 from storage.records import Runtime
 from storage.variants import Attention, Ffn
 
@@ -435,11 +436,19 @@ def _linear_refusals(family: str, blocks: Blocks) -> list[Refusal]:
     return [Refusal(f"{family} has no linear layer", where, "export it as nemotron-nas, or forbid linear layers")]
 
 
+def _anymodel_refusals(config: ModelConfig, blocks: Blocks) -> list[Refusal]:
+    return [*_linear_refusals("what reads an anymodel", blocks), *_family_refusals(config)]
+
+
 def _plain_refusals(config: ModelConfig, blocks: Blocks) -> list[Refusal]:
+    if are_alike(blocks):
+        return _family_refusals(config)
+    return [Refusal("its blocks differ", "", _PADDED.format(padded=_padded_format(config)))]
+
+
+def _family_refusals(config: ModelConfig) -> list[Refusal]:
     reason = None
-    if not are_alike(blocks):
-        reason = "its blocks differ"
-    elif config.output_bias and not config.qkv_bias:
+    if config.output_bias and not config.qkv_bias:
         reason = "its output projection alone has a bias, and no family has that"
     elif config.qkv_bias and not config.output_bias and (config.mlp_bias or config.qk_norm):
         reason = "it has biases, but none on its output projection, and no family has that"
@@ -457,6 +466,7 @@ _FORMAT_REFUSALS: Mapping[FormatKind, Callable[[ModelConfig, Blocks], list[Refus
     "padded-llama": _padded_llama_refusals,
     "padded-qwen3": _padded_qwen3_refusals,
     "plain": _plain_refusals,
+    "anymodel": _anymodel_refusals,
     "gguf": _gguf_refusals,
 }
 """What a kind of format (storage/formats.py) cannot express."""

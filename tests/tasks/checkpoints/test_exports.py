@@ -1,5 +1,6 @@
 """Exports: every format computes what the child computes and comes back as it was; broken checkpoints are refused."""
 
+import copy
 import json
 import math
 import shutil
@@ -16,10 +17,11 @@ from gguf import GGUFReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen3ForCausalLM
 
+from storage.block_configs import to_anymodel
 from storage.files import DamagedFileError, InputError, read_json, read_sealed, write_json
 from storage.formats import FORMATS, FormatName
 from storage.model_config import EMBEDDING, ModelConfig
@@ -129,6 +131,67 @@ def test_nemotron_nas_comes_back_byte_for_byte(family: str, tmp_path: Path) -> N
     for target in config["auto_map"].values():
         module, _, name = target.partition(".")
         assert f"class {name}(" in (first / f"{module}.py").read_text(encoding="utf-8")
+
+
+def as_modelopt_builds_it(folder: Path) -> Any:
+    """Return transformers' model of an AnyModel's family, built and loaded as ModelOpt's patcher of layers does.
+
+    Every layer is made from config.json with the sizes that its entry in `block_configs` has; a half that is no-op
+    passes nothing on, and has neither norm nor weights.
+    """
+    raw = read_json(folder / "config.json", "")
+    [architecture], listed = raw.pop("architectures"), raw.pop("block_configs")
+    assert (architecture, raw.pop("per_layer_config") != {}) == ("AnyModel", True)
+    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    config.architectures = [raw["base_architecture"]]
+    model: Any = AutoModelForCausalLM.from_config(config)
+    for index, block in enumerate(listed):
+        own, attention, ffn = copy.deepcopy(config), block["attention"], block["ffn"]
+        own.num_key_value_heads = attention["num_key_value_heads"] or own.num_key_value_heads
+        own.intermediate_size = ffn["intermediate_size"] or own.intermediate_size
+        layer = type(model.model.layers[index])(own, index)
+        if attention["no_op"]:
+            layer.input_layernorm, layer.self_attn = nn.Identity(), Nothing()
+        if ffn["no_op"]:
+            layer.post_attention_layernorm, layer.mlp = nn.Identity(), nn.Sequential(Nothing(), First())
+        model.model.layers[index] = layer
+    tensors = load_file(folder / "model.safetensors")
+    left = model.load_state_dict(tensors, strict=False)
+    assert (left.unexpected_keys, set(left.missing_keys) - {"lm_head.weight"}) == ([], set())
+    model.tie_weights()
+    return model.train(False)
+
+
+class Nothing(nn.Module):
+    """A half of a block that adds nothing, with the weights that an attention returns beside it."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class First(nn.Module):
+    """The first of two values, as an FFN returns it."""
+
+    def forward(self, values: tuple[Tensor, None]) -> Tensor:
+        return values[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("blocks", [NO_LINEAR, [(NO_ATTENTION, NARROW), (NO_ATTENTION, NO_FFN)]], ids=["mixed", "none"])
+def test_an_anymodel_is_computed_by_layers_of_its_family_and_comes_back(
+    family: str, blocks: Blocks, tmp_path: Path
+) -> None:
+    config = geometry(family, tmp_path / "parent")
+    child = save_child(tmp_path / "child", config, blocks)
+    source = read_checkpoint("tiny", tmp_path / "child", "again")
+    source = replace(source, config=replace(source.config, architecture=config.architecture))  # as export_child does
+    write(source, tmp_path / "exports", "anymodel")
+    folder = tmp_path / "exports/anymodel"
+    torch.testing.assert_close(
+        logits(as_modelopt_builds_it(folder), 272), logits(child, 272), atol=LOGITS_ERROR, rtol=0.0
+    )
+    again = read_checkpoint("tiny", folder, "again", is_foreign=True)
+    assert (again.blocks, again.config) == (tuple(blocks), source.config)
 
 
 def test_the_card_says_how_to_load_each_format(tmp_path: Path) -> None:
@@ -283,7 +346,7 @@ LIES: dict[str, tuple[Callable[[Raw, Tensors], object], str]] = {
     ),
     "a window": (
         lambda raw, _: raw["block_configs"][0]["attention"].update(window_length=8),
-        r"window_length is set, which is not supported",
+        r"block_configs.0..attention: window_length is 8, which is not supported, expected null",
     ),
     "quantised": (lambda raw, _: raw.update(quantization_config={"quant_method": "fp8"}), r"checkpoint is quantised"),
     "no block_configs": (lambda raw, _: raw.pop("block_configs"), r"not a nemotron-nas config.json"),
@@ -359,6 +422,7 @@ def test_what_would_be_computed_wrong_is_refused_with_the_way_out(tmp_path: Path
     refused: dict[FormatName, str] = {
         "plain": r"plain: its blocks differ \(export it as padded-llama\); or take plain out of export_child.formats",
         "padded-llama": r"a Llama has no linear layer, unlike blocks 1, 2 \(export it as nemotron-nas",
+        "anymodel": r"what reads an anymodel has no linear layer, unlike blocks 1, 2 \(export it as nemotron-nas",
         "gguf-q8_0": r"gguf-q8_0: it has no linear FFN, unlike block 2 \(name the runtime in the target's `runtimes`\)",
     }
     for name, expected in refused.items():
@@ -480,6 +544,20 @@ def test_check_runtimes_answers_for_any_config(tmp_path: Path) -> None:
     )
     assert answer["runtimes"]["sglang"] == {"takes": ["nemotron-nas", "plain"], "refusals": []}
     assert [name for name, reasons in answer["formats"].items() if reasons] == ["padded-qwen3"]
+    raw = read_json(ROOT / "params/llama-3.1-70b.config.json", "")
+    blocks = [(Attention("gqa", 8), Ffn("gated", 28672)), (Attention("gqa", 4), Ffn("gated", 14336))] * 40
+    raw = to_anymodel(ModelConfig.from_hf(raw, "70B"), blocks, {}, "bfloat16")
+    write_json(tmp_path / "config.json", raw)
+    ended = run("flows.cli", "check-runtimes", "--config", str(tmp_path / "config.json"))
+    lines = ended.stdout.splitlines()
+    assert lines[0].startswith("llama with block_configs and per_layer_config: 80 blocks, hidden size 8192")
+    assert lines[1] == "as it is, for ModelOpt or vLLM's AnyModel alone; below, what `puzzle export` makes of it"
+    assert {"vllm           nemotron-nas, padded-llama", "sglang         padded-llama"} <= set(lines)
+    raw["block_configs"][3]["ffn"]["moe"] = {"num_local_experts": 8}
+    write_json(tmp_path / "config.json", raw)
+    ended = run("flows.cli", "check-runtimes", "--config", str(tmp_path / "config.json"))
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
+    assert "block_configs[3].ffn: moe is {'num_local_experts': 8}, which is not supported" in ended.stderr
     shutil.copy(ROOT / "params.yaml", tmp_path / "config.json")
     ended = run("flows.cli", "check-runtimes", "--config", str(tmp_path / "config.json"))
     assert ended.returncode != 0
