@@ -11,6 +11,8 @@ Precision = Literal["float32", "bfloat16", "float16", "fp8", "int4"]
 Phase = Literal["prefill", "decode", "request"]
 Component = Literal["attention", "ffn", "embedding", "head", "step"]
 ChosenBy = Literal["search", "uniform", "greedy", "depth"]
+PromptKind = Literal["token ids", "text"]
+Route = Literal["direct", "proxy"]
 Runtime = Literal["vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx-lm"]
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -136,7 +138,8 @@ class ServingLoad:
 
     `name` is what the user calls the server (parent, child), `model` what the server calls its model, on `devices`
     devices. `input_tokens` and `output_tokens` are what each request had, a share of the scenario's where lengths are
-    scaled.
+    scaled. Prompts of token ids were answered at exactly that length, text at most at it. `route` is how the requests
+    came to the server.
     """
 
     name: str
@@ -147,11 +150,13 @@ class ServingLoad:
     input_tokens: int
     output_tokens: int
     concurrency: int
+    prompt_kind: PromptKind
+    route: Route
 
     @property
-    def comparison_key(self) -> tuple[str, int, int]:
-        """Return the scenario, and the lengths that were sent for it: servers are compared where these are equal."""
-        return self.scenario, self.input_tokens, self.output_tokens
+    def comparison_key(self) -> tuple[str, int, int, PromptKind]:
+        """Return the scenario, and the lengths and prompts sent for it: servers are compared where these are equal."""
+        return self.scenario, self.input_tokens, self.output_tokens, self.prompt_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,13 +166,18 @@ class ServingRow(ServingLoad):
     `counted_input_tokens` is the server's own count. Of `requests`, `errors` failed, of the kinds in `error_kinds`.
     Times and rates are of whole requests, null where none was: generated tokens/s of the server, tokens/s of the median
     request after its first token, percentiles of the time to the first token (ttft) and of the times between events
-    (itl).
+    (itl). `counted_output_tokens` is the median request's, counted by the server's usage, by events or by our tokenizer
+    (`counted_by`, several with commas between). The answers of `buffered` requests came at once: they have no rate per
+    user, and no times between events.
     """
 
     requests: int
     errors: int
     error_kinds: str
+    buffered: int
     counted_input_tokens: float | None
+    counted_output_tokens: float | None
+    counted_by: str
     seconds: float
     measured_tokens_per_s: float | None
     measured_user_tokens_per_s: float | None

@@ -32,6 +32,8 @@ from storage.records import (
     Origin,
     Phase,
     Precision,
+    PromptKind,
+    Route,
     ScoreRow,
     ServingRow,
     ThroughputRow,
@@ -160,6 +162,8 @@ def _check_throughput(row: ThroughputRow) -> None:
 def _check_serving(row: ServingRow) -> None:
     if (row.measured_tokens_per_s is None) != (row.errors == row.requests):
         raise InputError("expected measured_tokens_per_s where, and only where, a request came whole")
+    if row.buffered > row.requests - row.errors:
+        raise InputError("expected no more buffered requests than came whole")
 
 
 def _check_hashes(rows: Sequence[ScoreRow], path: Path) -> None:
@@ -268,17 +272,22 @@ _SERVING = _Table(
         _count("input_tokens", "tokens", 1),
         _count("output_tokens", "tokens", 1),
         _count("concurrency", "requests", 1),
+        _text("prompt_kind", "name", get_args(PromptKind)),
+        _text("route", "name", get_args(Route)),
         _count("requests", "requests", 1),
         _count("errors", "requests", 0),
         _text("error_kinds", "text"),
+        _count("buffered", "requests", 0),
         _number("counted_input_tokens", "tokens", 0, nullable=True),
+        _number("counted_output_tokens", "tokens", 0, nullable=True),
+        _text("counted_by", "text"),
         _number("seconds", "s", 0),
         _number("measured_tokens_per_s", _TOKENS_PER_S, 0, nullable=True),
         _number("measured_user_tokens_per_s", _TOKENS_PER_S, 0, nullable=True),
         *(_number(f"ttft_p{percentile}_ms", "ms", 0, nullable=True) for percentile in (50, 95, 99)),
         *(_number(f"itl_p{percentile}_ms", "ms", 0, nullable=True) for percentile in (50, 95, 99)),
     ),
-    ("name", "scenario", "input_tokens", "output_tokens", "concurrency"),
+    ("name", "scenario", "input_tokens", "output_tokens", "prompt_kind", "concurrency"),
     _check_serving,
     "puzzle benchmark-server NAME=URL",
 )

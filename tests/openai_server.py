@@ -29,23 +29,38 @@ Manner = Literal[
     "deep",
     "huge usage",
     "half a pair",  # an error event with half a surrogate pair
+    "opening event",  # whole, behind an event without text
+    "mute",  # no event has text
+    "null choices",  # whole, with `choices: null` beside the usage
+    "usage unasked",
+    "one event",
+    "one write",
 ]
 
 
 @dataclass
 class Scripted:
-    """A server that answers in the manners of a script; it keeps the requests and the most that were open at once."""
+    """A server that answers in the manners of a script; it keeps the requests and the most that were open at once.
+
+    It is a proxy as well: it answers for whichever host a request names. A request with one of the fields that it
+    `refuses`, or with such a kind of prompt, is answered with HTTP 400. Without `ignore_eos` its model ends two tokens
+    early, and without `stream_options` it tells no usage.
+    """
 
     manners: Sequence[Manner]
     url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    hosts: list[str] = field(default_factory=list)
+    proxy_keys: list[str | None] = field(default_factory=list)
+    refuses: tuple[str, ...] = ()
     listed: str = '{"data": [{"id": "scripted"}]}'
     open: int = 0
     most_open: int = 0
 
-    async def models(self, _: web.Request) -> web.Response:
+    async def models(self, request: web.Request) -> web.Response:
         """Answer GET /v1/models."""
+        self.hosts.append(request.host)
         return web.json_response(text=self.listed)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -54,10 +69,14 @@ class Scripted:
         body = await request.json()
         self.requests.append(body)
         self.keys.append(request.headers.get("Authorization"))
+        self.hosts.append(request.host)
+        self.proxy_keys.append(request.headers.get("Proxy-Authorization"))
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         try:
             await asyncio.sleep(0.02)  # on a busy machine the next request takes its time
+            if refused := [name for name in self.refuses if name in {*body, type(body["prompt"]).__name__}]:
+                return web.json_response({"error": f"{refused[0]} is not taken"}, status=400)
             if manner == "429":
                 return web.json_response({"error": f"busy, {request.headers.get('Authorization')}"}, status=429)
             if manner == "500":
@@ -72,19 +91,27 @@ class Scripted:
     async def _stream(
         self, response: web.StreamResponse, request: web.Request, manner: Manner, body: dict[str, Any]
     ) -> None:
-        count = body["max_tokens"] - (manner == "short")
-        events = [_event({"choices": [{"text": " a", "finish_reason": None}]}) for _ in range(count)]
+        count = body["max_tokens"] - (manner == "short") - 2 * ("ignore_eos" not in body)
+        texts = [" a" if manner != "mute" else ""] * count
+        if manner == "one event":
+            texts = ["".join(texts)]
+        if manner == "opening event":
+            texts = ["", *texts]
+        events = [_event({"choices": [{"text": text, "finish_reason": None}]}) for text in texts]
         usage: dict[str, Any] = {"prompt_tokens": len(body["prompt"]), "completion_tokens": count}
         if manner == "odd usage":
             usage = {"prompt_tokens": "many", "completion_tokens": None}
         if manner == "huge usage":
             usage["prompt_tokens"] = 10**400
         closing = [_event({"choices": [{"text": "", "finish_reason": "length"}]})]
-        closing += [_event({"choices": [], "usage": usage})] if manner != "no usage" else []
+        if manner == "usage unasked" or ("stream_options" in body and manner != "no usage"):
+            closing += [_event({"choices": None if manner == "null choices" else [], "usage": usage})]
         closing += [b"data: [DONE]\n\n"] if manner != "no done" else []
         if manner == "torn":
             half = len(events[1]) // 2
             events = [b": ping\n\n" + events[0] + events[1][:half], events[1][half:], *events[2:]]
+        if manner == "one write":
+            events, closing = [b"".join([*events, *closing])], []
         for number, event in enumerate([*events, *closing]):
             if number == 2:
                 match manner:

@@ -1,7 +1,8 @@
 """Measure the speed of running servers under load, at several numbers of requests at once (docs/costs.md).
 
 NAME=URL, or NAME=URL#MODEL where a server has several models, for as many servers as there are; rows of earlier runs
-stay in the table, so that a child can be measured where the parent was before. A key is read from OPENAI_API_KEY.
+stay in the table, so that a child can be measured where the parent was before. A key is read from OPENAI_API_KEY. No
+proxy is asked without --proxy.
 """
 
 import argparse
@@ -27,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", type=count, default=1, help="GPUs behind each of these servers")
     parser.add_argument("--stall", type=positive, default=120.0, metavar="SECONDS", help="with no event: failed")
     parser.add_argument("--vocabulary", type=count, default=30_000, help="token ids are drawn below it")
+    plain = "text prompts and no fixed output length, for servers that refuse others (tokenizer: artifacts/parent)"
+    parser.add_argument("--plain", action="store_true", help=plain)
+    parser.add_argument("--proxy", action="store_true", help="ask the proxy that the environment names")
     parser.add_argument("--out", type=Path, default=Paths().serving, help="table; figures go beside it")
 
 
@@ -44,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
         args.devices,
         args.stall,
         args.vocabulary,
+        args.plain,
+        args.proxy,
     )
     rows = benchmark_servers(args.servers, requests, args.out)
     sys.stdout.write(printable(serving_text(rows, [server.name for server in args.servers])))

@@ -34,8 +34,9 @@ def draw_serving(rows: Sequence[ServingRow], dpi: int) -> Drawing:
         for number, name in enumerate(names):
             shown = [row for row in rows if (row.name, row.comparison_key) == (name, work)]
             words += _line(axes, name, shown, _COLOURS[number % len(_COLOURS)])
-        scenario, inputs, outputs = work
+        scenario, inputs, outputs, prompt_kind = work
         sent = "" if f"{inputs}/{outputs}" == scenario else f", sent as {inputs}/{outputs}"
+        sent += ", text prompts" if prompt_kind == "text" else ""
         axes.set(xlabel="tokens/s per user, measured", ylabel="tokens/s per device, measured")
         axes.set_title(f"{scenario}{sent}")
         axes.margins(0.1)

@@ -23,14 +23,37 @@ def load_table(rows: Sequence[ServingRow]) -> str:
     rows = sorted(rows, key=lambda row: row.concurrency)
     lines += map(_line, rows)
     lines += [f"  {row.concurrency} at once, ERRORS: {row.error_kinds:.78}" for row in rows if row.errors]
+    lines += map(_buffered, filter(lambda row: row.buffered, rows))
+    lines += [f"  {row.concurrency} at once: measured THROUGH A PROXY" for row in rows if row.route == "proxy"]
+    lines += _counted(rows)
     return "\n".join([*lines, ""])
 
 
 def _line(row: ServingRow) -> str:
     first = f"{_number(row.ttft_p50_ms):>7} {_number(row.ttft_p95_ms):>7} {_number(row.ttft_p99_ms):>6}"
     between = f"{_number(row.itl_p50_ms):>8} {_number(row.itl_p95_ms):>7} {_number(row.itl_p99_ms):>7}"
-    speeds = f"{_number(row.measured_tokens_per_s):>9} {_number(row.measured_user_tokens_per_s):>9}"
+    user = _number(row.measured_user_tokens_per_s)
+    if row.measured_user_tokens_per_s is None and row.buffered:
+        user = "buffered"
+    speeds = f"{_number(row.measured_tokens_per_s):>9} {user:>9}"
     return f"  {row.concurrency:>7} {row.requests:>8} {row.errors:>6} {speeds} {first} {between}"
+
+
+def _buffered(row: ServingRow) -> str:
+    share = f"{row.buffered} of {row.requests - row.errors} answers"
+    return f"  {row.concurrency} at once, BUFFERED: {share} came at once, so first token = last, no rate per user"
+
+
+def _counted(rows: Sequence[ServingRow]) -> list[str]:
+    """Say how many tokens came and who counted them, where answers are not of one length that the server counts."""
+    counts: dict[str, list[float]] = {}
+    for row in rows:
+        if row.counted_output_tokens is not None and (row.prompt_kind == "text" or row.counted_by != "usage"):
+            counts.setdefault(row.counted_by, []).append(row.counted_output_tokens)
+    return [
+        f"  medians of {min(medians):g} to {max(medians):g} tokens came out, counted by {counted_by}"
+        for counted_by, medians in counts.items()
+    ]
 
 
 def comparison_table(rows: Sequence[ServingRow]) -> str:
@@ -48,10 +71,15 @@ def comparison_table(rows: Sequence[ServingRow]) -> str:
             if server_rows := [row for row in compared if row.name == name]:
                 best = max(server_rows, key=per_device)
                 speed, errors = per_device(best), sum(row.errors for row in server_rows)
+                title = _title(best) + " *" * (best.prompt_kind == "text")
                 lines.append(
-                    f"  {_title(best):<29} {_short(name, 16):<16} {_number(speed or None):>15} {best.concurrency:>8} "
+                    f"  {title:<29} {_short(name, 16):<16} {_number(speed or None):>15} {best.concurrency:>8} "
                     f"{best.devices:>8} {errors:>7} {f'{speed / base:.3f}' if speed and base else '-':>7}"
                 )
+    if any(row.prompt_kind == "text" for row in rows):
+        lines.append("  * text prompts: answers may be shorter than the length asked for")
+    if proxied := sorted({row.name for row in rows if row.route == "proxy"}):
+        lines.append(f"  through a proxy, whose time counts: {', '.join(proxied)}")
     return "\n".join(
         [*lines, *scaled_lengths({f"{row.input_tokens}/{row.output_tokens}": row.scenario for row in rows}), ""]
     )
@@ -68,7 +96,8 @@ def _title(row: ServingRow) -> str:
 
 def _lengths(row: ServingRow) -> str:
     """Say which lengths were sent, and the input length that the server counts where it differs."""
-    text = f"{_title(row)}: {row.input_tokens} tokens in, {row.output_tokens} out"
+    kind, most = ("as text ", "at most ") if row.prompt_kind == "text" else ("", "")
+    text = f"{_title(row)}: {row.input_tokens} tokens {kind}in, {most}{row.output_tokens} out"
     if f"{row.input_tokens}/{row.output_tokens}" != row.scenario:
         text += " (SCALED)"
     if row.counted_input_tokens is not None and row.counted_input_tokens != row.input_tokens:

@@ -23,12 +23,12 @@ def ask(
     return answers
 
 
-@pytest.mark.parametrize("manner", ["whole", "torn", "no usage", "odd usage"])
+@pytest.mark.parametrize("manner", ["whole", "torn", "no usage", "odd usage", "opening event", "null choices"])
 def test_a_whole_answer_has_all_its_tokens_however_they_are_cut(manner: Manner) -> None:
     with scripted(manner) as server:
         (answer,) = ask(server, 1)
     assert (answer.error, answer.output_tokens, len(answer.arrivals)) == (None, TOKENS, TOKENS)
-    assert answer.input_tokens == (None if "usage" in manner else 3)
+    assert (answer.input_tokens, answer.counted_by) == ((None, "events") if "usage" in manner else (3, "usage"))
     assert list(answer.arrivals) == sorted(answer.arrivals)
     assert 0 < answer.arrivals[0] <= answer.arrivals[-1] <= answer.ended - answer.started
 
@@ -50,6 +50,7 @@ def test_a_whole_answer_has_all_its_tokens_however_they_are_cut(manner: Manner) 
         ("huge usage", "malformed event", TOKENS),
         ("half a pair", "error event", 2),
         ("short", "too few tokens", TOKENS - 1),
+        ("mute", "no text", 0),
     ],
 )
 def test_what_goes_wrong_is_an_error_of_that_request_alone(manner: Manner, error: str, arrived: int) -> None:
@@ -58,6 +59,24 @@ def test_what_goes_wrong_is_an_error_of_that_request_alone(manner: Manner, error
     assert (before.error, after.error) == (None, None)
     assert (wrong.error, len(wrong.arrivals)) == (error, arrived)
     assert "\ud800" not in wrong.detail
+
+
+@pytest.mark.parametrize("manner", ["one event", "one write"])
+def test_an_answer_that_comes_at_once_is_buffered(manner: Manner) -> None:
+    with scripted(manner) as server:
+        (answer,) = ask(server, 1)
+    assert (answer.error, answer.output_tokens, answer.is_buffered) == (None, TOKENS, True)
+
+
+@pytest.mark.parametrize("refused", ["ignore_eos", "min_tokens", "stream_options", "list"])
+def test_a_server_that_refuses_what_not_all_take_answers_a_text(refused: str) -> None:
+    """A list is a prompt of token ids. The answer ends where the model ends it, and is whole."""
+    with scripted("whole") as server:
+        server.refuses = (refused,)
+        (ids,) = ask(server, 1)
+        (text,) = asyncio.run(load(Endpoint(server.url, "scripted"), ["a b c"], TOKENS, 1, 20.0, lambda: None))
+    assert (ids.error, ids.detail) == ("HTTP 400", f'{{"error": "{refused} is not taken"}}')
+    assert (text.error, text.text, text.counted_by) == (None, " a" * (TOKENS - 2), "events")
 
 
 def test_nothing_listens() -> None:

@@ -1,5 +1,7 @@
 """What a load measured, by hand."""
 
+import dataclasses
+
 import pytest
 
 from storage.records import ServingLoad
@@ -15,6 +17,8 @@ LOAD = ServingLoad(
     input_tokens=16,
     output_tokens=3,
     concurrency=2,
+    prompt_kind="token ids",
+    route="direct",
 )
 
 
@@ -37,6 +41,30 @@ def test_rates_and_percentiles_by_hand() -> None:
     assert row.itl_p50_ms == 750.0  # of 500, 500, 1000, 1000
     assert row.itl_p99_ms == pytest.approx(1000.0)
     assert row.counted_input_tokens == 16
+
+
+def test_an_event_of_several_tokens_counts_as_several() -> None:
+    """Of four events with 2 tokens each, three came after the first: 6 tokens in 3 s."""
+    row = summary(LOAD, [Answer(0.0, 5.0, (1.0, 2.0, 3.0, 4.0), 16, 8)])
+    assert row.measured_user_tokens_per_s == 2.0
+
+
+def test_a_buffered_answer_has_no_rate_of_a_user_and_leaves_that_of_others() -> None:
+    buffered = Answer(0.0, 2.0, (2.0, 2.0, 2.0), 16, 3)
+    row = summary(LOAD, [buffered, Answer(0.0, 2.0, (1.0, 1.5, 2.0), 16, 3)])
+    assert (row.buffered, row.measured_user_tokens_per_s, row.itl_p50_ms) == (1, 2.0, 500.0)
+    row = summary(LOAD, [buffered])
+    assert (row.measured_tokens_per_s, row.measured_user_tokens_per_s, row.itl_p50_ms) == (1.5, None, None)
+
+
+def test_one_token_alone_is_not_buffered() -> None:
+    assert summary(LOAD, [Answer(0.0, 1.0, (1.0,), 16, 1)]).buffered == 0
+
+
+def test_who_counted_is_kept() -> None:
+    usage = Answer(0.0, 4.0, (1.0, 2.0), 16, 4)
+    row = summary(LOAD, [usage, dataclasses.replace(usage, output_tokens=2, counted_by="our tokenizer")])
+    assert (row.counted_output_tokens, row.counted_by) == (3.0, "our tokenizer, usage")
 
 
 def test_nothing_whole_is_no_speed() -> None:

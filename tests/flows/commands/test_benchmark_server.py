@@ -1,16 +1,33 @@
 """The command against scripted servers: a table and pictures, rows that stay, errors that are one line."""
 
+import base64
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import pyarrow.parquet as pq
+import pytest
+
+from storage.files import InputError
+from storage.parquet_files import write_table
 from storage.tables import read_serving
+from tasks.commands.benchmark_server import LoadSweep, Server, benchmark_servers
 from tests.openai_server import Manner, scripted
 
+ROOT = Path(__file__).parents[3]
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+
+def run(
+    *arguments: str, cwd: Path = ROOT, proxies: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command in an environment with these variables on proxies and no others."""
     command = [sys.executable, "-m", "flows.cli", "benchmark-server", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name.lower() not in PROXIES}
+    environment |= {"PYTHONPATH": str(ROOT), **(proxies or {})}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_parent_then_child_in_one_table(tmp_path: Path) -> None:
@@ -81,3 +98,106 @@ def test_a_scenario_that_fails_does_not_end_the_others_and_another_model_does_no
     assert len({prompt[:6] for prompt in prompts}) == len(prompts) == 8  # none begins as another of 6 tokens or more
     assert again.returncode == 2
     assert "has parent as scripted on 1 devices, this one is scripted on 4" in again.stderr
+
+
+def test_plain_requests_are_counted_by_usage_or_our_tokenizer(smollm: Path, tmp_path: Path) -> None:
+    """The first server tells no usage, the second does; both end their answers two tokens early."""
+    (tmp_path / "artifacts").symlink_to(smollm.parent)
+    out = tmp_path / "serving.parquet"
+    common = ["--concurrencies", "1", "--rounds", "2", "--length-scale", "0.05", "--out", str(out)]
+    with scripted("whole") as silent, scripted("usage unasked") as telling:
+        silent.refuses = ("ignore_eos", "min_tokens", "stream_options", "list")
+        names = [f"silent={silent.url}", f"telling={telling.url}"]
+        refused = run(names[0], *common)
+        plain = run(*names, "--plain", *common, cwd=tmp_path)
+        text = silent.requests[-1]["prompt"]
+    assert refused.returncode == 2
+    assert "measure it with --plain" in refused.stderr
+    assert plain.returncode == 0, plain.stderr
+    assert [(row.name, row.prompt_kind, row.counted_output_tokens, row.counted_by) for row in read_serving(out)] == [
+        ("silent", "text", 4.0, "our tokenizer"),
+        ("telling", "text", 4.0, "usage"),
+    ]
+    assert len(text.split()) == 6
+    assert "6 tokens as text in, at most 6 out" in plain.stdout
+    assert "medians of 4 to 4 tokens came out, counted by our tokenizer" in plain.stdout
+    assert "medians of 4 to 4 tokens came out, counted by usage" in plain.stdout
+
+
+def test_plain_requests_need_a_tokenizer(tmp_path: Path) -> None:
+    ended = run("parent=http://127.0.0.1:9/v1", "--plain", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert "run `dvc repro prepare_parent`" in ended.stderr
+
+
+def test_a_proxy_is_asked_only_with_the_option(tmp_path: Path) -> None:
+    """Of a host that only the proxy knows; what the proxy's address holds as a password is kept nowhere."""
+    out = tmp_path / "serving.parquet"
+    remote = "child=http://model.invalid/v1"
+    common = ["--concurrencies", "1", "--length-scale", "0.05", "--out", str(out)]
+    with scripted("whole") as proxy:
+        address = proxy.url.removesuffix("/v1").replace("//", "//me:pass123@")
+        variables = {"http_proxy": address}
+        direct = run(remote, *common, proxies=variables)
+        asked_before = len(proxy.hosts)
+        through = run(remote, "--proxy", *common, proxies=variables)
+        local = run(f"child={proxy.url}", "--proxy", *common, proxies=variables)
+    assert (direct.returncode, asked_before) == (2, 0)
+    assert "or give --proxy: without it the environment's proxy is not asked" in direct.stderr
+    assert through.returncode == 0, through.stderr
+    assert set(proxy.hosts) == {"model.invalid"}
+    assert proxy.proxy_keys[-1] == f"Basic {base64.b64encode(b'me:pass123').decode()}"
+    assert "measured THROUGH A PROXY" in through.stdout
+    assert [row.route for row in read_serving(out)] == ["proxy"]
+    assert "pass123" not in f"{through.stdout}{through.stderr}{pq.read_table(out).to_pylist()}"
+    assert local.returncode == 2
+    assert "--proxy: the environment names no proxy for http://127.0.0.1" in local.stderr
+
+
+def test_a_proxy_that_fails_is_one_error_without_its_password(tmp_path: Path) -> None:
+    """Nothing listens; a tunnel is refused, as by a proxy that wants another password."""
+    with scripted("whole") as proxy:
+        refusing = proxy.url.removesuffix("/v1").replace("//", "//me:pass123@")
+        for address, scheme, expected in [
+            ("me:pass123@127.0.0.1:9", "http", "no server answers at http://model.invalid/v1/models through the proxy"),
+            (refusing, "https", "through the proxy (the proxy answered HTTP 404)"),
+        ]:
+            out = str(tmp_path / "serving.parquet")
+            variables = {f"{scheme}_proxy": address}
+            ended = run(f"child={scheme}://model.invalid/v1", "--proxy", "--out", out, proxies=variables)
+            assert ended.returncode == 2
+            assert expected in ended.stderr
+            assert "pass123" not in ended.stderr
+
+
+def test_a_socks_proxy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command leaves it aside unless httpx takes it, which it does where socksio is installed."""
+    monkeypatch.setenv("http_proxy", "socks5://me:pass123@127.0.0.1:9")
+    sweep = LoadSweep(("128/128",), 0.05, (1,), 1, 1, 20.0, 30_000, uses_proxy=True)
+    with pytest.raises(InputError, match=r"is socks5://\.\.\., expected http://HOST:PORT; correct its variable$"):
+        benchmark_servers([Server("child", "http://model.invalid/v1", None)], sweep, tmp_path / "serving.parquet")
+
+
+def test_a_table_of_an_earlier_version_is_one_error(tmp_path: Path) -> None:
+    out = tmp_path / "serving.parquet"
+    with scripted("whole") as server:
+        common = [f"parent={server.url}", "--concurrencies", "1", "--length-scale", "0.05", "--out", str(out)]
+        assert run(*common).returncode == 0
+        write_table(out, pq.read_table(out).drop_columns(["prompt_kind"]))
+        ended = run(*common)
+    assert ended.returncode == 2
+    assert "has no column 'prompt_kind'" in ended.stderr
+    assert "give another --out, or move this table away" in ended.stderr
+
+
+def test_an_answer_in_one_event_is_printed_as_buffered(tmp_path: Path) -> None:
+    out = tmp_path / "serving.parquet"
+    with scripted("one event") as server:
+        common = ["--concurrencies", "2", "--length-scale", "0.05", "--out", str(out)]
+        ended = run(f"parent={server.url}", *common)
+    assert ended.returncode == 0, ended.stderr
+    (line,) = [line for line in ended.stdout.splitlines() if line.split()[:3] == ["2", "6", "0"]]
+    assert line.split()[4] == "buffered"
+    assert "2 at once, BUFFERED: 6 of 6 answers came at once" in ended.stdout
+    (row,) = read_serving(out)
+    assert (row.buffered, row.measured_user_tokens_per_s) == (6, None)
