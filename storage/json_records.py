@@ -37,7 +37,7 @@ def as_record(value: Any, record: type[Record], source: str, rebuild: str) -> Re
         checked: Record = _adapter(cast(Any, record)).validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "(the whole file)"
+        field = ".".join(map(_key, first["loc"])) or "(the whole file)"
         raise DamagedFileError(
             f"{source} does not hold what its stage writes: field {field}: {_reason(first)}; {to_run(rebuild)}"
         ) from error
@@ -47,6 +47,12 @@ def as_record(value: Any, record: type[Record], source: str, rebuild: str) -> Re
 @functools.cache
 def _adapter(record: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(record)
+
+
+def _key(key: int | str) -> str:
+    """Return a key of the file for a message of one line."""
+    text = f"{key:.80}" if isinstance(key, str) else str(key)
+    return text if text.isprintable() else ascii(text)
 
 
 def _reason(error: ErrorDetails) -> str:
