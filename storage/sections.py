@@ -22,6 +22,8 @@ from storage.written_text import WrittenKind
 
 MeasuredEngine = Literal["torch", "llama.cpp"]
 """Engines whose speed is measured on this machine."""
+ModelledEngine = Literal["tensorrt-llm", "tensorrt-llm-inflight"]
+"""Engines that the engine model predicts, with static or with in-flight batches."""
 _PER_BATCH = "Sequences in one forward pass; auto: a few on a CPU, for its caches, and by memory on a GPU."
 
 
@@ -347,14 +349,14 @@ class MeasureCosts(Section):
 
     timings: tuple[str, ...] = Field((), description="Names of tables in storage/timings to take.")
     hardware: tuple[str, ...] = Field((), description="Hardware whose milliseconds are modelled.")
-    engines: tuple[Literal["roofline", "tensorrt-llm"], ...] = Field(
+    engines: tuple[Literal["roofline"] | ModelledEngine, ...] = Field(
         ("roofline",),
         min_length=1,
-        description="Engines of modelled hardware: roofline, a lower bound of the time, or tensorrt-llm, a prediction "
-        "(docs/costs.md).",
+        description="Engines of modelled hardware: roofline, a lower bound of the time, or tensorrt-llm and "
+        "tensorrt-llm-inflight, predictions for static and in-flight batches (docs/costs.md).",
     )
     tensor_parallel: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (1,), min_length=1, description="Devices that share each matrix, modelled for tensorrt-llm; roofline knows one."
+        (1,), min_length=1, description="Devices that share each matrix, modelled for TensorRT-LLM; roofline knows one."
     )
     precision: Precision = Field("bfloat16", description="Precision of weights and KV cache on the modelled hardware.")
     scenarios: tuple[ScenarioText, ...] = Field(("128/128",), description="Input length / output length, in tokens.")
@@ -526,6 +528,7 @@ class BenchmarkThroughput(Section):
     )
     hardware: str = Field("h100-sxm", description="Hardware that is modelled.")
     precision: Precision = Field("bfloat16", description="Precision of weights and KV cache on the modelled hardware.")
+    modelled_engine: ModelledEngine = Field("tensorrt-llm", description="Engine that is modelled (docs/costs.md).")
     modelled_scenarios: tuple[ScenarioText, ...] = Field(
         ("128/128", "128/1024", "128/2048", "128/4096", "2048/128", "2048/2048"),
         min_length=1,

@@ -32,7 +32,7 @@ from tasks.engines.in_torch import ENGINE, load_model, time_models
 from tasks.engines.machine import machine, software
 from tasks.engines.timings import Rounds, Workload, spread
 from tasks.puzzle.costs.cost_table import ModelSpeed
-from tasks.puzzle.costs.engine_model import TENSORRT_LLM
+from tasks.puzzle.costs.engine_model import ENGINES
 from tasks.puzzle.costs.hardware import check_precision, device_named
 from tasks.puzzle.costs.throughput import best_modelled, predict
 from tasks.puzzle.model.child import DeciLMForCausalLM
@@ -48,14 +48,12 @@ def model_throughput(target: str, params: Params, paths: Paths) -> list[Throughp
         InputError: the hardware has no data sheet, or a model does not fit in its memory.
     """
     settings, config = params.benchmark_throughput, Parent(paths.parent).config
-    device = device_named(settings.hardware)
+    device, engine = device_named(settings.hardware), ENGINES[settings.modelled_engine]
     check_precision(device, settings.precision)
     rows = []
     for scenario, (model, blocks) in itertools.product(settings.modelled_scenarios, _blocks(target, paths).items()):
-        best, how = best_modelled(config, blocks, device, settings.precision, scenario)
-        setting = Setting(
-            device.name, TENSORRT_LLM.name, settings.precision, best.tensor_parallel, scenario, best.batch
-        )
+        best, how = best_modelled(config, blocks, device, settings.precision, scenario, engine)
+        setting = Setting(device.name, engine.name, settings.precision, best.tensor_parallel, scenario, best.batch)
         speed = best.tokens_per_s_per_gpu
         rows.append(
             ThroughputRow(model=model, phase="request", **asdict(setting), modelled_tokens_per_s=speed, how=how)

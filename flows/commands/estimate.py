@@ -8,6 +8,7 @@ from typing import get_args
 
 from flows.arguments import count_or_best, scenario
 from storage.records import Precision
+from storage.sections import ModelledEngine
 from tasks.commands.estimate import EstimateSetting, ThroughputEstimate, estimate_throughput
 
 EXAMPLE = "puzzle estimate --config params/llama-3.1-70b.config.json --hardware h100-sxm --scenario 128/1024"
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--config", type=Path, required=True, metavar="CONFIG_JSON", help="Llama-like or nemotron-nas")
     parser.add_argument("--hardware", default="h100-sxm", help="a data sheet's name")
+    parser.add_argument("--engine", default="tensorrt-llm", choices=get_args(ModelledEngine), help="what is modelled")
     parser.add_argument("--precision", default="fp8", choices=get_args(Precision), help="of weights and KV cache")
     parser.add_argument("--scenario", default="128/1024", type=scenario, help="input/output tokens")
     parser.add_argument(
@@ -28,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Estimate, print."""
-    setting = EstimateSetting(args.hardware, args.precision, args.scenario, args.tensor_parallel, args.batch)
+    setting = EstimateSetting(
+        args.hardware, args.engine, args.precision, args.scenario, args.tensor_parallel, args.batch
+    )
     estimate = estimate_throughput(args.config, setting)
     sys.stdout.write(json.dumps(estimate.to_json()) + "\n" if args.json else estimate_text(estimate))
 

@@ -11,10 +11,10 @@ from storage.json_files import read_object
 from storage.nemotron_nas import from_config_json
 from storage.records import Precision
 from storage.scenario import Scenario
+from storage.sections import ModelledEngine
 from tasks.puzzle.costs.engine_model import (
-    BATCHES,
     DEGREES,
-    TENSORRT_LLM,
+    ENGINES,
     Engine,
     Estimate,
     Model,
@@ -29,6 +29,7 @@ class EstimateSetting:
     """The setting that a checkpoint is to run in; where batch or tensor-parallel degree is None, the best is taken."""
 
     hardware: str
+    engine: ModelledEngine
     precision: Precision
     scenario: str
     tensor_parallel: int | None
@@ -49,7 +50,7 @@ class ThroughputEstimate:
             component: {"prefill_ms": prefill_ms, "step_ms": step_ms}
             for component, (prefill_ms, step_ms) in self.best.breakdown.items()
         }
-        engine = {"origin": "modelled", "engine": self.engine.name, "fitted": self.engine.fitted}
+        engine = {"origin": "modelled", "fitted": self.engine.fitted}
         return asdict(self.setting) | asdict(self.best) | {"breakdown": breakdown} | engine
 
 
@@ -59,16 +60,16 @@ def estimate_throughput(config_json: Path, setting: EstimateSetting) -> Throughp
     Raises:
         InputError: the config is of no supported kind, the hardware has no units for the precision, or nothing fits.
     """
-    device = device_named(setting.hardware)
+    device, engine = device_named(setting.hardware), ENGINES[setting.engine]
     check_precision(device, setting.precision)
     best = best_estimate(
         read_model(config_json),
-        Platform(device, TENSORRT_LLM, setting.precision),
+        Platform(device, engine, setting.precision),
         Scenario.parse(setting.scenario),
         DEGREES if setting.tensor_parallel is None else (setting.tensor_parallel,),
-        BATCHES if setting.batch is None else (setting.batch,),
+        None if setting.batch is None else (setting.batch,),
     )
-    return ThroughputEstimate(setting, TENSORRT_LLM, best)
+    return ThroughputEstimate(setting, engine, best)
 
 
 def read_model(config_json: Path) -> Model:

@@ -14,7 +14,7 @@ from storage.metrics import METRICS
 from storage.scenario import Place, Setting
 from storage.targets import Constraint
 from storage.variants import Replacement
-from tasks.puzzle.costs.cost_model import workspace_bytes
+from tasks.puzzle.costs.cost_model import usable_bytes, workspace_bytes
 from tasks.puzzle.costs.cost_table import GIB, CostTable
 from tasks.puzzle.costs.hardware import DEVICES
 from tasks.puzzle.search.bounds import Bound
@@ -97,7 +97,9 @@ class TargetLimits:
             if device := DEVICES.get(setting.hardware):
                 workspace = workspace_bytes(self.parent.config, setting) if self.parent.config else 0.0
                 memory = memory_in(setting, workspace)
-                yield Bound(f"fits {setting.hardware} at {setting.scenario}", memory, device.memory_bytes / GIB)
+                yield Bound(
+                    f"fits {setting.hardware} at {setting.scenario}", memory, usable_bytes(device, setting) / GIB
+                )
 
     @cached_property
     def _parent_values(self) -> dict[str, float | None]:

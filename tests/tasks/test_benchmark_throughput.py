@@ -112,6 +112,13 @@ def test_every_row_is_either_measured_here_or_modelled(built: Paths) -> None:
         assert words in text
 
 
+def test_params_name_the_engine_that_is_modelled(built: Paths) -> None:
+    rows = model_throughput.fn("small", _params(modelled_engine="tensorrt-llm-inflight"), built)
+    assert {row.engine for row in rows} == {"tensorrt-llm-inflight"}
+    assert {row.batch for row in rows} == {2048}, "of so small a model all that the scheduler takes fits"
+    assert all("the best batch of 1, 2, 3 ... 2048" in row.how for row in rows)
+
+
 def test_the_models_that_are_timed_are_parent_and_child(built: Paths) -> None:
     """Told apart by their parameters: those that the variants have."""
     config = Parent(built.parent).config

@@ -1,6 +1,7 @@
 """measure_costs: timings in git joined with a modelled GPU; a table that lacks a variant is refused at once."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from storage.tables import read_costs, read_timings, write_timings
 from tasks.commands.time_machine import time_llamacpp
 from tasks.measure_costs import write_cost_table
 from tasks.puzzle.costs.cost_table import CostTable, model_speed
-from tasks.puzzle.costs.engine_model import TENSORRT_LLM, Model, Platform, estimate
+from tasks.puzzle.costs.engine_model import ENGINES, Model, Platform, estimate
 from tasks.puzzle.costs.hardware import device_named
 from tasks.puzzle.costs.sizes import component_sizes
 from tasks.puzzle.search_space import attention_variants, ffn_variants, parent_attention, parent_blocks, parent_ffn
@@ -89,22 +90,24 @@ def test_timed_and_modelled_rows_stand_side_by_side(case: tuple[Params, Paths]) 
     assert timed.keys() - modelled == {("attention", "linear"), ("ffn", "linear")}
 
 
-def test_both_modelled_engines_and_every_degree_have_rows(case: tuple[Params, Paths]) -> None:
-    """The roofline knows one device; the engine's rows are those of its model."""
+def test_all_modelled_engines_and_every_degree_have_rows(case: tuple[Params, Paths]) -> None:
+    """The roofline knows one device; an engine's rows are those of its model."""
     params, paths = case
-    settings = {"engines": ("roofline", "tensorrt-llm"), "tensor_parallel": (1, 2), "timings": (), "precision": "fp8"}
+    engines = ("roofline", *ENGINES)
+    settings = {"engines": engines, "tensor_parallel": (1, 2), "timings": (), "precision": "fp8"}
     costs = params.measure_costs.model_copy(update=settings)
     write_cost_table.fn(params.model_copy(update={"measure_costs": costs}), paths)
     table = read_costs(paths.costs)
     assert {(row.engine, row.tensor_parallel) for row in table} == {
-        *(("roofline", 1), ("tensorrt-llm", 1), ("tensorrt-llm", 2))
+        *(("roofline", 1), ("tensorrt-llm", 1), ("tensorrt-llm", 2)),
+        *(("tensorrt-llm-inflight", 1), ("tensorrt-llm-inflight", 2)),
     }
     config = Parent(paths.parent).config
     model = Model(config, ((parent_attention(config), parent_ffn(config)),) * config.num_blocks)
-    for degree in (1, 2):
-        setting = Setting("h100-sxm", "tensorrt-llm", "fp8", degree, "8/8", 1)
+    for degree, engine in itertools.product((1, 2), ENGINES.values()):
+        setting = Setting("h100-sxm", engine.name, "fp8", degree, "8/8", 1)
         summed = model_speed(CostTable(table), parent_blocks(config), setting)
-        whole = estimate(model, Platform(device_named("h100-sxm"), TENSORRT_LLM, "fp8"), Scenario(8, 8), degree, 1)
+        whole = estimate(model, Platform(device_named("h100-sxm"), engine, "fp8"), Scenario(8, 8), degree, 1)
         assert (summed.prefill_ms, summed.decode_ms) == pytest.approx((whole.prefill_ms, whole.step_ms))
 
 

@@ -1,9 +1,9 @@
 """The cost model of a GPU: cost rows of every component from a data sheet, without the GPU. No torch.
 
-In: the parent's geometry, the variants, a data sheet and a setting. Out: cost rows with origin "modelled". Two engines
+In: the parent's geometry, the variants, a data sheet and a setting. Out: cost rows with origin "modelled". Engines that
 are modelled: an ideal one, the roofline (Williams et al., CACM 52(4), 2009), where a component takes the longer of
-computing and moving bytes, a lower bound of the time; and TensorRT-LLM by tasks/puzzle/costs/engine_model.py, a
-prediction.
+computing and moving bytes, a lower bound of the time; and TensorRT-LLM, with static or in-flight batches, by
+tasks/puzzle/costs/engine_model.py, a prediction.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from storage.scenario import Setting
 from storage.variants import Attention, Ffn
 from tasks.puzzle.costs import engine_model
 from tasks.puzzle.costs.cost_table import FIXED_COMPONENTS
-from tasks.puzzle.costs.engine_model import TENSORRT_LLM, Platform, Shape, component_ms
+from tasks.puzzle.costs.engine_model import ENGINES, Platform, Shape, component_ms
 from tasks.puzzle.costs.hardware import Device
 from tasks.puzzle.costs.sizes import component_elements, component_sizes
 
@@ -41,11 +41,11 @@ def modelled_rows(
         attentions: attention variants to cost.
         ffns: FFN variants to cost.
         device: the data sheet.
-        setting: a setting on that device; its engine is `roofline` (on a single device) or the engine model's, its
+        setting: a setting on that device; its engine is `roofline` (on a single device) or in ENGINES, its
             precision is that of weights and KV cache and decides the peak rate as well.
     """
     assert setting.hardware == device.name
-    assert setting.engine == TENSORRT_LLM.name or (setting.engine, setting.tensor_parallel) == (ENGINE, 1)
+    assert setting.engine in ENGINES or (setting.engine, setting.tensor_parallel) == (ENGINE, 1)
     names: list[tuple[Component, str]] = [("attention", attention.name) for attention in attentions]
     names += [("ffn", ffn.name) for ffn in ffns]
     names += [(component, ANY_VARIANT) for component in FIXED_COMPONENTS]
@@ -74,7 +74,7 @@ def _modelled_row(config: ModelConfig, component: Component, variant: str, devic
         kv_bytes_per_token=sizes.kv_bytes_per_token,
         params=sizes.params,
         origin="modelled",
-        how=_HOW if setting.engine == ENGINE else f"engine model, constants fitted {TENSORRT_LLM.fitted}",
+        how=_HOW if setting.engine == ENGINE else f"engine model, constants fitted {ENGINES[setting.engine].fitted}",
     )
 
 
@@ -82,8 +82,8 @@ def _milliseconds(
     config: ModelConfig, component: Component, variant: str, device: Device, setting: Setting, shape: Shape
 ) -> float:
     """Return the milliseconds of a component in one pass, by the model of the setting's engine."""
-    if setting.engine == TENSORRT_LLM.name:
-        platform = Platform(device, TENSORRT_LLM, setting.precision)
+    if engine := ENGINES.get(setting.engine):
+        platform = Platform(device, engine, setting.precision)
         return component_ms(config, component, variant, platform, setting.tensor_parallel, shape)
     flops, moved_bytes = _operations(config, component, variant, setting.precision, shape)
     return 1e3 * max(flops / device.peak_flops[setting.precision], moved_bytes / device.memory_bandwidth)
@@ -109,11 +109,18 @@ def _operations(
     return flops, sizes.weight_bytes + shape.batch * shape.cached * sizes.kv_bytes_per_token
 
 
-_TOKENS_IN_FLIGHT = {ENGINE: 8_192, TENSORRT_LLM.name: engine_model.TOKENS_IN_FLIGHT}
-"""Long inputs are read in chunks of this many tokens."""
+_TOKENS_IN_FLIGHT = 8_192
+"""Long inputs are read in chunks of this many tokens, in an engine that is not the engine model's."""
 
 
 def workspace_bytes(config: ModelConfig, setting: Setting) -> float:
     """Return bytes of each device beside weights and KV cache, in a modelled engine; others get the roofline's."""
-    tokens = min(setting.batch * setting.input_tokens, _TOKENS_IN_FLIGHT.get(setting.engine, _TOKENS_IN_FLIGHT[ENGINE]))
+    engine = ENGINES.get(setting.engine)
+    tokens = min(setting.batch * setting.input_tokens, engine.tokens_in_flight if engine else _TOKENS_IN_FLIGHT)
     return engine_model.workspace_bytes(config, tokens, setting.batch, setting.tensor_parallel)
+
+
+def usable_bytes(device: Device, setting: Setting) -> float:
+    """Return bytes of each device that weights, KV cache and workspace may take in the setting's engine."""
+    engine = ENGINES.get(setting.engine)
+    return Platform(device, engine, setting.precision).memory_bytes if engine else device.memory_bytes

@@ -1,4 +1,4 @@
-"""Modelled speed of an engine on GPUs: from data sheets and five constants that were fitted once. No torch.
+"""Modelled speed of engines on GPUs: from data sheets and a few constants that were fitted once. No torch.
 
 In: a model's geometry and blocks, a data sheet, an engine's constants. Out: milliseconds of every component in prefill
 and in a decode step, memory, and tokens/s at the best batch. A model's time is exactly the sum of its components'.
@@ -7,11 +7,16 @@ The time of a component in one pass over the batch is a sum: products of matrice
 of reading the weights; prefill's attention computes; KV is written or read; norms, residuals and activations move the
 hidden states; kernels start; with several devices the hidden states are summed over them. The LM head and the embedding
 are 16 bit.
+
+Two engines. TENSORRT_LLM takes a batch of requests that begin and end together. TENSORRT_LLM_INFLIGHT holds requests at
+mixed ages (in-flight batching): in the time of a request's steps each of the others is replaced once, so the same sum,
+prefill of the whole batch + output length x step, is its time between requests.
 """
 
+import bisect
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from storage.files import InputError
@@ -30,8 +35,6 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Batches of the published runs."""
 DEGREES = (1, 2, 4, 8)
 """Tensor-parallel degrees that are tried."""
-TOKENS_IN_FLIGHT = 2_048
-"""Long inputs are read in chunks of this many tokens; the activations of a chunk are the workspace."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Engine:
         launch_ms: time that the kernels of a subblock take to start, in each pass.
         reduce_ms: latency of one sum over devices.
         fitted: the measurements that the constants were fitted to.
+        tokens_in_flight: long inputs are read in chunks of this many tokens; a chunk's activations are the workspace.
+        batches: sequences that it can hold at once, ascending; it takes the most that fit.
+        batches_text: `batches` in words.
+        fill: share of a device's total memory that weights, KV cache and workspace may take; None: the memory that the
+            data sheet calls usable.
     """
 
     name: str
@@ -56,6 +64,10 @@ class Engine:
     launch_ms: float
     reduce_ms: float
     fitted: str
+    tokens_in_flight: int = 2_048
+    batches: Sequence[int] = BATCHES
+    batches_text: str = "1, 2, 4 ... 512"
+    fill: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,11 @@ class Platform:
     def peak_flops(self) -> float:
         """Return the FLOP/s that the device's data sheet has for the precision."""
         return self.device.peak_flops[self.precision]
+
+    @property
+    def memory_bytes(self) -> float:
+        """Return the bytes of each device that weights, KV cache and workspace may take."""
+        return self.device.memory_bytes if self.engine.fill is None else self.engine.fill * self.device.total_bytes
 
 
 @dataclass(frozen=True)
@@ -206,11 +223,14 @@ def _bytes(model: Model, precision: Precision, degree: int) -> tuple[float, floa
     return weights, per_token
 
 
-def fits(estimated: Estimate, model: Model, device: Device, scenario: Scenario) -> bool:
-    """Tell whether weights, the KV cache at the requests' end and the workspace fit into each device."""
-    tokens = min(estimated.batch * scenario.input_tokens, TOKENS_IN_FLIGHT)
+def fits(estimated: Estimate, model: Model, platform: Platform, scenario: Scenario) -> bool:
+    """Tell whether weights, the KV cache at the requests' end and the workspace fit into each device.
+
+    In-flight batching too reserves a request's whole length when it begins (TensorRT-LLM's GUARANTEED_NO_EVICT).
+    """
+    tokens = min(estimated.batch * scenario.input_tokens, platform.engine.tokens_in_flight)
     workspace = workspace_bytes(model.config, tokens, estimated.batch, estimated.tensor_parallel)
-    return (estimated.weights_gib + estimated.kv_gib) * GIB + workspace <= device.memory_bytes
+    return (estimated.weights_gib + estimated.kv_gib) * GIB + workspace <= platform.memory_bytes
 
 
 def workspace_bytes(config: ModelConfig, tokens: int, batch: int, degree: int) -> float:
@@ -228,21 +248,37 @@ def best_estimate(
     platform: Platform,
     scenario: Scenario,
     degrees: Sequence[int] = DEGREES,
-    batches: Sequence[int] = BATCHES,
+    batches: Sequence[int] | None = None,
 ) -> Estimate:
     """Find the estimate with the most tokens/s per GPU, over all degrees and batches that fit into memory.
+
+    At a degree that is the largest batch that fits: time per sequence falls with every sequence more.
+
+    Args:
+        model: geometry and blocks.
+        platform: device, engine and precision.
+        scenario: input and output tokens of a request.
+        degrees: tensor-parallel degrees to try.
+        batches: sequences at once to try, ascending; None: all that the engine can hold.
 
     Raises:
         InputError: none of them fits.
     """
-    estimates = [estimate(model, platform, scenario, degree, batch) for degree in degrees for batch in batches]
-    fitting = [estimated for estimated in estimates if fits(estimated, model, platform.device, scenario)]
+    batches = platform.engine.batches if batches is None else batches
+    fitting = []
+    for degree in degrees:
+
+        def is_too_large(batch: int, degree: int = degree) -> bool:
+            return not fits(estimate(model, platform, scenario, degree, batch), model, platform, scenario)
+
+        if num_fitting := bisect.bisect_left(batches, True, key=is_too_large):
+            fitting.append(estimate(model, platform, scenario, degree, batches[num_fitting - 1]))
     if not fitting:
         degree, batch = min(degrees), min(batches)
         smallest = estimate(model, platform, scenario, degree, batch)
         raise InputError(
             f"{smallest.weights_gib:.1f} GiB of weights and {smallest.kv_gib:.1f} GiB of KV cache (batch {batch}) do "
-            f"not fit into {degree} x {platform.device.memory_bytes / GIB:.1f} GiB of {platform.device.name}; take "
+            f"not fit into {degree} x {platform.memory_bytes / GIB:.1f} GiB of {platform.device.name}; take "
             f"more devices (up to {max(DEGREES)}), a narrower precision or a smaller batch"
         )
     return max(fitting, key=lambda estimated: estimated.tokens_per_s_per_gpu)
@@ -257,3 +293,24 @@ TENSORRT_LLM = Engine(
     reduce_ms=0.0778,
     fitted="to the 11 rows of Llama-3.1-70B in the published table (H100 SXM, FP8), by bench_engine_model",
 )
+TENSORRT_LLM_INFLIGHT = Engine(
+    name="tensorrt-llm-inflight",
+    compute=0.585,
+    memory=0.894,
+    sharpness=TENSORRT_LLM.sharpness,
+    launch_ms=TENSORRT_LLM.launch_ms,
+    reduce_ms=0.023,
+    fitted="to 30 rows of Llama-3.1-8B and 3.3-70B in TensorRT-LLM v1.0's own table (H100, H200, FP8), by "
+    "bench_engine_model",
+    tokens_in_flight=8_192,
+    batches=range(1, 2_049),
+    batches_text="1, 2, 3 ... 2048",
+    fill=0.965,
+)
+"""Fitted are `compute`, `memory` and `reduce_ms`: 2.4 % off the fit's rows on average and 7.0 % at most; 2.4 to 3.1 %
+and 8.7 % at most where a model or a hardware is left out (docs/costs.md). `sharpness` and `launch_ms` are the static
+engine's. Chunk and largest batch are TensorRT-LLM's defaults (max_num_tokens, max_batch_size); `fill` is the share of
+an H100 that the static engine's rows needed. Host time per step was tried and fitted to nothing.
+"""
+ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (TENSORRT_LLM, TENSORRT_LLM_INFLIGHT)}
+"""Engines by their names in cost tables."""

@@ -16,9 +16,9 @@ class Device:
     """One device. Rates are dense peaks of the data sheet; the cost model says which share of them an engine reaches.
 
     `peak_flops` in FLOP/s by precision (int4 stores weights only and computes in bfloat16); `memory_bandwidth` in
-    bytes/s; `memory_bytes` are the usable ones; `link_bandwidth` in bytes/s per direction to other devices of the
-    same node. `sources` has the source of each field. A precision that the device has no units for is not in
-    `peak_flops`.
+    bytes/s; `memory_bytes` are the usable ones, `total_bytes` all that the driver reports; `link_bandwidth` in bytes/s
+    per direction to other devices of the same node. `sources` has the source of each field. A precision that the device
+    has no units for is not in `peak_flops`.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Device:
     peak_flops: Mapping[Precision, float]
     memory_bandwidth: float
     memory_bytes: float
+    total_bytes: float
     link_bandwidth: float
     sources: Mapping[str, str]
 
@@ -35,12 +36,15 @@ _H100_DATA_SHEET = "NVIDIA H100 Tensor Core GPU data sheet, SXM column"
 _USABLE = 0.96
 """Share of a data sheet's memory that an engine can fill: the share of the H100, 82.5e9 of 80 GiB."""
 
+_TOTAL = "memory.total of nvidia-smi, in MiB, as public logs of this device have it"
+
 
 def _from_data_sheet(sheet: str, link: str) -> dict[str, str]:
     return {
         "peak_flops": f"{sheet}; half of the rates with sparsity; float32 without tensor cores",
         "memory_bandwidth": sheet,
         "memory_bytes": f"{sheet}; usable: {_USABLE:.0%} of it, as of the H100's",
+        "total_bytes": _TOTAL,
         "link_bandwidth": f"{sheet}: {link}, both directions together",
     }
 
@@ -58,11 +62,13 @@ _DEVICES = (
         },
         memory_bandwidth=3.35e12,
         memory_bytes=82.5e9,
+        total_bytes=81_559 * 2**20,
         link_bandwidth=450e9,
         sources={
             "peak_flops": f"{_H100_DATA_SHEET}; half of the rates with sparsity; float32 without tensor cores",
             "memory_bandwidth": _H100_DATA_SHEET,
             "memory_bytes": "usable: with 80e9 two published rows of the 70B (METHOD.md) would lose half their batch",
+            "total_bytes": _TOTAL,
             "link_bandwidth": f"{_H100_DATA_SHEET}: NVLink 900 GB/s, both directions together",
         },
     ),
@@ -78,6 +84,7 @@ _DEVICES = (
         },
         memory_bandwidth=4.8e12,
         memory_bytes=_USABLE * 141e9,
+        total_bytes=143_771 * 2**20,
         link_bandwidth=450e9,
         sources=_from_data_sheet("NVIDIA H200 Tensor Core GPU data sheet, SXM column", "NVLink 900 GB/s"),
     ),
@@ -87,6 +94,7 @@ _DEVICES = (
         peak_flops={"bfloat16": 312e12, "float16": 312e12, "int4": 312e12, "float32": 19.5e12},
         memory_bandwidth=2.039e12,
         memory_bytes=82.5e9,
+        total_bytes=81_920 * 2**20,
         link_bandwidth=300e9,
         sources={
             **_from_data_sheet("NVIDIA A100 Tensor Core GPU data sheet, 80GB SXM column", "NVLink 600 GB/s"),
@@ -105,6 +113,7 @@ _DEVICES = (
         },
         memory_bandwidth=864e9,
         memory_bytes=_USABLE * 48e9,
+        total_bytes=46_068 * 2**20,
         link_bandwidth=32e9,
         sources=_from_data_sheet("NVIDIA L40S data sheet", "PCIe Gen4 x16, 64 GB/s"),
     ),
@@ -120,6 +129,7 @@ _DEVICES = (
         },
         memory_bandwidth=1.008e12,
         memory_bytes=_USABLE * 24e9,
+        total_bytes=24_564 * 2**20,
         link_bandwidth=32e9,
         sources={
             **_from_data_sheet("NVIDIA Ada GPU architecture white paper, appendix A", "PCIe Gen4 x16, 64 GB/s"),

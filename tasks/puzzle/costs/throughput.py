@@ -11,7 +11,7 @@ from storage.records import CostRow, Precision
 from storage.scenario import Scenario, Setting
 from storage.variants import Replacement
 from tasks.puzzle.costs.cost_table import GIB, CostTable, ModelSpeed, model_speed
-from tasks.puzzle.costs.engine_model import TENSORRT_LLM, Estimate, Model, Platform, best_estimate
+from tasks.puzzle.costs.engine_model import TENSORRT_LLM, Engine, Estimate, Model, Platform, best_estimate
 from tasks.puzzle.costs.hardware import Device
 
 
@@ -24,9 +24,14 @@ def predict(costs: Iterable[CostRow], blocks: Sequence[Replacement], setting: Se
 
 
 def best_modelled(
-    config: ModelConfig, blocks: Sequence[Replacement], device: Device, precision: Precision, scenario: str
+    config: ModelConfig,
+    blocks: Sequence[Replacement],
+    device: Device,
+    precision: Precision,
+    scenario: str,
+    engine: Engine = TENSORRT_LLM,
 ) -> tuple[Estimate, str]:
-    """Model the speed of TensorRT-LLM at the batch and number of devices with the most tokens/s per device.
+    """Model the speed of an engine at the batch and number of devices with the most tokens/s per device.
 
     Args:
         config: the parent.
@@ -34,6 +39,7 @@ def best_modelled(
         device: the data sheet.
         precision: the precision of weights and KV cache.
         scenario: input/output tokens.
+        engine: the engine.
 
     Returns:
         The estimate, and how it was modelled.
@@ -42,9 +48,10 @@ def best_modelled(
         InputError: not even one sequence fits.
     """
     model = Model(config, tuple((block.attention, block.ffn) for block in blocks))
+    platform = Platform(device, engine, precision)
     try:
-        best = best_estimate(model, Platform(device, TENSORRT_LLM, precision), Scenario.parse(scenario))
+        best = best_estimate(model, platform, Scenario.parse(scenario))
     except InputError as error:
         raise InputError(f"benchmark_throughput models {scenario} in {precision}: {error}") from None
-    how = f"engine model (docs/costs.md), constants fitted {TENSORRT_LLM.fitted}; the best batch of 1, 2, 4 ... 512"
-    return best, f"{how} and number of devices of 1, 2, 4, 8 that fit in {device.memory_bytes / GIB:.1f} GiB each"
+    how = f"engine model (docs/costs.md), constants fitted {engine.fitted}; the best batch of {engine.batches_text}"
+    return best, f"{how} and number of devices of 1, 2, 4, 8 that fit in {platform.memory_bytes / GIB:.1f} GiB each"

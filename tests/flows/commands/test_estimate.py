@@ -39,6 +39,25 @@ def test_one_json_object_and_a_text_that_fits_a_terminal() -> None:
     assert max(map(len, lines)) <= 100 and fitted.startswith("  constants fitted")
 
 
+def test_in_flight_batches_are_asked_for_by_the_engines_name() -> None:
+    arguments = (
+        "--config",
+        str(CONFIG_70B),
+        "--hardware",
+        "h200-sxm",
+        "--scenario",
+        "128/2048",
+        "--tensor-parallel",
+        "1",
+    )
+    estimate = json.loads(run(*arguments, "--engine", "tensorrt-llm-inflight", "--json").stdout)
+    assert (estimate["engine"], estimate["batch"]) == ("tensorrt-llm-inflight", 200)
+    text = run(*arguments, "--engine", "tensorrt-llm-inflight").stdout
+    assert (
+        f"{estimate['tokens_per_s_per_gpu']:,.0f} generated tokens/s per GPU, MODELLED (tensorrt-llm-inflight)" in text
+    )
+
+
 def test_a_heterogeneous_checkpoint(tmp_path: Path) -> None:
     config = to_nemotron_nas(CONFIG, CHILD.blocks, {}, "bfloat16")
     write_json(tmp_path / "config.json", config)
@@ -54,6 +73,7 @@ def test_a_heterogeneous_checkpoint(tmp_path: Path) -> None:
         (("--hardware", "a100-80gb-sxm"), "a100-80gb-sxm has no units for fp8 (has: bfloat16"),
         (("--hardware", "rtx-4090", "--tensor-parallel", "1"), "do not fit into 1 x"),
         (("--scenario", "128"), "expected INPUT/OUTPUT tokens"),
+        (("--engine", "vllm"), "invalid choice: 'vllm' (choose from"),
         (("--batch", "0"), "expected a number of at least 1, or best"),
         (("--config", "missing.json"), "missing.json"),
     ],

@@ -33,6 +33,7 @@ def _device(flops: float, bandwidth: float) -> Device:
         peak_flops={"bfloat16": flops, "fp8": flops, "float32": flops, "float16": flops, "int4": flops},
         memory_bandwidth=bandwidth,
         memory_bytes=1e9,
+        total_bytes=1e9,
         link_bandwidth=1e9,
         sources={},
     )
@@ -231,7 +232,9 @@ def test_timings_of_another_parent_are_refused() -> None:
 
 def test_devices_say_where_each_number_is_from_and_unknown_ones_get_a_hint() -> None:
     for device in DEVICES.values():
-        assert set(device.sources) == {"peak_flops", "memory_bandwidth", "memory_bytes", "link_bandwidth"}
+        sourced = {"peak_flops", "memory_bandwidth", "memory_bytes", "total_bytes", "link_bandwidth"}
+        assert set(device.sources) == sourced
+        assert 0.85 < device.memory_bytes / device.total_bytes < 1
         assert {"bfloat16", "float16", "int4", "float32"} <= set(device.peak_flops)
         assert ("fp8" in device.peak_flops) == (device.name != "a100-80gb-sxm")  # Ampere multiplies no fp8
     with pytest.raises(InputError, match="did you mean h100-sxm"):

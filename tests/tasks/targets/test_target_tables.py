@@ -22,8 +22,9 @@ from storage.tables import write_costs
 from storage.variants import Architecture, Attention, Ffn, Replacement
 from tasks.commands.explain import explain
 from tasks.commands.frontier import frontier
-from tasks.puzzle.costs.cost_model import ENGINE, modelled_rows, workspace_bytes
+from tasks.puzzle.costs.cost_model import ENGINE, modelled_rows, usable_bytes, workspace_bytes
 from tasks.puzzle.costs.cost_table import GIB, CostTable, model_sizes, model_speed, subblocks
+from tasks.puzzle.costs.engine_model import ENGINES, Engine, Model, Platform, estimate, fits
 from tasks.puzzle.costs.hardware import DEVICES
 from tasks.puzzle.runtimes.rules import RUNTIMES, is_empty, refusals
 from tasks.puzzle.search.infeasible import InfeasibleError
@@ -115,6 +116,20 @@ def test_a_baseline_takes_the_batch_that_suits_it_best(paths: Paths) -> None:
     summary, architecture, _ = run_search({"speed": {**speed, **OPEN}}, paths, uniform)
     (point,) = architecture["operating_points"]
     assert (summary.score, point["batch"]) == (0, 64)
+
+
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=list(ENGINES))
+def test_a_search_fills_a_device_as_the_engine_model_does(engine: Engine) -> None:
+    """Just enough memory, and just too little, mean the same to both."""
+    model = Model(CONFIG, tuple((block.attention, block.ffn) for block in parent()))
+    point = replace(setting("2048/2048", 512), engine=engine.name)
+    for share, is_enough in ((1.001, True), (0.999, False)):
+        device = DEVICES["h100-sxm"]
+        estimated = estimate(model, Platform(device, engine, "bfloat16"), point.lengths, 1, 512)
+        held = (estimated.weights_gib + estimated.kv_gib) * GIB + workspace_bytes(CONFIG, point)
+        device = replace(device, memory_bytes=share * held, total_bytes=share * held / (engine.fill or 1))
+        assert usable_bytes(device, point) == pytest.approx(share * held)
+        assert fits(estimated, model, Platform(device, engine, "bfloat16"), point.lengths) == is_enough
 
 
 def test_the_batch_must_fit_into_the_device(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
