@@ -349,7 +349,7 @@ class MeasureCosts(Section):
 
     timings: tuple[str, ...] = Field((), description="Names of tables in storage/timings to take.")
     hardware: tuple[str, ...] = Field((), description="Hardware whose milliseconds are modelled.")
-    engines: tuple[Literal["roofline"] | ModelledEngine, ...] = Field(
+    engines: tuple[Literal["roofline", ModelledEngine], ...] = Field(
         ("roofline",),
         min_length=1,
         description="Engines of modelled hardware: roofline, a lower bound of the time, or tensorrt-llm and "
