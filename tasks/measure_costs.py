@@ -14,6 +14,7 @@ from prefect.cache_policies import NO_CACHE
 
 from storage.files import InputError
 from storage.library import refuse_unknown
+from storage.model_config import ModelConfig
 from storage.params import Params
 from storage.parent import Parent
 from storage.paths import Paths
@@ -25,6 +26,7 @@ from storage.variants import Attention, Ffn
 from tasks.puzzle.costs.cost_model import modelled_rows
 from tasks.puzzle.costs.cost_table import FIXED_COMPONENTS, from_table
 from tasks.puzzle.costs.hardware import check_precision, device_named
+from tasks.puzzle.runtimes.rules import variants_refused
 from tasks.puzzle.search_space import block_variants
 
 
@@ -38,7 +40,7 @@ def write_cost_table(params: Params, paths: Paths) -> None:
     for name in settings.timings:
         path = timings_named(name)
         costs = from_table(read_timings_or_costs(path), config)
-        _check_that_all_have_costs(costs, attentions, ffns, name, path)
+        _check_that_all_have_costs(costs, config, attentions, ffns, name, path)
         rows += costs
     for name in settings.hardware:
         check_precision(device_named(name), settings.precision)
@@ -57,17 +59,26 @@ def _modelled_settings(settings: MeasureCosts) -> Iterator[Setting]:
 
 
 def _check_that_all_have_costs(
-    rows: Sequence[CostRow], attentions: Sequence[Attention], ffns: Sequence[Ffn], name: str, path: Path
+    rows: Sequence[CostRow],
+    config: ModelConfig,
+    attentions: Sequence[Attention],
+    ffns: Sequence[Ffn],
+    name: str,
+    path: Path,
 ) -> None:
-    """Every setting of a table must have every variant: one without a cost would end the search, hours later."""
+    """Every setting of a table must have every variant: one without a cost would end the search, hours later.
+
+    Of llama.cpp it must have those that llama.cpp computes.
+    """
     needed = {("attention", attention.name) for attention in attentions} | {("ffn", ffn.name) for ffn in ffns}
     needed |= {(component, ANY_VARIANT) for component in FIXED_COMPONENTS}
     costed: dict[Setting, set[tuple[str, str]]] = {}
     for row in rows:
         costed.setdefault(Setting.from_row(row), set()).add((row.component, row.variant))
+    refused = variants_refused("llama.cpp", config, attentions, ffns)
     for setting, components in costed.items():
-        runnable = needed - {("ffn", "linear")} if setting.engine == "llama.cpp" else needed  # it has no linear FFN
-        if missing := sorted(runnable - components):
+        computed = needed - refused if setting.engine == "llama.cpp" else needed
+        if missing := sorted(computed - components):
             raise InputError(
                 f"{path} has no {', '.join(map(' '.join, missing))} on {setting.text}, but a child may have it; add "
                 f"it (`puzzle time-machine {name}` times the machine that it runs on), or leave it out of "

@@ -67,7 +67,7 @@ class LoadSweep:
 
 @dataclass(frozen=True)
 class _Prompts:
-    """How prompts of a number of tokens are drawn, and what counts the tokens of a text (None: nothing)."""
+    """Draws a prompt of a number of tokens, and counts the tokens of a text; `count` None: the server counts alone."""
 
     draw: Callable[[int], Sequence[int] | str]
     count: Callable[[str], int] | None = None

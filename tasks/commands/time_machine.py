@@ -31,6 +31,7 @@ from tasks.engines.machine import machine, software
 from tasks.engines.timings import Timing, Workload, fit_to_whole, line, spread
 from tasks.puzzle.costs.sizes import component_sizes
 from tasks.puzzle.model.device import Compute, prepare_compute
+from tasks.puzzle.runtimes.rules import variants_refused
 from tasks.puzzle.search_space import block_variants, parent_attention, parent_ffn
 
 ComponentTimings = dict[tuple[Component, str], Timing]
@@ -193,8 +194,10 @@ def _timings_of_designs(
     params: Params, config: ModelConfig, workload: Workload, disk: Path
 ) -> tuple[ComponentTimings, str]:
     """Time each subblock variant in llama.cpp, from whole models; return a text too that says how they were fitted."""
-    attentions, every_ffn = block_variants(config, params.distill_blocks, linear=True)
-    ffns = tuple(ffn for ffn in every_ffn if ffn.kind != "linear")  # llama.cpp has none
+    every_attention, every_ffn = block_variants(config, params.distill_blocks, linear=True)
+    refused = variants_refused("llama.cpp", config, every_attention, every_ffn)
+    attentions = [attention for attention in every_attention if ("attention", attention.name) not in refused]
+    ffns = [ffn for ffn in every_ffn if ("ffn", ffn.name) not in refused]
     models: list[designs.Blocks] = [[(attentions[0], ffns[0])] * config.num_blocks]
     models += designs.designs(attentions, ffns, config.num_blocks, _DESIGNS, params.run.seed)
     times = _time_designs(params.measure_costs, config, models, workload, disk)

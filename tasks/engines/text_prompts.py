@@ -42,9 +42,10 @@ def text_prompts(folder: Path, vocabulary: int) -> TextPrompts:
     """
     tokenizer = load_tokenizer(folder, "dvc repro prepare_parent")
     ids = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id < vocabulary)
-    found = [match[1] for _, token in ids if (match := _WORD.fullmatch(token))]
-    twice = tokenizer([f"{word} {word}" for word in found], add_special_tokens=False)["input_ids"] if found else []
-    words = tuple(word for word, tokens in zip(found, twice, strict=True) if len(tokens) == 2)
+    candidates = [match[1] for _, token in ids if (match := _WORD.fullmatch(token))]
+    texts = [f"{word} {word}" for word in candidates]
+    token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    words = tuple(word for word, tokens in zip(candidates, token_ids, strict=True) if len(tokens) == 2)
     if len(words) < _FEWEST_WORDS:
         raise InputError(
             f"the tokenizer in {folder} has {len(words)} words among its first {vocabulary} tokens, expected "

@@ -26,7 +26,7 @@ def test_every_kind_has_a_row_a_writer_and_refusals() -> None:
         assert refused == [other], "two blocks alike have every format but the other family's"
 
 
-@pytest.mark.parametrize("flags", itertools.product([False, True], repeat=4))
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=4)))
 def test_a_config_of_a_family_says_every_flag_or_is_refused(flags: tuple[bool, bool, bool, bool]) -> None:
     """A Qwen2 with biases in its FFNs would be loaded without them, and nothing said."""
     qkv, output, mlp, qk_norm = flags

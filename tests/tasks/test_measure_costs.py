@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -212,9 +213,18 @@ def test_llama_cpp_needs_no_cost_of_what_it_does_not_run(case: tuple[Params, Pat
         write_cost_table.fn(linear, paths)
 
 
-def test_llama_cpp_is_timed_beside_torch(case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny parent is timed in earnest, with few designs: every variant has a row, and torch's rows stay."""
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_llama_cpp_is_timed_beside_torch(
+    qk_norm: bool, case: tuple[Params, Paths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny parent is timed in earnest, with few designs: every variant that llama.cpp has, and torch's rows stay.
+
+    With qk-norm it has no linear attention.
+    """
     params, paths = case
+    qwen3 = SimpleNamespace(config=dataclasses.replace(Parent(paths.parent).config, qk_norm=True))
+    if qk_norm:
+        monkeypatch.setattr("tasks.commands.time_machine.Parent", lambda _: qwen3)
     costs = params.measure_costs.model_copy(update={"repeats": 2, "threads": 1})
     params = params.model_copy(update={"measure_costs": costs})
     monkeypatch.setattr("tasks.commands.time_machine._DESIGNS", 3)
@@ -225,7 +235,7 @@ def test_llama_cpp_is_timed_beside_torch(case: tuple[Params, Paths], monkeypatch
     rows = read_timings(path)
     assert {row for row in rows if row.engine == "torch"} == set(torch_rows)
     timed = {(row.component, row.variant): row for row in rows if row.engine == "llama.cpp"}
-    attentions = {("attention", attention.name) for attention in attention_variants(config, linear=True)}
+    attentions = {("attention", attention.name) for attention in attention_variants(config, linear=not qk_norm)}
     assert {component for component in timed if component[0] == "attention"} == attentions
     assert ("ffn", "linear") not in timed and ("ffn", "no_op") in timed
     assert {row.precision for row in timed.values()} == {"float16"}

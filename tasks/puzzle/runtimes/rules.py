@@ -288,12 +288,26 @@ def reasons_against(
     return tuple(rule.reason for rule in _CHILD_RULES if runtime in rule.runtimes and rule.breaks(block))
 
 
+def variants_refused(
+    runtime: Runtime, config: ModelConfig, attentions: Sequence[Attention], ffns: Sequence[Ffn]
+) -> set[tuple[str, str]]:
+    """Return the variants that a runtime computes in no block, as a cost table has them: ("attention" or "ffn", name).
+
+    What it refuses of the whole model is not among the reasons.
+    """
+    parent_attention, parent_ffn = Attention("gqa", config.num_kv_heads), Ffn("gated", config.intermediate_size)
+    described = [("attention", attention.name, _Block(config, True, attention, parent_ffn)) for attention in attentions]
+    described += [("ffn", ffn.name, _Block(config, True, parent_attention, ffn)) for ffn in ffns]
+    rules = [rule for rule in _CHILD_RULES if runtime in rule.runtimes and rule.lists_blocks]
+    return {(component, name) for component, name, block in described if any(rule.breaks(block) for rule in rules)}
+
+
 def refusals(config: ModelConfig, blocks: Blocks) -> dict[Runtime, list[Refusal]]:
     """Map each runtime to why it would compute a child of these blocks wrong or not at all."""
     most = max((attention.num_kv_heads for attention, _ in blocks), default=0)
     config = replace(config, num_kv_heads=most)  # a child may have fewer than its parent, the same number everywhere
-    kept = [block for block in blocks if not is_empty([block])]
-    rules = [rule for rule in _CHILD_RULES if rule is not _TIED_HEAD or not are_alike(kept)]
+    non_empty = [block for block in blocks if not is_empty([block])]
+    rules = [rule for rule in _CHILD_RULES if rule is not _TIED_HEAD or not are_alike(non_empty)]
     against = {runtime: _broken_rules(runtime, config, blocks, rules) for runtime in RUNTIMES}
     if not has_kv_heads(blocks):
         against[_READS_GGUF].append(_NO_KV_HEADS)
