@@ -11,12 +11,20 @@ from storage.architecture import Baselines, read_architecture, read_baselines, w
 from storage.evaluation import read_evaluation, write_evaluation
 from storage.files import DamagedFileError, InputError, read_sealed, write_sealed
 from storage.gkd import read_gkd, write_gkd
+from storage.json_records import as_record
 from storage.parent_info import INFO, read_parent_info, write_parent_info
 from storage.paths import Paths
 from storage.refinement import read_refinement, write_refinement
 from tests.report_run import write_run
 
 TARGET = "small"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A record whose keys a file chooses."""
+
+    numbers: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,12 @@ def test_a_foreign_file_is_an_error_that_names_file_field_and_remedy(name: str, 
     assert "\n" not in message
     assert message.startswith(f"{path} does not hold what its stage writes: field {'.'.join(map(str, artifact.field))}")
     assert message.endswith(f"; run `{artifact.rebuild}`")
+
+
+def test_a_key_with_line_breaks_is_one_line_of_the_message() -> None:
+    with pytest.raises(DamagedFileError, match=r"field numbers\.'a\\nb': .*, found 'c'; run `again`") as caught:
+        as_record({"numbers": {"a\nb": "c"}}, Numbers, "the file", "again")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ARTIFACTS)

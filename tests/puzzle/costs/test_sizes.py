@@ -62,6 +62,8 @@ def test_the_51b_from_its_published_layout() -> None:
         ("LlamaForCausalLM", {"head_dim": 32, "tie_word_embeddings": True}),
         ("MistralForCausalLM", {"tie_word_embeddings": False}),
         ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+        ("Qwen3ForCausalLM", {"tie_word_embeddings": True}),  # heads of 128 where none is named
+        ("Qwen3ForCausalLM", {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": False}),
     ],
 )
 def test_sizes_equal_transformers(architecture: str, extra: dict[str, Any]) -> None:
